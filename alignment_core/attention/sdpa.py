@@ -1,0 +1,106 @@
+"""The backend that runs anywhere: gathers each row's pages and calls torch's own attention.
+
+Decode rows run as one padded batch; prefill rows one by one, so that no mask is larger than one
+row's [query tokens, context]. Grouped-query heads, sliding windows and soft-capping included.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from alignment_core.attention.paged_batch import PagedBatch
+
+NAME = "linalign_sdpa"
+UNSUPPORTED = ("s_aux", "position_bias")  # attention sinks, relative position biases
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    paged: PagedBatch,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """Store the step's keys and values, then attend to every row's own context.
+
+    query: [1, num_heads, T, head_dim]; key, value: [1, num_kv_heads, T, head_dim], after the rotary
+    embedding. Returns [1, T, num_heads, head_dim]. Raises ValueError for what it can't honour.
+    """
+    if any(kwargs.get(name) is not None for name in UNSUPPORTED) or attention_mask is not None:
+        raise ValueError(f"the attention of {type(module).__name__} needs more than causal masks and windows")
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    paged.layers_called.add(layer)
+    keys, values = paged.keys[layer], paged.values[layer]
+    keys.flatten(0, 1).index_copy_(0, paged.slots, key[0].transpose(0, 1).to(keys.dtype))
+    values.flatten(0, 1).index_copy_(0, paged.slots, value[0].transpose(0, 1).to(values.dtype))
+
+    parts = []
+    if paged.num_decodes:
+        rows = slice(0, paged.num_decodes)
+        q = query[0, :, rows].transpose(0, 1)  # [rows, num_heads, head_dim]
+        num_kv_heads = keys.shape[2]
+        q = q.reshape(
+            len(q), num_kv_heads, -1, q.shape[-1]
+        )  # the heads of a group share one key: treat them as queries
+        pages = paged.page_table[rows, : _width(paged, rows)]
+        out = _attention(
+            q, _gather(keys, pages), _gather(values, pages), _mask(paged, rows, sliding_window), scaling, softcap
+        )
+        parts.append(out.flatten(1, 2))
+    start = paged.num_decodes
+    for index in range(paged.num_decodes, len(paged.num_queries)):
+        rows = slice(index, index + 1)
+        end = start + paged.num_queries[index]
+        pages = paged.page_table[rows, : _width(paged, rows)]
+        k, v = (_repeat(_gather(pool, pages), query.shape[1]) for pool in (keys, values))
+        out = _attention(query[:, :, start:end], k, v, _mask(paged, rows, sliding_window), scaling, softcap)
+        parts.append(out[0].transpose(0, 1))
+        start = end
+    return torch.cat(parts)[None], None
+
+
+def _width(paged: PagedBatch, rows: slice) -> int:
+    return -(-_longest(paged, rows) // paged.keys[0].shape[1])
+
+
+def _longest(paged: PagedBatch, rows: slice) -> int:
+    return int(paged.context_lens[rows].max())
+
+
+def _gather(pool: Tensor, pages: Tensor) -> Tensor:
+    """[rows, num_pages] page numbers to [rows, num_kv_heads, num_pages × page_size, head_dim]."""
+    return pool[pages].flatten(1, 2).transpose(1, 2)
+
+
+def _repeat(x: Tensor, num_heads: int) -> Tensor:
+    return x.repeat_interleave(num_heads // x.shape[1], dim=1)
+
+
+def _mask(paged: PagedBatch, rows: slice, window: int | None) -> Tensor:
+    """Which places each query token may see; [rows, 1, query tokens, width × page_size] bool."""
+    if (rows.start, window) not in paged.masks:
+        num_queries = paged.num_queries[rows.start]
+        device = paged.slots.device
+        places = torch.arange(_width(paged, rows) * paged.keys[0].shape[1], device=device)
+        ends = paged.context_lens[rows, None] - torch.arange(num_queries - 1, -1, -1, device=device)
+        position = ends[:, None, :, None] - 1
+        seen = places <= position
+        if window is not None:
+            seen &= places > position - window
+        paged.masks[rows.start, window] = seen
+    return paged.masks[rows.start, window]
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, softcap: float | None) -> Tensor:
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    if softcap is None:
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+    scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * scaling / softcap)
+    weights = torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1, dtype=torch.float32)
+    return weights.to(q.dtype) @ v

@@ -1,0 +1,62 @@
+"""Token ids to text, one token at a time: whole characters only, and never part of a stop string."""
+
+from collections.abc import Callable, Sequence
+
+REPLACEMENT = "\ufffd"
+MAX_TOKENS_PER_CHARACTER = 4  # UTF-8 needs at most four bytes, and a token carries at least one
+
+
+class TextStream:
+    """The text of one sequence as it grows.
+
+    A token's text can depend on the token before it (leading spaces, joined bytes), so what is new
+    is the difference between decoding a short window with and without the newest tokens.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop: tuple[str, ...] = ()) -> None:
+        self.stopped = False
+        self._decode = decode
+        self._stop = stop
+        self._window: list[int] = []
+        self._num_shown = 0  # leading tokens of the window whose text is out already
+        self._held = ""  # text that may turn out to begin a stop string
+
+    def add(self, token_id: int) -> str:
+        """The text that became certain with this token; `stopped` tells that a stop string ended it."""
+        self._window.append(token_id)
+        shown = self._decode(self._window[: self._num_shown])
+        text = self._decode(self._window)
+        num_new = len(self._window) - self._num_shown
+        if text.endswith(REPLACEMENT) and num_new < MAX_TOKENS_PER_CHARACTER:
+            return ""
+        self._window = self._window[self._num_shown :]
+        self._num_shown = num_new
+        return self._until_stop(text[len(shown) :])
+
+    def finish(self) -> str:
+        """What was held back, now that nothing can follow."""
+        if self.stopped:
+            return ""
+        shown = self._decode(self._window[: self._num_shown])
+        text = self._until_stop(self._decode(self._window)[len(shown) :])
+        held, self._held = self._held, ""
+        return text if self.stopped else text + held
+
+    def _until_stop(self, text: str) -> str:
+        text = self._held + text
+        found = [index for index in (text.find(stop) for stop in self._stop) if index >= 0]
+        if found:
+            self.stopped = True
+            self._held = ""
+            return text[: min(found)]
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a proper beginning of `stop`."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

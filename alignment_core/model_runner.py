@@ -1,0 +1,103 @@
+"""One forward pass for all rows of a step, over the paged KV cache."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+
+from alignment_core.attention import sdpa
+from alignment_core.attention.paged_batch import PagedBatch
+from alignment_core.scheduler import Row, Step
+from alignment_core.sequence import Branch
+
+AttentionInterface.register(sdpa.NAME, sdpa.attend)
+
+
+class ModelRunner:
+    """A transformers causal LM and the pool of keys and values that its layers share.
+
+    The pool is [num_pages, page_size, num_kv_heads, head_dim] per layer, for keys and for values.
+    Raises ValueError if the architecture does not run every layer through our attention.
+    """
+
+    def __init__(self, model: PreTrainedModel, num_pages: int, page_size: int) -> None:
+        self.model = model
+        self.num_forwards = 0
+        model.set_attn_implementation(sdpa.NAME)
+        config = model.config.get_text_config()
+        shape = (num_pages, page_size, *_kv_heads_and_dim(model))
+        layers = range(config.num_hidden_layers)
+        self._keys = [_zeros(shape, model.dtype, model.device) for _ in layers]
+        self._values = [_zeros(shape, model.dtype, model.device) for _ in layers]
+        self._check()
+
+    def forward(self, step: Step) -> Tensor:
+        """Run the step. Returns the float32 logits [rows, V] of the newest token of every branch of
+        the sequences in `step.drawing`, in that order, the branches of a sequence in theirs.
+        """
+        wanted = [row for sequence in step.drawing for row in step.rows[sequence]]
+        return self._run([row for rows in step.rows.values() for row in rows], wanted)
+
+    @torch.inference_mode()
+    def _run(self, rows: Sequence[Row], wanted: Sequence[Row]) -> Tensor:
+        rows = sorted(rows, key=lambda row: row.num_tokens > 1)
+        device = self.model.device
+        paged = PagedBatch.of(rows, self._keys, self._values)
+        tokens = [token for row in rows for token in row.branch.tokens[row.start : row.end]]
+        positions = [position for row in rows for position in range(row.start, row.end)]
+        last, end = {}, 0
+        for row in rows:
+            end += row.num_tokens
+            last[id(row)] = end - 1
+        output = self.model(
+            input_ids=torch.tensor([tokens], device=device),
+            position_ids=torch.tensor([positions], device=device),
+            logits_to_keep=torch.tensor([last[id(row)] for row in wanted], dtype=torch.int64, device=device),
+            use_cache=False,
+            paged=paged,
+        )
+        self.num_forwards += 1
+        if len(paged.layers_called) != len(self._keys):
+            raise ValueError(
+                f"{type(self.model).__name__} has layers that do not use transformers' attention interface"
+            )
+        logits: Tensor = output.logits[0]
+        return logits.float()
+
+    def _check(self) -> None:
+        """One token through the whole model: an architecture that can't be served fails here, not in a request."""
+        row = Row(Branch(tokens=[0], pages=[0]), 0, 1)
+        try:
+            self._run([row], [row])
+        except TypeError as error:
+            name = type(self.model).__name__
+            raise ValueError(f"{name} does not pass its arguments on to transformers' attention interface") from error
+        self.num_forwards = 0
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, because a slot that is masked out still counts as 0 × its content, and 0 × NaN is NaN.
+
+    NumPy's, on a CPU, as they take no memory until they are written; torch's own do.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+
+
+def kv_bytes_per_token(model: PreTrainedModel) -> int:
+    """Bytes that one token of one branch takes in the pool, all layers together."""
+    num_kv_heads, head_dim = _kv_heads_and_dim(model)
+    layers: int = model.config.get_text_config().num_hidden_layers
+    itemsize: int = model.dtype.itemsize
+    return 2 * layers * num_kv_heads * head_dim * itemsize
+
+
+def _kv_heads_and_dim(model: PreTrainedModel) -> tuple[int, int]:
+    config = model.config.get_text_config()
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return num_kv_heads, head_dim

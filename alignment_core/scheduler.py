@@ -1,0 +1,127 @@
+"""Which rows run in the next step.
+
+The unit is the sequence: its branches are admitted, preempted and freed together, and it draws a
+token only in a step that brings every one of its branches to its newest token. Decodes come first,
+then prefills in order of arrival, each cut to what is left of the step's token budget.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from alignment_core.kv_cache import PagePool
+from alignment_core.sequence import Branch, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One branch's query tokens [start, end) in one forward pass."""
+
+    branch: Branch
+    start: int
+    end: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(slots=True)
+class Step:
+    """All rows of one forward pass. Sequences in `drawing` get a token: all their rows end at their newest one."""
+
+    rows: dict[Sequence, list[Row]] = field(default_factory=dict)
+    drawing: list[Sequence] = field(default_factory=list)
+    num_tokens: int = 0
+
+
+class Scheduler:
+    """Sequences that wait and sequences that run. Not thread-safe: the engine's loop owns it."""
+
+    def __init__(self, pool: PagePool, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.pool = pool
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in order of admission
+        self.num_preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, wherever it is, and free its pages."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._release(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def schedule(self) -> Step:
+        """Plan the next step. Pages are allocated and published; `commit` must follow the forward pass."""
+        step = Step()
+        preemptions = self.num_preemptions
+        for sequence in sorted(self.running, key=lambda s: not s.is_decoding):
+            if sequence in self.running:
+                self._schedule(sequence, step)
+        while self.waiting and self.num_preemptions == preemptions and self._admits(self.waiting[0], step):
+            sequence = self.waiting.popleft()
+            self.running.append(sequence)
+            self._schedule(sequence, step)
+        return step
+
+    def commit(self, step: Step) -> None:
+        """Record that the step's forward pass has run."""
+        for sequence, rows in step.rows.items():
+            for row in rows:
+                row.branch.num_computed = row.end
+                sequence.num_tokens_computed += row.num_tokens
+
+    def _admits(self, sequence: Sequence, step: Step) -> bool:
+        # One spare page a running sequence, so that an admission is not undone by the next decode.
+        pages = sum(self.pool.pages_for(len(branch.tokens) + 1) for branch in sequence.branches)
+        return (
+            len(self.running) < self.max_num_seqs
+            and step.num_tokens < self.max_num_batched_tokens
+            and pages + len(self.running) <= self.pool.num_free
+        )
+
+    def _schedule(self, sequence: Sequence, step: Step) -> None:
+        budget = self.max_num_batched_tokens - step.num_tokens
+        rows = []
+        for branch in sequence.branches:
+            sequence.num_tokens_cached += self.pool.adopt(branch)
+            end = branch.num_computed + min(branch.remaining, budget)
+            if not self._allocate(sequence, branch, end, step):
+                return
+            # The newest token may be trimmed below, so the page that it fills is published a step later.
+            self.pool.publish(branch, min(end, len(branch.tokens) - 1))
+            rows.append(Row(branch, branch.num_computed, end))
+            budget -= end - branch.num_computed
+
+        if all(row.end == len(row.branch.tokens) for row in rows):
+            step.drawing.append(sequence)
+        else:  # no branch gets ahead: the logits of all are wanted in the same step
+            rows = [Row(row.branch, row.start, min(row.end, len(row.branch.tokens) - 1)) for row in rows]
+            rows = [row for row in rows if row.num_tokens]
+        if rows:
+            step.rows[sequence] = rows
+            step.num_tokens += sum(row.num_tokens for row in rows)
+
+    def _allocate(self, sequence: Sequence, branch: Branch, num_tokens: int, step: Step) -> bool:
+        """Get pages, preempting the newest sequences if need be; False if `sequence` itself had to go."""
+        while not self.pool.allocate(branch, num_tokens):
+            victim = next(s for s in reversed(self.running) if s not in step.rows)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        self.waiting.appendleft(sequence)
+        self.num_preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        for branch in sequence.branches:
+            self.pool.release(branch)

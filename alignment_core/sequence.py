@@ -1,0 +1,170 @@
+"""What is asked for and what is being generated: parameters, branches, sequences, outputs."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from alignment_core.detokenizer import TextStream
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+MAX_RATIO = 20.0
+MAX_STOP_STRINGS = 16
+
+
+class InvalidRequest(ValueError):
+    """A request that can never be served. `param` names the field at fault."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+def _require(condition: bool, param: str, rule: str, value: object) -> None:
+    if not condition:
+        raise InvalidRequest(f"{param} must be {rule}, got {value!r}", param)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request's tokens are drawn. Raises InvalidRequest when a value is out of range.
+
+    temperature: ≥ 0; 0 takes the best token. top_p: (0, 1]. top_k: 0 switches it off. min_p: [0, 1].
+    seed: 64-bit; None draws a fresh one. max_tokens: None means up to the context's end.
+    stop: strings that end the reply and are not part of it.
+    stop_token_ids: None means the model's own end-of-sequence ids.
+    alignment_top_p, alignment_temperature: the plausible set, DESIGN section 2.4; a temperature of
+    None means max(temperature, 0.5).
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] | None = None
+    alignment_top_p: float = 0.8
+    alignment_temperature: float | None = None
+
+    def __post_init__(self) -> None:
+        t_p = self.alignment_temperature
+        _require(0 <= self.temperature < math.inf, "temperature", "a finite number ≥ 0", self.temperature)
+        _require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
+        _require(self.top_k >= 0, "top_k", "≥ 0", self.top_k)
+        _require(0 <= self.min_p <= 1, "min_p", "in [0, 1]", self.min_p)
+        _require(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer", self.seed)
+        _require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "≥ 1", self.max_tokens)
+        _require(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings", len(self.stop))
+        _require(all(self.stop), "stop", "free of empty strings", self.stop)
+        _require(0 < self.alignment_top_p <= 1, "alignment_top_p", "in (0, 1]", self.alignment_top_p)
+        _require(t_p is None or 0 < t_p < math.inf, "alignment_temperature", "a finite number > 0", t_p)
+
+    @property
+    def plausible_temperature(self) -> float:
+        return max(self.temperature, 0.5) if self.alignment_temperature is None else self.alignment_temperature
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The token ids of every branch of a request.
+
+    principled: k ≥ 1 branches, mixed with `weights` (which sum to 1) and extrapolated by `ratios`.
+    base: the branch without any principle; None when every ratio is 0, as there is no direction then.
+    A plain request is one principled branch with weight 1 and ratio 0.
+    """
+
+    principled: tuple[tuple[int, ...], ...]
+    weights: tuple[float, ...] = (1.0,)
+    ratios: tuple[float, ...] = (0.0,)
+    base: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        assert len(self.principled) == len(self.weights) == len(self.ratios) > 0
+        assert math.isclose(sum(self.weights), 1.0)
+        assert (self.base is None) == (not any(self.ratios))
+
+    @property
+    def branches(self) -> tuple[tuple[int, ...], ...]:
+        """Principled branches first, the base branch last."""
+        return self.principled if self.base is None else (*self.principled, self.base)
+
+
+@dataclass(slots=True)
+class Branch:
+    """One token context and its pages. Tokens [0, num_computed) have their keys and values in the pool."""
+
+    tokens: list[int]
+    pages: list[int] = field(default_factory=list)
+    page_hashes: list[bytes] = field(default_factory=list)
+    num_published: int = 0
+    num_computed: int = 0
+
+    @property
+    def remaining(self) -> int:
+        return len(self.tokens) - self.num_computed
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request took: the user's view of it, and the work behind."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    branches: int
+    branch_tokens_computed: int
+    prefix_cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One step's news of a sequence. The last one has a finish_reason and the usage."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One choice being generated: its branches, its parameters, and what has been drawn so far."""
+
+    request_id: int
+    prompt: Prompt
+    params: SamplingParams
+    seed: int
+    max_tokens: int
+    stop_token_ids: frozenset[int]
+    text: TextStream
+    on_output: Callable[[Output], None]
+    choice: int = 0
+    branches: list[Branch] = field(init=False)
+    output_ids: list[int] = field(default_factory=list)
+    num_tokens_computed: int = 0
+    num_tokens_cached: int = 0
+
+    def __post_init__(self) -> None:
+        self.branches = [Branch(list(ids)) for ids in self.prompt.branches]
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether only the newest token of each branch is left to compute."""
+        return all(branch.remaining == 1 for branch in self.branches)
+
+    def append(self, token_id: int) -> None:
+        """DESIGN section 2.6: the one token that was drawn goes to every branch."""
+        self.output_ids.append(token_id)
+        for branch in self.branches:
+            branch.tokens.append(token_id)
+
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=len(self.prompt.principled[0]),
+            completion_tokens=len(self.output_ids),
+            branches=len(self.branches),
+            branch_tokens_computed=self.num_tokens_computed,
+            prefix_cached_tokens=self.num_tokens_cached,
+        )

@@ -1,0 +1,29 @@
+"""The FastAPI application over one engine."""
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from alignment_core import Engine
+from server.protocol.errors import HANDLERS
+from server.routes import chat, models
+from server.settings import Settings
+
+
+def create_app(engine: Engine, settings: Settings) -> FastAPI:
+    """The application; the engine's loop runs while the application does."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        with engine:
+            yield
+
+    app = FastAPI(title="linalign", lifespan=lifespan, exception_handlers=HANDLERS)
+    app.state.engine = engine
+    app.state.settings = settings
+    app.state.started = int(time.time())
+    app.include_router(chat.router)
+    app.include_router(models.router)
+    return app

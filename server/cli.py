@@ -1,0 +1,57 @@
+"""The command line: linalign serve."""
+
+import argparse
+import logging
+import sys
+
+from pydantic import ValidationError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="linalign", description="Inference with Linear Alignment.")
+    parser.add_argument("command", choices=["serve"], help="serve: an OpenAI-compatible server (serve --help)")
+    command, args = parser.parse_args(sys.argv[1:2]), sys.argv[2:]
+    assert command.command == "serve"
+    serve(args)
+
+
+def serve(args: list[str]) -> None:
+    from server.settings import load_settings
+
+    try:
+        settings = load_settings(args)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()]
+        sys.exit("linalign serve: " + "; ".join(lines))
+    except ValueError as error:
+        sys.exit(f"linalign serve: {error}")
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    import uvicorn
+
+    from alignment_core import Engine, EngineConfig, LoadingError, load
+    from server.app import create_app
+
+    try:
+        loaded = load(
+            settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        config = EngineConfig(
+            max_model_len=settings.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+        )
+        engine = Engine(loaded, config)
+    except (LoadingError, ValueError) as error:
+        sys.exit(f"linalign serve: {error}")
+    uvicorn.run(
+        create_app(engine, settings),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        timeout_graceful_shutdown=settings.shutdown_timeout,
+    )

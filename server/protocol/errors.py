@@ -1,0 +1,84 @@
+"""OpenAI's error shape, for every way a request can fail."""
+
+from typing import Any
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from alignment_core import EngineDead, InvalidRequest
+from server.protocol.chat import ChatCompletionRequest, Message, PrincipleItem, StreamOptions
+from server.settings import nearest
+
+
+def error_response(
+    status: int, message: str, param: str | None = None, code: str | None = None, kind: str = "invalid_request_error"
+) -> JSONResponse:
+    """{"error": {"message", "type", "param", "code"}} with the given status."""
+    error = {"message": message, "type": kind, "param": param, "code": code}
+    return JSONResponse({"error": error}, status_code=status)
+
+
+class ModelNotFound(Exception):
+    def __init__(self, model: str) -> None:
+        super().__init__(f"The model {model!r} does not exist")
+
+
+async def on_validation_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return error_response(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
+    path = [part for part in first["loc"][1:] if isinstance(part, int) or part.isidentifier()]
+    param = ".".join(str(part) for part in path) or None
+    if first["type"] == "extra_forbidden":
+        name, known = str(path[-1]), _known_fields(path)
+        message = f"unknown field {name!r}{nearest(name, known)}"
+        return error_response(400, message, param, "unknown_field")
+    message = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
+    return error_response(400, f"{param or 'body'}: {message}", param, "invalid_value")
+
+
+def _known_fields(path: list[Any]) -> list[str]:
+    owners: dict[str, type[BaseModel]] = {
+        "messages": Message,
+        "stream_options": StreamOptions,
+        "principle": PrincipleItem,
+    }
+    owner = owners.get(str(path[0]), ChatCompletionRequest) if len(path) > 1 else ChatCompletionRequest
+    return list(owner.model_fields)
+
+
+async def on_invalid_request(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, InvalidRequest)
+    code = "context_length_exceeded" if "context holds" in str(error) else "invalid_value"
+    return error_response(400, str(error), error.param, code)
+
+
+async def on_model_not_found(_: Request, error: Exception) -> JSONResponse:
+    return error_response(404, str(error), "model", "model_not_found")
+
+
+async def on_engine_dead(_: Request, __: Exception) -> JSONResponse:
+    return error_response(503, "the engine is not running", code="engine_dead", kind="server_error")
+
+
+async def on_http_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    return error_response(error.status_code, str(error.detail), code=None)
+
+
+async def on_bug(_: Request, __: Exception) -> JSONResponse:
+    return error_response(500, "internal error", code="internal_error", kind="server_error")
+
+
+HANDLERS: dict[Any, Any] = {
+    RequestValidationError: on_validation_error,
+    InvalidRequest: on_invalid_request,
+    ModelNotFound: on_model_not_found,
+    EngineDead: on_engine_dead,
+    HTTPException: on_http_error,
+    Exception: on_bug,
+}

@@ -1,0 +1,85 @@
+"""Server settings: one name, three spellings. Flag > LINALIGN_* > config file > default."""
+
+import argparse
+import difflib
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    CliPositionalArg,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+PREFIX = "LINALIGN_"
+
+
+class Settings(BaseSettings):
+    """Serve a model. Every flag is also a variable LINALIGN_NAME and a key of the YAML config file."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        cli_kebab_case=True,
+        cli_prog_name="linalign serve",
+        extra="forbid",
+        allow_inf_nan=False,
+    )
+
+    model: CliPositionalArg[str | None] = Field(
+        None, description="directory, .gguf file or Hugging Face id; the embedded smollm2 where there is none"
+    )
+    config: Path | None = Field(None, description="YAML file of these settings")
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["auto", "none"] = Field("auto", description="weights run in the dtype either way, for now")
+    max_model_len: int | None = Field(None, ge=2, description="tokens of the longest context, the reply included")
+    max_num_seqs: int = Field(64, ge=1, description="sequences that run at once")
+    max_num_batched_tokens: int = Field(512, ge=1, description="query tokens of one forward pass")
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of free GPU memory for the KV cache")
+    default_alignment_ratio: float = Field(2.0, ge=0, le=20, description="for requests that name none")
+    shutdown_timeout: int = Field(30, ge=0, description="seconds that running requests get on SIGTERM")
+    trust_remote_code: bool = Field(False, description="run Python code that a checkpoint brings along")
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """'; did you mean X?' where something known is near, else nothing."""
+    found = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def load_settings(args: list[str]) -> Settings:
+    """Settings from a command line. Raises ValueError (pydantic's own included), SystemExit for --help."""
+    known = [PREFIX + name.upper() for name in Settings.model_fields]
+    for name in os.environ:
+        if name.startswith(PREFIX) and name not in known:
+            raise ValueError(f"there is no setting {name}{nearest(name, known)}")
+
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", default=os.environ.get(PREFIX + "CONFIG"))
+    file: str | None = finder.parse_known_args(args)[0].config
+    if file and not Path(file).is_file():
+        raise ValueError(f"there is no config file {file}")
+
+    class WithFile(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            del dotenv_settings, file_secret_settings  # no hidden places
+            sources = (init_settings, env_settings)
+            return (*sources, YamlConfigSettingsSource(settings_cls, file)) if file else sources
+
+    WithFile.__doc__ = Settings.__doc__
+    return CliApp.run(WithFile, cli_args=args)

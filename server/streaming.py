@@ -1,0 +1,83 @@
+"""From the engine's thread to the event loop, and from outputs to OpenAI's objects."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from sse_starlette import JSONServerSentEvent, ServerSentEvent
+
+from alignment_core import Engine, EngineDead, Output, Prompt, SamplingParams, Usage
+
+
+async def outputs(engine: Engine, prompt: Prompt, params: SamplingParams) -> AsyncIterator[Output]:
+    """Submit a request and yield what comes of it. Closing the iterator aborts the request.
+
+    Raises InvalidRequest, EngineDead.
+    """
+    loop = asyncio.get_running_loop()
+    queue: asyncio.Queue[Output] = asyncio.Queue()
+
+    def on_output(output: Output) -> None:
+        loop.call_soon_threadsafe(queue.put_nowait, output)
+
+    request_id = engine.submit(prompt, params, on_output)
+    try:
+        while True:
+            output = await queue.get()
+            if output.finish_reason == "error":
+                raise EngineDead("the engine failed during this request")
+            yield output
+            if output.finish_reason:
+                return
+    finally:
+        engine.abort(request_id)
+
+
+class Completion:
+    """The fields that all objects of one chat completion have in common."""
+
+    def __init__(self, model: str) -> None:
+        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+    def whole(self, text: str, last: Output) -> dict[str, Any]:
+        assert last.usage is not None
+        message = {"role": "assistant", "content": text}
+        choice = {"index": 0, "message": message, "finish_reason": last.finish_reason, "logprobs": None}
+        return {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage_object(last.usage)}
+
+    async def events(self, replies: AsyncIterator[Output], include_usage: bool) -> AsyncIterator[ServerSentEvent]:
+        yield self._chunk({"role": "assistant", "content": ""})
+        try:
+            async for output in replies:
+                if output.text:
+                    yield self._chunk({"content": output.text})
+                if output.finish_reason:
+                    yield self._chunk({}, output.finish_reason)
+                    if include_usage and output.usage is not None:
+                        yield self._event(choices=[], usage=usage_object(output.usage))
+            yield ServerSentEvent(data="[DONE]")
+        except EngineDead as error:
+            message = {"message": str(error), "type": "server_error", "param": None, "code": "engine_dead"}
+            yield JSONServerSentEvent({"error": message})
+
+    def _chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> ServerSentEvent:
+        return self._event(choices=[{"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}])
+
+    def _event(self, **fields: Any) -> ServerSentEvent:
+        return JSONServerSentEvent({**self._head, "object": "chat.completion.chunk", **fields})
+
+
+def usage_object(usage: Usage) -> dict[str, Any]:
+    """OpenAI's usage counts the user's view once; alignment_details tell the extra work."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "alignment_details": {
+            "branches": usage.branches,
+            "branch_tokens_computed": usage.branch_tokens_computed,
+            "prefix_cached_tokens": usage.prefix_cached_tokens,
+        },
+    }

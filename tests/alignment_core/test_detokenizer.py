@@ -1,0 +1,65 @@
+import pytest
+
+from alignment_core.detokenizer import TextStream
+
+
+def stream(decode, ids, stop=()):
+    text = TextStream(decode, stop)
+    parts = []
+    for id in ids:
+        parts.append(text.add(id))
+        if text.stopped:
+            break
+    return parts, text.finish(), text
+
+
+def as_bytes(ids):
+    return bytes(ids).decode("utf-8", errors="replace")
+
+
+@pytest.mark.parametrize("text", ["naïve 日本語 🙂 done", "a", "", "👩‍👩‍👧 family"])
+def test_characters_leave_whole(text):
+    parts, rest, _ = stream(as_bytes, text.encode())
+    assert "".join(parts) + rest == text
+    assert not any("\ufffd" in part for part in parts)
+
+
+def test_every_token_leaves_at_once_when_nothing_holds_it_back():
+    parts, rest, _ = stream(as_bytes, b"hello")
+    assert parts == list("hello")
+    assert rest == ""
+
+
+def test_an_unfinished_character_is_shown_at_the_end():
+    parts, rest, _ = stream(as_bytes, "é".encode()[:1])
+    assert parts == [""]
+    assert rest == "\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("one END two", ("END",), "one "),
+        ("one ENtwo", ("END",), "one ENtwo"),
+        ("aaab", ("aab",), "a"),
+        ("x\n\nUser: y", ("\nUser", "User"), "x\n"),
+        ("ababac", ("abac",), "ab"),
+        ("one EN", ("END",), "one EN"),
+    ],
+)
+def test_stop_strings_never_leak(text, stop, expected):
+    parts, rest, state = stream(as_bytes, text.encode(), stop)
+    assert "".join(parts) + rest == expected
+    assert state.stopped == (expected != text)
+    shown = ""
+    for part in parts:  # at no time was anything shown that had to be taken back
+        shown += part
+        assert expected.startswith(shown)
+
+
+def test_real_tokens(tokenizer):
+    text = "Zażółć gęślą jaźń — 你好，世界! 🙂🙃 def f(x):\n    return x"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    parts, rest, _ = stream(lambda ids: tokenizer.decode(ids), ids)
+    assert "".join(parts) + rest == text
+    assert "\ufffd" not in "".join(parts)

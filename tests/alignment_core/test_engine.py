@@ -1,0 +1,262 @@
+"""The engine on tiny random models, judged by the float64 oracle; every path is asserted to be taken."""
+
+import threading
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from alignment_core import EngineDead, InvalidRequest, Prompt, SamplingParams
+from tests.conftest import make_engine, run_all, tiny_pair, token_ids
+from tests.oracle import Setting
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, stop_token_ids=frozenset())
+
+
+def aligned(ratio, length=30, shift=0, extra=9):
+    ids = tuple((7 * i + shift) % 290 + 5 for i in range(length))
+    principled = ids[:5] + tuple(range(50, 50 + extra)) + ids[5:]
+    return Prompt((principled,), (1.0,), (ratio,), ids if ratio else None)
+
+
+def judge(oracle, prompt, outputs, **setting):
+    tokens = token_ids(outputs)
+    ties = oracle.check_greedy(prompt, Setting(prompt.ratios, prompt.weights, **setting), tokens)
+    assert ties <= 1
+    return tokens
+
+
+def prompts():
+    return [aligned(ratio, 10 + 11 * i, i) for i, ratio in enumerate([0, 0.5, 2, 5, 0, 2])]
+
+
+def test_the_two_forms_of_the_oracle_agree(tiny):
+    _, oracle = tiny
+    prompt = aligned(2.0)
+    tokens = oracle.greedy(prompt, Setting((2.0,)), 12)
+    assert oracle.check_greedy(prompt, Setting((2.0,)), tokens) == 0
+    wrong = [*tokens[:5], (tokens[5] + 1) % 300, *tokens[6:]]
+    with pytest.raises(AssertionError):
+        oracle.check_greedy(prompt, Setting((2.0,)), wrong)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"page_size": 4, "num_pages": 400},
+        {"page_size": 4, "num_pages": 400, "max_num_batched_tokens": 7},
+        {"page_size": 3, "num_pages": 70},
+        {"page_size": 4, "num_pages": 400, "max_num_seqs": 2},
+    ],
+    ids=["together", "chunked", "preempted", "few at once"],
+)
+def test_mixed_batches_equal_the_oracle(tiny, config):
+    loaded, oracle = tiny
+    engine = make_engine(loaded, **config)
+    all_outputs = run_all(engine, [(prompt, GREEDY) for prompt in prompts()])
+    for prompt, outputs in zip(prompts(), all_outputs, strict=True):
+        assert len(judge(oracle, prompt, outputs)) == 12
+        assert outputs[-1].finish_reason == "length"
+    assert engine.pool.num_free == engine.pool.num_pages
+    if config["num_pages"] == 70:
+        assert engine.scheduler.num_preemptions > 0
+    if "max_num_batched_tokens" in config:
+        assert engine.runner.num_forwards > 12 * len(prompts())
+
+
+def test_one_forward_a_step_for_all_rows(tiny):
+    loaded, _ = tiny
+    engine = make_engine(loaded, num_pages=400)
+    run_all(engine, [(prompt, GREEDY) for prompt in prompts()])
+    assert engine.runner.num_forwards == 12
+
+
+@pytest.mark.parametrize("ratios", [(1.0, 3.0), (0.5, 0.0, 4.0)])
+def test_several_principles(tiny, ratios):
+    loaded, oracle = tiny
+    base = tuple(range(20, 45))
+    weights = (0.25, 0.75) if len(ratios) == 2 else (0.5, 0.25, 0.25)
+    principled = tuple(base[:4] + tuple(range(100 + 10 * i, 106 + 10 * i)) + base[4:] for i in range(len(ratios)))
+    prompt = Prompt(principled, weights, ratios, base)
+    (outputs,) = run_all(make_engine(loaded, num_pages=200), [(prompt, GREEDY)])
+    judge(oracle, prompt, outputs)
+    assert outputs[-1].usage.branches == len(ratios) + 1
+
+
+def test_prefixes_are_computed_once(tiny):
+    """Within a sequence, between requests of one step, and again later."""
+    loaded, oracle = tiny
+    engine = make_engine(loaded, page_size=4, num_pages=400)
+    shared = tuple(range(10, 50))
+    prompt = Prompt(((*shared, 60, 61, 62, 63, 64),), (1.0,), (2.0,), (*shared, 60))
+    first, twin = run_all(engine, [(prompt, GREEDY), (prompt, GREEDY)])
+    assert judge(oracle, prompt, first) == judge(oracle, prompt, twin)
+    assert first[-1].usage.prefix_cached_tokens == 40
+    assert first[-1].usage.branch_tokens_computed == 45 + 1 + 2 * 11
+    assert twin[-1].usage.prefix_cached_tokens == 44 + 40
+    (later,) = run_all(engine, [(prompt, GREEDY)])
+    assert later[-1].usage.prefix_cached_tokens == 44 + 40
+    assert token_ids(later) == token_ids(first)
+
+
+def test_a_second_turn_finds_the_reply_of_the_first(tiny):
+    loaded, oracle = tiny
+    engine = make_engine(loaded, page_size=4, num_pages=400)
+    prompt = aligned(0)
+    (first,) = run_all(engine, [(prompt, GREEDY)])
+    second = Prompt(((*prompt.principled[0], *token_ids(first), 9, 8, 7),))
+    (outputs,) = run_all(engine, [(second, GREEDY)])
+    judge(oracle, second, outputs)
+    assert outputs[-1].usage.prefix_cached_tokens >= len(prompt.principled[0]) + 4
+
+
+def test_ratio_zero_is_one_branch(tiny):
+    loaded, _ = tiny
+    prompt = aligned(0)
+    assert prompt.base is None
+    (outputs,) = run_all(make_engine(loaded, num_pages=100), [(prompt, GREEDY)])
+    assert outputs[-1].usage.branches == 1
+    assert outputs[-1].usage.branch_tokens_computed == len(prompt.principled[0]) + 11
+
+
+def test_a_seed_gives_the_same_tokens_alone_and_in_a_crowd(tiny):
+    loaded, _ = tiny
+    params = SamplingParams(seed=11, max_tokens=12, stop_token_ids=frozenset())
+    (alone,) = run_all(make_engine(loaded, num_pages=400), [(aligned(2), params)])
+    others = [(prompt, SamplingParams(max_tokens=20)) for prompt in prompts()]
+    crowd = run_all(make_engine(loaded, page_size=4, num_pages=400), [*others, (aligned(2), params)])
+    assert token_ids(crowd[-1]) == token_ids(alone)
+    (other,) = run_all(make_engine(loaded, num_pages=400), [(aligned(2), SamplingParams(seed=12, max_tokens=12))])
+    assert token_ids(other) != token_ids(alone)
+
+
+def test_every_end_of_sequence_id_ends_the_reply(tiny):
+    loaded, oracle = tiny
+    tokens = oracle.greedy(aligned(2.0), Setting((2.0,)), 12)
+    params = SamplingParams(temperature=0, max_tokens=12, stop_token_ids=frozenset({299, tokens[4]}))
+    (outputs,) = run_all(make_engine(loaded, num_pages=400), [(aligned(2.0), params)])
+    assert token_ids(outputs) == tokens[: tokens.index(tokens[4]) + 1]
+    assert outputs[-1].finish_reason == "stop"
+
+
+def test_what_does_not_fit_is_refused_before_any_compute(tiny):
+    loaded, _ = tiny
+    engine = make_engine(loaded, num_pages=40)
+    long = Prompt((tuple(range(5, 200)) * 3,))
+    for prompt, params, param in [
+        (long, SamplingParams(), "messages"),
+        (aligned(2.0), SamplingParams(max_tokens=500), "max_tokens"),
+        (aligned(2.0), SamplingParams(max_tokens=400), "max_tokens"),
+    ]:
+        with pytest.raises(InvalidRequest) as refusal:
+            engine.submit(prompt, params, print)
+        assert refusal.value.param == param
+    assert engine.runner.num_forwards == 0
+
+
+def test_the_context_counts_the_longest_branch(tiny):
+    loaded, _ = tiny
+    prompt = aligned(2.0, length=480, extra=25)  # 505 with the principle, 480 without; the context has 512
+    (outputs,) = run_all(
+        make_engine(loaded, num_pages=100), [(prompt, SamplingParams(temperature=0, stop_token_ids=frozenset()))]
+    )
+    assert len(token_ids(outputs)) == 7
+    assert outputs[-1].finish_reason == "length"
+
+
+def test_an_abort_frees_the_pages_before_the_next_step(tiny):
+    loaded, _ = tiny
+    engine = make_engine(loaded, num_pages=100)
+    outputs = []
+    request = engine.submit(aligned(2.0), GREEDY, outputs.append)
+    engine.step()
+    assert engine.pool.num_free < 100
+    engine.abort(request)
+    assert not engine.step()
+    assert engine.pool.num_free == 100
+    assert outputs[-1].finish_reason == "abort"
+
+
+def test_a_dead_engine_tells_everyone(tiny, monkeypatch):
+    loaded, _ = tiny
+    engine = make_engine(loaded, num_pages=100)
+    monkeypatch.setattr(engine.runner, "forward", lambda _: 1 / 0)
+    ended = threading.Event()
+    outputs = []
+
+    def on_output(output):
+        outputs.append(output)
+        ended.set()
+
+    engine.submit(aligned(2.0), GREEDY, on_output)
+    with engine:
+        assert ended.wait(10)
+        assert outputs[-1].finish_reason == "error"
+        assert not engine.alive
+        with pytest.raises(EngineDead):
+            engine.submit(aligned(2.0), GREEDY, print)
+    assert engine.pool.num_free == 100
+
+
+ARCHITECTURES = {
+    "llama": {},
+    "mistral": {"sliding_window": 8},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "qwen3": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "attn_logit_softcapping": 5.0},
+    "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8},
+    "smollm3": {},
+    "phi3": {},
+}
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_architectures(tokenizer, model_type):
+    """Grouped-query heads everywhere; sliding windows and soft-capping where the model has them."""
+    loaded, oracle = tiny_pair(tokenizer, model_type, vocab_size=300, **ARCHITECTURES[model_type])
+    for config in ({"num_pages": 400}, {"page_size": 4, "num_pages": 400, "max_num_batched_tokens": 9}):
+        engine = make_engine(loaded, **config)
+        for prompt, outputs in zip(prompts(), run_all(engine, [(prompt, GREEDY) for prompt in prompts()]), strict=True):
+            judge(oracle, prompt, outputs)
+
+
+def test_an_architecture_that_bypasses_our_attention_is_refused(tokenizer):
+    loaded, _ = tiny_pair(tokenizer, "stablelm", vocab_size=300)
+    with pytest.raises(ValueError, match="attention interface"):
+        make_engine(loaded, num_pages=10)
+
+
+request = st.tuples(
+    st.integers(1, 40),  # length
+    st.sampled_from([0.0, 0.5, 2.0, 5.0]),
+    st.integers(1, 8),  # max_tokens
+    st.integers(0, 6),  # steps before it arrives
+    st.one_of(st.none(), st.integers(0, 6)),  # steps before it is aborted
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(requests=st.lists(request, min_size=1, max_size=6), budget=st.integers(4, 64), pages=st.integers(40, 90))
+def test_any_traffic_equals_the_oracle_and_leaves_no_page_behind(tiny, requests, budget, pages):
+    loaded, oracle = tiny
+    engine = make_engine(loaded, page_size=3, num_pages=pages, max_num_batched_tokens=budget)
+    going = []
+    arrivals = [(arrival, index) for index, (_, _, _, arrival, _) in enumerate(requests)]
+    for now in range(10_000):
+        for arrival, index in arrivals:
+            if arrival == now:
+                length, ratio, max_tokens, _, abort = requests[index]
+                prompt, outputs = aligned(ratio, length, index % 2), []
+                params = SamplingParams(temperature=0, max_tokens=max_tokens, stop_token_ids=frozenset())
+                going.append((engine.submit(prompt, params, outputs.append), prompt, outputs, now, abort))
+        for request_id, _, _, start, abort in going:
+            if abort is not None and start + abort == now:
+                engine.abort(request_id)
+        if not engine.step() and now > 6:
+            break
+    assert len(going) == len(requests)
+    for _, prompt, outputs, _, abort in going:
+        assert outputs[-1].finish_reason == "length" or (abort is not None and outputs[-1].finish_reason == "abort")
+        if token_ids(outputs):
+            judge(oracle, prompt, outputs)
+    assert engine.pool.num_free == pages

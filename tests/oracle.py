@@ -1,0 +1,80 @@
+"""The judge: DESIGN section 2, naive and in float64, over full-context calls without any cache.
+
+Shares no code with the engine.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+NEAR_TIE = 1e-4  # closer than this, the two best logits may swap in float32
+
+
+@dataclass(frozen=True)
+class Setting:
+    ratios: tuple[float, ...] = (0.0,)
+    weights: tuple[float, ...] = (1.0,)
+    temperature: float = 0.0
+    top_p: float = 0.8
+
+
+class Oracle:
+    """model: a transformers causal LM in float64 with its own attention."""
+
+    def __init__(self, model):
+        assert model.dtype == torch.float64
+        self.model = model
+
+    @torch.no_grad()
+    def logits(self, ids):
+        """[len(ids), V]: one full-context call."""
+        return self.model(torch.tensor([ids]), use_cache=False).logits[0].double()
+
+    def aligned(self, principled, base, setting):
+        """z of one position, −inf outside the plausible set. principled: k logit vectors; base: one or None."""
+        z_p = sum(w * z for w, z in zip(setting.weights, principled, strict=True))
+        if base is None:
+            return z_p
+        d = sum(w * r * (z - base) for w, r, z in zip(setting.weights, setting.ratios, principled, strict=True))
+        probabilities = torch.softmax(z_p / max(setting.temperature, 0.5), dim=-1)
+        order = sorted(range(len(z_p)), key=lambda token: (-probabilities[token].item(), token))
+        mass, plausible = 0.0, []
+        for token in order:
+            if plausible and mass >= setting.top_p:
+                break
+            plausible.append(token)
+            mass += probabilities[token].item()
+        z = torch.full_like(z_p, -torch.inf)
+        z[plausible] = (z_p + d)[plausible]
+        return z
+
+    def next_logits(self, prompt, output, setting):
+        """z after `output`: two separate full-context calls (k + 1 with k principles)."""
+        principled = [self.logits([*ids, *output])[-1] for ids in prompt.principled]
+        base = None if prompt.base is None else self.logits([*prompt.base, *output])[-1]
+        return self.aligned(principled, base, setting)
+
+    def greedy(self, prompt, setting, max_tokens, stop_ids=frozenset()):
+        """Token by token."""
+        output = []
+        while len(output) < max_tokens and not (output and output[-1] in stop_ids):
+            output.append(int(self.next_logits(prompt, output, setting).argmax()))
+        return output
+
+    def check_greedy(self, prompt, setting, output):
+        """Number of near ties at which `output` took the runner-up; fails at any other difference.
+
+        By causality one full-context call a branch has the logits of every position, so this judges
+        the very tokens that `greedy` would, given each prefix of `output`.
+        """
+        principled = [self.logits([*ids, *output[:-1]])[len(ids) - 1 :] for ids in prompt.principled]
+        base = None if prompt.base is None else self.logits([*prompt.base, *output[:-1]])[len(prompt.base) - 1 :]
+        ties = 0
+        for position, token in enumerate(output):
+            z = self.aligned([z[position] for z in principled], None if base is None else base[position], setting)
+            best = z.topk(2)
+            if token != int(best.indices[0]):
+                gap = float(best.values[0] - z[token])
+                assert gap < NEAR_TIE, f"position {position}: took {token}, {gap} below {int(best.indices[0])}"
+                ties += 1
+        return ties
