@@ -10,9 +10,8 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import jinja2
 from tokenizers import Tokenizer
@@ -62,7 +61,6 @@ class PromptBuilder:
         """Token ids of every branch. Principles of weight 0 take no part."""
         if not messages:
             raise InvalidRequest("messages must not be empty", "messages")
-        now = datetime.now()  # one clock for all branches
         escapes = _Escapes()
         safe = [
             {
@@ -75,26 +73,34 @@ class PromptBuilder:
             for message in messages
         ]
         principles = [principle for principle in principles if principle.weight > 0]
+        for _ in range(3):  # templates may show the time, which must be the same for all branches
+            base = self._encode(safe, escapes)
+            prompt = self._branches(base, safe, principles, placement, escapes)
+            if not principles or self._encode(safe, escapes) == base:
+                break
+        return prompt
+
+    def _branches(
+        self,
+        base: tuple[int, ...],
+        messages: list[dict[str, str]],
+        principles: Sequence[Principle],
+        placement: Placement,
+        escapes: "_Escapes",
+    ) -> Prompt:
         if not principles:
-            return Prompt(principled=(self._encode(safe, now, escapes),))
-        principled = tuple(
-            self._encode(
-                self._with_principle(safe, escapes.apply(self._any_added, principle.text), placement, now), now, escapes
-            )
-            for principle in principles
-        )
+            return Prompt(principled=(base,))
+        texts = [escapes.apply(self._any_added, principle.text) for principle in principles]
         total = sum(principle.weight for principle in principles)
         ratios = tuple(principle.ratio for principle in principles)
         return Prompt(
-            principled=principled,
+            principled=tuple(self._encode(self._with_principle(messages, text, placement), escapes) for text in texts),
             weights=tuple(principle.weight / total for principle in principles),
             ratios=ratios,
-            base=self._encode(safe, now, escapes) if any(ratios) else None,
+            base=base if any(ratios) else None,
         )
 
-    def _with_principle(
-        self, messages: list[dict[str, str]], text: str, placement: Placement, now: datetime
-    ) -> list[dict[str, str]]:
+    def _with_principle(self, messages: list[dict[str, str]], text: str, placement: Placement) -> list[dict[str, str]]:
         messages = [dict(message) for message in messages]
         if placement == "user":
             users = [message for message in messages if message["role"] == "user"]
@@ -104,16 +110,16 @@ class PromptBuilder:
         elif messages[0]["role"] == "system":
             messages[0]["content"] = _joined(messages[0]["content"], text)
         else:
-            messages.insert(0, {"role": "system", "content": _joined(self._default_system_text(now), text)})
+            messages.insert(0, {"role": "system", "content": _joined(self._default_system_text(), text)})
         return messages
 
-    def _default_system_text(self, now: datetime) -> str:
+    def _default_system_text(self) -> str:
         """What the template puts into the system block by itself when there is no system message."""
         if not self._has_system_role:
             return ""
         mark, user = "SYSTEM" + secrets.token_hex(8), {"role": "user", "content": "USER" + secrets.token_hex(8)}
-        before, after = self._render([{"role": "system", "content": mark}, user], now).split(mark, 1)
-        default = self._render([user], now)
+        before, after = self._render([{"role": "system", "content": mark}, user]).split(mark, 1)
+        default = self._render([user])
         fits = len(before) + len(after) <= len(default) and default.startswith(before) and default.endswith(after)
         return default[len(before) : len(default) - len(after)] if fits else ""
 
@@ -121,15 +127,15 @@ class PromptBuilder:
         mark = "SYSTEM" + secrets.token_hex(8)
         chat = [{"role": "system", "content": mark}, {"role": "user", "content": "Hello"}]
         try:
-            return mark in self._render(chat, datetime.now())
+            return mark in self._render(chat)
         except (jinja2.TemplateError, TypeError, ValueError):
             return False
 
-    def _encode(self, messages: list[dict[str, str]], now: datetime, escapes: "_Escapes") -> tuple[int, ...]:
+    def _encode(self, messages: list[dict[str, str]], escapes: "_Escapes") -> tuple[int, ...]:
         if not self._has_system_role:
             messages = _without_system_role(messages)
         try:
-            rendered = self._render(messages, now)
+            rendered = self._render(messages)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise InvalidRequest(f"the model's chat template refuses these messages: {error}", "messages") from error
         if not escapes.used:
@@ -171,9 +177,8 @@ class PromptBuilder:
         state["added_tokens"], state["post_processor"] = [], None
         return Tokenizer.from_str(json.dumps(state))
 
-    def _render(self, messages: list[dict[str, str]], now: datetime) -> str:
-        clock: dict[str, Any] = {"strftime_now": lambda form: now.strftime(form)}
-        rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **clock)
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert isinstance(rendered, str)
         return rendered
 

@@ -37,13 +37,9 @@ class Oracle:
             return z_p
         d = sum(w * r * (z - base) for w, r, z in zip(setting.weights, setting.ratios, principled, strict=True))
         probabilities = torch.softmax(z_p / max(setting.temperature, 0.5), dim=-1)
-        order = sorted(range(len(z_p)), key=lambda token: (-probabilities[token].item(), token))
-        mass, plausible = 0.0, []
-        for token in order:
-            if plausible and mass >= setting.top_p:
-                break
-            plausible.append(token)
-            mass += probabilities[token].item()
+        order = torch.argsort(probabilities, descending=True, stable=True)
+        before = torch.cumsum(probabilities[order], 0) - probabilities[order]
+        plausible = order[(before < setting.top_p) | (torch.arange(len(order)) == 0)]
         z = torch.full_like(z_p, -torch.inf)
         z[plausible] = (z_p + d)[plausible]
         return z

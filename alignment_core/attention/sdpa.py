@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from alignment_core.attention.paged_batch import PagedBatch
 
-NAME = "linalign_sdpa"
+NAME = "linalign_paged"  # not "…sdpa": transformers would refuse models with soft-capping
 UNSUPPORTED = ("s_aux", "position_bias")  # attention sinks, relative position biases
 
 

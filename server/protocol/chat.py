@@ -3,6 +3,7 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from alignment_core import Principle, SamplingParams
 from alignment_core.sequence import MAX_RATIO, MAX_STOP_STRINGS
@@ -64,7 +65,7 @@ class ChatCompletionRequest(Schema):
         for name, neutral in UNSUPPORTED.items():
             if name in body:
                 if body[name] is not None and not _equal(body[name], neutral):
-                    raise ValueError(f"{name} is not supported yet")
+                    raise PydanticCustomError("unsupported_field", "{param} is not supported yet", {"param": name})
                 body = {key: value for key, value in body.items() if key != name}
         return body
 

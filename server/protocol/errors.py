@@ -28,10 +28,12 @@ class ModelNotFound(Exception):
 
 async def on_validation_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
+    first = max(error.errors(), key=lambda e: len(e["loc"]))  # of a union's complaints, the one that got furthest
     if first["type"] == "json_invalid":
         return error_response(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
-    path = [part for part in first["loc"][1:] if isinstance(part, int) or part.isidentifier()]
+    if first["type"] == "unsupported_field":
+        return error_response(400, first["msg"], first["ctx"]["param"], "unsupported_field")
+    path = [part for part in first["loc"][1:] if isinstance(part, int) or (part.isidentifier() and part != "str")]
     param = ".".join(str(part) for part in path) or None
     if first["type"] == "extra_forbidden":
         name, known = str(path[-1]), _known_fields(path)

@@ -24,7 +24,7 @@ MERGES_SYSTEM = (
 )
 WITH_DATE = (
     "{% if messages[0].role == 'system' %}{% set s = messages[0].content %}{% set messages = messages[1:] %}"
-    "{% else %}{% set s = 'You help.' %}{% endif %}<|im_start|>system\nToday is {{ strftime_now('%H:%M:%S.%f') }}.\n"
+    "{% else %}{% set s = 'You help.' %}{% endif %}<|im_start|>system\nToday is {{ strftime_now('%d %b %Y') }}.\n"
     "{{ s }}<|im_end|>\n" + PLAIN
 )
 QUESTION = [{"role": "user", "content": "What is rain?"}]
@@ -136,3 +136,13 @@ def test_ratio_zero_has_no_base(tokenizer):
 def test_bad_principles_are_refused(principle):
     with pytest.raises(InvalidRequest):
         Principle(**principle)
+
+
+def test_all_branches_show_the_same_time(tokenizer, monkeypatch):
+    """Midnight falls between the branches."""
+    prompts = builder(tokenizer, WITH_DATE)
+    render, days = prompts._render, iter(["Mon", "Mon", "Mon"])
+    monkeypatch.setattr(prompts, "_render", lambda chat: render(chat).replace("Today is", f"{next(days, 'Tue')} is"))
+    principled, base = texts(tokenizer, prompts.build(QUESTION, [Principle("Speak simply.")]))
+    assert base.startswith("<|im_start|>system\nTue is")
+    assert principled.replace("\nSpeak simply.", "") == base

@@ -1,0 +1,152 @@
+"""The engine on the real embedded model, float32, against the float64 oracle."""
+
+import pytest
+import torch
+from scipy import stats
+
+from alignment_core import Principle, SamplingParams
+from alignment_core.prompts import PromptBuilder
+from tests.conftest import make_engine, run_all, token_ids
+from tests.oracle import Setting
+
+RATIOS = (0.0, 0.5, 2.0, 5.0)
+NUM_TOKENS = 64
+GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, stop_token_ids=frozenset())
+CASES = [
+    ("Where should our town get its power from?", "Answer in favour of solar power."),
+    ("What is rain?", "Explain as a patient primary-school teacher."),
+    ("How do I boil an egg?", "Be very brief."),
+    ("Write a greeting for a colleague.", "Be formal."),
+    ("Tell me about Paris.", "Praise the food."),
+    ("Is coffee healthy?", "Be cautious and mention risks."),
+    ("Why is the sky blue?", "Use a metaphor."),
+    ("Name three fruits.", "Prefer tropical fruits."),
+    ("How can I sleep better?", "Recommend exercise."),
+    ("What should I read next?", "Favour science fiction."),
+    ("Describe a cat.", "Write like a poet."),
+    ("How do computers work?", "Speak to an engineer."),
+    ("Give me a name for my dog.", "Prefer old-fashioned names."),
+    ("What is democracy?", "Mention ancient Greece."),
+    ("Plan a weekend trip.", "Prefer trains to planes."),
+    ("What is 12 times 12?", "Show every step."),
+    ("Should I learn to play the piano?", "Encourage the user."),
+    ("Explain photosynthesis.", "Answer in short sentences."),
+    ("What makes a good friend?", "Speak from experience."),
+    ("How is bread made?", "Be enthusiastic!"),
+    ("Who was Isaac Newton?", "Focus on his mistakes."),
+    ("Recommend a dinner.", "Only vegetarian food."),
+    ("What is a black hole?", "Write for a five-year-old."),
+    ("How do I save money?", "Be strict."),
+]
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    builder = PromptBuilder(tokenizer)
+    chats = [([{"role": "user", "content": question}], principle) for question, principle in CASES]
+    return [builder.build(messages, [Principle(text, ratio=ratio)]) for messages, text in chats for ratio in RATIOS]
+
+
+@pytest.fixture(scope="module")
+def alone(embedded, prompts):
+    """Each request by itself, without any prefix to find."""
+    outputs = []
+    for prompt in prompts:
+        engine = make_engine(embedded, num_pages=64)
+        outputs.append(token_ids(run_all(engine, [(prompt, GREEDY)])[0]))
+    return outputs
+
+
+@pytest.mark.slow
+def test_alone_equals_the_oracle(embedded_oracle, prompts, alone):
+    ties = 0
+    for prompt, tokens in zip(prompts, alone, strict=True):
+        assert len(tokens) == NUM_TOKENS
+        ties += embedded_oracle.check_greedy(prompt, Setting(prompt.ratios), tokens)
+    print(f"{len(prompts) * NUM_TOKENS} tokens, {ties} near ties taken the other way")
+    assert ties <= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_pages": 2000, "max_num_seqs": 96},
+        {"page_size": 8, "num_pages": 300, "max_num_seqs": 96, "max_num_batched_tokens": 64},
+    ],
+    ids=["all at once", "preempted and chunked"],
+)
+def test_a_crowd_equals_the_oracle(embedded, embedded_oracle, prompts, alone, config):
+    engine = make_engine(embedded, **config)
+    crowd = run_all(engine, [(prompt, GREEDY) for prompt in prompts])
+    ties = 0
+    for prompt, outputs, tokens in zip(prompts, crowd, alone, strict=True):
+        if token_ids(outputs) != tokens:
+            ties += embedded_oracle.check_greedy(prompt, Setting(prompt.ratios), token_ids(outputs))
+    assert ties <= 3
+    assert sum(outputs[-1].usage.prefix_cached_tokens for outputs in crowd) > 1000
+    assert (engine.scheduler.num_preemptions > 0) == (config["num_pages"] == 300)
+    assert engine.pool.num_free == engine.pool.num_pages
+
+
+@pytest.mark.slow
+def test_the_naive_oracle_itself_token_by_token(embedded_oracle, prompts, alone):
+    for index in (2, 7):
+        prompt = prompts[index]
+        assert embedded_oracle.greedy(prompt, Setting(prompt.ratios), 12) == alone[index][:12]
+
+
+@pytest.mark.parametrize(
+    ("params", "ratio"),
+    [({"temperature": 1.0}, 2.0), ({"temperature": 0.7, "alignment_top_p": 0.95}, 1.0)],
+)
+def test_first_tokens_follow_the_oracles_distribution(embedded, embedded_oracle, params, ratio):
+    """5,000 seeded draws, chi-square; every draw a request of its own."""
+    prompt = PromptBuilder(embedded.tokenizer).build(
+        [{"role": "user", "content": CASES[0][0]}], [Principle(CASES[0][1], ratio=ratio)]
+    )
+    temperature, top_p = params["temperature"], params.get("alignment_top_p", 0.8)
+    z = embedded_oracle.next_logits(prompt, [], Setting((ratio,), temperature=temperature, top_p=top_p))
+    probabilities = torch.softmax(z / temperature, dim=-1)
+    engine = make_engine(embedded, num_pages=2000, max_num_seqs=128)
+    requests = [(prompt, SamplingParams(seed=seed, max_tokens=1, **params)) for seed in range(5000)]
+    drawn = torch.tensor([token_ids(outputs)[0] for outputs in run_all(engine, requests)])
+    counts = torch.bincount(drawn, minlength=len(z)).double()
+    expected = probabilities * len(drawn)
+    assert counts[probabilities == 0].sum() == 0
+    common = expected >= 5
+    observed = [*counts[common].tolist(), counts[~common].sum().item()]
+    wanted = [*expected[common].tolist(), expected[~common].sum().item()]
+    if wanted[-1] < 1e-9:
+        observed, wanted = observed[:-1], wanted[:-1]
+    assert len(wanted) > 1
+    assert stats.chisquare(observed, wanted).pvalue > 1e-3
+
+
+def test_ratio_zero_is_bit_equal_to_the_plain_path(embedded, tokenizer, monkeypatch):
+    """Serving the principled prompt at ratio 0, and the same text as a plain prompt."""
+    from alignment_core import engine as engine_module
+
+    builder = PromptBuilder(tokenizer)
+    question, principle = CASES[1]
+    chat = [{"role": "system", "content": "You help."}, {"role": "user", "content": question}]
+    plain_chat = [{"role": "system", "content": "You help.\n" + principle}, chat[1]]
+    seen = []
+
+    def spy(logits, sequences):
+        z = mixed(logits, sequences)
+        seen[-1].append(z.clone())
+        return z
+
+    from alignment_core import sampling
+
+    mixed = sampling.mixed_logits
+    monkeypatch.setattr(sampling, "mixed_logits", spy)
+    assert engine_module.sample is sampling.sample
+    params = SamplingParams(temperature=0, max_tokens=8)
+    for prompt in (builder.build(chat, [Principle(principle, ratio=0.0)]), builder.build(plain_chat)):
+        seen.append([])
+        (outputs,) = run_all(make_engine(embedded, num_pages=64), [(prompt, params)])
+        assert outputs[-1].usage.branches == 1
+    assert len(seen[0]) == len(seen[1]) > 1
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
