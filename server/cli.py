@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import signal
 import sys
 
 from pydantic import ValidationError
@@ -48,6 +49,8 @@ def serve(args: list[str]) -> None:
         engine = Engine(loaded, config)
     except (LoadingError, ValueError) as error:
         sys.exit(f"linalign serve: {error}")
+    # uvicorn raises the signal again once it has shut down in order; that is no failure.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     uvicorn.run(
         create_app(engine, settings),
         host=settings.host,

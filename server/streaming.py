@@ -11,28 +11,32 @@ from sse_starlette import JSONServerSentEvent, ServerSentEvent
 from alignment_core import Engine, EngineDead, Output, Prompt, SamplingParams, Usage
 
 
-async def outputs(engine: Engine, prompt: Prompt, params: SamplingParams) -> AsyncIterator[Output]:
-    """Submit a request and yield what comes of it. Closing the iterator aborts the request.
+class Replies:
+    """A request on its way: iterate over its outputs, and `abort` when nobody listens any more.
 
-    Raises InvalidRequest, EngineDead.
+    Submits at once. Raises InvalidRequest, EngineDead.
     """
-    loop = asyncio.get_running_loop()
-    queue: asyncio.Queue[Output] = asyncio.Queue()
 
-    def on_output(output: Output) -> None:
-        loop.call_soon_threadsafe(queue.put_nowait, output)
+    def __init__(self, engine: Engine, prompt: Prompt, params: SamplingParams) -> None:
+        loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Output] = asyncio.Queue()
 
-    request_id = engine.submit(prompt, params, on_output)
-    try:
-        while True:
-            output = await queue.get()
+        def on_output(output: Output) -> None:
+            loop.call_soon_threadsafe(self._queue.put_nowait, output)
+
+        self._engine = engine
+        self._request_id = engine.submit(prompt, params, on_output)
+
+    async def __aiter__(self) -> AsyncIterator[Output]:
+        output: Output | None = None
+        while output is None or not output.finish_reason:
+            output = await self._queue.get()
             if output.finish_reason == "error":
                 raise EngineDead("the engine failed during this request")
             yield output
-            if output.finish_reason:
-                return
-    finally:
-        engine.abort(request_id)
+
+    def abort(self) -> None:
+        self._engine.abort(self._request_id)
 
 
 class Completion:
@@ -47,7 +51,7 @@ class Completion:
         choice = {"index": 0, "message": message, "finish_reason": last.finish_reason, "logprobs": None}
         return {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage_object(last.usage)}
 
-    async def events(self, replies: AsyncIterator[Output], include_usage: bool) -> AsyncIterator[ServerSentEvent]:
+    async def events(self, replies: Replies, include_usage: bool) -> AsyncIterator[ServerSentEvent]:
         yield self._chunk({"role": "assistant", "content": ""})
         try:
             async for output in replies:
@@ -61,6 +65,8 @@ class Completion:
         except EngineDead as error:
             message = {"message": str(error), "type": "server_error", "param": None, "code": "engine_dead"}
             yield JSONServerSentEvent({"error": message})
+        finally:
+            replies.abort()
 
     def _chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> ServerSentEvent:
         return self._event(choices=[{"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}])

@@ -33,6 +33,8 @@ async def on_validation_error(_: Request, error: Exception) -> JSONResponse:
         return error_response(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
     if first["type"] == "unsupported_field":
         return error_response(400, first["msg"], first["ctx"]["param"], "unsupported_field")
+    if first["loc"] == ("body",):
+        return error_response(400, "the body must be a JSON object, sent as Content-Type: application/json")
     path = [part for part in first["loc"][1:] if isinstance(part, int) or (part.isidentifier() and part != "str")]
     param = ".".join(str(part) for part in path) or None
     if first["type"] == "extra_forbidden":

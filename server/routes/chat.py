@@ -1,17 +1,16 @@
 """POST /v1/chat/completions."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from sse_starlette import EventSourceResponse
+from starlette.types import Message
 
 from alignment_core import Engine, Output
 from server.protocol.chat import ChatCompletionRequest
 from server.protocol.errors import ModelNotFound
-from server.streaming import Completion, outputs
+from server.streaming import Completion, Replies
 
 router = APIRouter()
 
@@ -25,27 +24,21 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     messages = [message.rendered() for message in body.messages]
     placement = body.principle_placement or "system"
     prompt = await asyncio.to_thread(engine.prompts.build, messages, principles, placement)
-    replies = outputs(engine, prompt, body.sampling_params())
+    replies = Replies(engine, prompt, body.sampling_params())
     completion = Completion(engine.model_id)
     if body.stream:
-        first = await anext(replies)  # so that what is refused is refused with a status, not in the stream
-        events = completion.events(
-            _with_first(first, replies), bool(body.stream_options and body.stream_options.include_usage)
-        )
-        return EventSourceResponse(events, sep="\n")
+
+        async def on_leave(_: Message) -> None:
+            replies.abort()
+
+        include_usage = body.stream_options is not None and body.stream_options.include_usage
+        events = completion.events(replies, include_usage)
+        return EventSourceResponse(events, sep="\n", client_close_handler_callable=on_leave)
     text, last = await _whole(replies, request)
     return completion.whole(text, last) if last else Response(status_code=499)
 
 
-async def _with_first(first: Output, replies: AsyncIterator[Output]) -> AsyncIterator[Output]:
-    async with aclosing(replies) as rest:  # type: ignore[type-var]
-        yield first
-        if not first.finish_reason:
-            async for output in rest:
-                yield output
-
-
-async def _whole(replies: AsyncIterator[Output], request: Request) -> tuple[str, Output | None]:
+async def _whole(replies: Replies, request: Request) -> tuple[str, Output | None]:
     """The complete reply, or None as the last output if the client has gone meanwhile."""
     collecting = asyncio.ensure_future(_collect(replies))
     leaving = asyncio.ensure_future(_disconnect(request))
@@ -53,16 +46,14 @@ async def _whole(replies: AsyncIterator[Output], request: Request) -> tuple[str,
         await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
         return collecting.result() if collecting.done() else ("", None)
     finally:
+        replies.abort()
         leaving.cancel()
         collecting.cancel()
 
 
-async def _collect(replies: AsyncIterator[Output]) -> tuple[str, Output]:
-    texts = []
-    async with aclosing(replies) as all_replies:  # type: ignore[type-var]
-        async for output in all_replies:
-            texts.append(output.text)
-    return "".join(texts), output
+async def _collect(replies: Replies) -> tuple[str, Output]:
+    outputs = [output async for output in replies]
+    return "".join(output.text for output in outputs), outputs[-1]
 
 
 async def _disconnect(request: Request) -> None:

@@ -1,0 +1,72 @@
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from alignment_core import Engine, EngineConfig
+from server.app import create_app
+from server.settings import Settings
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@contextlib.contextmanager
+def serving(*args):
+    """A real `linalign serve` process; yields its URL once it is healthy."""
+    port = free_port()
+    command = [sys.executable, "-c", "from server.cli import main; main()", "serve", "--port", str(port), *args]
+    with subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}) as process:
+        url = f"http://127.0.0.1:{port}"
+        try:
+            deadline = time.monotonic() + 120
+            while True:
+                assert process.poll() is None, "the server ended before it was healthy"
+                assert time.monotonic() < deadline, "the server did not become healthy"
+                with contextlib.suppress(httpx.TransportError):
+                    if httpx.get(url + "/health").status_code == 200:
+                        break
+                time.sleep(0.1)
+            yield url
+        finally:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+
+
+@pytest.fixture(scope="session")
+def url(embedded):  # noqa: ARG001 - loaded first, so that the server finds the converted copy
+    with serving() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def client(url):
+    return openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture
+def own_server(embedded):
+    """The same application over a socket, but in this process, so that a test can look at its engine."""
+    engine = Engine(embedded, EngineConfig(num_pages=1100))
+    config = uvicorn.Config(create_app(engine, Settings()), port=free_port(), log_level="warning")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{config.port}", engine
+    server.should_exit = True
+    thread.join()

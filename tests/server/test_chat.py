@@ -1,0 +1,214 @@
+"""Real clients against a real server process with the embedded model."""
+
+import json
+import subprocess
+import time
+
+import httpx
+import pytest
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+from alignment_core import Principle, SamplingParams
+from tests.conftest import make_engine, run_all
+
+CHAT = [{"role": "user", "content": "Where should our town get its power from?"}]
+JSON = {"Content-Type": "application/json"}
+PRINCIPLE = "Answer in favour of solar power."
+
+
+def create(client, extra=None, **fields):
+    given = {"model": "smollm2", "messages": CHAT, "temperature": 0, "max_tokens": 24, **fields}
+    return client.chat.completions.create(**given, extra_body=extra or {})
+
+
+def test_an_aligned_reply_is_the_engines(client, embedded):
+    engine = make_engine(embedded, num_pages=200)
+    prompt = engine.prompts.build(CHAT, [Principle(PRINCIPLE, ratio=2.0)])
+    (outputs,) = run_all(engine, [(prompt, SamplingParams(temperature=0, max_tokens=24))])
+    reply = create(client, {"principle": PRINCIPLE, "alignment_ratio": 2})
+    assert reply.choices[0].message.content == "".join(output.text for output in outputs)
+    assert reply.choices[0].finish_reason == outputs[-1].finish_reason
+    assert reply.usage.prompt_tokens == len(prompt.principled[0])
+    assert reply.usage.completion_tokens == outputs[-1].usage.completion_tokens
+    assert reply.usage.alignment_details["branches"] == 2
+    plain = create(client)
+    assert plain.usage.alignment_details["branches"] == 1
+    assert plain.choices[0].message.content != reply.choices[0].message.content
+
+
+def test_the_objects_are_openais(url):
+    body = {"model": "smollm2", "messages": CHAT, "max_tokens": 4, "principle": PRINCIPLE}
+    whole = httpx.post(url + "/v1/chat/completions", json=body, timeout=60).json()
+    ChatCompletion.model_validate(whole, strict=True)
+    streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    with httpx.stream("POST", url + "/v1/chat/completions", json=streamed, timeout=60) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        lines = [line for line in response.iter_lines() if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
+    chunks = [ChatCompletionChunk.model_validate(json.loads(line[6:]), strict=True) for line in lines[:-1]]
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-2].choices[0].finish_reason in ("length", "stop")
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == 4
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_a_stream_is_the_same_text_token_by_token(client):
+    extra = {"principle": PRINCIPLE, "alignment_ratio": 0.5}
+    whole = create(client, extra)
+    started = time.perf_counter()
+    arrivals, texts = [], []
+    for chunk in create(client, extra, stream=True):
+        if chunk.choices and chunk.choices[0].delta.content:
+            arrivals.append(time.perf_counter() - started)
+            texts.append(chunk.choices[0].delta.content)
+    assert "".join(texts) == whole.choices[0].message.content
+    assert len(texts) >= whole.usage.completion_tokens - 1  # the end-of-sequence token has no text
+    assert len(set(arrivals)) == len(arrivals)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_ends_the_reply_and_is_not_part_of_it(client, stream):
+    text = create(client).choices[0].message.content
+    stop = text[10:16]
+    reply = create(client, stop=[stop], stream=stream)
+    if stream:
+        chunks = list(reply)
+        got = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        reason = chunks[-1].choices[0].finish_reason
+    else:
+        got, reason = reply.choices[0].message.content, reply.choices[0].finish_reason
+    assert got == text[: text.index(stop)]
+    assert reason == "stop"
+
+
+def test_seeds_and_settings(client):
+    one, again, other = (
+        create(client, {"top_k": 40, "min_p": 0.01}, temperature=1.2, top_p=0.95, seed=seed).choices[0].message.content
+        for seed in (1, 1, 2)
+    )
+    assert one == again != other
+
+
+def test_several_principles_and_placement(client):
+    extra = {"principle": [{"text": PRINCIPLE, "weight": 2}, {"text": "Be brief.", "ratio": 1}]}
+    assert create(client, extra, max_tokens=2).usage.alignment_details["branches"] == 3
+    placed = create(client, {"principle": PRINCIPLE, "principle_placement": "user"}, max_tokens=2)
+    assert placed.usage.alignment_details["prefix_cached_tokens"] >= 32  # the branches share what comes before
+
+
+def test_models_and_version(client, url):
+    assert [model.id for model in client.models.list()] == ["smollm2"]
+    assert client.models.retrieve("smollm2").id == "smollm2"
+    assert httpx.get(url + "/version").json() == {"version": "0.1.0"}
+
+
+def test_curl(url):
+    body = json.dumps({"model": "smollm2", "messages": CHAT, "max_tokens": 3, "principle": PRINCIPLE})
+    command = ["curl", "-s", url + "/v1/chat/completions", "-H", "Content-Type: application/json", "-d", body]
+    reply = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=60).stdout)
+    assert reply["choices"][0]["message"]["content"]
+
+
+BASE = {"model": "smollm2", "messages": CHAT, "max_tokens": 1}
+BAD = [
+    ({"model": "gpt-5"}, 404, "model", "does not exist"),
+    ({"messages": []}, 400, "messages", "at least 1"),
+    ({"messages": [{"role": "boss", "content": "x"}]}, 400, "messages.0.role", "system"),
+    ({"messages": [{"role": "user", "content": 5}]}, 400, "messages.0.content", "string"),
+    ({"alignment_ration": 2}, 400, "alignment_ration", "alignment_ratio"),
+    ({"principal": "x"}, 400, "principal", "principle"),
+    ({"stream": True, "stream_options": {"include_usge": True}}, 400, "stream_options.include_usge", "include_usage"),
+    ({"principle": [{"text": "x", "wieght": 1}]}, 400, "principle.0.wieght", "weight"),
+    ({"principle": ""}, 400, "principle", "empty"),
+    ({"alignment_ratio": 20.1}, 400, "alignment_ratio", "20"),
+    ({"alignment_ratio": -0.1}, 400, "alignment_ratio", "0"),
+    ({"alignment_ratio": "2"}, 400, "alignment_ratio", "number"),
+    ({"alignment_top_p": 0}, 400, "alignment_top_p", "greater"),
+    ({"temperature": float("nan")}, 400, "temperature", "finite"),
+    ({"temperature": float("inf")}, 400, "temperature", "finite"),
+    ({"max_tokens": 1.5}, 400, "max_tokens", "integer"),
+    ({"max_tokens": 8192}, 400, "max_tokens", "8192"),
+    ({"messages": [{"role": "user", "content": "word " * 9000}]}, 400, "messages", "context"),
+    ({"principle": "word " * 9000}, 400, "messages", "with the principle"),
+    ({"n": 2}, 400, "n", "not supported"),
+    ({"logprobs": True}, 400, "logprobs", "not supported"),
+    ({"tools": [{"type": "function"}]}, 400, "tools", "not supported"),
+    ({"alignment_trace": True}, 400, "alignment_trace", "not supported"),
+]
+
+
+@pytest.mark.parametrize(("change", "status", "param", "words"), BAD)
+@pytest.mark.parametrize("stream", [False, True])
+def test_bad_input_is_refused_in_openais_shape(url, change, status, param, words, stream):
+    body = json.dumps({**BASE, **({"stream": True} if stream else {}), **change})
+    response = httpx.post(url + "/v1/chat/completions", content=body, headers=JSON, timeout=60)
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["param"] == param
+    assert words in error["message"]
+
+
+@pytest.mark.parametrize("body", ["{", "[]", "5", "", '"x"', "null"])
+def test_invalid_json(url, body):
+    response = httpx.post(url + "/v1/chat/completions", content=body, headers=JSON)
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nope", 404), ("GET", "/v1/chat/completions", 405)])
+def test_routes_that_are_not_there(url, method, path, status):
+    response = httpx.request(method, url + path)
+    assert response.status_code == status
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_neutral_values_of_unsupported_fields_are_fine(url):
+    neutral = {
+        "n": 1,
+        "logprobs": False,
+        "presence_penalty": 0,
+        "frequency_penalty": 0.0,
+        "tools": None,
+        "logit_bias": {},
+    }
+    assert httpx.post(url + "/v1/chat/completions", json={**BASE, **neutral}, timeout=60).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_pages_within_two_steps(own_server, stream):
+    url, engine = own_server
+    body = {**BASE, "max_tokens": 4000, "principle": PRINCIPLE, "stream": stream}
+    steps_after_abort, abort = [], engine.abort
+
+    def watch(request_id):
+        abort(request_id)
+        steps_after_abort.append(engine.runner.num_forwards)
+
+    engine.abort = watch
+    with httpx.Client() as client:
+        if stream:
+            with client.stream("POST", url + "/v1/chat/completions", json=body, timeout=60) as response:
+                next(response.iter_lines())
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                client.post(url + "/v1/chat/completions", json=body, timeout=2)
+    deadline = time.monotonic() + 30
+    while engine.pool.num_free < engine.pool.num_pages or not steps_after_abort:
+        assert time.monotonic() < deadline, "the sequence still runs"
+        time.sleep(0.005)
+    assert engine.runner.num_forwards <= steps_after_abort[0] + 2
+    assert httpx.post(url + "/v1/chat/completions", json=BASE, timeout=60).status_code == 200
+
+
+def test_a_dead_engine_shows_in_health_and_errors(own_server, monkeypatch):
+    url, engine = own_server
+    assert httpx.get(url + "/health").status_code == 200
+    monkeypatch.setattr(engine.runner, "forward", lambda _: 1 / 0)
+    for _ in range(2):
+        assert httpx.post(url + "/v1/chat/completions", json=BASE, timeout=60).status_code == 503
+    response = httpx.get(url + "/health")
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "engine_dead"
