@@ -1,7 +1,6 @@
 .PHONY: setup serve test quick
 PYTHON ?= python3
 ARGS ?=
-export HF_HUB_OFFLINE ?= 0
 
 setup: .venv/.ready
 

@@ -8,6 +8,8 @@ from alignment_core import Engine, EngineConfig, load
 from alignment_core.loading import LoadedModel
 from tests.oracle import Oracle
 
+pytest_plugins = ["tests.serving"]
+
 
 @pytest.fixture(scope="session")
 def embedded():

@@ -1,3 +1,5 @@
+"""Real servers for tests: fixtures that tests/conftest.py makes known."""
+
 import contextlib
 import os
 import signal

@@ -1,0 +1,48 @@
+"""What the README says is what happens."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from alignment_core import Engine, SamplingParams
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+ROWS = re.findall(r"^\| (\d+) \| (.+) \|$", README, re.MULTILINE)
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def reply(ratio):
+    return next(text for row, text in ROWS if row == str(ratio)).replace(" ¶ ", "\n\n")
+
+
+@pytest.mark.parametrize("ratio", [0, 2, 5])
+def test_the_sample_is_what_the_model_says(embedded, ratio):
+    messages = [{"role": "user", "content": "Where should our town get its power from?"}]
+    params = SamplingParams(temperature=0, max_tokens=48)
+    with Engine(embedded) as engine:
+        outputs = list(engine.chat(messages, "Answer in favour of solar power.", ratio, params))
+    assert "".join(output.text for output in outputs) == reply(ratio)
+
+
+def test_the_curl(url):
+    command = blocks("sh")[1].replace("http://127.0.0.1:8000", url)
+    printed = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, timeout=120).stdout
+    assert f'"content":"{reply(2)}"' in printed
+
+
+def test_the_sdk_snippet(url):
+    code = blocks("python")[0].replace("http://127.0.0.1:8000", url)
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    assert printed.stdout.strip()
+
+
+def test_the_library_example():
+    code = blocks("python")[1]
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    assert printed.stdout == reply(2)
