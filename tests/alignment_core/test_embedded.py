@@ -11,6 +11,7 @@ from tests.oracle import Setting
 
 RATIOS = (0.0, 0.5, 2.0, 5.0)
 NUM_TOKENS = 64
+ALONE = 16  # of the 96 requests: one by itself takes five seconds and more here
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, stop_token_ids=frozenset())
 CASES = [
     ("Where should our town get its power from?", "Answer in favour of solar power."),
@@ -48,52 +49,55 @@ def prompts(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def alone(embedded, prompts):
-    """Each request by itself, without any prefix to find."""
-    outputs = []
-    for prompt in prompts:
-        engine = make_engine(embedded, num_pages=64)
-        outputs.append(token_ids(run_all(engine, [(prompt, GREEDY)])[0]))
-    return outputs
+def crowd(embedded, prompts):
+    """All 96 requests in one batch."""
+    engine = make_engine(embedded, num_pages=2000, max_num_seqs=96)
+    outputs = run_all(engine, [(prompt, GREEDY) for prompt in prompts])
+    assert sum(output[-1].usage.prefix_cached_tokens for output in outputs) > 1000
+    assert engine.scheduler.num_preemptions == 0
+    return [token_ids(output) for output in outputs]
+
+
+def near_ties(oracle, prompts, found, judged):
+    """Near ties in those of `found` that are not, to the letter, what the oracle has judged before."""
+    return sum(
+        oracle.check_greedy(prompt, Setting(prompt.ratios), tokens)
+        for prompt, tokens, known in zip(prompts, found, judged, strict=True)
+        if tokens != known
+    )
 
 
 @pytest.mark.slow
-def test_alone_equals_the_oracle(embedded_oracle, prompts, alone):
-    ties = 0
-    for prompt, tokens in zip(prompts, alone, strict=True):
-        assert len(tokens) == NUM_TOKENS
-        ties += embedded_oracle.check_greedy(prompt, Setting(prompt.ratios), tokens)
+def test_all_at_once_equal_the_oracle(embedded_oracle, prompts, crowd):
+    assert all(len(tokens) == NUM_TOKENS for tokens in crowd)
+    ties = near_ties(embedded_oracle, prompts, crowd, [None] * len(crowd))
     print(f"{len(prompts) * NUM_TOKENS} tokens, {ties} near ties taken the other way")
     assert ties <= 3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"num_pages": 2000, "max_num_seqs": 96},
-        {"page_size": 8, "num_pages": 300, "max_num_seqs": 96, "max_num_batched_tokens": 64},
-    ],
-    ids=["all at once", "preempted and chunked"],
-)
-def test_a_crowd_equals_the_oracle(embedded, embedded_oracle, prompts, alone, config):
-    engine = make_engine(embedded, **config)
-    crowd = run_all(engine, [(prompt, GREEDY) for prompt in prompts])
-    ties = 0
-    for prompt, outputs, tokens in zip(prompts, crowd, alone, strict=True):
-        if token_ids(outputs) != tokens:
-            ties += embedded_oracle.check_greedy(prompt, Setting(prompt.ratios), token_ids(outputs))
-    assert ties <= 3
-    assert sum(outputs[-1].usage.prefix_cached_tokens for outputs in crowd) > 1000
-    assert (engine.scheduler.num_preemptions > 0) == (config["num_pages"] == 300)
+def test_preempted_and_chunked_equals_the_oracle(embedded, embedded_oracle, prompts, crowd):
+    engine = make_engine(embedded, page_size=8, num_pages=500, max_num_seqs=96, max_num_batched_tokens=128)
+    found = run_all(engine, [(prompt, GREEDY) for prompt in prompts])
+    assert engine.scheduler.num_preemptions > 0
     assert engine.pool.num_free == engine.pool.num_pages
+    assert near_ties(embedded_oracle, prompts, [token_ids(outputs) for outputs in found], crowd) <= 3
 
 
 @pytest.mark.slow
-def test_the_naive_oracle_itself_token_by_token(embedded_oracle, prompts, alone):
+def test_alone_equals_the_oracle(embedded, embedded_oracle, prompts, crowd):
+    """Each request by itself, without any prefix to find; the first ALONE of them."""
+    found = [
+        token_ids(run_all(make_engine(embedded, num_pages=64), [(prompt, GREEDY)])[0]) for prompt in prompts[:ALONE]
+    ]
+    assert near_ties(embedded_oracle, prompts[:ALONE], found, crowd[:ALONE]) <= 3
+
+
+@pytest.mark.slow
+def test_the_naive_oracle_itself_token_by_token(embedded_oracle, prompts, crowd):
     for index in (2, 7):
         prompt = prompts[index]
-        assert embedded_oracle.greedy(prompt, Setting(prompt.ratios), 12) == alone[index][:12]
+        assert embedded_oracle.greedy(prompt, Setting(prompt.ratios), 12) == crowd[index][:12]
 
 
 @pytest.mark.parametrize(
