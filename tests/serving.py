@@ -1,6 +1,7 @@
 """Real servers for tests: fixtures that tests/conftest.py makes known."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import socket
@@ -60,8 +61,11 @@ def client(url):
 
 @pytest.fixture
 def own_server(embedded):
-    """The same application over a socket, but in this process, so that a test can look at its engine."""
-    engine = Engine(embedded, EngineConfig(num_pages=1100))
+    """The same application over a socket, but in this process, so that a test can look at its engine.
+
+    Its replies end by their length only, so none is over before the test is done with it.
+    """
+    engine = Engine(dataclasses.replace(embedded, eos_token_ids=frozenset()), EngineConfig(num_pages=1100))
     config = uvicorn.Config(create_app(engine, Settings()), port=free_port(), log_level="warning")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)

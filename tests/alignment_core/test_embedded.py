@@ -11,7 +11,6 @@ from tests.oracle import Setting
 
 RATIOS = (0.0, 0.5, 2.0, 5.0)
 NUM_TOKENS = 64
-ALONE = 16  # of the 96 requests: one by itself takes five seconds and more here
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, stop_token_ids=frozenset())
 CASES = [
     ("Where should our town get its power from?", "Answer in favour of solar power."),
@@ -86,11 +85,9 @@ def test_preempted_and_chunked_equals_the_oracle(embedded, embedded_oracle, prom
 
 @pytest.mark.slow
 def test_alone_equals_the_oracle(embedded, embedded_oracle, prompts, crowd):
-    """Each request by itself, without any prefix to find; the first ALONE of them."""
-    found = [
-        token_ids(run_all(make_engine(embedded, num_pages=64), [(prompt, GREEDY)])[0]) for prompt in prompts[:ALONE]
-    ]
-    assert near_ties(embedded_oracle, prompts[:ALONE], found, crowd[:ALONE]) <= 3
+    """Each request by itself, without any prefix to find."""
+    found = [token_ids(run_all(make_engine(embedded, num_pages=64), [(prompt, GREEDY)])[0]) for prompt in prompts]
+    assert near_ties(embedded_oracle, prompts, found, crowd) <= 3
 
 
 @pytest.mark.slow
@@ -112,7 +109,7 @@ def test_first_tokens_follow_the_oracles_distribution(embedded, embedded_oracle,
     temperature, top_p = params["temperature"], params.get("alignment_top_p", 0.8)
     z = embedded_oracle.next_logits(prompt, [], Setting((ratio,), temperature=temperature, top_p=top_p))
     probabilities = torch.softmax(z / temperature, dim=-1)
-    engine = make_engine(embedded, num_pages=2000, max_num_seqs=128)
+    engine = make_engine(embedded, page_size=1, num_pages=2000, max_num_seqs=128)
     requests = [(prompt, SamplingParams(seed=seed, max_tokens=1, **params)) for seed in range(5000)]
     drawn = torch.tensor([token_ids(outputs)[0] for outputs in run_all(engine, requests)])
     counts = torch.bincount(drawn, minlength=len(z)).double()
