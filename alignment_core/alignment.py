@@ -28,6 +28,10 @@ class Mixing:
     ratios: Tensor
     base: Tensor
 
+    def __getitem__(self, index: Tensor) -> "Mixing":
+        """The mixing of some of the sequences."""
+        return Mixing(self.principled[index], self.weights[index], self.ratios[index], self.base[index])
+
     @classmethod
     def plan(cls, sequences: Sequence[tuple[Sequence[float], Sequence[float], bool]], device: torch.device) -> "Mixing":
         """Number the rows in order: each sequence's principled branches, then its base branch if it has one.
@@ -57,31 +61,46 @@ def principled_logits(logits: Tensor, mixing: Mixing) -> Tensor:
 
     logits: [rows, V] float32. Returns [S, V] float32; bit-equal to the one row where k = 1.
     """
+    if mixing.principled.shape[1] == 1:
+        return logits[mixing.principled[:, 0]]
     return (mixing.weights[..., None] * logits[mixing.principled]).sum(dim=1)
 
 
-def direction(logits: Tensor, mixing: Mixing) -> Tensor:
+def direction(logits: Tensor, mixing: Mixing, tokens: Tensor) -> Tensor:
     """Σ w_i r_i (z_i − z_b), to be added to the edited z_p (section 2.2 and 2.3).
 
-    logits: [rows, V] float32, never edited, so that no −inf meets another. Returns [S, V] float32;
-    exactly 0 for a sequence without a base branch.
+    logits: [rows, V] float32, never edited, so that no −inf meets another. tokens: [S, K] int64,
+    where to compute it. Returns [S, K] float32; exactly 0 for a sequence without a base branch.
     """
     coefficients = mixing.weights * mixing.ratios
-    differences = logits[mixing.principled] - logits[mixing.base][:, None]
-    return (coefficients[..., None] * differences).sum(dim=1)
+    base = logits[mixing.base[:, None], tokens]
+    total = torch.zeros_like(base)
+    for i in range(mixing.principled.shape[1]):
+        total += coefficients[:, i, None] * (logits[mixing.principled[:, i, None], tokens] - base)
+    return total
 
 
-def plausible_set(y: Tensor, top_p: Tensor, temperature: Tensor) -> Tensor:
+def plausible_set(y: Tensor, log_total: Tensor, top_p: Tensor, temperature: Tensor) -> Tensor:
     """The tokens that the principled policy itself would consider (section 2.4).
 
-    y: [S, V] float32, the edited principled logits. top_p, temperature: [S] float32. Returns [S, V]
-    bool: in order of falling softmax(y / temperature), a token is in while the mass before it is
-    below top_p. At least one token is in; ties go to the lower token id; top_p = 1 takes in every
-    token whose logit is not −inf.
+    y: [S, K] float32, edited principled logits; it may leave tokens out that are too unlikely to be
+    in the set (`plausible_floor`). log_total: [S], log Σ exp(y / temperature) over the whole
+    vocabulary. top_p, temperature: [S] float32. Returns [S, K] bool: in order of falling
+    probability, a token is in while the mass before it is below top_p. At least one token is in;
+    ties go to the lower token id; top_p = 1 takes in every token whose logit is not −inf.
     """
     ordered, order = torch.sort(y, dim=-1, descending=True, stable=True)
-    mass = torch.softmax(ordered / temperature[:, None], dim=-1)
+    mass = (ordered / temperature[:, None] - log_total[:, None]).exp()
     before = mass.cumsum(dim=-1) - mass
     kept = (before < top_p[:, None]) | (top_p[:, None] >= 1)
     kept[:, 0] = True
     return torch.zeros_like(kept).scatter_(1, order, kept) & (y > -torch.inf)
+
+
+def plausible_floor(log_total: Tensor, top_p: Tensor, temperature: Tensor, vocab_size: int) -> Tensor:
+    """A logit below which no token is in the plausible set; [S], −inf where top_p = 1.
+
+    All tokens of probability < ε have a mass < Vε together. So with Vε = 1 − top_p the mass before
+    each of them is above top_p. The factor of two is room for rounding.
+    """
+    return temperature * (log_total + ((1 - top_p) / (2 * vocab_size)).log())

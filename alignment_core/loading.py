@@ -22,6 +22,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from alignment_core.cpu.layers import replace_layers
+from alignment_core.cpu.native import library
+from alignment_core.cpu.packing import Quantization
+
 log = logging.getLogger(__name__)
 
 EMBEDDED_ID = "smollm2"
@@ -55,6 +59,7 @@ def load(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    quantization: Quantization = "auto",
     trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load a model for inference.
@@ -62,6 +67,7 @@ def load(
     name: a local directory, a .gguf file, a Hugging Face id, or None for the embedded SmolLM2-135M.
     device: auto (CUDA where there is one), cpu, cuda, cuda:N.
     dtype: auto (float32 on a CPU, the checkpoint's own elsewhere), float32, bfloat16, float16.
+    quantization: how a CPU holds the weights of linear layers, see `cpu.packing.pack`.
     Raises LoadingError.
     """
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -69,6 +75,8 @@ def load(
         torch_dtype: torch.dtype | str = torch.float32 if where.type == "cpu" else "auto"
     else:
         torch_dtype = getattr(torch, dtype)
+    if where.type != "cpu" and quantization in ("int8", "int4"):
+        raise LoadingError(f"quantization {quantization} is there for CPUs only, so far")
     options = {"trust_remote_code": trust_remote_code}
     started = time.perf_counter()
     _show_progress_on_terminals_only()
@@ -91,6 +99,8 @@ def load(
     if not tokenizer.is_fast:
         raise LoadingError(f"{id} has no fast tokenizer (tokenizer.json)")
     model = model.to(where).eval()
+    if where.type == "cpu" and library() is not None:
+        replace_layers(model.float(), quantization)  # bfloat16 weights stay 16 bits wide, in float32 arithmetic
     log.info("Loaded %s in %.1f s: %s on %s", id, time.perf_counter() - started, model.dtype, where)
     return LoadedModel(id, model, tokenizer, _max_model_len(model), _eos_token_ids(model, tokenizer))
 

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
-from alignment_core.attention import sdpa
+from alignment_core.attention import native, sdpa
 from alignment_core.attention.paged_batch import PagedBatch
+from alignment_core.cpu.native import library
 from alignment_core.scheduler import Row, Step
 from alignment_core.sequence import Branch
 
 AttentionInterface.register(sdpa.NAME, sdpa.attend)
+AttentionInterface.register(native.NAME, native.attend)
 
 
 class ModelRunner:
@@ -26,7 +28,8 @@ class ModelRunner:
     def __init__(self, model: PreTrainedModel, num_pages: int, page_size: int) -> None:
         self.model = model
         self.num_forwards = 0
-        model.set_attn_implementation(sdpa.NAME)
+        has_kernels = model.device.type == "cpu" and model.dtype == torch.float32 and library() is not None
+        model.set_attn_implementation(native.NAME if has_kernels else sdpa.NAME)
         config = model.config.get_text_config()
         shape = (num_pages, page_size, *_kv_heads_and_dim(model))
         layers = range(config.num_hidden_layers)
@@ -47,20 +50,19 @@ class ModelRunner:
         device = self.model.device
         paged = PagedBatch.of(rows, self._keys, self._values)
         tokens = [token for row in rows for token in row.branch.tokens[row.start : row.end]]
-        positions = [position for row in rows for position in range(row.start, row.end)]
         last, end = {}, 0
         for row in rows:
             end += row.num_tokens
             last[id(row)] = end - 1
         output = self.model(
             input_ids=torch.tensor([tokens], device=device),
-            position_ids=torch.tensor([positions], device=device),
+            position_ids=paged.position[None].long(),
             logits_to_keep=torch.tensor([last[id(row)] for row in wanted], dtype=torch.int64, device=device),
             use_cache=False,
             paged=paged,
         )
         self.num_forwards += 1
-        if len(paged.layers_called) != len(self._keys):
+        if len(paged.layers) != len(self._keys):
             raise ValueError(
                 f"{type(self.model).__name__} has layers that do not use transformers' attention interface"
             )

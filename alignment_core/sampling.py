@@ -1,13 +1,62 @@
 """From the logits of a step's rows to one token a sequence."""
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from alignment_core.alignment import Mixing, direction, plausible_set, principled_logits
+from alignment_core.alignment import Mixing, direction, plausible_floor, plausible_set, principled_logits
 from alignment_core.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What each sequence asked for, as tensors, all [S].
+
+    aligned: bool, whether there is a base branch. nucleus_top_p, nucleus_temperature: float32, of the
+    set that the principled logits alone decide: the plausible one, or, as it is the same thing, that
+    of a plain sequence's top_p if nothing goes before it. temperature, top_p, min_p: float32, of what
+    is done to the mixed logits; a temperature of 0 takes the best token. top_k: int64, 0 switches it
+    off. uniform: float64 in [0, 1), the draw's own number.
+    """
+
+    aligned: Tensor
+    nucleus_top_p: Tensor
+    nucleus_temperature: Tensor
+    temperature: Tensor
+    top_k: Tensor
+    min_p: Tensor
+    top_p: Tensor
+    uniform: Tensor
+
+    @classmethod
+    def of(cls, sequences: Seq[Sequence], device: torch.device) -> "Settings":
+        params = [sequence.params for sequence in sequences]
+        aligned = [sequence.prompt.base is not None for sequence in sequences]
+        nuclei = []
+        for p, is_aligned in zip(params, aligned, strict=True):
+            if is_aligned:
+                nuclei.append((p.alignment_top_p, p.plausible_temperature, p.top_p))
+            elif p.temperature > 0 and p.top_k == 0 and p.min_p == 0:
+                nuclei.append((p.top_p, p.temperature, 1.0))
+            else:
+                nuclei.append((1.0, 1.0, p.top_p))
+        nucleus_top_p, nucleus_temperature, top_p = torch.tensor(nuclei, dtype=torch.float32, device=device).unbind(1)
+        counter = [(sequence.seed, sequence.choice, len(sequence.output_ids)) for sequence in sequences]
+        return cls(
+            aligned=torch.tensor(aligned, device=device),
+            nucleus_top_p=nucleus_top_p,
+            nucleus_temperature=nucleus_temperature,
+            temperature=torch.tensor([float(p.temperature) for p in params], device=device),
+            top_k=torch.tensor([p.top_k for p in params], device=device),
+            min_p=torch.tensor([float(p.min_p) for p in params], device=device),
+            top_p=top_p,
+            uniform=uniform(*torch.tensor(counter, device=device).unbind(1)),
+        )
+
+    def __getitem__(self, index: Tensor) -> "Settings":
+        return Settings(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
 def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[int]:
@@ -16,88 +65,111 @@ def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[int]:
     logits: [rows, V] float32; each sequence's branches in order (principled, then base), in the
     order of `sequences`.
     """
-    z = mixed_logits(logits, sequences)
-    tokens = z.argmax(dim=-1)
-    drawn = [index for index, sequence in enumerate(sequences) if sequence.params.temperature > 0]
-    if drawn:
-        filters = Filters.of([sequences[index] for index in drawn], z.device)
-        index = torch.tensor(drawn, device=z.device)
-        tokens[index] = draw(z[index], filters)
+    prompts = [sequence.prompt for sequence in sequences]
+    mixing = Mixing.plan([(p.weights, p.ratios, p.base is not None) for p in prompts], logits.device)
+    settings = Settings.of(sequences, logits.device)
+    y = principled_logits(logits, mixing)
+    tokens = y.argmax(dim=-1)
+    undecided = (settings.aligned | (settings.temperature > 0)).nonzero().squeeze(1)
+    if len(undecided):
+        tokens[undecided] = choose(logits, y[undecided], mixing[undecided], settings[undecided])
     chosen: list[int] = tokens.tolist()
     return chosen
 
 
-def mixed_logits(logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
-    """z of DESIGN section 2.3, −inf outside the plausible set; [S, V] float32.
+def choose(logits: Tensor, y: Tensor, mixing: Mixing, settings: Settings) -> Tensor:
+    """The tokens of sequences that need more than the best logit of one row; [S] int64.
 
-    A sequence without a base branch gets its z_p, untouched.
+    logits: [rows, V] float32. y: [S, V] float32, the edited principled logits.
     """
-    device = logits.device
-    prompts = [sequence.prompt for sequence in sequences]
-    mixing = Mixing.plan([(p.weights, p.ratios, p.base is not None) for p in prompts], device)
-    z = principled_logits(logits, mixing)
-    aligned = [index for index, prompt in enumerate(prompts) if prompt.base is not None]
-    if aligned:
-        params = [sequences[index].params for index in aligned]
-        index = torch.tensor(aligned, device=device)
-        top_p = torch.tensor([p.alignment_top_p for p in params], device=device)
-        temperature = torch.tensor([p.plausible_temperature for p in params], device=device)
-        plausible = plausible_set(z[index], top_p, temperature)
-        z = z + direction(logits, mixing)
-        z[index] = z[index].masked_fill(~plausible, -torch.inf)
+    log_total = (y / settings.nucleus_temperature[:, None]).logsumexp(dim=-1)
+    bounds = floor(y, log_total, settings)
+    chosen = torch.empty(len(y), dtype=torch.int64, device=y.device)
+    for group in (bounds > -torch.inf, bounds == -torch.inf):  # so that few candidates stay few
+        index = group.nonzero().squeeze(1)
+        if len(index):
+            tokens, candidates = narrow(y[index], bounds[index])
+            z = mixed_logits(logits, tokens, candidates, log_total[index], mixing[index], settings[index])
+            place = draw(z, settings[index])
+            chosen[index] = tokens.gather(1, place[:, None]).squeeze(1)
+    return chosen
+
+
+def mixed_logits(
+    logits: Tensor, tokens: Tensor, y: Tensor, log_total: Tensor, mixing: Mixing, settings: Settings
+) -> Tensor:
+    """z of DESIGN section 2.3 at `tokens`, −inf outside the nucleus; y itself inside it where not aligned.
+
+    logits: [rows, V]; tokens, y and the result: [S, K]; log_total: [S].
+    """
+    z = y + direction(logits, mixing, tokens)
+    if (settings.nucleus_top_p < 1).any():
+        kept = plausible_set(y, log_total, settings.nucleus_top_p, settings.nucleus_temperature)
+        z = z.masked_fill(~kept, -torch.inf)
     return z
 
 
-@dataclass(frozen=True, slots=True)
-class Filters:
-    """What is left of each sequence's distribution before the draw, and the draw's own number. All [S].
+def floor(y: Tensor, log_total: Tensor, settings: Settings) -> Tensor:
+    """A logit below which no token can be drawn, so that nobody sorts the whole vocabulary; [S].
 
-    temperature, top_p, min_p: float32, temperature > 0. top_k: int64, 0 switches it off.
-    uniform: float64 in [0, 1).
+    y: [S, V] float32. −inf where every token is possible.
     """
-
-    temperature: Tensor
-    top_k: Tensor
-    min_p: Tensor
-    top_p: Tensor
-    uniform: Tensor
-
-    @classmethod
-    def of(cls, sequences: Seq[Sequence], device: torch.device) -> "Filters":
-        params = [sequence.params for sequence in sequences]
-        seed = torch.tensor([sequence.seed for sequence in sequences], device=device)
-        choice = torch.tensor([sequence.choice for sequence in sequences], device=device)
-        position = torch.tensor([len(sequence.output_ids) for sequence in sequences], device=device)
-        return cls(
-            temperature=torch.tensor([p.temperature for p in params], device=device),
-            top_k=torch.tensor([p.top_k for p in params], device=device),
-            min_p=torch.tensor([p.min_p for p in params], device=device),
-            top_p=torch.tensor([p.top_p for p in params], device=device),
-            uniform=uniform(seed, choice, position),
-        )
+    bounds = plausible_floor(log_total, settings.nucleus_top_p, settings.nucleus_temperature, y.shape[1])
+    of_min_p = y.amax(dim=-1) + settings.temperature * settings.min_p.log() - 1e-3  # room for rounding
+    bounds = torch.where(settings.aligned, bounds, torch.maximum(bounds, of_min_p))
+    by_rank = (~settings.aligned & (settings.top_k > 0)).nonzero().squeeze(1)
+    for index in by_rank.tolist():
+        best = y[index].topk(min(int(settings.top_k[index]), y.shape[1])).values
+        bounds[index] = torch.maximum(bounds[index], best[-1])
+    return bounds
 
 
-def draw(z: Tensor, filters: Filters) -> Tensor:
-    """One token a sequence from softmax(z / temperature) after top_k, then min_p, then top_p.
+def narrow(y: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens at or above each line's bound, and their logits: [S, K] int64 and float32.
 
-    z: [S, V] float32, −inf where a token is out already. Returns [S] int64. Inverse transform over
-    the probabilities in falling order, so a draw depends on its own line and number alone.
+    In order of token id, filled up with token 0 at −inf.
     """
-    ordered, order = torch.sort(z, dim=-1, descending=True, stable=True)
-    scaled = (ordered - ordered[:, :1]) / filters.temperature[:, None]
-    rank = torch.arange(z.shape[1], device=z.device)
-    kept = (rank < filters.top_k[:, None]) | (filters.top_k[:, None] == 0)
-    mass = scaled.exp() * kept  # relative to the best token's
-    mass = mass * (mass >= filters.min_p[:, None])
-    before = mass.double().cumsum(dim=-1) - mass
-    total = mass.double().sum(dim=-1, keepdim=True)
-    mass = mass * ((before < filters.top_p[:, None] * total) | (filters.top_p[:, None] >= 1))
+    line, token = (y >= bounds[:, None]).nonzero(as_tuple=True)
+    counts = line.bincount(minlength=len(y))
+    place = torch.arange(len(line), device=y.device) - (counts.cumsum(0) - counts)[line]
+    tokens = torch.zeros(len(y), int(counts.max()), dtype=torch.int64, device=y.device)
+    candidates = torch.full(tokens.shape, -torch.inf, device=y.device)
+    tokens[line, place] = token
+    candidates[line, place] = y[line, token]
+    return tokens, candidates
 
+
+def draw(z: Tensor, settings: Settings) -> Tensor:
+    """One place a line from softmax(z / temperature) after top_k, then min_p, then top_p; [S] int64.
+
+    z: [S, K] float32, −inf where a token is out already. Inverse transform over the probabilities in
+    order of token id, so that a draw depends on its own line and number alone.
+    """
+    best, first = z.max(dim=-1, keepdim=True)
+    greedy = settings.temperature == 0
+    temperature = torch.where(greedy, 1.0, settings.temperature)[:, None]
+    mass = ((z - best) / temperature).exp()  # relative to the best token's
+    if ((settings.top_k > 0) | (settings.top_p < 1)).any():
+        mass = mass * _kept(mass, settings)
+    else:
+        mass = mass * (mass >= settings.min_p[:, None])
     cumulative = mass.double().cumsum(dim=-1)
-    target = filters.uniform[:, None] * cumulative[:, -1:]
+    total = cumulative[:, -1:]
+    target = torch.minimum(settings.uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
     place = torch.searchsorted(cumulative, target, right=True)
-    last = (mass > 0).sum(dim=-1, keepdim=True) - 1
-    return order.gather(1, torch.minimum(place, last)).squeeze(1)
+    return torch.where(greedy, first.squeeze(1), place.squeeze(1))
+
+
+def _kept(mass: Tensor, settings: Settings) -> Tensor:
+    """[S, K] bool: what top_k, then min_p, then top_p of what is left by then, let through."""
+    ordered, order = torch.sort(mass, dim=-1, descending=True, stable=True)
+    rank = torch.arange(mass.shape[1], device=mass.device)
+    top_k, top_p = settings.top_k[:, None], settings.top_p[:, None]
+    kept = ((rank < top_k) | (top_k == 0)) & (ordered >= settings.min_p[:, None])
+    left = (ordered * kept).double()
+    cumulative = left.cumsum(dim=-1)
+    kept &= (cumulative - left < top_p * cumulative[:, -1:]) | (top_p >= 1)
+    return torch.zeros_like(kept).scatter_(1, order, kept)
 
 
 def uniform(seed: Tensor, choice: Tensor, position: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ def serve(args: list[str]) -> None:
             settings.model,
             device=settings.device,
             dtype=settings.dtype,
+            quantization=settings.quantization,
             trust_remote_code=settings.trust_remote_code,
         )
         config = EngineConfig(

@@ -38,7 +38,9 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535)
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    quantization: Literal["auto", "none"] = Field("auto", description="weights run in the dtype either way, for now")
+    quantization: Literal["auto", "none", "int8", "int4"] = Field(
+        "auto", description="weights on a CPU: auto (the smallest format that loses nothing), none, int8, int4"
+    )
     max_model_len: int | None = Field(None, ge=2, description="tokens of the longest context, the reply included")
     max_num_seqs: int = Field(64, ge=1, description="sequences that run at once")
     max_num_batched_tokens: int = Field(512, ge=1, description="query tokens of one forward pass")

@@ -5,6 +5,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from alignment_core import Engine, EngineConfig, load
+from alignment_core.cpu.layers import replace_layers
 from alignment_core.loading import LoadedModel
 from tests.oracle import Oracle
 
@@ -23,15 +24,15 @@ def tokenizer(embedded):
 
 @pytest.fixture(scope="session")
 def embedded_oracle(embedded):
-    model = AutoModelForCausalLM.from_config(
-        copy.deepcopy(embedded.model.config), dtype=torch.float64, attn_implementation="eager"
-    )
-    model.load_state_dict(embedded.model.state_dict())
-    return Oracle(model.eval())
+    path = embedded.model.config._name_or_path
+    return Oracle(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager").eval())
 
 
-def tiny_pair(tokenizer, model_type="llama", **changes):
-    """A random model for the engine, and an oracle with the same weights in float64."""
+def tiny_pair(tokenizer, model_type="llama", kernels=True, **changes):
+    """A random model for the engine, and an oracle with the same weights in float64.
+
+    kernels: whether the model's layers are our CPU kernels or torch's.
+    """
     settings = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
@@ -53,6 +54,8 @@ def tiny_pair(tokenizer, model_type="llama", **changes):
         copy.deepcopy(config), dtype=torch.float64, attn_implementation="eager"
     ).eval()
     judge.load_state_dict(model.state_dict())
+    if kernels:
+        replace_layers(model, "auto")
     return LoadedModel("tiny", model, tokenizer, 512, frozenset({2})), Oracle(judge)
 
 

@@ -4,11 +4,13 @@ Decode rows run as one padded batch; prefill rows one by one, so that no mask is
 row's [query tokens, context]. Grouped-query heads, sliding windows and soft-capping included.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from alignment_core.attention.paged_batch import PagedBatch
+from alignment_core.attention.paged_batch import LayerAttention, PagedBatch
 
 NAME = "linalign_paged"  # not "…sdpa": transformers would refuse models with soft-capping
 UNSUPPORTED = ("s_aux", "position_bias")  # attention sinks, relative position biases
@@ -32,14 +34,8 @@ def attend(
     query: [1, num_heads, T, head_dim]; key, value: [1, num_kv_heads, T, head_dim], after the rotary
     embedding. Returns [1, T, num_heads, head_dim]. Raises ValueError for what it can't honour.
     """
-    if any(kwargs.get(name) is not None for name in UNSUPPORTED) or attention_mask is not None:
-        raise ValueError(f"the attention of {type(module).__name__} needs more than causal masks and windows")
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    paged.layers_called.add(layer)
-    keys, values = paged.keys[layer], paged.values[layer]
-    keys.flatten(0, 1).index_copy_(0, paged.slots, key[0].transpose(0, 1).to(keys.dtype))
-    values.flatten(0, 1).index_copy_(0, paged.slots, value[0].transpose(0, 1).to(values.dtype))
-
+    refuse_more_than_causal(module, attention_mask, kwargs)
+    keys, values = store(module, key, value, paged, LayerAttention(scaling, sliding_window, softcap))
     parts = []
     if paged.num_decodes:
         rows = slice(0, paged.num_decodes)
@@ -65,12 +61,26 @@ def attend(
     return torch.cat(parts)[None], None
 
 
+def refuse_more_than_causal(module: nn.Module, mask: Tensor | None, arguments: Mapping[str, object]) -> None:
+    """Raises ValueError for an attention that a causal mask, a window and a soft cap don't describe."""
+    if mask is not None or any(arguments.get(name) is not None for name in UNSUPPORTED):
+        raise ValueError(f"the attention of {type(module).__name__} needs more than causal masks and windows")
+
+
+def store(
+    module: nn.Module, key: Tensor, value: Tensor, paged: PagedBatch, asked: LayerAttention
+) -> tuple[Tensor, Tensor]:
+    """Write the step's keys and values, [1, num_kv_heads, T, head_dim], to the layer's pool; returns the pool."""
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    paged.layers[layer] = asked
+    keys, values = paged.keys[layer], paged.values[layer]
+    keys.flatten(0, 1).index_copy_(0, paged.slots, key[0].transpose(0, 1).to(keys.dtype))
+    values.flatten(0, 1).index_copy_(0, paged.slots, value[0].transpose(0, 1).to(values.dtype))
+    return keys, values
+
+
 def _width(paged: PagedBatch, rows: slice) -> int:
-    return -(-_longest(paged, rows) // paged.keys[0].shape[1])
-
-
-def _longest(paged: PagedBatch, rows: slice) -> int:
-    return int(paged.context_lens[rows].max())
+    return -(-max(paged.context_lens[rows]) // paged.keys[0].shape[1])
 
 
 def _gather(pool: Tensor, pages: Tensor) -> Tensor:
@@ -88,7 +98,9 @@ def _mask(paged: PagedBatch, rows: slice, window: int | None) -> Tensor:
         num_queries = paged.num_queries[rows.start]
         device = paged.slots.device
         places = torch.arange(_width(paged, rows) * paged.keys[0].shape[1], device=device)
-        ends = paged.context_lens[rows, None] - torch.arange(num_queries - 1, -1, -1, device=device)
+        ends = torch.tensor(paged.context_lens[rows], device=device)[:, None] - torch.arange(
+            num_queries - 1, -1, -1, device=device
+        )
         position = ends[:, None, :, None] - 1
         seen = places <= position
         if window is not None:

@@ -4,18 +4,39 @@ import pytest
 import torch
 from scipy import stats
 
+from alignment_core import sampling
 from alignment_core.alignment import Mixing, direction, plausible_set, principled_logits
-from alignment_core.sampling import Filters, draw, uniform
+from alignment_core.sampling import Settings, choose, draw, uniform
 from tests.oracle import Oracle, Setting
 
 CPU = torch.device("cpu")
 
 
-def filters(n, temperature=1.0, top_k=0, min_p=0.0, top_p=1.0, numbers=None):
-    if numbers is None:
-        numbers = (torch.arange(n).double() + 0.5) / n
-    full = torch.full((n,), 0.0)
-    return Filters(full + temperature, full.long() + top_k, full + min_p, full + top_p, numbers)
+def settings(n, numbers=None, **changes):
+    """n plain sequences at temperature 1; changes: a value for all or a list of n."""
+    values = {
+        "aligned": False,
+        "nucleus_top_p": 1.0,
+        "nucleus_temperature": 1.0,
+        "temperature": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "top_p": 1.0,
+        "uniform": ((torch.arange(n).double() + 0.5) / n) if numbers is None else numbers,
+        **changes,
+    }
+    return Settings(**{name: torch.as_tensor(value).expand(n).clone() for name, value in values.items()})
+
+
+def everywhere(logits, mixing):
+    """The direction at every token."""
+    return direction(logits, mixing, torch.arange(logits.shape[1]).expand(len(mixing.base), -1))
+
+
+def plausible(y, top_p, temperature):
+    n = len(y)
+    top_p, temperature = torch.full((n,), top_p), torch.full((n,), temperature)
+    return plausible_set(y, (y / temperature[:, None]).logsumexp(-1), top_p, temperature)
 
 
 @pytest.mark.parametrize("ratios", [(2.0,), (0.5,), (1.0, 3.0), (4.0, 0.0, 1.0)])
@@ -25,7 +46,7 @@ def test_mixing_equals_the_formula(ratios):
     weights = tuple(w / sum(range(1, k + 1)) for w in range(1, k + 1))
     logits = torch.randn(k + 1, 50) * 5
     mixing = Mixing.plan([(weights, ratios, True)], CPU)
-    z = principled_logits(logits, mixing) + direction(logits, mixing)
+    z = principled_logits(logits, mixing) + everywhere(logits, mixing)
     expected = Oracle.aligned(
         None, list(logits[:k].double()), logits[k].double(), Setting(ratios, weights, top_p=float("inf"))
     )
@@ -35,7 +56,7 @@ def test_mixing_equals_the_formula(ratios):
 def test_a_plain_row_beside_aligned_ones_is_untouched_to_the_bit():
     logits = torch.randn(6, 1000)
     mixing = Mixing.plan([((0.5, 0.5), (1.0, 2.0), True), ((1.0,), (0.0,), False), ((1.0,), (3.0,), True)], CPU)
-    z = principled_logits(logits, mixing) + direction(logits, mixing)
+    z = principled_logits(logits, mixing) + everywhere(logits, mixing)
     assert torch.equal(z[1], logits[3])
 
 
@@ -44,7 +65,7 @@ def test_the_direction_is_free_of_nan_when_edits_are_minus_infinity():
     mixing = Mixing.plan([((1.0,), (5.0,), True)], CPU)
     y = principled_logits(logits, mixing)
     y[:, 3] = -torch.inf
-    z = y + direction(logits, mixing)
+    z = y + everywhere(logits, mixing)
     assert not z.isnan().any()
     assert z[0, 3] == -torch.inf
 
@@ -53,7 +74,7 @@ def test_the_direction_is_free_of_nan_when_edits_are_minus_infinity():
 def test_the_plausible_set_is_the_nucleus(top_p, temperature):
     torch.manual_seed(1)
     y = torch.randn(4, 200) * 3
-    kept = plausible_set(y, torch.full((4,), top_p), torch.full((4,), temperature))
+    kept = plausible(y, top_p, temperature)
     for line, row in zip(kept, y, strict=True):
         p = torch.softmax(row.double() / temperature, 0)
         expected = {t for t in range(200) if p[p > p[t]].sum() < top_p}
@@ -62,38 +83,85 @@ def test_the_plausible_set_is_the_nucleus(top_p, temperature):
 
 def test_top_p_of_one_switches_the_mask_off_and_edits_never_come_back():
     y = torch.tensor([[0.0, -200.0, -torch.inf]])
-    assert plausible_set(y, torch.tensor([1.0]), torch.tensor([0.5])).tolist() == [[True, True, False]]
+    assert plausible(y, 1.0, 0.5).tolist() == [[True, True, False]]
 
 
 def test_settings_are_each_rows_own():
     z = torch.zeros(2, 100)
     z[:, 0] = 1.0
-    both = Filters(
-        torch.tensor([1.0, 1.0]),
-        torch.tensor([1, 0]),
-        torch.tensor([0.0, 0.0]),
-        torch.tensor([1.0, 1.0]),
-        torch.tensor([0.99, 0.99]).double(),
-    )
+    both = settings(2, top_k=[1, 0], uniform=[0.99, 0.99])
     first, second = draw(z, both).tolist()
     assert first == 0
     assert second != 0
 
 
 @pytest.mark.parametrize(
-    ("settings", "support"),
+    ("filters", "support"),
     [({"top_k": 2}, {0, 1}), ({"top_p": 0.6}, {0, 1}), ({"min_p": 0.45}, {0, 1}), ({"temperature": 1e-4}, {0})],
 )
-def test_filters(settings, support):
+def test_filters(filters, support):
     z = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]).log().expand(1000, 5)
-    assert set(draw(z, filters(1000, **settings)).tolist()) == support
+    assert set(draw(z, settings(1000, **filters)).tolist()) == support
+
+
+@pytest.mark.parametrize(
+    ("filters", "narrows"),
+    [
+        ({"aligned": True, "nucleus_top_p": 0.8, "temperature": 0.0}, True),
+        ({"aligned": True, "nucleus_top_p": 0.999}, True),
+        ({"aligned": True, "nucleus_top_p": 0.8, "top_k": 3, "top_p": 0.9}, True),
+        ({"aligned": True, "top_p": 0.9}, False),
+        ({"nucleus_top_p": 0.8}, True),
+        ({"nucleus_top_p": 0.8, "nucleus_temperature": 3.0, "temperature": 3.0}, True),
+        ({"min_p": 0.1}, True),
+        ({"min_p": 0.1, "top_p": 0.7}, True),
+        ({"top_k": 5, "top_p": 0.7, "min_p": 0.05}, True),
+        ({"top_k": 4000}, False),
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_what_is_left_out_early_makes_no_difference(filters, narrows, monkeypatch):
+    """Narrowing the vocabulary to the tokens that can be drawn at all, against taking all of it."""
+    torch.manual_seed(2)
+    logits = torch.randn(64, 3000) * 4
+    aligned = filters.get("aligned", False)
+    mixing = Mixing.plan([((1.0,), (2.0 * aligned,), aligned)] * 32, CPU)
+    y, chosen = principled_logits(logits, mixing), settings(32, **filters)
+    sizes, narrow = [], sampling.narrow
+
+    def watch(y, bounds):
+        tokens, candidates = narrow(y, bounds)
+        sizes.append(tokens.shape[1])
+        return tokens, candidates
+
+    monkeypatch.setattr(sampling, "narrow", watch)
+    early = choose(logits, y, mixing, chosen)
+    monkeypatch.setattr(sampling, "floor", lambda y, *_: torch.full((len(y),), -torch.inf))
+    assert torch.equal(early, choose(logits, y, mixing, chosen))
+    assert (sizes[0] < 3000) == narrows
+    assert sizes[-1] == 3000
+
+
+def test_narrow_and_wide_lines_mix():
+    torch.manual_seed(3)
+    logits = torch.randn(8, 500) * 3
+    mixing = Mixing.plan([((1.0,), (2.0 * a,), a) for a in (True, False, False, True)], CPU)
+    y = principled_logits(logits, mixing)
+    mixed = settings(
+        4, aligned=[True, False, False, True], nucleus_top_p=[0.8, 1.0, 0.5, 1.0], temperature=[0.0, 1.0, 1.0, 2.0]
+    )
+    together = choose(logits, y, mixing, mixed)
+    for i in range(4):
+        index = torch.tensor([i])
+        assert choose(logits, y[index], mixing[index], mixed[index]) == together[i]
 
 
 def test_a_draw_survives_logits_that_underflow():
     z = torch.full((10, 50), -1e30)
     z[:, 7] = 0
     z[:, :5] = -torch.inf
-    assert set(draw(z, filters(10)).tolist()) == {7}
+    assert set(draw(z, settings(10)).tolist()) == {7}
     assert z.argmax(-1).tolist() == [7] * 10
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from scipy import stats
 
-from alignment_core import Principle, SamplingParams
+from alignment_core import Principle, SamplingParams, sampling
+from alignment_core.alignment import principled_logits
 from alignment_core.prompts import PromptBuilder
 from tests.conftest import make_engine, run_all, token_ids
 from tests.oracle import Setting
@@ -126,24 +127,19 @@ def test_first_tokens_follow_the_oracles_distribution(embedded, embedded_oracle,
 
 def test_ratio_zero_is_bit_equal_to_the_plain_path(embedded, tokenizer, monkeypatch):
     """Serving the principled prompt at ratio 0, and the same text as a plain prompt."""
-    from alignment_core import engine as engine_module
-
     builder = PromptBuilder(tokenizer)
     question, principle = CASES[1]
     chat = [{"role": "system", "content": "You help."}, {"role": "user", "content": question}]
     plain_chat = [{"role": "system", "content": "You help.\n" + principle}, chat[1]]
     seen = []
 
-    def spy(logits, sequences):
-        z = mixed(logits, sequences)
+    def spy(logits, mixing):
+        z = principled_logits(logits, mixing)
         seen[-1].append(z.clone())
         return z
 
-    from alignment_core import sampling
-
-    mixed = sampling.mixed_logits
-    monkeypatch.setattr(sampling, "mixed_logits", spy)
-    assert engine_module.sample is sampling.sample
+    monkeypatch.setattr(sampling, "principled_logits", spy)
+    monkeypatch.setattr(sampling, "choose", None)  # greedy at ratio 0 takes the best of these very logits
     params = SamplingParams(temperature=0, max_tokens=8)
     for prompt in (builder.build(chat, [Principle(principle, ratio=0.0)]), builder.build(plain_chat)):
         seen.append([])

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alignment_core import EngineDead, InvalidRequest, Prompt, SamplingParams
+from alignment_core import EngineDead, InvalidRequest, Prompt, SamplingParams, model_runner
+from alignment_core.attention import native, sdpa
 from tests.conftest import make_engine, run_all, tiny_pair, token_ids
 from tests.oracle import Setting
 
@@ -211,12 +212,16 @@ ARCHITECTURES = {
 }
 
 
+@pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_architectures(tokenizer, model_type):
+def test_architectures(tokenizer, model_type, kernels, monkeypatch):
     """Grouped-query heads everywhere; sliding windows and soft-capping where the model has them."""
-    loaded, oracle = tiny_pair(tokenizer, model_type, vocab_size=300, **ARCHITECTURES[model_type])
+    if not kernels:
+        monkeypatch.setattr(model_runner, "library", lambda: None)
+    loaded, oracle = tiny_pair(tokenizer, model_type, kernels, vocab_size=300, **ARCHITECTURES[model_type])
     for config in ({"num_pages": 400}, {"page_size": 4, "num_pages": 400, "max_num_batched_tokens": 9}):
         engine = make_engine(loaded, **config)
+        assert loaded.model.config._attn_implementation == (native.NAME if kernels else sdpa.NAME)
         for prompt, outputs in zip(prompts(), run_all(engine, [(prompt, GREEDY) for prompt in prompts()]), strict=True):
             judge(oracle, prompt, outputs)
 

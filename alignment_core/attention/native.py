@@ -1,0 +1,62 @@
+"""The CPU backend: every query token walks its own row's pages in kernels.cpp. No mask, no gather, no padding."""
+
+import ctypes
+
+import torch
+from torch import Tensor, nn
+
+from alignment_core.attention.paged_batch import LayerAttention, PagedBatch
+from alignment_core.attention.sdpa import refuse_more_than_causal, store
+from alignment_core.cpu.native import Batch, library
+
+NAME = "linalign_native"
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    paged: PagedBatch,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """As `sdpa.attend`, for float32 on a CPU."""
+    refuse_more_than_causal(module, attention_mask, kwargs)
+    keys, values = store(module, key, value, paged, LayerAttention(scaling, sliding_window, softcap))
+    queries = query[0].transpose(0, 1).contiguous()
+    out = torch.empty_like(queries)
+    lib = library()
+    assert lib is not None
+    lib.linalign_attention(
+        ctypes.byref(native_batch(paged)),
+        query.shape[1],
+        key.shape[1],
+        query.shape[-1],
+        scaling,
+        sliding_window or 0,
+        softcap or 0.0,
+        queries.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out[None], None
+
+
+def native_batch(paged: PagedBatch) -> Batch:
+    """The step in the kernels' own form; `paged` must outlive it."""
+    return Batch(
+        len(paged.row),
+        paged.keys[0].shape[1],
+        paged.page_table.shape[1],
+        paged.row.data_ptr(),
+        paged.position.data_ptr(),
+        paged.page_table.data_ptr(),
+        paged.slots.data_ptr(),
+    )

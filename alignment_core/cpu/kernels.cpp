@@ -1,0 +1,396 @@
+// What a decoder costs on a CPU, in one file: matrix products over packed weights, paged attention,
+// and a whole Llama-like layer made of them. GCC's and Clang's vector extensions only, so the same
+// source serves AVX-512, AVX2 and NEON.
+//
+// Every number is computed in float32 in an order that depends on its own row alone: a row's result
+// is the same to the bit whatever else is in the batch, however long the prefill chunk was, and
+// however compactly the weights are stored.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int LANES = 16;    // output columns of a panel, and of a vector register
+constexpr int PANELS = 4;    // panels that a tile covers
+constexpr int ROWS = 6;      // rows that a tile covers: 6 × 4 accumulators, 4 weights, 1 input fill 32 registers
+constexpr int GROUP = 32;    // weights that share a scale
+constexpr int KEYS = 32;     // keys per round of the running softmax
+constexpr int WIDTH = LANES * PANELS;
+constexpr int K_BLOCK = 1536;  // unpacked weights of a tile stay in the L2 cache
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
+
+template <typename T>
+inline T load(const void* p) {
+    T value;
+    std::memcpy(&value, p, sizeof value);
+    return value;
+}
+
+inline void store(float* p, vec value) { std::memcpy(p, &value, sizeof value); }
+
+inline vec splat(float x) { return x - vec{}; }
+
+// e^x to within 2 units in the last place (Cephes' polynomial); 0 below -87.
+inline vec exponential(vec x) {
+    x = x < -87.3f ? splat(-87.3f) : x;
+    x = x > 88.0f ? splat(88.0f) : x;
+    vec magic = splat(12582912.0f);  // adding it rounds to an integer
+    vec n = (x * 1.44269504f + magic) - magic;
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    ivec exponent = (__builtin_convertvector(n, ivec) + 127) << 23;
+    return p * (vec)exponent;
+}
+
+}  // namespace
+
+extern "C" {
+
+enum Format : int32_t { FLOAT32, BFLOAT16, INT8, INT4 };
+
+// [rows, cols] weights as panels of 16 output columns, k running slowest: per k, 16 floats, bfloat16
+// or int8; per 8 k, 16 words of eight nibbles. scale and offset: [cols / 32, 16] per panel.
+struct Matrix {
+    int32_t format, rows, cols;
+    const void* data;
+    const float* scale;
+    const float* offset;
+    const float* bias;  // [rows] or null
+};
+
+struct Layer {
+    Matrix qkv, out, gate_up, down;
+    const float *attention_norm, *mlp_norm;
+    const float *query_norm, *key_norm;  // [head_dim] or null
+    float *keys, *values;                // this layer's pool: [slots, kv heads, head_dim]
+    int32_t window;                      // 0: none
+};
+
+struct Shape {
+    int32_t hidden, heads, kv_heads, head_dim, rotary_dim, intermediate;
+    float epsilon, scaling;
+};
+
+// The tokens of one step. page_table: [rows, pages]. row, position, slot: of each token.
+struct Batch {
+    int32_t tokens, page_size, pages;
+    const int32_t *row, *position, *page_table;
+    const int64_t* slot;
+};
+}
+
+namespace {
+
+// Eight weights of one panel, one at a time; scale and offset are those of their group.
+struct Word {
+    const char* data;
+    uvec nibbles;
+    vec scale, offset;
+};
+
+template <int FORMAT>
+inline Word fetch(const Matrix& w, int panel, int k) {
+    Word word{};
+    int64_t at = (int64_t)panel * w.cols + k;
+    if constexpr (FORMAT == FLOAT32) word.data = (const char*)w.data + at * LANES * 4;
+    if constexpr (FORMAT == BFLOAT16) word.data = (const char*)w.data + at * LANES * 2;
+    if constexpr (FORMAT == INT8) word.data = (const char*)w.data + at * LANES;
+    if constexpr (FORMAT == INT4) word.nibbles = load<uvec>((const char*)w.data + at * LANES / 2);
+    if constexpr (FORMAT == INT8 || FORMAT == INT4) {
+        int64_t group = ((int64_t)panel * (w.cols / GROUP) + k / GROUP) * LANES;
+        word.scale = load<vec>(w.scale + group);
+        if constexpr (FORMAT == INT4) word.offset = load<vec>(w.offset + group);
+    }
+    return word;
+}
+
+// scale × code has few enough bits to be exact, so these are the very float32 weights that were packed.
+template <int FORMAT>
+inline vec weight(const Word& word, int i) {
+    if constexpr (FORMAT == FLOAT32) return load<vec>(word.data + i * LANES * 4);
+    if constexpr (FORMAT == BFLOAT16) {
+        return (vec)(__builtin_convertvector(load<halves>(word.data + i * LANES * 2), uvec) << 16);
+    }
+    if constexpr (FORMAT == INT8) {
+        ivec codes = __builtin_convertvector(load<bytes>(word.data + i * LANES), ivec);
+        return __builtin_convertvector(codes, vec) * word.scale;
+    }
+    ivec codes = (ivec)((word.nibbles >> (4 * i)) & 15);
+    return __builtin_convertvector(codes, vec) * word.scale + word.offset;
+}
+
+// sum[rows][64] += x[rows][k .. end) · weights of 4 panels.
+template <int FORMAT, int M>
+void tile(const Matrix& w, int panel, int k, int end, const float* x, int64_t x_stride, float* sum) {
+    vec acc[M][PANELS];
+#pragma GCC unroll 32
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int p = 0; p < PANELS; p++) acc[m][p] = load<vec>(sum + m * WIDTH + p * LANES);
+    for (; k < end; k += 8) {
+#pragma GCC unroll 4
+        for (int p = 0; p < PANELS; p++) {
+            Word word = fetch<FORMAT>(w, panel + p, k);
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) {
+                vec v = weight<FORMAT>(word, i);
+#pragma GCC unroll 32
+                for (int m = 0; m < M; m++) acc[m][p] += x[m * x_stride + k + i] * v;
+            }
+        }
+    }
+#pragma GCC unroll 32
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int p = 0; p < PANELS; p++) store(sum + m * WIDTH + p * LANES, acc[m][p]);
+}
+
+template <int FORMAT>
+void tiles(const Matrix& w, int panel, int k, int end, const float* x, int64_t x_stride, int rows, float* sum) {
+    for (; rows > 0; rows -= ROWS, x += ROWS * x_stride, sum += ROWS * WIDTH) {
+        switch (std::min(rows, ROWS)) {
+            case 1: tile<FORMAT, 1>(w, panel, k, end, x, x_stride, sum); break;
+            case 2: tile<FORMAT, 2>(w, panel, k, end, x, x_stride, sum); break;
+            case 3: tile<FORMAT, 3>(w, panel, k, end, x, x_stride, sum); break;
+            case 4: tile<FORMAT, 4>(w, panel, k, end, x, x_stride, sum); break;
+            case 5: tile<FORMAT, 5>(w, panel, k, end, x, x_stride, sum); break;
+            default: tile<FORMAT, 6>(w, panel, k, end, x, x_stride, sum);
+        }
+    }
+}
+
+// A block of 4 panels as plain floats, k from 0.
+template <int FORMAT>
+void unpack(const Matrix& w, int panel, int k, int end, float* out) {
+    for (int p = 0; p < PANELS; p++)
+        for (int at = k; at < end; at += 8) {
+            Word word = fetch<FORMAT>(w, panel + p, at);
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) store(out + ((int64_t)p * (end - k) + at - k + i) * LANES, weight<FORMAT>(word, i));
+        }
+}
+
+template <int FORMAT>
+void block(const Matrix& w, int panel, int k, int end, const float* x, int rows, float* sum, float* unpacked) {
+    if (FORMAT == FLOAT32 || rows <= ROWS) {
+        tiles<FORMAT>(w, panel, k, end, x, w.cols, rows, sum);
+    } else {
+        unpack<FORMAT>(w, panel, k, end, unpacked);
+        Matrix plain{FLOAT32, WIDTH, end - k, unpacked, nullptr, nullptr, nullptr};
+        tiles<FLOAT32>(plain, 0, 0, end - k, x + k, w.cols, rows, sum);
+    }
+}
+
+// y[rows, w.rows] = (add ? y : 0) + x[rows, w.cols] · wᵀ + bias. Called by all threads of a team; ends in a barrier.
+void linear(const Matrix& w, const float* x, int rows, float* y, bool add) {
+    int blocks = (w.rows + WIDTH - 1) / WIDTH;
+    std::vector<float> sums((size_t)rows * WIDTH);
+    std::vector<float> unpacked(rows > ROWS && w.format != FLOAT32 ? (size_t)std::min(w.cols, K_BLOCK) * WIDTH : 0);
+#pragma omp for schedule(static)
+    for (int b = 0; b < blocks; b++) {
+        std::fill(sums.begin(), sums.end(), 0.0f);
+        for (int k = 0; k < w.cols; k += K_BLOCK) {
+            int end = std::min(k + K_BLOCK, w.cols);
+            switch (w.format) {
+                case FLOAT32: block<FLOAT32>(w, b * PANELS, k, end, x, rows, sums.data(), nullptr); break;
+                case BFLOAT16: block<BFLOAT16>(w, b * PANELS, k, end, x, rows, sums.data(), unpacked.data()); break;
+                case INT8: block<INT8>(w, b * PANELS, k, end, x, rows, sums.data(), unpacked.data()); break;
+                default: block<INT4>(w, b * PANELS, k, end, x, rows, sums.data(), unpacked.data());
+            }
+        }
+        int width = std::min(WIDTH, w.rows - b * WIDTH);
+        for (int m = 0; m < rows; m++) {
+            float *to = y + (int64_t)m * w.rows + b * WIDTH, *from = sums.data() + m * WIDTH;
+            for (int n = 0; n < width; n++) {
+                float value = from[n] + (w.bias ? w.bias[b * WIDTH + n] : 0.0f);
+                to[n] = add ? to[n] + value : value;
+            }
+        }
+    }
+}
+
+void rms_norm(const float* x, const float* weight, int n, float epsilon, float* out) {
+    vec squares{};
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        vec v = load<vec>(x + i);
+        squares += v * v;
+    }
+    float sum = 0;
+    for (int lane = 0; lane < LANES; lane++) sum += squares[lane];
+    for (; i < n; i++) sum += x[i] * x[i];
+    float scale = 1.0f / std::sqrt(sum / n + epsilon);
+    for (i = 0; i < n; i++) out[i] = weight[i] * (x[i] * scale);
+}
+
+// Rotary embedding in the rotate-half convention, in place, on the first `dim` numbers of a head.
+void rotate(float* x, const float* cos, const float* sin, int dim) {
+    int half = dim / 2;
+    for (int i = 0; i < half; i++) {
+        float a = x[i], b = x[i + half];
+        x[i] = a * cos[i] - b * sin[i];
+        x[i + half] = b * cos[i + half] + a * sin[i + half];
+    }
+}
+
+template <int N>
+inline float dot(const float* a, const float* b, int n) {
+    if constexpr (N > 0) n = N;
+    vec sum{};
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) sum += load<vec>(a + i) * load<vec>(b + i);
+    float total = 0;
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int lane = 0; lane < width; lane++) sum[lane] += sum[lane + width];
+    total = sum[0];
+    for (; i < n; i++) total += a[i] * b[i];
+    return total;
+}
+
+// One token's attention with one group of query heads, by a running softmax over the row's pages.
+template <int N>
+void attend(const Batch& batch, int token, int kv_head, int kv_heads, int group, int head_dim, float scaling,
+            int window, float softcap, const float* queries, const float* keys, const float* values, float* out) {
+    if constexpr (N > 0) head_dim = N;
+    const int32_t* pages = batch.page_table + (int64_t)batch.row[token] * batch.pages;
+    int context = batch.position[token] + 1;
+    int first = window ? std::max(0, context - window) : 0;
+    float best[group], total[group];
+    std::fill(best, best + group, -INFINITY);
+    std::fill(total, total + group, 0.0f);
+    std::fill(out, out + group * head_dim, 0.0f);
+    for (int start = first / KEYS * KEYS; start < context; start += KEYS) {
+        int begin = std::max(start, first), count = std::min(start + KEYS, context) - begin;
+        int64_t at[KEYS];
+        for (int j = 0; j < count; j++) {
+            int position = begin + j;
+            int64_t slot = (int64_t)pages[position / batch.page_size] * batch.page_size + position % batch.page_size;
+            at[j] = (slot * kv_heads + kv_head) * head_dim;
+        }
+        for (int g = 0; g < group; g++) {
+            alignas(64) float scores[KEYS];
+            float high = best[g];
+            for (int j = 0; j < count; j++) {
+                scores[j] = dot<N>(queries + g * head_dim, keys + at[j], head_dim) * scaling;
+                if (softcap != 0) scores[j] = softcap * std::tanh(scores[j] / softcap);
+                high = std::max(high, scores[j]);
+            }
+            std::fill(scores + count, scores + KEYS, -INFINITY);
+            for (int j = 0; j < KEYS; j += LANES) store(scores + j, exponential(load<vec>(scores + j) - high));
+            float rescale = std::exp(best[g] - high);
+            float* o = out + g * head_dim;
+            total[g] *= rescale;
+            for (int d = 0; d < head_dim; d++) o[d] *= rescale;
+            for (int j = 0; j < count; j++) {
+                total[g] += scores[j];
+                const float* v = values + at[j];
+                for (int d = 0; d < head_dim; d++) o[d] += scores[j] * v[d];
+            }
+            best[g] = high;
+        }
+    }
+    for (int g = 0; g < group; g++)
+        for (int d = 0; d < head_dim; d++) out[g * head_dim + d] /= total[g];
+}
+
+// queries: [tokens, query_stride], out: [tokens, heads × head_dim]. Called by all threads; ends in a barrier.
+void attention(const Batch& batch, int heads, int kv_heads, int head_dim, float scaling, int window, float softcap,
+               const float* queries, int64_t query_stride, const float* keys, const float* values, float* out) {
+    int group = heads / kv_heads;
+    auto one = head_dim == 64 ? attend<64> : head_dim == 128 ? attend<128> : attend<0>;
+#pragma omp for schedule(dynamic)
+    for (int item = 0; item < batch.tokens * kv_heads; item++) {
+        int token = item / kv_heads, kv_head = item % kv_heads;
+        int64_t offset = (int64_t)kv_head * group * head_dim;
+        one(batch, token, kv_head, kv_heads, group, head_dim, scaling, window, softcap,
+            queries + token * query_stride + offset, keys, values, out + (int64_t)token * heads * head_dim + offset);
+    }
+}
+
+void decoder_layer(const Layer& layer, const Shape& s, const Batch& batch, const float* cos, const float* sin, float* x,
+                   float* normed, float* qkv, float* mixed, float* gate_up) {
+    int64_t q_width = (int64_t)s.heads * s.head_dim, kv_width = (int64_t)s.kv_heads * s.head_dim;
+    int64_t qkv_width = q_width + 2 * kv_width;
+#pragma omp for schedule(static)
+    for (int t = 0; t < batch.tokens; t++)
+        rms_norm(x + (int64_t)t * s.hidden, layer.attention_norm, s.hidden, s.epsilon, normed + (int64_t)t * s.hidden);
+    linear(layer.qkv, normed, batch.tokens, qkv, false);
+#pragma omp for schedule(static)
+    for (int t = 0; t < batch.tokens; t++) {
+        float* q = qkv + t * qkv_width;
+        for (int h = 0; h < s.heads + s.kv_heads; h++) {
+            float* head = q + (int64_t)h * s.head_dim;
+            const float* norm = h < s.heads ? layer.query_norm : layer.key_norm;
+            if (norm) rms_norm(head, norm, s.head_dim, s.epsilon, head);
+            rotate(head, cos + (int64_t)t * s.rotary_dim, sin + (int64_t)t * s.rotary_dim, s.rotary_dim);
+        }
+        std::copy_n(q + q_width, kv_width, layer.keys + batch.slot[t] * kv_width);
+        std::copy_n(q + q_width + kv_width, kv_width, layer.values + batch.slot[t] * kv_width);
+    }
+    attention(batch, s.heads, s.kv_heads, s.head_dim, s.scaling, layer.window, 0, qkv, qkv_width, layer.keys,
+              layer.values, mixed);
+    linear(layer.out, mixed, batch.tokens, x, true);
+#pragma omp for schedule(static)
+    for (int t = 0; t < batch.tokens; t++)
+        rms_norm(x + (int64_t)t * s.hidden, layer.mlp_norm, s.hidden, s.epsilon, normed + (int64_t)t * s.hidden);
+    linear(layer.gate_up, normed, batch.tokens, gate_up, false);
+#pragma omp for schedule(static)
+    for (int t = 0; t < batch.tokens; t++) {
+        float *gate = gate_up + (int64_t)t * 2 * s.intermediate, *up = gate + s.intermediate;
+        float* to = mixed + (int64_t)t * s.intermediate;
+        int i = 0;
+        for (; i + LANES <= s.intermediate; i += LANES) {
+            vec g = load<vec>(gate + i);
+            store(to + i, g / (1.0f + exponential(-g)) * load<vec>(up + i));
+        }
+        for (; i < s.intermediate; i++) to[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+    }
+    linear(layer.down, mixed, batch.tokens, x, true);
+}
+
+}  // namespace
+
+extern "C" {
+
+// y: [tokens, w.rows].
+void linalign_linear(const Matrix* w, const float* x, int32_t tokens, float* y, int32_t threads) {
+#pragma omp parallel num_threads(threads)
+    linear(*w, x, tokens, y, false);
+}
+
+void linalign_attention(const Batch* batch, int32_t heads, int32_t kv_heads, int32_t head_dim, float scaling,
+                        int32_t window, float softcap, const float* queries, const float* keys, const float* values,
+                        float* out, int32_t threads) {
+#pragma omp parallel num_threads(threads)
+    attention(*batch, heads, kv_heads, head_dim, scaling, window, softcap, queries, (int64_t)heads * head_dim, keys,
+              values, out);
+}
+
+// Runs x, [tokens, hidden], through the layer in place. cos, sin: [tokens, rotary_dim].
+void linalign_layer(const Layer* layer, const Shape* shape, const Batch* batch, const float* cos, const float* sin,
+                    float* x, int32_t threads) {
+    int64_t tokens = batch->tokens, q_width = (int64_t)shape->heads * shape->head_dim;
+    int64_t qkv_width = q_width + 2 * (int64_t)shape->kv_heads * shape->head_dim;
+    std::vector<float> normed(tokens * shape->hidden), qkv(tokens * qkv_width);
+    std::vector<float> mixed(tokens * std::max<int64_t>(q_width, shape->intermediate));
+    std::vector<float> gate_up(tokens * 2 * shape->intermediate);
+#pragma omp parallel num_threads(threads)
+    decoder_layer(*layer, *shape, *batch, cos, sin, x, normed.data(), qkv.data(), mixed.data(), gate_up.data());
+}
+
+}

@@ -1,0 +1,198 @@
+"""A transformers model's layers, replaced by our kernels where they do the same.
+
+A decoder layer is fused into one call if it has the parts of Llama's and, run on random numbers,
+gives what the kernel gives; so nothing depends on a list of architectures. Any other layer keeps its
+own code, and its linear layers alone are packed.
+"""
+
+import ctypes
+import logging
+from collections import Counter
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from alignment_core.attention import native
+from alignment_core.attention.paged_batch import LayerAttention, PagedBatch
+from alignment_core.cpu.native import Layer, Shape, library
+from alignment_core.cpu.packing import PackedMatrix, Quantization, pack, packable
+from alignment_core.scheduler import Row
+from alignment_core.sequence import Branch
+
+log = logging.getLogger(__name__)
+
+LAYER_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+PROBE_TOKENS = 5
+TOLERANCE = 1e-4  # of the largest number; float32 in another order is a hundred times closer
+
+
+class PackedLinear(nn.Module):
+    """y = x · wᵀ + b over packed weights, float32."""
+
+    def __init__(self, packed: PackedMatrix) -> None:
+        super().__init__()
+        self.packed = packed
+        self.matrices = [packed]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, K] to […, N]."""
+        lib = library()
+        assert lib is not None
+        x = x.contiguous()
+        num_rows = x.numel() // x.shape[-1]
+        y = x.new_empty(*x.shape[:-1], self.packed.shape[0])
+        lib.linalign_linear(
+            ctypes.byref(self.packed.matrix), x.data_ptr(), num_rows, y.data_ptr(), torch.get_num_threads()
+        )
+        return y
+
+
+class FusedLayer(nn.Module):
+    """A whole decoder layer in one call."""
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        index: int,
+        asked: LayerAttention,
+        head_dim: int,
+        quantization: Quantization,
+    ) -> None:
+        super().__init__()
+        attention: Any = layer.self_attn
+        mlp: Any = layer.mlp
+        norms: list[Any] = [layer.input_layernorm, layer.post_attention_layernorm]
+        head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        self.index, self.asked = index, asked
+        self.matrices = [
+            _pack_together(linears, quantization)
+            for linears in (
+                [attention.q_proj, attention.k_proj, attention.v_proj],
+                [attention.o_proj],
+                [mlp.gate_proj, mlp.up_proj],
+                [mlp.down_proj],
+            )
+        ]
+        self._kept = [norm and norm.weight.detach().float().contiguous() for norm in (*norms, *head_norms)]
+        pointers = [kept if kept is None else kept.data_ptr() for kept in self._kept]
+        self._layer = Layer(*(packed.matrix for packed in self.matrices), *pointers, window=asked.window or 0)
+        self._shape = Shape(
+            hidden=attention.q_proj.in_features,
+            heads=attention.q_proj.out_features // head_dim,
+            kv_heads=attention.k_proj.out_features // head_dim,
+            head_dim=head_dim,
+            intermediate=mlp.down_proj.in_features,
+            epsilon=norms[0].variance_epsilon,
+            scaling=asked.scaling,
+        )
+
+    def forward(
+        self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], paged: PagedBatch, **_: object
+    ) -> Tensor:
+        """[1, T, hidden] float32, overwritten and returned."""
+        lib = library()
+        assert lib is not None
+        cos, sin = position_embeddings
+        self._shape.rotary_dim = cos.shape[-1]
+        paged.layers[self.index] = self.asked
+        self._layer.keys = paged.keys[self.index].data_ptr()
+        self._layer.values = paged.values[self.index].data_ptr()
+        lib.linalign_layer(
+            ctypes.byref(self._layer),
+            ctypes.byref(self._shape),
+            ctypes.byref(native.native_batch(paged)),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            hidden_states.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return hidden_states
+
+
+@torch.inference_mode()
+def replace_layers(model: PreTrainedModel, quantization: Quantization) -> None:
+    """Fuse and pack what can be. model: float32 on a CPU; what is replaced gives its weights up."""
+    model.set_attn_implementation(native.NAME)
+    layers = getattr(model.base_model, "layers", None)
+    if isinstance(layers, nn.ModuleList):
+        for index, layer in enumerate(layers):
+            layers[index] = _fused(model, layer, index, quantization) or layer
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Linear and packable(child.weight):
+                setattr(parent, name, PackedLinear(pack(child.weight, child.bias, quantization)))
+    _report(model)
+
+
+def _fused(model: PreTrainedModel, layer: nn.Module, index: int, quantization: Quantization) -> FusedLayer | None:
+    """The layer as one call; None where it is of another make, or gives other numbers."""
+    if not _has_llamas_parts(layer):
+        return None
+    attention, rotary = cast(Any, layer.self_attn), cast(Any, model.base_model.rotary_emb)
+    head_dim: int = attention.head_dim
+    pool = [torch.zeros(1, PROBE_TOKENS, attention.k_proj.out_features // head_dim, head_dim)] * (index + 1)
+    paged = PagedBatch.of([Row(Branch([0] * PROBE_TOKENS, [0]), 0, PROBE_TOKENS)], pool, [x.clone() for x in pool])
+    generator = torch.Generator().manual_seed(index)
+    hidden = torch.randn(1, PROBE_TOKENS, attention.q_proj.in_features, generator=generator)
+    position_ids = torch.arange(PROBE_TOKENS)[None]
+    arguments = {
+        "position_ids": position_ids,
+        "position_embeddings": rotary(hidden, position_ids=position_ids),
+        "attention_mask": None,
+        "past_key_values": None,
+        "use_cache": False,
+        "paged": paged,
+    }
+    expected = layer(hidden.clone(), **arguments)
+    asked = paged.layers[index]
+    if asked.softcap is not None:
+        return None
+    lossless: Quantization = "auto" if quantization == "auto" else "none"
+    fused = FusedLayer(layer, index, asked, head_dim, lossless)
+    error = (fused(hidden.clone(), **arguments) - expected).abs().max()
+    if error > TOLERANCE * expected.abs().max():
+        log.info("Layer %d is not quite Llama's: it runs in its own code", index)
+        return None
+    return fused if lossless == quantization else FusedLayer(layer, index, asked, head_dim, quantization)
+
+
+def _has_llamas_parts(layer: nn.Module) -> bool:
+    parts = dict(layer.named_children())
+    if set(parts) != LAYER_PARTS:
+        return False
+    attention, mlp = (dict(parts[name].named_children()) for name in ("self_attn", "mlp"))
+    linears = [attention.get(name) for name in ATTENTION_PARTS] + [mlp.get(name) for name in MLP_PARTS - {"act_fn"}]
+    return (
+        set(attention) in (ATTENTION_PARTS, ATTENTION_PARTS | {"q_norm", "k_norm"})
+        and set(mlp) == MLP_PARTS
+        and all(type(linear) is nn.Linear and packable(linear.weight) for linear in linears)
+        and all(hasattr(parts[name], "variance_epsilon") for name in ("input_layernorm", "post_attention_layernorm"))
+    )
+
+
+def _pack_together(linears: list[nn.Linear], quantization: Quantization) -> PackedMatrix:
+    """Several layers over the same input as one matrix."""
+    biases = [linear.bias for linear in linears]
+    bias = None
+    if any(b is not None for b in biases):
+        zeros = [linear.weight.new_zeros(linear.out_features) for linear in linears]
+        bias = torch.cat([zero if b is None else b for b, zero in zip(biases, zeros, strict=True)])
+    return pack(torch.cat([linear.weight for linear in linears]), bias, quantization)
+
+
+def _report(model: PreTrainedModel) -> None:
+    sizes: Counter[str] = Counter()
+    for module in model.modules():
+        if isinstance(module, FusedLayer | PackedLinear):
+            for matrix in module.matrices:
+                sizes[matrix.format] += matrix.nbytes
+    formats = ", ".join(f"{size / 1e6:.0f} MB {format}" for format, size in sizes.most_common())
+    log.info("Packed the weights: %s; %d decoder layers run fused", formats, num_fused_layers(model))
+
+
+def num_fused_layers(model: PreTrainedModel) -> int:
+    return sum(isinstance(module, FusedLayer) for module in model.modules())

@@ -1,0 +1,126 @@
+"""kernels.cpp as a shared library: compiled on first use, kept in the user's cache, called through ctypes."""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from ctypes import c_float, c_int32, c_void_p
+from pathlib import Path
+
+import platformdirs
+import torch  # noqa: F401 - first, so that our library shares its OpenMP runtime and threads
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = (
+        ("format", c_int32),
+        ("rows", c_int32),
+        ("cols", c_int32),
+        ("data", c_void_p),
+        ("scale", c_void_p),
+        ("offset", c_void_p),
+        ("bias", c_void_p),
+    )
+
+
+class Layer(ctypes.Structure):
+    _fields_ = (
+        ("qkv", Matrix),
+        ("out", Matrix),
+        ("gate_up", Matrix),
+        ("down", Matrix),
+        ("attention_norm", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("query_norm", c_void_p),
+        ("key_norm", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("window", c_int32),
+    )
+
+
+class Shape(ctypes.Structure):
+    _fields_ = (
+        ("hidden", c_int32),
+        ("heads", c_int32),
+        ("kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("rotary_dim", c_int32),
+        ("intermediate", c_int32),
+        ("epsilon", c_float),
+        ("scaling", c_float),
+    )
+
+
+class Batch(ctypes.Structure):
+    _fields_ = (
+        ("tokens", c_int32),
+        ("page_size", c_int32),
+        ("pages", c_int32),
+        ("row", c_void_p),
+        ("position", c_void_p),
+        ("page_table", c_void_p),
+        ("slot", c_void_p),
+    )
+
+
+_P, _I, _F = c_void_p, c_int32, c_float
+SIGNATURES: dict[str, Sequence[type]] = {
+    "linalign_linear": (_P, _P, _I, _P, _I),
+    "linalign_attention": (_P, _I, _I, _I, _F, _I, _F, _P, _P, _P, _P, _I),
+    "linalign_layer": (_P, _P, _P, _P, _P, _P, _I),
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None, with a warning, where there is no C++ compiler that can make them."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        log.warning("No C++ compiler (c++) was found: the CPU runs without our kernels, several times slower")
+        return None
+    try:
+        lib = ctypes.CDLL(str(_built(compiler)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        detail = getattr(error, "stderr", None) or error
+        log.warning("Our CPU kernels could not be compiled; running without them, several times slower: %s", detail)
+        return None
+    for name, arguments in SIGNATURES.items():
+        function = getattr(lib, name)
+        function.argtypes, function.restype = arguments, None
+    return lib
+
+
+def _built(compiler: str) -> Path:
+    """The library for this source, compiler and processor. A half-written file is never used."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), _processor()]))
+    target = platformdirs.user_cache_path("linalign") / f"kernels-{key.hexdigest()[:16]}.so"
+    if not target.exists():
+        log.info("Compiling the CPU kernels, once; this takes some seconds")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            output = Path(scratch) / target.name
+            command = [compiler, *FLAGS, str(SOURCE), "-o", str(output)]
+            subprocess.run(command, capture_output=True, check=True, text=True)
+            output.rename(target)
+    return target
+
+
+def _processor() -> bytes:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().split(b"\n\n")[0].splitlines()
+    except OSError:
+        return " ".join(os.uname()).encode()
+    return b"\n".join(line for line in lines if line.startswith((b"model name", b"flags", b"Features", b"CPU")))

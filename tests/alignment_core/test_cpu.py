@@ -1,0 +1,190 @@
+"""The CPU kernels: what they store, what they compute, where they are used, and what happens without them."""
+
+import os
+import subprocess
+import sys
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from alignment_core import load
+from alignment_core.cpu import packing
+from alignment_core.cpu.layers import PackedLinear, num_fused_layers, replace_layers
+from alignment_core.cpu.packing import pack
+from tests.conftest import make_engine, run_all, tiny_pair
+from tests.test_readme import reply
+
+GGUF_TYPES = {"Q4_0": "int4", "Q4_1": "int4", "Q8_0": "int8", "F16": "float32", "BF16": "bfloat16"}
+
+
+@pytest.mark.parametrize("name", GGUF_TYPES)
+def test_a_checkpoints_own_blocks_are_found_again(name):
+    """Weights that the gguf package has quantised go to the smallest format, and are the same weights there."""
+    kind = gguf.GGMLQuantizationType[name]
+    original = np.random.default_rng(0).standard_normal((48, 96), np.float32)
+    weights = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(original, kind), kind).reshape(48, 96))
+    packed = pack(weights, None, "auto")
+    assert packed.format == GGUF_TYPES[name]
+    assert torch.equal(weights_in(packed), weights)
+
+
+def test_one_weight_off_the_grid_keeps_all_as_they_are():
+    weights = packing._int4(torch.randn(40, 64)).weights()
+    assert pack(weights, None, "auto").format == "int4"
+    weights[39, 63] += 1e-3
+    packed = pack(weights, None, "auto")
+    assert packed.format == "float32"
+    assert torch.equal(weights_in(packed), weights)
+
+
+@pytest.mark.parametrize(("quantization", "steps"), [("int8", 127), ("int4", 7.5)])
+def test_rounding_is_within_half_a_step(quantization, steps):
+    weights = torch.randn(64, 128)
+    packed = pack(weights, None, quantization)
+    assert packed.format == quantization
+    error = (weights_in(packed) - weights).abs().view(64, -1, 32)
+    assert (error.amax(-1) <= weights.abs().view(64, -1, 32).amax(-1) / steps / 2 * 1.02).all()
+
+
+def test_groups_of_zeros_survive():
+    weights = torch.zeros(16, 64)
+    for quantization in ("auto", "none", "int8", "int4"):
+        assert torch.equal(weights_in(pack(weights, None, quantization)), weights)
+
+
+def weights_in(packed):
+    """The weights that the kernels multiply with: their product with one-hot rows."""
+    return PackedLinear(packed)(torch.eye(packed.shape[1])).T
+
+
+STORED = {
+    "float32": torch.randn(100, 160),
+    "bfloat16": torch.randn(100, 160).bfloat16().float(),
+    "int8": packing._int8(torch.randn(100, 160)).weights(),
+    "int4": packing._int4(torch.randn(100, 160)).weights(),
+}
+
+
+@pytest.mark.parametrize("format", STORED)
+def test_linear_is_exact_and_the_same_bits_for_a_row_wherever_it_stands(format):
+    weights, bias = STORED[format], torch.randn(100)
+    compact, plain = PackedLinear(pack(weights, bias, "auto")), PackedLinear(pack(weights, bias, "none"))
+    assert compact.packed.format == format
+    x = torch.randn(40, 160)
+    y = compact(x)
+    torch.testing.assert_close(y.double(), x.double() @ weights.double().T + bias.double(), atol=1e-4, rtol=0)
+    assert torch.equal(plain(x), y)
+    for rows in (1, 2, 3, 4, 5, 6, 7, 13):
+        assert torch.equal(compact(x[7 : 7 + rows]), y[7 : 7 + rows])
+
+
+def test_a_long_row_crosses_the_blocks_of_k():
+    weights, x = torch.randn(70, 4000), torch.randn(9, 4000)
+    y = PackedLinear(pack(weights, None, "none"))(x)
+    torch.testing.assert_close(y.double(), x.double() @ weights.double().T, atol=2e-3, rtol=0)
+    assert torch.equal(PackedLinear(pack(weights, None, "none"))(x[:3]), y[:3])
+
+
+FUSED = {"llama": 3, "mistral": 3, "qwen2": 3, "qwen3": 3, "smollm3": 3, "gemma3_text": 0, "phi3": 0}
+
+
+@pytest.mark.parametrize("model_type", FUSED)
+def test_which_layers_are_fused(tokenizer, model_type):
+    loaded, _ = tiny_pair(tokenizer, model_type, vocab_size=300)
+    assert num_fused_layers(loaded.model) == FUSED[model_type]
+    assert not any(type(module) is nn.Linear for module in loaded.model.modules())
+
+
+@pytest.mark.parametrize("change", [{"hidden_act": "gelu"}, {"no_rope_layers": [1, 0, 1]}], ids=str)
+def test_a_layer_that_only_looks_like_llamas_runs_in_its_own_code(tokenizer, change):
+    model_type = "smollm3" if "no_rope_layers" in change else "llama"
+    loaded, _ = tiny_pair(tokenizer, model_type, vocab_size=300, **change)
+    assert num_fused_layers(loaded.model) == (2 if model_type == "smollm3" else 0)
+
+
+def test_the_embedded_model_keeps_its_own_four_bits(embedded):
+    assert num_fused_layers(embedded.model) == 30
+    formats = [matrix.format for module in embedded.model.modules() for matrix in getattr(module, "matrices", ())]
+    assert formats == ["int4"] * 120 + ["int8"]
+
+
+def test_logits_are_the_same_bits_alone_and_in_a_crowd(embedded, monkeypatch):
+    """Plain and aligned rows, prefills and decodes beside them, chunks of other sizes, pages of other sizes."""
+    from alignment_core.prompts import Principle, PromptBuilder
+    from tests.alignment_core.test_embedded import CASES, GREEDY
+
+    builder = PromptBuilder(embedded.tokenizer)
+    prompts = [
+        builder.build([{"role": "user", "content": question}], [Principle(text, ratio=ratio)])
+        for (question, text), ratio in zip(CASES[:6], [2.0, 0.0, 5.0, 0.5, 0.0, 2.0], strict=True)
+    ]
+    seen = []
+
+    def watched(engine, prompt):
+        forward = engine.runner.forward
+
+        def spy(step):
+            logits, at = forward(step), 0
+            for sequence in step.drawing:
+                if sequence.prompt is prompt:
+                    seen[-1].append(logits[at : at + len(sequence.branches)].clone())
+                at += len(sequence.branches)
+            return logits
+
+        monkeypatch.setattr(engine.runner, "forward", spy)
+        seen.append([])
+        return engine
+
+    for config in ({"num_pages": 64}, {"num_pages": 600, "page_size": 5, "max_num_batched_tokens": 50}):
+        engine = watched(make_engine(embedded, **config), prompts[0])
+        run_all(engine, [(prompt, GREEDY) for prompt in (prompts if len(seen) > 1 else prompts[:1])])
+    alone, crowd = seen
+    assert len(alone) == len(crowd) == 64
+    assert all(torch.equal(a, b) for a, b in zip(alone, crowd, strict=True))
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_rounded_weights_run_as_the_oracle_with_those_weights(tokenizer, quantization):
+    from tests.alignment_core.test_engine import GREEDY, judge, prompts
+
+    sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96}
+    loaded, oracle = tiny_pair(tokenizer, kernels=False, **sizes)
+    for module in oracle.model.modules():
+        if isinstance(module, nn.Linear):
+            codes = {"int8": packing._int8, "int4": packing._int4}[quantization](module.weight.detach().float())
+            module.weight.data = codes.weights().double()
+    replace_layers(loaded.model, quantization)
+    assert num_fused_layers(loaded.model) == 3
+    outputs = run_all(make_engine(loaded, num_pages=400), [(prompt, GREEDY) for prompt in prompts()])
+    for prompt, found in zip(prompts(), outputs, strict=True):
+        judge(oracle, prompt, found)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_dtypes(dtype):
+    """bfloat16 is a way to store weights; the arithmetic stays float32."""
+    loaded = load(dtype=dtype, quantization="auto" if dtype == "bfloat16" else "none")
+    formats = {matrix.format for module in loaded.model.modules() for matrix in getattr(module, "matrices", ())}
+    assert formats == {dtype}
+    assert loaded.model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_without_a_compiler_it_is_slower_and_says_so(compiler):
+    code = (
+        "import logging; logging.basicConfig();"
+        "from alignment_core import *;"
+        "from alignment_core.cpu.native import library;"
+        "messages = [{'role': 'user', 'content': 'Where should our town get its power from?'}];"
+        "params = SamplingParams(temperature=0, max_tokens=48);"
+        "engine = Engine.load().start();"
+        "print(''.join(o.text for o in engine.chat(messages, 'Answer in favour of solar power.', 2.0, params)));"
+        "engine.stop(); assert library() is None"
+    )
+    environment = {**os.environ, "CXX": compiler, "HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == reply(2)
+    assert "slower" in ran.stderr
