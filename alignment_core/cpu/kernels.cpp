@@ -25,8 +25,6 @@ constexpr int K_BLOCK = 1536;  // unpacked weights of a tile stay in the L2 cach
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
 
 template <typename T>
 inline T load(const void* p) {
@@ -63,8 +61,9 @@ extern "C" {
 
 enum Format : int32_t { FLOAT32, BFLOAT16, INT8, INT4 };
 
-// [rows, cols] weights as panels of 16 output columns, k running slowest: per k, 16 floats, bfloat16
-// or int8; per 8 k, 16 words of eight nibbles. scale and offset: [cols / 32, 16] per panel.
+// [rows, cols] weights as panels of 16 output columns, k running slowest: 16 words of 32 bits with one
+// float, two bfloat16, four int8 or eight nibbles each, the lowest k in the lowest bits. scale and
+// offset: [cols / 32, 16] per panel.
 struct Matrix {
     int32_t format, rows, cols;
     const void* data;
@@ -96,21 +95,21 @@ struct Batch {
 
 namespace {
 
-// Eight weights of one panel, one at a time; scale and offset are those of their group.
+constexpr int WORD = 8;  // k that are unpacked at a time
+
+// The scale and offset of eight weights of a panel, and where they lie.
 struct Word {
     const char* data;
-    uvec nibbles;
     vec scale, offset;
 };
 
 template <int FORMAT>
+constexpr int BITS = FORMAT == FLOAT32 ? 32 : FORMAT == BFLOAT16 ? 16 : FORMAT == INT8 ? 8 : 4;
+
+template <int FORMAT>
 inline Word fetch(const Matrix& w, int panel, int k) {
     Word word{};
-    int64_t at = (int64_t)panel * w.cols + k;
-    if constexpr (FORMAT == FLOAT32) word.data = (const char*)w.data + at * LANES * 4;
-    if constexpr (FORMAT == BFLOAT16) word.data = (const char*)w.data + at * LANES * 2;
-    if constexpr (FORMAT == INT8) word.data = (const char*)w.data + at * LANES;
-    if constexpr (FORMAT == INT4) word.nibbles = load<uvec>((const char*)w.data + at * LANES / 2);
+    word.data = (const char*)w.data + ((int64_t)panel * w.cols + k) * LANES * BITS<FORMAT> / 8;
     if constexpr (FORMAT == INT8 || FORMAT == INT4) {
         int64_t group = ((int64_t)panel * (w.cols / GROUP) + k / GROUP) * LANES;
         word.scale = load<vec>(w.scale + group);
@@ -119,19 +118,25 @@ inline Word fetch(const Matrix& w, int panel, int k) {
     return word;
 }
 
-// scale × code has few enough bits to be exact, so these are the very float32 weights that were packed.
+// The i-th of the eight. scale × code has few enough bits to be exact, so these are the very float32
+// weights that were packed.
 template <int FORMAT>
 inline vec weight(const Word& word, int i) {
-    if constexpr (FORMAT == FLOAT32) return load<vec>(word.data + i * LANES * 4);
-    if constexpr (FORMAT == BFLOAT16) {
-        return (vec)(__builtin_convertvector(load<halves>(word.data + i * LANES * 2), uvec) << 16);
-    }
+    constexpr int PER_WORD = 32 / BITS<FORMAT>;
+    uvec bits = load<uvec>(word.data + i / PER_WORD * LANES * 4);
+    int shift = i % PER_WORD * BITS<FORMAT>;
+    if constexpr (FORMAT == FLOAT32) return (vec)bits;
+    if constexpr (FORMAT == BFLOAT16) return (vec)(shift ? bits & 0xffff0000u : bits << 16);
     if constexpr (FORMAT == INT8) {
-        ivec codes = __builtin_convertvector(load<bytes>(word.data + i * LANES), ivec);
+        ivec codes = (ivec)(bits << (24 - shift)) >> 24;
         return __builtin_convertvector(codes, vec) * word.scale;
     }
-    ivec codes = (ivec)((word.nibbles >> (4 * i)) & 15);
-    return __builtin_convertvector(codes, vec) * word.scale + word.offset;
+#ifdef __AVX512F__  // one lookup instead of a mask and a conversion; it takes the lowest four bits of its index
+    const vec numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return __builtin_shuffle(numbers, (ivec)(bits >> shift)) * word.scale + word.offset;
+#else
+    return __builtin_convertvector((ivec)((bits >> shift) & 15), vec) * word.scale + word.offset;
+#endif
 }
 
 // sum[rows][64] += x[rows][k .. end) · weights of 4 panels.
@@ -142,12 +147,12 @@ void tile(const Matrix& w, int panel, int k, int end, const float* x, int64_t x_
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
         for (int p = 0; p < PANELS; p++) acc[m][p] = load<vec>(sum + m * WIDTH + p * LANES);
-    for (; k < end; k += 8) {
+    for (; k < end; k += WORD) {
 #pragma GCC unroll 4
         for (int p = 0; p < PANELS; p++) {
             Word word = fetch<FORMAT>(w, panel + p, k);
 #pragma GCC unroll 8
-            for (int i = 0; i < 8; i++) {
+            for (int i = 0; i < WORD; i++) {
                 vec v = weight<FORMAT>(word, i);
 #pragma GCC unroll 32
                 for (int m = 0; m < M; m++) acc[m][p] += x[m * x_stride + k + i] * v;
@@ -162,8 +167,9 @@ void tile(const Matrix& w, int panel, int k, int end, const float* x, int64_t x_
 
 template <int FORMAT>
 void tiles(const Matrix& w, int panel, int k, int end, const float* x, int64_t x_stride, int rows, float* sum) {
-    for (; rows > 0; rows -= ROWS, x += ROWS * x_stride, sum += ROWS * WIDTH) {
-        switch (std::min(rows, ROWS)) {
+    for (int left = (rows + ROWS - 1) / ROWS; left > 0; left--) {
+        int m = (rows + left - 1) / left;  // tiles of much the same height
+        switch (m) {
             case 1: tile<FORMAT, 1>(w, panel, k, end, x, x_stride, sum); break;
             case 2: tile<FORMAT, 2>(w, panel, k, end, x, x_stride, sum); break;
             case 3: tile<FORMAT, 3>(w, panel, k, end, x, x_stride, sum); break;
@@ -171,6 +177,7 @@ void tiles(const Matrix& w, int panel, int k, int end, const float* x, int64_t x
             case 5: tile<FORMAT, 5>(w, panel, k, end, x, x_stride, sum); break;
             default: tile<FORMAT, 6>(w, panel, k, end, x, x_stride, sum);
         }
+        rows -= m, x += m * x_stride, sum += m * WIDTH;
     }
 }
 
@@ -178,10 +185,10 @@ void tiles(const Matrix& w, int panel, int k, int end, const float* x, int64_t x
 template <int FORMAT>
 void unpack(const Matrix& w, int panel, int k, int end, float* out) {
     for (int p = 0; p < PANELS; p++)
-        for (int at = k; at < end; at += 8) {
+        for (int at = k; at < end; at += WORD) {
             Word word = fetch<FORMAT>(w, panel + p, at);
 #pragma GCC unroll 8
-            for (int i = 0; i < 8; i++) store(out + ((int64_t)p * (end - k) + at - k + i) * LANES, weight<FORMAT>(word, i));
+            for (int i = 0; i < WORD; i++) store(out + ((int64_t)p * (end - k) + at - k + i) * LANES, weight<FORMAT>(word, i));
         }
 }
 
@@ -248,77 +255,102 @@ void rotate(float* x, const float* cos, const float* sin, int dim) {
     }
 }
 
-template <int N>
-inline float dot(const float* a, const float* b, int n) {
-    if constexpr (N > 0) n = N;
-    vec sum{};
-    int i = 0;
-    for (; i + LANES <= n; i += LANES) sum += load<vec>(a + i) * load<vec>(b + i);
-    float total = 0;
-    for (int width = LANES / 2; width > 0; width /= 2)
-        for (int lane = 0; lane < width; lane++) sum[lane] += sum[lane + width];
-    total = sum[0];
-    for (; i < n; i++) total += a[i] * b[i];
-    return total;
+inline float sum_of(vec x) {
+    x += __builtin_shuffle(x, ivec{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
+    x += __builtin_shuffle(x, ivec{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
+    x += __builtin_shuffle(x, ivec{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
+    x += __builtin_shuffle(x, ivec{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14});
+    return x[0];
 }
 
-// One token's attention with one group of query heads, by a running softmax over the row's pages.
+// A head's numbers in registers, and products of heads. N: vectors a head, 0 for heads of another size.
 template <int N>
-void attend(const Batch& batch, int token, int kv_head, int kv_heads, int group, int head_dim, float scaling,
-            int window, float softcap, const float* queries, const float* keys, const float* values, float* out) {
-    if constexpr (N > 0) head_dim = N;
+struct Head {
+    vec at[N];
+    explicit Head(const float* p, int) {
+        for (int i = 0; i < N; i++) at[i] = load<vec>(p + i * LANES);
+    }
+    float dot(const float* p) const {
+        vec sum{};
+        for (int i = 0; i < N; i++) sum += at[i] * load<vec>(p + i * LANES);
+        return sum_of(sum);
+    }
+    void scale(float x) {
+        for (int i = 0; i < N; i++) at[i] *= x;
+    }
+    void add(float x, const float* p) {
+        for (int i = 0; i < N; i++) at[i] += x * load<vec>(p + i * LANES);
+    }
+    void write(float* p) const {
+        for (int i = 0; i < N; i++) store(p + i * LANES, at[i]);
+    }
+};
+
+template <>
+struct Head<0> {
+    std::vector<float> at;
+    Head(const float* p, int n) : at(p, p + n) {}
+    float dot(const float* p) const {
+        float sum = 0;
+        for (size_t i = 0; i < at.size(); i++) sum += at[i] * p[i];
+        return sum;
+    }
+    void scale(float x) {
+        for (float& y : at) y *= x;
+    }
+    void add(float x, const float* p) {
+        for (size_t i = 0; i < at.size(); i++) at[i] += x * p[i];
+    }
+    void write(float* p) const { std::copy(at.begin(), at.end(), p); }
+};
+
+// One token's attention by one query head: a running softmax over the row's pages, KEYS at a time.
+template <int N>
+void attend(const Batch& batch, int token, int kv_head, int kv_heads, int head_dim, float scaling, int window,
+            float softcap, const float* query, const float* keys, const float* values, float* out) {
     const int32_t* pages = batch.page_table + (int64_t)batch.row[token] * batch.pages;
     int context = batch.position[token] + 1;
     int first = window ? std::max(0, context - window) : 0;
-    float best[group], total[group];
-    std::fill(best, best + group, -INFINITY);
-    std::fill(total, total + group, 0.0f);
-    std::fill(out, out + group * head_dim, 0.0f);
-    for (int start = first / KEYS * KEYS; start < context; start += KEYS) {
-        int begin = std::max(start, first), count = std::min(start + KEYS, context) - begin;
+    std::fill(out, out + head_dim, 0.0f);
+    Head<N> q(query, head_dim), o(out, head_dim);
+    float best = -INFINITY, total = 0;
+    for (int begin = first, end; begin < context; begin = end) {
+        end = std::min(begin / KEYS * KEYS + KEYS, context);  // the same rounds whatever the window
+        int count = end - begin;
         int64_t at[KEYS];
+        alignas(64) float scores[KEYS];
+        float high = best;
         for (int j = 0; j < count; j++) {
-            int position = begin + j;
-            int64_t slot = (int64_t)pages[position / batch.page_size] * batch.page_size + position % batch.page_size;
-            at[j] = (slot * kv_heads + kv_head) * head_dim;
+            int page = (begin + j) / batch.page_size, offset = (begin + j) % batch.page_size;
+            at[j] = (((int64_t)pages[page] * batch.page_size + offset) * kv_heads + kv_head) * head_dim;
+            scores[j] = q.dot(keys + at[j]) * scaling;
+            if (softcap != 0) scores[j] = softcap * std::tanh(scores[j] / softcap);
+            high = std::max(high, scores[j]);
         }
-        for (int g = 0; g < group; g++) {
-            alignas(64) float scores[KEYS];
-            float high = best[g];
-            for (int j = 0; j < count; j++) {
-                scores[j] = dot<N>(queries + g * head_dim, keys + at[j], head_dim) * scaling;
-                if (softcap != 0) scores[j] = softcap * std::tanh(scores[j] / softcap);
-                high = std::max(high, scores[j]);
-            }
-            std::fill(scores + count, scores + KEYS, -INFINITY);
-            for (int j = 0; j < KEYS; j += LANES) store(scores + j, exponential(load<vec>(scores + j) - high));
-            float rescale = std::exp(best[g] - high);
-            float* o = out + g * head_dim;
-            total[g] *= rescale;
-            for (int d = 0; d < head_dim; d++) o[d] *= rescale;
-            for (int j = 0; j < count; j++) {
-                total[g] += scores[j];
-                const float* v = values + at[j];
-                for (int d = 0; d < head_dim; d++) o[d] += scores[j] * v[d];
-            }
-            best[g] = high;
+        std::fill(scores + count, scores + KEYS, high);
+        for (int j = 0; j < KEYS; j += LANES) store(scores + j, exponential(load<vec>(scores + j) - high));
+        float rescale = std::exp(best - high);
+        total *= rescale;
+        o.scale(rescale);
+        for (int j = 0; j < count; j++) {
+            total += scores[j];
+            o.add(scores[j], values + at[j]);
         }
+        best = high;
     }
-    for (int g = 0; g < group; g++)
-        for (int d = 0; d < head_dim; d++) out[g * head_dim + d] /= total[g];
+    o.scale(1.0f / total);
+    o.write(out);
 }
 
 // queries: [tokens, query_stride], out: [tokens, heads × head_dim]. Called by all threads; ends in a barrier.
 void attention(const Batch& batch, int heads, int kv_heads, int head_dim, float scaling, int window, float softcap,
                const float* queries, int64_t query_stride, const float* keys, const float* values, float* out) {
-    int group = heads / kv_heads;
-    auto one = head_dim == 64 ? attend<64> : head_dim == 128 ? attend<128> : attend<0>;
-#pragma omp for schedule(dynamic)
-    for (int item = 0; item < batch.tokens * kv_heads; item++) {
-        int token = item / kv_heads, kv_head = item % kv_heads;
-        int64_t offset = (int64_t)kv_head * group * head_dim;
-        one(batch, token, kv_head, kv_heads, group, head_dim, scaling, window, softcap,
-            queries + token * query_stride + offset, keys, values, out + (int64_t)token * heads * head_dim + offset);
+    auto one = head_dim == 64 ? attend<4> : head_dim == 128 ? attend<8> : attend<0>;
+#pragma omp for schedule(dynamic, 4)
+    for (int item = 0; item < batch.tokens * heads; item++) {
+        int token = item / heads, head = item % heads;
+        one(batch, token, head / (heads / kv_heads), kv_heads, head_dim, scaling, window, softcap,
+            queries + token * query_stride + (int64_t)head * head_dim, keys, values, out + (int64_t)item * head_dim);
     }
 }
 

@@ -77,7 +77,7 @@ class FusedLayer(nn.Module):
                 [mlp.down_proj],
             )
         ]
-        self._kept = [norm and norm.weight.detach().float().contiguous() for norm in (*norms, *head_norms)]
+        self._kept = [norm and norm.weight.detach().clone() for norm in (*norms, *head_norms)]
         pointers = [kept if kept is None else kept.data_ptr() for kept in self._kept]
         self._layer = Layer(*(packed.matrix for packed in self.matrices), *pointers, window=asked.window or 0)
         self._shape = Shape(
@@ -125,6 +125,8 @@ def replace_layers(model: PreTrainedModel, quantization: Quantization) -> None:
         for name, child in parent.named_children():
             if type(child) is nn.Linear and packable(child.weight):
                 setattr(parent, name, PackedLinear(pack(child.weight, child.bias, quantization)))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # out of the checkpoint's file, which stays mapped otherwise
     _report(model)
 
 

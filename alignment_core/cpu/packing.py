@@ -15,6 +15,7 @@ Quantization = Literal["auto", "none", "int8", "int4"]
 
 FORMATS: tuple[Format, ...] = ("float32", "bfloat16", "int8", "int4")  # as numbered in kernels.cpp
 LANES = 16
+BITS = {"bfloat16": 16, "int8": 8, "int4": 4}
 TILE = 64  # output columns are padded to whole tiles
 WORD = 8
 GROUP = 32
@@ -72,12 +73,13 @@ class PackedMatrix:
         self.shape = tuple((weights.codes.flatten(1) if isinstance(weights, Codes) else weights).shape)
         self._scale = self._offset = None
         if isinstance(weights, Codes):
-            codes = _panels(weights.codes.flatten(1))
-            self._data = _nibbles(codes) if format == "int4" else codes.to(torch.int8)
+            self._data = _words(_panels(weights.codes.flatten(1)).to(torch.int32), BITS[format])
             self._scale = _panels(weights.scale)
             self._offset = _panels(weights.offset) if format == "int4" else None
+        elif format == "bfloat16":
+            self._data = _words(_panels(weights).view(torch.int32) >> 16, 16)
         else:
-            self._data = _panels(weights).to(getattr(torch, format))
+            self._data = _panels(weights)
         self._bias = None if bias is None else bias.detach().float().contiguous()
         tensors = (self._data, self._scale, self._offset, self._bias)
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
@@ -91,11 +93,12 @@ def _panels(x: Tensor) -> Tensor:
     return x.view(-1, LANES, x.shape[1]).transpose(1, 2).contiguous()
 
 
-def _nibbles(codes: Tensor) -> Tensor:
-    """[panels, K, 16] codes of 0…15 to [panels, K / 8, 16] int32 words, the lowest k in the lowest bits."""
-    words = torch.zeros(codes.shape[0], codes.shape[1] // WORD, LANES, dtype=torch.int32)
-    for i in range(WORD):
-        words |= codes[:, i::WORD].to(torch.int32) << (4 * i)
+def _words(codes: Tensor, bits: int) -> Tensor:
+    """[panels, K, 16] int32 to [panels, K × bits / 32, 16]: the low bits of several k in a word, the lowest k lowest."""
+    per_word = 32 // bits
+    words = torch.zeros(codes.shape[0], codes.shape[1] // per_word, LANES, dtype=torch.int32)
+    for i in range(per_word):
+        words |= (codes[:, i::per_word] & ((1 << bits) - 1)) << (bits * i)
     return words
 
 
