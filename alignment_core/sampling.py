@@ -5,9 +5,12 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from alignment_core.alignment import Mixing, direction, plausible_floor, plausible_set, principled_logits
 from alignment_core.sequence import Sequence
+
+BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +85,14 @@ def choose(logits: Tensor, y: Tensor, mixing: Mixing, settings: Settings) -> Ten
 
     logits: [rows, V] float32. y: [S, V] float32, the edited principled logits.
     """
-    log_total = (y / settings.nucleus_temperature[:, None]).logsumexp(dim=-1)
+    log_total = torch.zeros(len(y), device=y.device)
+    filtered = (settings.nucleus_top_p < 1).nonzero().squeeze(1)
+    if len(filtered):
+        log_total[filtered] = (y[filtered] / settings.nucleus_temperature[filtered, None]).logsumexp(dim=-1)
     bounds = floor(y, log_total, settings)
+    narrowed = bounds > -torch.inf
     chosen = torch.empty(len(y), dtype=torch.int64, device=y.device)
-    for group in (bounds > -torch.inf, bounds == -torch.inf):  # so that few candidates stay few
+    for group in (narrowed, ~narrowed):  # so that few candidates stay few
         index = group.nonzero().squeeze(1)
         if len(index):
             tokens, candidates = narrow(y[index], bounds[index])
@@ -102,7 +109,7 @@ def mixed_logits(
 
     logits: [rows, V]; tokens, y and the result: [S, K]; log_total: [S].
     """
-    z = y + direction(logits, mixing, tokens)
+    z = y + direction(logits, mixing, tokens) if settings.aligned.any() else y
     if (settings.nucleus_top_p < 1).any():
         kept = plausible_set(y, log_total, settings.nucleus_top_p, settings.nucleus_temperature)
         z = z.masked_fill(~kept, -torch.inf)
@@ -127,8 +134,10 @@ def floor(y: Tensor, log_total: Tensor, settings: Settings) -> Tensor:
 def narrow(y: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
     """The tokens at or above each line's bound, and their logits: [S, K] int64 and float32.
 
-    In order of token id, filled up with token 0 at −inf.
+    In order of token id, filled up with token 0 at −inf. All tokens where no line has a bound.
     """
+    if (bounds == -torch.inf).all():
+        return torch.arange(y.shape[1], device=y.device).expand(y.shape), y
     line, token = (y >= bounds[:, None]).nonzero(as_tuple=True)
     counts = line.bincount(minlength=len(y))
     place = torch.arange(len(line), device=y.device) - (counts.cumsum(0) - counts)[line]
@@ -153,11 +162,23 @@ def draw(z: Tensor, settings: Settings) -> Tensor:
         mass = mass * _kept(mass, settings)
     else:
         mass = mass * (mass >= settings.min_p[:, None])
-    cumulative = mass.double().cumsum(dim=-1)
-    total = cumulative[:, -1:]
-    target = torch.minimum(settings.uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    place = torch.searchsorted(cumulative, target, right=True)
-    return torch.where(greedy, first.squeeze(1), place.squeeze(1))
+    return torch.where(greedy, first.squeeze(1), _inverse(mass, settings.uniform))
+
+
+def _inverse(mass: Tensor, uniform: Tensor) -> Tensor:
+    """The first place where the running sum passes uniform × total; [S] int64. By blocks, then within one."""
+    blocks = pad(mass, (0, -mass.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))  # type: ignore[no-untyped-call]
+    sums = blocks.sum(dim=-1).double().cumsum(dim=-1)
+    target = _below(uniform[:, None] * sums[:, -1:], sums[:, -1:])
+    block = torch.searchsorted(sums, target, right=True)
+    target = target - torch.where(block == 0, 0.0, sums.gather(1, (block - 1).clamp(min=0)))
+    within = blocks[torch.arange(len(mass), device=mass.device), block.squeeze(1)].double().cumsum(dim=-1)
+    place = torch.searchsorted(within, _below(target, within[:, -1:]), right=True)
+    return (block * BLOCK + place).squeeze(1)
+
+
+def _below(x: Tensor, limit: Tensor) -> Tensor:
+    return torch.minimum(x, limit.nextafter(torch.zeros_like(limit)))
 
 
 def _kept(mass: Tensor, settings: Settings) -> Tensor:

@@ -94,7 +94,7 @@ def _panels(x: Tensor) -> Tensor:
 
 
 def _words(codes: Tensor, bits: int) -> Tensor:
-    """[panels, K, 16] int32 to [panels, K × bits / 32, 16]: the low bits of several k in a word, the lowest k lowest."""
+    """[panels, K, 16] int32 to [panels, K × bits / 32, 16]: several k in a word, the lowest in the lowest bits."""
     per_word = 32 // bits
     words = torch.zeros(codes.shape[0], codes.shape[1] // per_word, LANES, dtype=torch.int32)
     for i in range(per_word):
