@@ -80,27 +80,32 @@ def direction(logits: Tensor, mixing: Mixing, tokens: Tensor) -> Tensor:
     return total
 
 
+def log_total(y: Tensor, temperature: Tensor) -> Tensor:
+    """log Σ exp((y − max y) / temperature), [S], of y: [S, V]: the log of the whole mass, the best token's being 1."""
+    return ((y - y.amax(dim=-1, keepdim=True)) / temperature[:, None]).logsumexp(dim=-1)
+
+
 def plausible_set(y: Tensor, log_total: Tensor, top_p: Tensor, temperature: Tensor) -> Tensor:
     """The tokens that the principled policy itself would consider (section 2.4).
 
     y: [S, K] float32, edited principled logits; it may leave tokens out that are too unlikely to be
-    in the set (`plausible_floor`). log_total: [S], log Σ exp(y / temperature) over the whole
-    vocabulary. top_p, temperature: [S] float32. Returns [S, K] bool: in order of falling
-    probability, a token is in while the mass before it is below top_p. At least one token is in;
-    ties go to the lower token id; top_p = 1 takes in every token whose logit is not −inf.
+    in the set (`plausible_floor`). log_total: [S], of the whole vocabulary. top_p, temperature: [S]
+    float32. Returns [S, K] bool: in order of falling probability, a token is in while the mass before
+    it is below top_p. At least one token is in; ties go to the lower token id; top_p = 1 takes in
+    every token whose logit is not −inf.
     """
     ordered, order = torch.sort(y, dim=-1, descending=True, stable=True)
-    mass = (ordered / temperature[:, None] - log_total[:, None]).exp()
+    mass = ((ordered - ordered[:, :1]) / temperature[:, None] - log_total[:, None]).exp()
     before = mass.cumsum(dim=-1) - mass
     kept = (before < top_p[:, None]) | (top_p[:, None] >= 1)
     kept[:, 0] = True
     return torch.zeros_like(kept).scatter_(1, order, kept) & (y > -torch.inf)
 
 
-def plausible_floor(log_total: Tensor, top_p: Tensor, temperature: Tensor, vocab_size: int) -> Tensor:
-    """A logit below which no token is in the plausible set; [S], −inf where top_p = 1.
+def plausible_floor(y: Tensor, log_total: Tensor, top_p: Tensor, temperature: Tensor) -> Tensor:
+    """A logit below which no token of y, [S, V], is in the plausible set; [S], −inf where top_p = 1.
 
     All tokens of probability < ε have a mass < Vε together. So with Vε = 1 − top_p the mass before
     each of them is above top_p. The factor of two is room for rounding.
     """
-    return temperature * (log_total + ((1 - top_p) / (2 * vocab_size)).log())
+    return y.amax(dim=-1) + temperature * (log_total + ((1 - top_p) / (2 * y.shape[1])).log())

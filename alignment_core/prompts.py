@@ -92,6 +92,8 @@ class PromptBuilder:
             return Prompt(principled=(base,))
         texts = [escapes.apply(self._any_added, principle.text) for principle in principles]
         total = sum(principle.weight for principle in principles)
+        if not total < float("inf"):
+            raise InvalidRequest("the weights of the principles are too large", "principle")
         ratios = tuple(principle.ratio for principle in principles)
         return Prompt(
             principled=tuple(self._encode(self._with_principle(messages, text, placement), escapes) for text in texts),

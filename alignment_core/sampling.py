@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from alignment_core.alignment import Mixing, direction, plausible_floor, plausible_set, principled_logits
+from alignment_core.alignment import Mixing, direction, log_total, plausible_floor, plausible_set, principled_logits
 from alignment_core.sequence import Sequence
 
 BLOCK = 128
@@ -50,9 +50,9 @@ class Settings:
         return cls(
             aligned=torch.tensor(aligned, device=device),
             nucleus_top_p=nucleus_top_p,
-            nucleus_temperature=nucleus_temperature,
+            nucleus_temperature=nucleus_temperature.clamp(1e-30, 1e30),  # what float32 can divide by
             temperature=torch.tensor([float(p.temperature) for p in params], device=device),
-            top_k=torch.tensor([p.top_k for p in params], device=device),
+            top_k=torch.tensor([min(p.top_k, 1 << 62) for p in params], device=device),
             min_p=torch.tensor([float(p.min_p) for p in params], device=device),
             top_p=top_p,
             uniform=uniform(*torch.tensor(counter, device=device).unbind(1)),
@@ -85,43 +85,43 @@ def choose(logits: Tensor, y: Tensor, mixing: Mixing, settings: Settings) -> Ten
 
     logits: [rows, V] float32. y: [S, V] float32, the edited principled logits.
     """
-    log_total = torch.zeros(len(y), device=y.device)
+    totals = torch.zeros(len(y), device=y.device)
     filtered = (settings.nucleus_top_p < 1).nonzero().squeeze(1)
     if len(filtered):
-        log_total[filtered] = (y[filtered] / settings.nucleus_temperature[filtered, None]).logsumexp(dim=-1)
-    bounds = floor(y, log_total, settings)
+        totals[filtered] = log_total(y[filtered], settings.nucleus_temperature[filtered])
+    bounds = floor(y, totals, settings)
     narrowed = bounds > -torch.inf
     chosen = torch.empty(len(y), dtype=torch.int64, device=y.device)
     for group in (narrowed, ~narrowed):  # so that few candidates stay few
         index = group.nonzero().squeeze(1)
         if len(index):
             tokens, candidates = narrow(y[index], bounds[index])
-            z = mixed_logits(logits, tokens, candidates, log_total[index], mixing[index], settings[index])
+            z = mixed_logits(logits, tokens, candidates, totals[index], mixing[index], settings[index])
             place = draw(z, settings[index])
             chosen[index] = tokens.gather(1, place[:, None]).squeeze(1)
     return chosen
 
 
 def mixed_logits(
-    logits: Tensor, tokens: Tensor, y: Tensor, log_total: Tensor, mixing: Mixing, settings: Settings
+    logits: Tensor, tokens: Tensor, y: Tensor, totals: Tensor, mixing: Mixing, settings: Settings
 ) -> Tensor:
     """z of DESIGN section 2.3 at `tokens`, −inf outside the nucleus; y itself inside it where not aligned.
 
-    logits: [rows, V]; tokens, y and the result: [S, K]; log_total: [S].
+    logits: [rows, V]; tokens, y and the result: [S, K]; totals: [S], see `log_total`.
     """
     z = y + direction(logits, mixing, tokens) if settings.aligned.any() else y
     if (settings.nucleus_top_p < 1).any():
-        kept = plausible_set(y, log_total, settings.nucleus_top_p, settings.nucleus_temperature)
+        kept = plausible_set(y, totals, settings.nucleus_top_p, settings.nucleus_temperature)
         z = z.masked_fill(~kept, -torch.inf)
     return z
 
 
-def floor(y: Tensor, log_total: Tensor, settings: Settings) -> Tensor:
+def floor(y: Tensor, totals: Tensor, settings: Settings) -> Tensor:
     """A logit below which no token can be drawn, so that nobody sorts the whole vocabulary; [S].
 
     y: [S, V] float32. −inf where every token is possible.
     """
-    bounds = plausible_floor(log_total, settings.nucleus_top_p, settings.nucleus_temperature, y.shape[1])
+    bounds = plausible_floor(y, totals, settings.nucleus_top_p, settings.nucleus_temperature)
     of_min_p = y.amax(dim=-1) + settings.temperature * settings.min_p.log() - 1e-3  # room for rounding
     bounds = torch.where(settings.aligned, bounds, torch.maximum(bounds, of_min_p))
     by_rank = (~settings.aligned & (settings.top_k > 0)).nonzero().squeeze(1)
@@ -190,6 +190,7 @@ def _kept(mass: Tensor, settings: Settings) -> Tensor:
     left = (ordered * kept).double()
     cumulative = left.cumsum(dim=-1)
     kept &= (cumulative - left < top_p * cumulative[:, -1:]) | (top_p >= 1)
+    kept[:, 0] = True
     return torch.zeros_like(kept).scatter_(1, order, kept)
 
 

@@ -2,12 +2,20 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from alignment_core import Principle, SamplingParams
 from alignment_core.sequence import MAX_RATIO, MAX_STOP_STRINGS
 
+
+def _encodable(text: str) -> str:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("the text must be valid Unicode: it has half a surrogate pair")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
 Ratio = Annotated[float, Field(ge=0, le=MAX_RATIO)]
 
 
@@ -17,14 +25,14 @@ class Schema(BaseModel):
 
 class Message(Schema):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str
+    content: Text
 
     def rendered(self) -> dict[str, str]:
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
 class PrincipleItem(Schema):
-    text: Annotated[str, Field(min_length=1)]
+    text: Annotated[Text, Field(min_length=1)]
     weight: Annotated[float, Field(ge=0)] = 1.0
     ratio: Ratio | None = None
 
@@ -45,12 +53,12 @@ class ChatCompletionRequest(Schema):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOP_STRINGS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="an identifier of the end user; no effect on the reply")
 
-    principle: str | Annotated[list[PrincipleItem], Field(min_length=1)] | None = None
+    principle: Text | Annotated[list[PrincipleItem], Field(min_length=1)] | None = None
     alignment_ratio: Ratio | None = None
     alignment_top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     alignment_temperature: Annotated[float, Field(gt=0)] | None = None

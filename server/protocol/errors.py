@@ -28,12 +28,13 @@ class ModelNotFound(Exception):
 
 async def on_validation_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    first = max(error.errors(), key=lambda e: len(e["loc"]))  # of a union's complaints, the one that got furthest
+    # Of a union's complaints, the one that got furthest: the deepest, and best not that of a wrong type.
+    first = max(error.errors(), key=lambda e: (len(e["loc"]), e["type"] not in ("string_type", "list_type")))
     if first["type"] == "json_invalid":
         return error_response(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
     if first["type"] == "unsupported_field":
         return error_response(400, first["msg"], first["ctx"]["param"], "unsupported_field")
-    if first["loc"] == ("body",):
+    if first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type", "dict_type"):
         return error_response(400, "the body must be a JSON object, sent as Content-Type: application/json")
     path = [part for part in first["loc"][1:] if isinstance(part, int) or (part.isidentifier() and part != "str")]
     param = ".".join(str(part) for part in path) or None
@@ -42,7 +43,7 @@ async def on_validation_error(_: Request, error: Exception) -> JSONResponse:
         message = f"unknown field {name!r}{nearest(name, known)}"
         return error_response(400, message, param, "unknown_field")
     message = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
-    return error_response(400, f"{param or 'body'}: {message}", param, "invalid_value")
+    return error_response(400, f"{param}: {message}" if param else message, param, "invalid_value")
 
 
 def _known_fields(path: list[Any]) -> list[str]:

@@ -5,7 +5,7 @@ import torch
 from scipy import stats
 
 from alignment_core import sampling
-from alignment_core.alignment import Mixing, direction, plausible_set, principled_logits
+from alignment_core.alignment import Mixing, direction, log_total, plausible_set, principled_logits
 from alignment_core.sampling import Settings, choose, draw, uniform
 from tests.oracle import Oracle, Setting
 
@@ -36,7 +36,7 @@ def everywhere(logits, mixing):
 def plausible(y, top_p, temperature):
     n = len(y)
     top_p, temperature = torch.full((n,), top_p), torch.full((n,), temperature)
-    return plausible_set(y, (y / temperature[:, None]).logsumexp(-1), top_p, temperature)
+    return plausible_set(y, log_total(y, temperature), top_p, temperature)
 
 
 @pytest.mark.parametrize("ratios", [(2.0,), (0.5,), (1.0, 3.0), (4.0, 0.0, 1.0)])
@@ -70,7 +70,7 @@ def test_the_direction_is_free_of_nan_when_edits_are_minus_infinity():
     assert z[0, 3] == -torch.inf
 
 
-@pytest.mark.parametrize(("top_p", "temperature"), [(0.8, 0.5), (0.3, 1.0), (0.01, 2.0), (0.999, 0.7)])
+@pytest.mark.parametrize(("top_p", "temperature"), [(0.8, 0.5), (0.3, 1.0), (0.01, 2.0), (0.999, 0.7), (0.8, 1e-6)])
 def test_the_plausible_set_is_the_nucleus(top_p, temperature):
     torch.manual_seed(1)
     y = torch.randn(4, 200) * 3
@@ -97,7 +97,13 @@ def test_settings_are_each_rows_own():
 
 @pytest.mark.parametrize(
     ("filters", "support"),
-    [({"top_k": 2}, {0, 1}), ({"top_p": 0.6}, {0, 1}), ({"min_p": 0.45}, {0, 1}), ({"temperature": 1e-4}, {0})],
+    [
+        ({"top_k": 2}, {0, 1}),
+        ({"top_p": 0.6}, {0, 1}),
+        ({"min_p": 0.45}, {0, 1}),
+        ({"temperature": 1e-4}, {0}),
+        ({"top_p": 1e-45}, {0}),
+    ],
 )
 def test_filters(filters, support):
     z = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]).log().expand(1000, 5)

@@ -134,6 +134,15 @@ BAD = [
     ({"max_tokens": 8192}, 400, "max_tokens", "8192"),
     ({"messages": [{"role": "user", "content": "word " * 9000}]}, 400, "messages", "context"),
     ({"principle": "word " * 9000}, 400, "messages", "with the principle"),
+    ({"messages": [{"role": "user", "content": "a\ud800b"}]}, 400, "messages.0.content", "Unicode"),
+    ({"principle": "\udfff"}, 400, "principle", "Unicode"),
+    ({"principle": []}, 400, "principle", "at least 1"),
+    ({"principle": [{"text": "a", "weight": 1e308}, {"text": "b", "weight": 1e308}]}, 400, "principle", "too large"),
+    ({"stop": ["a"] * 17}, 400, "stop", "at most 16"),
+    ({"stop": [""]}, 400, "stop", "empty"),
+    ({"stop": [1]}, 400, "stop.0", "string"),
+    ({"max_completion_tokens": 1}, 400, None, "the same thing"),
+    ({"stream_options": {"include_usage": True}, "stream": False}, 400, None, "stream: true"),
     ({"n": 2}, 400, "n", "not supported"),
     ({"logprobs": True}, 400, "logprobs", "not supported"),
     ({"tools": [{"type": "function"}]}, 400, "tools", "not supported"),
@@ -165,6 +174,32 @@ def test_routes_that_are_not_there(url, method, path, status):
     response = httpx.request(method, url + path)
     assert response.status_code == status
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+EXTREMES = [
+    {"alignment_temperature": 1e-300},
+    {"alignment_temperature": 1e300},
+    {"temperature": 1e-300},
+    {"temperature": 1e-40},
+    {"temperature": 1, "top_p": 1e-300},
+    {"temperature": 1, "top_p": 1e-30, "min_p": 1, "top_k": 1},
+    {"temperature": 1, "top_k": 2**70},
+    {"alignment_top_p": 1e-45},
+    {"alignment_top_p": 1 - 1e-10},
+    {"alignment_ratio": 20},
+    {"seed": -(2**63)},
+    {"seed": 2**63 - 1},
+    {"messages": [{"role": "user", "content": ""}]},
+    {"principle": [{"text": "a", "weight": 1e-320}, {"text": "b", "weight": 1e-320}]},
+    {"principle": [{"text": "a", "weight": 0}]},
+]
+
+
+@pytest.mark.parametrize("extreme", EXTREMES, ids=str)
+def test_extremes_are_served(url, extreme):
+    for principle in ({}, {"principle": PRINCIPLE}):
+        response = httpx.post(url + "/v1/chat/completions", json={**BASE, **principle, **extreme}, timeout=60)
+        assert response.status_code == 200, response.text
 
 
 def test_neutral_values_of_unsupported_fields_are_fine(url):
