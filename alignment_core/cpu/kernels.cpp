@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 namespace {
@@ -19,6 +20,7 @@ constexpr int PANELS = 4;    // panels that a tile covers
 constexpr int ROWS = 6;      // rows that a tile covers: 6 × 4 accumulators, 4 weights, 1 input fill 32 registers
 constexpr int GROUP = 32;    // weights that share a scale
 constexpr int KEYS = 32;     // keys per round of the running softmax
+constexpr int QUERIES = 16;  // tokens that share a round
 constexpr int WIDTH = LANES * PANELS;
 constexpr int K_BLOCK = 1536;  // unpacked weights of a tile stay in the L2 cache
 
@@ -255,107 +257,137 @@ void rotate(float* x, const float* cos, const float* sin, int dim) {
     }
 }
 
-inline float sum_of(vec x) {
-    x += __builtin_shuffle(x, ivec{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
-    x += __builtin_shuffle(x, ivec{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
-    x += __builtin_shuffle(x, ivec{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
-    x += __builtin_shuffle(x, ivec{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14});
-    return x[0];
+// Lanes in groups of 2H: a's two halves added, then b's.
+template <int H>
+inline vec fold(vec a, vec b) {
+    ivec low, high;
+    for (int lane = 0; lane < LANES; lane++) {
+        low[lane] = lane / (2 * H) * 2 * H + lane % H + (lane / H % 2) * LANES;
+        high[lane] = low[lane] + H;
+    }
+    return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
 }
 
-// A head's numbers in registers, and products of heads. N: vectors a head, 0 for heads of another size.
+// The products of one query head with 16 keys, in 16 lanes. N: vectors a head, 0 for any other size.
 template <int N>
-struct Head {
-    vec at[N];
-    explicit Head(const float* p, int) {
-        for (int i = 0; i < N; i++) at[i] = load<vec>(p + i * LANES);
+inline vec products(const float* query, const float* const* keys, int head_dim) {
+    if constexpr (N == 0) {
+        vec sums{};
+        for (int j = 0; j < LANES; j++)
+            for (int d = 0; d < head_dim; d++) sums[j] += query[d] * keys[j][d];
+        return sums;
     }
-    float dot(const float* p) const {
-        vec sum{};
-        for (int i = 0; i < N; i++) sum += at[i] * load<vec>(p + i * LANES);
-        return sum_of(sum);
+    vec p[LANES];
+#pragma GCC unroll 16
+    for (int j = 0; j < LANES; j++) {
+        p[j] = load<vec>(query) * load<vec>(keys[j]);
+#pragma GCC unroll 8
+        for (int i = 1; i < N; i++) p[j] += load<vec>(query + i * LANES) * load<vec>(keys[j] + i * LANES);
     }
-    void scale(float x) {
-        for (int i = 0; i < N; i++) at[i] *= x;
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) p[j] = fold<8>(p[j], p[j + 8]);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) p[j] = fold<4>(p[j], p[j + 4]);
+    return fold<1>(fold<2>(p[0], p[2]), fold<2>(p[1], p[3]));
+}
+
+// out += Σ weights[j] · values[j].
+template <int N>
+inline void accumulate(const float* weights, const float* const* values, int count, int head_dim, float* out) {
+    if constexpr (N == 0) {
+        for (int j = 0; j < count; j++)
+            for (int d = 0; d < head_dim; d++) out[d] += weights[j] * values[j][d];
+    } else {
+        vec o[N];
+        for (int i = 0; i < N; i++) o[i] = load<vec>(out + i * LANES);
+        for (int j = 0; j < count; j++)
+#pragma GCC unroll 8
+            for (int i = 0; i < N; i++) o[i] += weights[j] * load<vec>(values[j] + i * LANES);
+        for (int i = 0; i < N; i++) store(out + i * LANES, o[i]);
     }
-    void add(float x, const float* p) {
-        for (int i = 0; i < N; i++) at[i] += x * load<vec>(p + i * LANES);
-    }
-    void write(float* p) const {
-        for (int i = 0; i < N; i++) store(p + i * LANES, at[i]);
-    }
+}
+
+// What is the same for all heads of a layer.
+struct Attention {
+    int heads, kv_heads, head_dim;
+    float scaling, softcap;
+    int window;
+    const float* queries;  // [tokens, query_stride]
+    int64_t query_stride;
+    const float *keys, *values;  // [slots, kv_heads, head_dim]
+    float* out;                  // [tokens, heads × head_dim]
 };
 
-template <>
-struct Head<0> {
-    std::vector<float> at;
-    Head(const float* p, int n) : at(p, p + n) {}
-    float dot(const float* p) const {
-        float sum = 0;
-        for (size_t i = 0; i < at.size(); i++) sum += at[i] * p[i];
-        return sum;
-    }
-    void scale(float x) {
-        for (float& y : at) y *= x;
-    }
-    void add(float x, const float* p) {
-        for (size_t i = 0; i < at.size(); i++) at[i] += x * p[i];
-    }
-    void write(float* p) const { std::copy(at.begin(), at.end(), p); }
+// Some tokens of one row that follow each other.
+struct Block {
+    int first, count;
 };
 
-// One token's attention by one query head: a running softmax over the row's pages, KEYS at a time.
+std::vector<Block> blocks_of(const Batch& batch) {
+    std::vector<Block> blocks;
+    for (int t = 0; t < batch.tokens; t++) {
+        bool more = t > 0 && batch.row[t] == batch.row[t - 1] && blocks.back().count < QUERIES;
+        if (more) blocks.back().count++;
+        else blocks.push_back({t, 1});
+    }
+    return blocks;
+}
+
+// A block's attention by the query heads of one key head: a running softmax for each token and head.
+// All of them read KEYS keys and values while those are in the L1 cache. The rounds begin at multiples
+// of KEYS, so that a token's result does not depend on its neighbours.
 template <int N>
-void attend(const Batch& batch, int token, int kv_head, int kv_heads, int head_dim, float scaling, int window,
-            float softcap, const float* query, const float* keys, const float* values, float* out) {
-    const int32_t* pages = batch.page_table + (int64_t)batch.row[token] * batch.pages;
-    int context = batch.position[token] + 1;
-    int first = window ? std::max(0, context - window) : 0;
-    std::fill(out, out + head_dim, 0.0f);
-    Head<N> q(query, head_dim), o(out, head_dim);
-    float best = -INFINITY, total = 0;
-    for (int begin = first, end; begin < context; begin = end) {
-        end = std::min(begin / KEYS * KEYS + KEYS, context);  // the same rounds whatever the window
-        int count = end - begin;
-        int64_t at[KEYS];
-        alignas(64) float scores[KEYS];
-        float high = best;
-        for (int j = 0; j < count; j++) {
-            int page = (begin + j) / batch.page_size, offset = (begin + j) % batch.page_size;
-            at[j] = (((int64_t)pages[page] * batch.page_size + offset) * kv_heads + kv_head) * head_dim;
-            scores[j] = q.dot(keys + at[j]) * scaling;
-            if (softcap != 0) scores[j] = softcap * std::tanh(scores[j] / softcap);
-            high = std::max(high, scores[j]);
+void attend(const Attention& a, const Batch& batch, Block block, int kv_head) {
+    const int32_t* pages = batch.page_table + (int64_t)batch.row[block.first] * batch.pages;
+    int group = a.heads / a.kv_heads;
+    std::vector<float> best(block.count * group, -INFINITY), total(block.count * group, 0.0f);
+    int last = batch.position[block.first + block.count - 1];
+    int start = a.window ? std::max(0, batch.position[block.first] + 1 - a.window) : 0;
+    for (int begin = start / KEYS * KEYS; begin <= last; begin += KEYS) {
+        const float *keys[KEYS], *values[KEYS];
+        for (int j = 0; j < KEYS; j++) {
+            int position = std::min(begin + j, last);
+            int64_t slot = (int64_t)pages[position / batch.page_size] * batch.page_size + position % batch.page_size;
+            keys[j] = a.keys + (slot * a.kv_heads + kv_head) * a.head_dim;
+            values[j] = a.values + (slot * a.kv_heads + kv_head) * a.head_dim;
         }
-        std::fill(scores + count, scores + KEYS, high);
-        for (int j = 0; j < KEYS; j += LANES) store(scores + j, exponential(load<vec>(scores + j) - high));
-        float rescale = std::exp(best - high);
-        total *= rescale;
-        o.scale(rescale);
-        for (int j = 0; j < count; j++) {
-            total += scores[j];
-            o.add(scores[j], values + at[j]);
+        for (int i = 0; i < block.count * group; i++) {
+            int64_t token = block.first + i / group, head = kv_head * group + i % group;
+            int context = batch.position[token] + 1;
+            int from = a.window ? std::max(0, context - a.window - begin) : 0, to = std::min(KEYS, context - begin);
+            if (from >= to) continue;
+            const float* query = a.queries + token * a.query_stride + head * a.head_dim;
+            float* out = a.out + (token * a.heads + head) * a.head_dim;
+            alignas(64) float scores[KEYS];
+            for (int j = 0; j < to; j += LANES) store(scores + j, products<N>(query, keys + j, a.head_dim) * a.scaling);
+            if (a.softcap != 0)
+                for (int j = from; j < to; j++) scores[j] = a.softcap * std::tanh(scores[j] / a.softcap);
+            float high = std::max(best[i], *std::max_element(scores + from, scores + to));
+            for (int j = 0; j < to; j += LANES) store(scores + j, exponential(load<vec>(scores + j) - high));
+            float rescale = std::exp(best[i] - high);  // 0 at first
+            best[i] = high;
+            total[i] *= rescale;
+            for (int d = 0; d < a.head_dim; d++) out[d] = rescale == 0 ? 0 : out[d] * rescale;
+            for (int j = from; j < to; j++) total[i] += scores[j];
+            accumulate<N>(scores + from, values + from, to - from, a.head_dim, out);
         }
-        best = high;
     }
-    o.scale(1.0f / total);
-    o.write(out);
-}
-
-// queries: [tokens, query_stride], out: [tokens, heads × head_dim]. Called by all threads; ends in a barrier.
-void attention(const Batch& batch, int heads, int kv_heads, int head_dim, float scaling, int window, float softcap,
-               const float* queries, int64_t query_stride, const float* keys, const float* values, float* out) {
-    auto one = head_dim == 64 ? attend<4> : head_dim == 128 ? attend<8> : attend<0>;
-#pragma omp for schedule(dynamic, 4)
-    for (int item = 0; item < batch.tokens * heads; item++) {
-        int token = item / heads, head = item % heads;
-        one(batch, token, head / (heads / kv_heads), kv_heads, head_dim, scaling, window, softcap,
-            queries + token * query_stride + (int64_t)head * head_dim, keys, values, out + (int64_t)item * head_dim);
+    for (int i = 0; i < block.count * group; i++) {
+        float* out = a.out + ((int64_t)(block.first + i / group) * a.heads + kv_head * group + i % group) * a.head_dim;
+        for (int d = 0; d < a.head_dim; d++) out[d] /= total[i];
     }
 }
 
-void decoder_layer(const Layer& layer, const Shape& s, const Batch& batch, const float* cos, const float* sin, float* x,
-                   float* normed, float* qkv, float* mixed, float* gate_up) {
+// Called by all threads of a team; ends in a barrier.
+void attention(const Attention& a, const Batch& batch, const std::vector<Block>& blocks) {
+    auto one = a.head_dim == 64 ? attend<4> : a.head_dim == 128 ? attend<8> : attend<0>;
+#pragma omp for schedule(dynamic)
+    for (int item = 0; item < (int)blocks.size() * a.kv_heads; item++)
+        one(a, batch, blocks[item / a.kv_heads], item % a.kv_heads);
+}
+
+void decoder_layer(const Layer& layer, const Shape& s, const Batch& batch, const std::vector<Block>& blocks, const float* cos,
+                   const float* sin, float* x, float* normed, float* qkv, float* mixed, float* gate_up) {
     int64_t q_width = (int64_t)s.heads * s.head_dim, kv_width = (int64_t)s.kv_heads * s.head_dim;
     int64_t qkv_width = q_width + 2 * kv_width;
 #pragma omp for schedule(static)
@@ -374,8 +406,8 @@ void decoder_layer(const Layer& layer, const Shape& s, const Batch& batch, const
         std::copy_n(q + q_width, kv_width, layer.keys + batch.slot[t] * kv_width);
         std::copy_n(q + q_width + kv_width, kv_width, layer.values + batch.slot[t] * kv_width);
     }
-    attention(batch, s.heads, s.kv_heads, s.head_dim, s.scaling, layer.window, 0, qkv, qkv_width, layer.keys,
-              layer.values, mixed);
+    attention({s.heads, s.kv_heads, s.head_dim, s.scaling, 0, layer.window, qkv, qkv_width, layer.keys, layer.values,
+               mixed}, batch, blocks);
     linear(layer.out, mixed, batch.tokens, x, true);
 #pragma omp for schedule(static)
     for (int t = 0; t < batch.tokens; t++)
@@ -408,9 +440,10 @@ void linalign_linear(const Matrix* w, const float* x, int32_t tokens, float* y, 
 void linalign_attention(const Batch* batch, int32_t heads, int32_t kv_heads, int32_t head_dim, float scaling,
                         int32_t window, float softcap, const float* queries, const float* keys, const float* values,
                         float* out, int32_t threads) {
+    std::vector<Block> blocks = blocks_of(*batch);
 #pragma omp parallel num_threads(threads)
-    attention(*batch, heads, kv_heads, head_dim, scaling, window, softcap, queries, (int64_t)heads * head_dim, keys,
-              values, out);
+    attention({heads, kv_heads, head_dim, scaling, softcap, window, queries, (int64_t)heads * head_dim, keys, values, out},
+              *batch, blocks);
 }
 
 // Runs x, [tokens, hidden], through the layer in place. cos, sin: [tokens, rotary_dim].
@@ -418,11 +451,12 @@ void linalign_layer(const Layer* layer, const Shape* shape, const Batch* batch, 
                     float* x, int32_t threads) {
     int64_t tokens = batch->tokens, q_width = (int64_t)shape->heads * shape->head_dim;
     int64_t qkv_width = q_width + 2 * (int64_t)shape->kv_heads * shape->head_dim;
-    std::vector<float> normed(tokens * shape->hidden), qkv(tokens * qkv_width);
-    std::vector<float> mixed(tokens * std::max<int64_t>(q_width, shape->intermediate));
-    std::vector<float> gate_up(tokens * 2 * shape->intermediate);
+    auto floats = [&](int64_t width) { return std::unique_ptr<float[]>(new float[tokens * width]); };
+    auto normed = floats(shape->hidden), qkv = floats(qkv_width), gate_up = floats(2 * shape->intermediate);
+    auto mixed = floats(std::max<int64_t>(q_width, shape->intermediate));
+    std::vector<Block> blocks = blocks_of(*batch);
 #pragma omp parallel num_threads(threads)
-    decoder_layer(*layer, *shape, *batch, cos, sin, x, normed.data(), qkv.data(), mixed.data(), gate_up.data());
+    decoder_layer(*layer, *shape, *batch, blocks, cos, sin, x, normed.get(), qkv.get(), mixed.get(), gate_up.get());
 }
 
 }
