@@ -61,9 +61,13 @@ def principled_logits(logits: Tensor, mixing: Mixing) -> Tensor:
 
     logits: [rows, V] float32. Returns [S, V] float32; bit-equal to the one row where k = 1.
     """
-    if mixing.principled.shape[1] == 1:
-        return logits[mixing.principled[:, 0]]
-    return (mixing.weights[..., None] * logits[mixing.principled]).sum(dim=1)
+    total = logits[mixing.principled[:, 0]]
+    if mixing.principled.shape[1] > 1:
+        total *= mixing.weights[:, :1]
+        for i in range(1, mixing.principled.shape[1]):
+            line = (mixing.weights[:, i] != 0).nonzero().squeeze(1)
+            total[line] += mixing.weights[line, i, None] * logits[mixing.principled[line, i]]
+    return total
 
 
 def direction(logits: Tensor, mixing: Mixing, tokens: Tensor) -> Tensor:

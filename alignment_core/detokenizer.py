@@ -25,12 +25,15 @@ class TextStream:
         """The text that became certain with this token; `stopped` tells that a stop string ended it."""
         self._window.append(token_id)
         shown = self._decode(self._window[: self._num_shown])
-        text = self._decode(self._window)
-        num_new = len(self._window) - self._num_shown
-        if text.endswith(REPLACEMENT) and num_new < MAX_TOKENS_PER_CHARACTER:
-            return ""
+        text, settled = self._decode(self._window), len(self._window)
+        if text.endswith(REPLACEMENT):
+            if len(self._window) - self._num_shown < MAX_TOKENS_PER_CHARACTER:
+                return ""
+            # The first of so many can't belong to a character that is still to be completed.
+            settled = self._num_shown + 1
+            text = self._decode(self._window[:settled])
         self._window = self._window[self._num_shown :]
-        self._num_shown = num_new
+        self._num_shown = settled - self._num_shown
         return self._until_stop(text[len(shown) :])
 
     def finish(self) -> str:

@@ -6,6 +6,7 @@ import os
 import queue
 import secrets
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
@@ -57,14 +58,18 @@ class Engine:
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None) -> None:
         config = config or EngineConfig()
+        if min(config.max_num_seqs, config.max_num_batched_tokens, config.page_size) < 1:
+            raise ValueError(f"the sizes must be 1 at least: {config}")
         self.model_id = loaded.id
         self.tokenizer = loaded.tokenizer
-        self.max_model_len = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len)
+        self.max_model_len = config.max_model_len or loaded.max_model_len
+        if self.max_model_len > loaded.max_model_len:
+            raise ValueError(f"max_model_len is {self.max_model_len}, but the model's context {loaded.max_model_len}")
         num_pages = config.num_pages or _num_pages(loaded, config, self.max_model_len)
         self.runner = ModelRunner(loaded.model, num_pages, config.page_size)
         self.pool = PagePool(num_pages, config.page_size)
         self.scheduler = Scheduler(self.pool, config.max_num_seqs, config.max_num_batched_tokens)
-        self.prompts = PromptBuilder(loaded.tokenizer)
+        self.prompts = PromptBuilder(loaded.tokenizer, self.max_model_len)
         self.error: BaseException | None = None
         self._eos_token_ids = loaded.eos_token_ids
         self._ids = itertools.count()
@@ -92,25 +97,24 @@ class Engine:
         """Answer a chat, output by output as tokens are drawn. Raises InvalidRequest, EngineDead.
 
         principle: one text, extrapolated by `ratio`, or several Principles with ratios of their own.
-        Closing the iterator aborts the request.
+        The request is aborted when nobody holds the iterator any more.
         """
         principles = [Principle(principle, ratio=ratio)] if isinstance(principle, str) else principle or ()
         outputs: queue.SimpleQueue[Output] = queue.SimpleQueue()
         prompt = self.prompts.build(messages, principles, placement)
         request_id = self.submit(prompt, params or SamplingParams(), outputs.put)
-        return self._outputs(request_id, outputs)
+        replies = self._outputs(outputs)
+        weakref.finalize(replies, self.abort, request_id)  # also when it was never begun
+        return replies
 
-    def _outputs(self, request_id: int, outputs: "queue.SimpleQueue[Output]") -> Iterator[Output]:
-        try:
-            while True:
-                output = outputs.get()
-                if output.finish_reason == "error":
-                    raise EngineDead("the engine failed during this request") from self.error
-                yield output
-                if output.finish_reason:
-                    return
-        finally:
-            self.abort(request_id)
+    def _outputs(self, outputs: "queue.SimpleQueue[Output]") -> Iterator[Output]:
+        while True:
+            output = outputs.get()
+            if output.finish_reason == "error":
+                raise EngineDead("the engine failed during this request") from self.error
+            yield output
+            if output.finish_reason:
+                return
 
     def submit(self, prompt: Prompt, params: SamplingParams, on_output: Callable[[Output], None]) -> int:
         """Queue a request; returns its id. Raises InvalidRequest at once for what can never fit, EngineDead.
@@ -147,6 +151,9 @@ class Engine:
     # The loop
 
     def start(self) -> "Engine":
+        """Run the loop. Raises EngineDead if it has been stopped."""
+        if not self.alive:
+            raise EngineDead("the engine was stopped")
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
         return self
@@ -158,6 +165,8 @@ class Engine:
             self._news.notify()
         if self._thread is not None:
             self._thread.join()
+        else:
+            self._end()
 
     __enter__ = start
 
@@ -189,6 +198,10 @@ class Engine:
         except BaseException as error:
             log.exception("The engine failed")
             self.error = error
+        self._end()
+
+    def _end(self) -> None:
+        """Tell everyone who still waits."""
         with self._news:
             self._stopping = True  # from here on submit refuses, so what is taken in now is all there is
         self._take_in()
@@ -216,7 +229,7 @@ class Engine:
         if reason:
             self._finish(sequence, reason, text, (token,))
         else:
-            sequence.on_output(Output(text, (token,)))
+            self._tell(sequence, Output(text, (token,)))
 
     def _finish(
         self, sequence: Sequence, reason: FinishReason, text: str = "", token_ids: tuple[int, ...] = ()
@@ -226,7 +239,14 @@ class Engine:
         text += sequence.text.finish()
         if sequence.text.stopped:
             reason = "stop"
-        sequence.on_output(Output(text, token_ids, reason, sequence.usage()))
+        self._tell(sequence, Output(text, token_ids, reason, sequence.usage()))
+
+    def _tell(self, sequence: Sequence, output: Output) -> None:
+        try:
+            sequence.on_output(output)
+        except Exception:  # the listener's own: it harms nobody else
+            log.exception("The listener of request %d failed", sequence.request_id)
+            self.abort(sequence.request_id)
 
     # Limits
 
@@ -242,7 +262,7 @@ class Engine:
             )
         if len(lengths) > self.scheduler.max_num_batched_tokens:
             raise InvalidRequest(f"{len(lengths)} branches are more than one step can take", "principle")
-        max_tokens = params.max_tokens or self.max_model_len - longest
+        max_tokens = params.max_tokens or min(self.max_model_len - longest, self._room(lengths))
         if longest + max_tokens > self.max_model_len:
             raise InvalidRequest(
                 f"the prompt has {_lengths(lengths)} tokens and max_tokens is {max_tokens}, but the context holds "
@@ -257,6 +277,11 @@ class Engine:
                 "max_tokens",
             )
         return max_tokens
+
+    def _room(self, lengths: list[int]) -> int:
+        """The longest reply that the cache can hold beside these prompts; 1 at least."""
+        pages, size = self.pool.num_pages // len(lengths), self.pool.page_size
+        return max(1, pages * size - max(lengths))
 
     def _decode(self, ids: Seq[int]) -> str:
         text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

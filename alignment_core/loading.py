@@ -71,6 +71,8 @@ def load(
     Raises LoadingError.
     """
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise LoadingError(f"there is no CUDA device for --device {device}")
     if dtype == "auto":
         torch_dtype: torch.dtype | str = torch.float32 if where.type == "cpu" else "auto"
     else:
@@ -90,7 +92,9 @@ def load(
         if not path.is_file():
             raise LoadingError(f"there is no file {name}")
         log.info("Reading %s", path.name)
-        model, tokenizer = _from_pretrained(str(path.parent), torch_dtype, gguf_file=path.name, **options)
+        model, tokenizer = _from_gguf(path, torch_dtype)
+    elif name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise LoadingError(f"there is no directory {name}")
     else:
         id = Path(name).resolve().name if Path(name).is_dir() else name
         log.info("Loading %s", id)
@@ -110,10 +114,28 @@ def _from_pretrained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise LoadingError(f"{name} can't be loaded: {error}") from error
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+    except Exception as error:  # a damaged file shows in many ways
+        raise LoadingError(f"{name} can't be loaded: {type(error).__name__}: {error}") from error
+    if info["missing_keys"]:
+        raise LoadingError(
+            f"{name} lacks weights of a {type(model).__name__}: {', '.join(sorted(info['missing_keys']))}"
+        )
     return model, tokenizer
+
+
+def _from_gguf(path: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The file's model as plain weights: as transformers reads it, it counts as quantised and can't be changed."""
+    with _quiet_unless_on_a_terminal():
+        model, tokenizer = _from_pretrained(str(path.parent), dtype, gguf_file=path.name)
+    config = model.config
+    del config.quantization_config
+    plain = type(model)(config).to(model.dtype)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    return plain, tokenizer
 
 
 def _load_embedded(dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -144,13 +166,7 @@ def _load_embedded(dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTraine
 def _convert(gguf: Path, target: Path) -> None:
     """Write the GGUF's model as float32 safetensors. The target appears whole or not at all."""
     log.info("Converting the embedded model, once; this takes about half a minute")
-    with _quiet_unless_on_a_terminal():
-        model, tokenizer = _from_pretrained(str(gguf.parent), torch.float32, gguf_file=gguf.name)
-    config = model.config
-    del config.quantization_config  # the weights are plain now, and a quantised model can't be saved
-    plain = type(model)(config)
-    plain.load_state_dict(model.state_dict())
-    plain.generation_config = model.generation_config
+    plain, tokenizer = _from_gguf(gguf, torch.float32)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent)
     try:

@@ -31,6 +31,11 @@ class ModelRunner:
         has_kernels = model.device.type == "cpu" and model.dtype == torch.float32 and library() is not None
         model.set_attn_implementation(native.NAME if has_kernels else sdpa.NAME)
         config = model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+        if kinds:
+            raise ValueError(
+                f"{type(model).__name__} has layers of a kind that can't be served: {', '.join(sorted(kinds))}"
+            )
         shape = (num_pages, page_size, *_kv_heads_and_dim(model))
         layers = range(config.num_hidden_layers)
         self._keys = [_zeros(shape, model.dtype, model.device) for _ in layers]

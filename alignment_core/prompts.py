@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-import jinja2
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from alignment_core.sequence import MAX_RATIO, InvalidRequest, Prompt
+from alignment_core.sequence import MAX_PRINCIPLES, MAX_RATIO, InvalidRequest, Prompt
 
 Placement = Literal["system", "user"]
 Message = Mapping[str, str]  # {"role": …, "content": …}
@@ -45,7 +44,8 @@ class Principle:
 class PromptBuilder:
     """Renders chats with one tokenizer's own template. Raises InvalidRequest for what it can't render."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None) -> None:
+        """max_tokens: texts that can't be that short are refused before the work of encoding them."""
         if not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template")
         self._tokenizer = tokenizer
@@ -54,6 +54,9 @@ class PromptBuilder:
         self._any_added = _any_of(self._added)
         self._any_special = _any_of(text for text, (_, token) in self._added.items() if token.special)
         self._has_system_role = self._probe_system_role()
+        self._trims = self._probe_trimming()
+        longest = max(len(token) for token in tokenizer.get_vocab())  # bytes or characters: no token is longer
+        self._max_characters = max_tokens and max_tokens * longest
 
     def build(
         self, messages: Sequence[Message], principles: Sequence[Principle] = (), placement: Placement = "system"
@@ -61,6 +64,7 @@ class PromptBuilder:
         """Token ids of every branch. Principles of weight 0 take no part."""
         if not messages:
             raise InvalidRequest("messages must not be empty", "messages")
+        self._refuse_what_is_far_too_long([m["content"] for m in messages], [p.text for p in principles])
         escapes = _Escapes()
         safe = [
             {
@@ -72,6 +76,10 @@ class PromptBuilder:
             }
             for message in messages
         ]
+        if len(principles) > MAX_PRINCIPLES:
+            raise InvalidRequest(
+                f"there may be {MAX_PRINCIPLES} principles at most, got {len(principles)}", "principle"
+            )
         principles = [principle for principle in principles if principle.weight > 0]
         for _ in range(3):  # templates may show the time, which must be the same for all branches
             base = self._encode(safe, escapes)
@@ -108,12 +116,30 @@ class PromptBuilder:
             users = [message for message in messages if message["role"] == "user"]
             if not users:
                 raise InvalidRequest("principle_placement 'user' needs a user message", "principle_placement")
-            users[-1]["content"] += "\n" + text
+            users[-1]["content"] = self._trimmed(users[-1]["content"]) + "\n" + text
         elif messages[0]["role"] == "system":
-            messages[0]["content"] = _joined(messages[0]["content"], text)
+            messages[0]["content"] = _joined(self._trimmed(messages[0]["content"]), text)
         else:
             messages.insert(0, {"role": "system", "content": _joined(self._default_system_text(), text)})
         return messages
+
+    def _refuse_what_is_far_too_long(self, contents: list[str], principles: list[str]) -> None:
+        length = sum(map(len, contents)) + max(map(len, principles), default=0)
+        if self._max_characters is not None and length > self._max_characters:
+            raise InvalidRequest(
+                f"the prompt has {length} characters, more than the context holds in any case", "messages"
+            )
+
+    def _trimmed(self, content: str) -> str:
+        """Without the white space at the end that the template takes off when the principle is not there."""
+        return content.rstrip() if self._trims else content
+
+    def _probe_trimming(self) -> bool:
+        try:
+            padded, bare = (self._render([{"role": "user", "content": text}]) for text in ("Hello \n", "Hello"))
+        except InvalidRequest:
+            return False
+        return padded == bare
 
     def _default_system_text(self) -> str:
         """What the template puts into the system block by itself when there is no system message."""
@@ -130,16 +156,13 @@ class PromptBuilder:
         chat = [{"role": "system", "content": mark}, {"role": "user", "content": "Hello"}]
         try:
             return mark in self._render(chat)
-        except (jinja2.TemplateError, TypeError, ValueError):
+        except InvalidRequest:
             return False
 
     def _encode(self, messages: list[dict[str, str]], escapes: "_Escapes") -> tuple[int, ...]:
         if not self._has_system_role:
             messages = _without_system_role(messages)
-        try:
-            rendered = self._render(messages)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise InvalidRequest(f"the model's chat template refuses these messages: {error}", "messages") from error
+        rendered = self._render(messages)
         if not escapes.used:
             return tuple(self._tokenizer.encode(rendered, add_special_tokens=False))
         return tuple(self._encode_escaped(rendered, escapes))
@@ -154,19 +177,20 @@ class PromptBuilder:
                 text = text.lstrip()
             if index + 1 < len(pieces) and self._added[pieces[index + 1]][1].lstrip:
                 text = text.rstrip()
-            ids += self._encode_text(escapes.undo(text))
+            ids += self._encode_text(escapes.undo(text), is_first=index == 0)
             if index + 1 < len(pieces):
                 ids.append(self._added[pieces[index + 1]][0])
         return ids
 
-    def _encode_text(self, text: str) -> list[int]:
-        ids: list[int] = self._plain_tokenizer.encode(text, add_special_tokens=False).ids
+    def _encode_text(self, text: str, is_first: bool) -> list[int]:
+        tokenizer = self._plain_tokenizer if is_first else self._inner_tokenizer
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
         if self._added_ids.isdisjoint(ids):
             return ids
         # The vocabulary spells a control token as an ordinary piece too: cut behind its first character.
         cuts = [0, *(match.start() + 1 for match in self._any_added.finditer(text)), len(text)]
         parts = [text[start:end] for start, end in itertools.pairwise(cuts)]
-        return [id for part in parts for id in self._plain_tokenizer.encode(part, add_special_tokens=False).ids]
+        return [id for part in parts for id in self._inner_tokenizer.encode(part, add_special_tokens=False).ids]
 
     @cached_property
     def _added_ids(self) -> frozenset[int]:
@@ -179,8 +203,17 @@ class PromptBuilder:
         state["added_tokens"], state["post_processor"] = [], None
         return Tokenizer.from_str(json.dumps(state))
 
+    @cached_property
+    def _inner_tokenizer(self) -> Tokenizer:
+        """For text behind a control token, where such as Llama 2's put no space in front."""
+        state = self._plain_tokenizer.to_str()
+        return Tokenizer.from_str(state.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"'))
+
     def _render(self, messages: list[dict[str, str]]) -> str:
-        rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template can raise anything
+            raise InvalidRequest(f"the model's chat template refuses these messages: {error}", "messages") from error
         assert isinstance(rendered, str)
         return rendered
 

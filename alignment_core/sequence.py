@@ -11,6 +11,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 MAX_RATIO = 20.0
 MAX_STOP_STRINGS = 16
+MAX_PRINCIPLES = 16
 
 
 class InvalidRequest(ValueError):
@@ -51,6 +52,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         t_p = self.alignment_temperature
+        for name in ("top_k", "seed", "max_tokens"):
+            value = getattr(self, name)
+            _require(value is None or isinstance(value, int), name, "a whole number", value)
+        _require(isinstance(self.stop, tuple), "stop", "a tuple of strings", self.stop)
         _require(0 <= self.temperature < math.inf, "temperature", "a finite number ≥ 0", self.temperature)
         _require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
         _require(self.top_k >= 0, "top_k", "≥ 0", self.top_k)

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from sse_starlette.sse import AppStatus
 
 from alignment_core import Engine
 from server.protocol.errors import HANDLERS
@@ -20,6 +21,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         with engine:
             yield
 
+    AppStatus.enable_automatic_graceful_drain = False  # streams have as much time to end as other replies
     app = FastAPI(title="linalign", lifespan=lifespan, exception_handlers=HANDLERS)
     app.state.engine = engine
     app.state.settings = settings

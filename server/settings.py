@@ -6,10 +6,12 @@ import os
 from pathlib import Path
 from typing import Literal
 
+import yaml
 from pydantic import Field
 from pydantic_settings import (
     BaseSettings,
     CliApp,
+    CliImplicitFlag,
     CliPositionalArg,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -47,7 +49,9 @@ class Settings(BaseSettings):
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of free GPU memory for the KV cache")
     default_alignment_ratio: float = Field(2.0, ge=0, le=20, description="for requests that name none")
     shutdown_timeout: int = Field(30, ge=0, description="seconds that running requests get on SIGTERM")
-    trust_remote_code: bool = Field(False, description="run Python code that a checkpoint brings along")
+    trust_remote_code: CliImplicitFlag[bool] = Field(
+        False, description="run Python code that a checkpoint brings along"
+    )
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -56,18 +60,31 @@ def nearest(name: str, known: list[str]) -> str:
     return f"; did you mean {found[0]}?" if found else ""
 
 
+def _check_file(file: str) -> None:
+    if not Path(file).is_file():
+        raise ValueError(f"there is no config file {file}")
+    try:
+        content = yaml.safe_load(Path(file).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid YAML: {error}") from error
+    if content is not None and not isinstance(content, dict):
+        raise ValueError(f"{file} must be a mapping of settings to values")
+    if content and "config" in content:
+        raise ValueError(f"{file} can't name another config file")
+
+
 def load_settings(args: list[str]) -> Settings:
     """Settings from a command line. Raises ValueError (pydantic's own included), SystemExit for --help."""
     known = [PREFIX + name.upper() for name in Settings.model_fields]
     for name in os.environ:
-        if name.startswith(PREFIX) and name not in known:
-            raise ValueError(f"there is no setting {name}{nearest(name, known)}")
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            raise ValueError(f"there is no setting {name}{nearest(name.upper(), known)}")
 
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", default=os.environ.get(PREFIX + "CONFIG"))
     file: str | None = finder.parse_known_args(args)[0].config
-    if file and not Path(file).is_file():
-        raise ValueError(f"there is no config file {file}")
+    if file:
+        _check_file(file)
 
     class WithFile(Settings):
         @classmethod

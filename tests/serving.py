@@ -28,7 +28,7 @@ def free_port():
 
 @contextlib.contextmanager
 def serving(*args):
-    """A real `linalign serve` process; yields its URL once it is healthy."""
+    """A real `linalign serve` process; yields its URL and the process once it is healthy."""
     port = free_port()
     command = [sys.executable, "-c", "from server.cli import main; main()", "serve", "--port", str(port), *args]
     with subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}) as process:
@@ -42,7 +42,7 @@ def serving(*args):
                     if httpx.get(url + "/health").status_code == 200:
                         break
                 time.sleep(0.1)
-            yield url
+            yield url, process
         finally:
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0
@@ -50,7 +50,7 @@ def serving(*args):
 
 @pytest.fixture(scope="session")
 def url(embedded):  # noqa: ARG001 - loaded first, so that the server finds the converted copy
-    with serving() as url:
+    with serving() as (url, _):
         yield url
 
 

@@ -13,20 +13,23 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 ROWS = re.findall(r"^\| (\d+) \| (.+) \|$", README, re.MULTILINE)
 
 
+QUESTION, PRINCIPLE = "How do I get to work?", "Encourage cycling."
+
+
 def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
 def reply(ratio):
-    return next(text for row, text in ROWS if row == str(ratio)).replace(" ¶ ", "\n\n")
+    return next(text for row, text in ROWS if row == str(ratio))
 
 
 @pytest.mark.parametrize("ratio", [0, 2, 5])
 def test_the_sample_is_what_the_model_says(embedded, ratio):
-    messages = [{"role": "user", "content": "Where should our town get its power from?"}]
+    messages = [{"role": "user", "content": QUESTION}]
     params = SamplingParams(temperature=0, max_tokens=48)
     with Engine(embedded) as engine:
-        outputs = list(engine.chat(messages, "Answer in favour of solar power.", ratio, params))
+        outputs = list(engine.chat(messages, PRINCIPLE, ratio, params))
     assert "".join(output.text for output in outputs) == reply(ratio)
 
 

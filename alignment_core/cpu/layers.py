@@ -134,31 +134,33 @@ def _fused(model: PreTrainedModel, layer: nn.Module, index: int, quantization: Q
     """The layer as one call; None where it is of another make, or gives other numbers."""
     if not _has_llamas_parts(layer):
         return None
+    lossless: Quantization = "auto" if quantization == "auto" else "none"
     attention, rotary = cast(Any, layer.self_attn), cast(Any, model.base_model.rotary_emb)
     head_dim: int = attention.head_dim
     pool = [torch.zeros(1, PROBE_TOKENS, attention.k_proj.out_features // head_dim, head_dim)] * (index + 1)
     paged = PagedBatch.of([Row(Branch([0] * PROBE_TOKENS, [0]), 0, PROBE_TOKENS)], pool, [x.clone() for x in pool])
     generator = torch.Generator().manual_seed(index)
-    hidden = torch.randn(1, PROBE_TOKENS, attention.q_proj.in_features, generator=generator)
-    position_ids = torch.arange(PROBE_TOKENS)[None]
-    arguments = {
-        "position_ids": position_ids,
-        "position_embeddings": rotary(hidden, position_ids=position_ids),
-        "attention_mask": None,
-        "past_key_values": None,
-        "use_cache": False,
-        "paged": paged,
-    }
-    expected = layer(hidden.clone(), **arguments)
-    asked = paged.layers[index]
-    if asked.softcap is not None:
-        return None
-    lossless: Quantization = "auto" if quantization == "auto" else "none"
-    fused = FusedLayer(layer, index, asked, head_dim, lossless)
-    error = (fused(hidden.clone(), **arguments) - expected).abs().max()
-    if error > TOLERANCE * expected.abs().max():
-        log.info("Layer %d is not quite Llama's: it runs in its own code", index)
-        return None
+    fused: FusedLayer | None = None
+    for start in (0, model.config.get_text_config().max_position_embeddings - PROBE_TOKENS):
+        hidden = torch.randn(1, PROBE_TOKENS, attention.q_proj.in_features, generator=generator)
+        position_ids = torch.arange(start, start + PROBE_TOKENS)[None]
+        arguments = {
+            "position_ids": position_ids,
+            "position_embeddings": rotary(hidden, position_ids=position_ids),
+            "attention_mask": None,
+            "past_key_values": None,
+            "use_cache": False,
+            "paged": paged,
+        }
+        expected = layer(hidden.clone(), **arguments)
+        asked = paged.layers[index]
+        if asked.softcap is not None:
+            return None
+        fused = fused or FusedLayer(layer, index, asked, head_dim, lossless)
+        error = (fused(hidden.clone(), **arguments) - expected).abs().max()
+        if error > TOLERANCE * expected.abs().max():
+            log.info("Layer %d is not quite Llama's: it runs in its own code", index)
+            return None
     return fused if lossless == quantization else FusedLayer(layer, index, asked, head_dim, quantization)
 
 

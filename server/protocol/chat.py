@@ -6,7 +6,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 
 from alignment_core import Principle, SamplingParams
-from alignment_core.sequence import MAX_RATIO, MAX_STOP_STRINGS
+from alignment_core.sequence import MAX_PRINCIPLES, MAX_RATIO, MAX_STOP_STRINGS
 
 
 def _encodable(text: str) -> str:
@@ -58,7 +58,7 @@ class ChatCompletionRequest(Schema):
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="an identifier of the end user; no effect on the reply")
 
-    principle: Text | Annotated[list[PrincipleItem], Field(min_length=1)] | None = None
+    principle: Text | Annotated[list[PrincipleItem], Field(min_length=1, max_length=MAX_PRINCIPLES)] | None = None
     alignment_ratio: Ratio | None = None
     alignment_top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     alignment_temperature: Annotated[float, Field(gt=0)] | None = None

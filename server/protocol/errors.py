@@ -36,14 +36,22 @@ async def on_validation_error(_: Request, error: Exception) -> JSONResponse:
         return error_response(400, first["msg"], first["ctx"]["param"], "unsupported_field")
     if first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type", "dict_type"):
         return error_response(400, "the body must be a JSON object, sent as Content-Type: application/json")
-    path = [part for part in first["loc"][1:] if isinstance(part, int) or (part.isidentifier() and part != "str")]
-    param = ".".join(str(part) for part in path) or None
+    *above, name = first["loc"][1:] or ("",)
+    path = [part for part in above if _is_field(part)]
+    if _is_field(name) or first["type"] == "extra_forbidden":
+        path.append(name)
+    param = ".".join(str(part) for part in path) if path else None
     if first["type"] == "extra_forbidden":
-        name, known = str(path[-1]), _known_fields(path)
-        message = f"unknown field {name!r}{nearest(name, known)}"
+        known = _known_fields(path)
+        message = f"unknown field {name!r}{nearest(str(name), known)}"
         return error_response(400, message, param, "unknown_field")
     message = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
     return error_response(400, f"{param}: {message}" if param else message, param, "invalid_value")
+
+
+def _is_field(part: str | int) -> bool:
+    """Whether a part of an error's place is one of the body's, not pydantic's name of a union's member."""
+    return isinstance(part, int) or (part.isidentifier() and part != "str")
 
 
 def _known_fields(path: list[Any]) -> list[str]:
@@ -72,7 +80,9 @@ async def on_engine_dead(_: Request, __: Exception) -> JSONResponse:
 
 async def on_http_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    return error_response(error.status_code, str(error.detail), code=None)
+    response = error_response(error.status_code, str(error.detail))
+    response.headers.update(error.headers or {})
+    return response
 
 
 async def on_bug(_: Request, __: Exception) -> JSONResponse:

@@ -27,6 +27,7 @@ async def retrieve_model(id: str, request: Request) -> dict[str, Any]:
     return _model(request)
 
 
+@router.head("/health", include_in_schema=False, response_model=None)
 @router.get("/health", response_model=None)
 async def health(request: Request) -> Response | dict[str, str]:
     """200 while the engine runs and accepts requests, else 503."""

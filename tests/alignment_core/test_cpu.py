@@ -105,6 +105,13 @@ def test_a_layer_that_only_looks_like_llamas_runs_in_its_own_code(tokenizer, cha
     assert num_fused_layers(loaded.model) == (2 if model_type == "smollm3" else 0)
 
 
+def test_a_layer_that_differs_at_far_positions_only_runs_in_its_own_code(tokenizer):
+    scaling = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.5}
+    scaling["original_max_position_embeddings"] = 16
+    loaded, _ = tiny_pair(tokenizer, "ministral3", vocab_size=300, rope_parameters=scaling, head_dim=8)
+    assert num_fused_layers(loaded.model) == 0
+
+
 def test_the_embedded_model_keeps_its_own_four_bits(embedded):
     assert num_fused_layers(embedded.model) == 30
     formats = [matrix.format for module in embedded.model.modules() for matrix in getattr(module, "matrices", ())]
@@ -178,10 +185,10 @@ def test_without_a_compiler_it_is_slower_and_says_so(compiler):
         "import logging; logging.basicConfig();"
         "from alignment_core import *;"
         "from alignment_core.cpu.native import library;"
-        "messages = [{'role': 'user', 'content': 'Where should our town get its power from?'}];"
+        "messages = [{'role': 'user', 'content': 'How do I get to work?'}];"
         "params = SamplingParams(temperature=0, max_tokens=48);"
         "engine = Engine.load().start();"
-        "print(''.join(o.text for o in engine.chat(messages, 'Answer in favour of solar power.', 2.0, params)));"
+        "print(''.join(o.text for o in engine.chat(messages, 'Encourage cycling.', 2.0, params)));"
         "engine.stop(); assert library() is None"
     )
     environment = {**os.environ, "CXX": compiler, "HF_HUB_OFFLINE": "1"}

@@ -30,6 +30,13 @@ def test_every_token_leaves_at_once_when_nothing_holds_it_back():
     assert rest == ""
 
 
+@pytest.mark.parametrize("before", [b"\x80", b"\x80\x80\x80", b"\xf0\x9f", b"\xe6" * 7])
+@pytest.mark.parametrize("after", ["😀a", "éa", "日本"])
+def test_a_whole_character_behind_broken_ones_is_not_lost(before, after):
+    parts, rest, _ = stream(as_bytes, before + after.encode())
+    assert "".join(parts) + rest == as_bytes(before + after.encode())
+
+
 def test_an_unfinished_character_is_shown_at_the_end():
     parts, rest, _ = stream(as_bytes, "é".encode()[:1])
     assert parts == [""]

@@ -1,6 +1,7 @@
 """The engine on tiny random models, judged by the float64 oracle; every path is asserted to be taken."""
 
 import threading
+import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -200,6 +201,64 @@ def test_a_dead_engine_tells_everyone(tiny, monkeypatch):
     assert engine.pool.num_free == 100
 
 
+def test_a_reply_that_nobody_waits_for_is_aborted(embedded):
+    """Never begun, and dropped half way."""
+    params = SamplingParams(stop_token_ids=frozenset())
+    with make_engine(embedded, num_pages=100) as engine:
+        for begun in (False, True):
+            replies = engine.chat([{"role": "user", "content": "Hi"}], params=params)
+            if begun:
+                next(replies)
+            del replies
+            wait_until(lambda: engine.pool.num_free == 100 and not engine.scheduler.waiting)
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_an_engine_that_never_ran_tells_everyone_when_it_stops(tiny):
+    loaded, _ = tiny
+    engine = make_engine(loaded, num_pages=100)
+    outputs = []
+    engine.submit(aligned(2.0), GREEDY, outputs.append)
+    engine.stop()
+    assert [output.finish_reason for output in outputs] == ["abort"]
+    with pytest.raises(EngineDead):
+        engine.start()
+
+
+def test_a_listener_that_fails_harms_nobody_else(tiny):
+    loaded, oracle = tiny
+    engine = make_engine(loaded, num_pages=100)
+    outputs = []
+    engine.submit(aligned(0), GREEDY, lambda _: 1 / 0)
+    engine.submit(aligned(2.0), GREEDY, outputs.append)
+    while engine.step():
+        pass
+    judge(oracle, aligned(2.0), outputs)
+    assert outputs[-1].finish_reason == "length"
+    assert engine.pool.num_free == 100
+
+
+def test_without_max_tokens_a_reply_is_as_long_as_context_and_cache_allow(tiny):
+    loaded, _ = tiny
+    engine = make_engine(loaded, num_pages=8, page_size=16)  # 64 tokens a branch
+    params = SamplingParams(temperature=0, stop_token_ids=frozenset())
+    (outputs,) = run_all(engine, [(aligned(2.0), params)])
+    assert len(token_ids(outputs)) == 64 - 39
+    assert outputs[-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize("config", [{"max_model_len": 513}, {"max_num_seqs": 0}, {"page_size": 0}], ids=str)
+def test_sizes_that_cannot_work_are_refused(tiny, config):
+    with pytest.raises(ValueError, match=r"max_model_len|at least"):
+        make_engine(tiny[0], num_pages=10, **config)
+
+
 ARCHITECTURES = {
     "llama": {},
     "mistral": {"sliding_window": 8},
@@ -224,6 +283,13 @@ def test_architectures(tokenizer, model_type, kernels, monkeypatch):
         assert loaded.model.config._attn_implementation == (native.NAME if kernels else sdpa.NAME)
         for prompt, outputs in zip(prompts(), run_all(engine, [(prompt, GREEDY) for prompt in prompts()]), strict=True):
             judge(oracle, prompt, outputs)
+
+
+def test_attention_in_chunks_is_refused(tokenizer):
+    loaded, _ = tiny_pair(tokenizer, vocab_size=300)
+    loaded.model.config.layer_types = ["chunked_attention"] * 3
+    with pytest.raises(ValueError, match="chunked_attention"):
+        make_engine(loaded, num_pages=10)
 
 
 def test_an_architecture_that_bypasses_our_attention_is_refused(tokenizer):

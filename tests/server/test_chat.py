@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import signal
 import subprocess
 import time
 
@@ -12,6 +13,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from alignment_core import Principle, SamplingParams
 from tests.conftest import make_engine, run_all
+from tests.serving import serving
 
 CHAT = [{"role": "user", "content": "Where should our town get its power from?"}]
 JSON = {"Content-Type": "application/json"}
@@ -143,6 +145,12 @@ BAD = [
     ({"stop": [1]}, 400, "stop.0", "string"),
     ({"max_completion_tokens": 1}, 400, None, "the same thing"),
     ({"stream_options": {"include_usage": True}, "stream": False}, 400, None, "stream: true"),
+    ({"alignment-ratio": 2}, 400, "alignment-ratio", "alignment_ratio"),
+    ({"": 2}, 400, "", "unknown field"),
+    ({"str": 2}, 400, "str", "unknown field"),
+    ({"messages": [{"role": "user", "content": "x", "x-y": 1}]}, 400, "messages.0.x-y", "'x-y'"),
+    ({"principle": [{"text": "x"}] * 17}, 400, "principle", "at most 16"),
+    ({"messages": [{"role": "user", "content": "word " * 400_000}]}, 400, "messages", "context"),
     ({"n": 2}, 400, "n", "not supported"),
     ({"logprobs": True}, 400, "logprobs", "not supported"),
     ({"tools": [{"type": "function"}]}, 400, "tools", "not supported"),
@@ -192,6 +200,8 @@ EXTREMES = [
     {"messages": [{"role": "user", "content": ""}]},
     {"principle": [{"text": "a", "weight": 1e-320}, {"text": "b", "weight": 1e-320}]},
     {"principle": [{"text": "a", "weight": 0}]},
+    {"principle": [{"text": "a"}] * 16},
+    {"principle": [{"text": "be brief"}, {"text": "be nice"}], "max_tokens": None, "stop": ["e", "a", "o", "i"]},
 ]
 
 
@@ -250,3 +260,17 @@ def test_a_dead_engine_shows_in_health_and_errors(own_server, monkeypatch):
     response = httpx.get(url + "/health")
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "engine_dead"
+
+
+def test_a_stream_ends_in_order_on_sigterm():
+    """Within the shutdown timeout, as any reply."""
+    body = {**BASE, "max_tokens": 60, "stream": True, "temperature": 0}
+    with serving() as (url, process):
+        with httpx.stream("POST", url + "/v1/chat/completions", json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert process.wait(30) == 0
+    assert rest[-1] == "data: [DONE]"
+    assert len(rest) > 20

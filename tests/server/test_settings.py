@@ -33,6 +33,14 @@ def test_nothing_is_silently_ignored(tmp_path, monkeypatch):
         load_settings(["--prot", "1"])
     with pytest.raises(ValueError, match="less than or equal to 65535"):
         load_settings(["--port", "70000"])
+    for content, words in [("a: [", "not valid YAML"), ("- port", "mapping"), ("config: other.yaml", "another config")]:
+        file.write_text(content)
+        with pytest.raises(ValueError, match=words):
+            load_settings(["--config", str(file)])
+    monkeypatch.setenv("linalign_prot", "1")
+    with pytest.raises(ValueError, match="LINALIGN_PORT"):
+        load_settings([])
+    monkeypatch.delenv("linalign_prot")
     monkeypatch.setenv("LINALIGN_API_KEYS", "secret")
     with pytest.raises(ValueError, match="LINALIGN_API_KEYS"):
         load_settings([])
