@@ -28,7 +28,7 @@ class Mixing:
     ratios: Tensor
     base: Tensor
 
-    def __getitem__(self, index: Tensor) -> "Mixing":
+    def __getitem__(self, index: Tensor | slice) -> "Mixing":
         """The mixing of some of the sequences."""
         return Mixing(self.principled[index], self.weights[index], self.ratios[index], self.base[index])
 
@@ -84,9 +84,12 @@ def direction(logits: Tensor, mixing: Mixing, tokens: Tensor) -> Tensor:
     return total
 
 
-def log_total(y: Tensor, temperature: Tensor) -> Tensor:
-    """log Σ exp((y − max y) / temperature), [S], of y: [S, V]: the log of the whole mass, the best token's being 1."""
-    return ((y - y.amax(dim=-1, keepdim=True)) / temperature[:, None]).logsumexp(dim=-1)
+def log_total(y: Tensor, best: Tensor, temperature: Tensor) -> Tensor:
+    """log Σ exp((y − best) / temperature): the log of the whole mass, the best token's being 1.
+
+    y: [S, V]; best: [S], its greatest. Returns [S].
+    """
+    return ((y - best[:, None]) / temperature[:, None]).exp_().sum(dim=-1).log_()
 
 
 def plausible_set(y: Tensor, log_total: Tensor, top_p: Tensor, temperature: Tensor) -> Tensor:
@@ -106,10 +109,12 @@ def plausible_set(y: Tensor, log_total: Tensor, top_p: Tensor, temperature: Tens
     return torch.zeros_like(kept).scatter_(1, order, kept) & (y > -torch.inf)
 
 
-def plausible_floor(y: Tensor, log_total: Tensor, top_p: Tensor, temperature: Tensor) -> Tensor:
-    """A logit below which no token of y, [S, V], is in the plausible set; [S], −inf where top_p = 1.
+def plausible_floor(best: Tensor, log_total: Tensor, vocab_size: int, top_p: Tensor, temperature: Tensor) -> Tensor:
+    """A logit below which no token is in the plausible set; [S], −inf where top_p = 1.
+
+    best: [S], the greatest logit of each sequence.
 
     All tokens of probability < ε have a mass < Vε together. So with Vε = 1 − top_p the mass before
     each of them is above top_p. The factor of two is room for rounding.
     """
-    return y.amax(dim=-1) + temperature * (log_total + ((1 - top_p) / (2 * y.shape[1])).log())
+    return best + temperature * (log_total + ((1 - top_p) / (2 * vocab_size)).log())

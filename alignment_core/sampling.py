@@ -11,6 +11,7 @@ from alignment_core.alignment import Mixing, direction, log_total, plausible_flo
 from alignment_core.sequence import Sequence
 
 BLOCK = 128
+MASK64 = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +56,10 @@ class Settings:
             top_k=torch.tensor([min(p.top_k, 1 << 62) for p in params], device=device),
             min_p=torch.tensor([float(p.min_p) for p in params], device=device),
             top_p=top_p,
-            uniform=uniform(*torch.tensor(counter, device=device).unbind(1)),
+            uniform=torch.tensor([uniform(*numbers) for numbers in counter], dtype=torch.float64, device=device),
         )
 
-    def __getitem__(self, index: Tensor) -> "Settings":
+    def __getitem__(self, index: Tensor | slice) -> "Settings":
         return Settings(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
@@ -72,12 +73,21 @@ def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[int]:
     mixing = Mixing.plan([(p.weights, p.ratios, p.base is not None) for p in prompts], logits.device)
     settings = Settings.of(sequences, logits.device)
     y = principled_logits(logits, mixing)
-    tokens = y.argmax(dim=-1)
-    undecided = (settings.aligned | (settings.temperature > 0)).nonzero().squeeze(1)
-    if len(undecided):
-        tokens[undecided] = choose(logits, y[undecided], mixing[undecided], settings[undecided])
+    tokens = torch.empty(len(y), dtype=torch.int64, device=y.device)
+    decided = ~settings.aligned & (settings.temperature == 0)
+    if decided.any():
+        index = _lines(decided)
+        tokens[index] = y[index].argmax(dim=-1)
+    if not decided.all():
+        index = _lines(~decided)
+        tokens[index] = choose(logits, y[index], mixing[index], settings[index])
     chosen: list[int] = tokens.tolist()
     return chosen
+
+
+def _lines(mask: Tensor) -> Tensor | slice:
+    """The lines that are set, as an index; it copies nothing where all are."""
+    return slice(None) if mask.all() else mask.nonzero().squeeze(1)
 
 
 def choose(logits: Tensor, y: Tensor, mixing: Mixing, settings: Settings) -> Tensor:
@@ -85,16 +95,18 @@ def choose(logits: Tensor, y: Tensor, mixing: Mixing, settings: Settings) -> Ten
 
     logits: [rows, V] float32. y: [S, V] float32, the edited principled logits.
     """
-    totals = torch.zeros(len(y), device=y.device)
-    filtered = (settings.nucleus_top_p < 1).nonzero().squeeze(1)
-    if len(filtered):
-        totals[filtered] = log_total(y[filtered], settings.nucleus_temperature[filtered])
-    bounds = floor(y, totals, settings)
+    best = y.amax(dim=-1)
+    totals = torch.zeros_like(best)
+    filtered = settings.nucleus_top_p < 1
+    if filtered.any():
+        index = _lines(filtered)
+        totals[index] = log_total(y[index], best[index], settings.nucleus_temperature[index])
+    bounds = floor(y, best, totals, settings)
     narrowed = bounds > -torch.inf
     chosen = torch.empty(len(y), dtype=torch.int64, device=y.device)
     for group in (narrowed, ~narrowed):  # so that few candidates stay few
-        index = group.nonzero().squeeze(1)
-        if len(index):
+        if group.any():
+            index = _lines(group)
             tokens, candidates = narrow(y[index], bounds[index])
             z = mixed_logits(logits, tokens, candidates, totals[index], mixing[index], settings[index])
             place = draw(z, settings[index])
@@ -116,13 +128,15 @@ def mixed_logits(
     return z
 
 
-def floor(y: Tensor, totals: Tensor, settings: Settings) -> Tensor:
+def floor(y: Tensor, best: Tensor, totals: Tensor, settings: Settings) -> Tensor:
     """A logit below which no token can be drawn, so that nobody sorts the whole vocabulary; [S].
 
-    y: [S, V] float32. −inf where every token is possible.
+    y: [S, V] float32; best: [S], its greatest. −inf where every token is possible.
     """
-    bounds = plausible_floor(y, totals, settings.nucleus_top_p, settings.nucleus_temperature)
-    of_min_p = y.amax(dim=-1) + settings.temperature * settings.min_p.log() - 1e-3  # room for rounding
+    bounds = plausible_floor(best, totals, y.shape[1], settings.nucleus_top_p, settings.nucleus_temperature)
+    if settings.aligned.all():
+        return bounds
+    of_min_p = best + settings.temperature * settings.min_p.log() - 1e-3  # room for rounding
     bounds = torch.where(settings.aligned, bounds, torch.maximum(bounds, of_min_p))
     by_rank = (~settings.aligned & (settings.top_k > 0)).nonzero().squeeze(1)
     for index in by_rank.tolist():
@@ -156,6 +170,8 @@ def draw(z: Tensor, settings: Settings) -> Tensor:
     """
     best, first = z.max(dim=-1, keepdim=True)
     greedy = settings.temperature == 0
+    if greedy.all():
+        return first.squeeze(1)
     temperature = torch.where(greedy, 1.0, settings.temperature)[:, None]
     mass = ((z - best) / temperature).exp()  # relative to the best token's
     if ((settings.top_k > 0) | (settings.top_p < 1)).any():
@@ -194,23 +210,18 @@ def _kept(mass: Tensor, settings: Settings) -> Tensor:
     return torch.zeros_like(kept).scatter_(1, order, kept)
 
 
-def uniform(seed: Tensor, choice: Tensor, position: Tensor) -> Tensor:
-    """A number in [0, 1) that depends on (seed, choice, position) alone. All [S] int64; returns [S] float64.
-
-    Counter-based: the SplitMix64 finaliser (Steele, Lea and Flood, OOPSLA 2014) chained over the
-    three, in wrapping 64-bit arithmetic, so it runs on any device without a generator's state.
+def uniform(seed: int, choice: int, position: int) -> float:
+    """A number in [0, 1) that depends on (seed, choice, position) alone: the SplitMix64 finaliser
+    (Steele, Lea and Flood, OOPSLA 2014) chained over the three.
     """
-    bits = _splitmix64(_splitmix64(_splitmix64(seed) ^ choice) ^ position)
-    return _shift_right(bits, 11).double() * 2.0**-53
+    bits = 0
+    for number in (seed, choice, position):
+        bits = _splitmix64(bits ^ number)
+    return (bits >> 11) * 2.0**-53
 
 
-def _splitmix64(x: Tensor) -> Tensor:
-    x = x - 0x61C8864680B583EB  # + 0x9E3779B97F4A7C15
-    x = (x ^ _shift_right(x, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
-    x = (x ^ _shift_right(x, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
-    return x ^ _shift_right(x, 31)
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's own keeps the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+def _splitmix64(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) & MASK64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK64
+    return x ^ (x >> 31)

@@ -16,13 +16,15 @@
 namespace {
 
 constexpr int LANES = 16;    // output columns of a panel, and of a vector register
-constexpr int PANELS = 4;    // panels that a tile covers
-constexpr int ROWS = 6;      // rows that a tile covers: 6 × 4 accumulators, 4 weights, 1 input fill 32 registers
+constexpr int PANELS = 4;    // panels that a thread takes at a time
+#ifdef __AVX512F__
+constexpr int SUMS = 28, ROWS = 16;  // vectors of sums and rows of a tile: what the registers hold
+#else
+constexpr int SUMS = 6, ROWS = 6;
+#endif
 constexpr int GROUP = 32;    // weights that share a scale
 constexpr int KEYS = 32;     // keys per round of the running softmax
 constexpr int QUERIES = 16;  // tokens that share a round
-constexpr int WIDTH = LANES * PANELS;
-constexpr int K_BLOCK = 1536;  // unpacked weights of a tile stay in the L2 cache
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4)));
@@ -97,138 +99,86 @@ struct Batch {
 
 namespace {
 
-constexpr int WORD = 8;  // k that are unpacked at a time
-
-// The scale and offset of eight weights of a panel, and where they lie.
-struct Word {
-    const char* data;
-    vec scale, offset;
-};
-
 template <int FORMAT>
 constexpr int BITS = FORMAT == FLOAT32 ? 32 : FORMAT == BFLOAT16 ? 16 : FORMAT == INT8 ? 8 : 4;
 
+// The weight in the lowest bits of a word, which is then shifted on to the next. scale × code has few
+// enough bits to be exact, so these are the very float32 weights that were packed.
 template <int FORMAT>
-inline Word fetch(const Matrix& w, int panel, int k) {
-    Word word{};
-    word.data = (const char*)w.data + ((int64_t)panel * w.cols + k) * LANES * BITS<FORMAT> / 8;
-    if constexpr (FORMAT == INT8 || FORMAT == INT4) {
-        int64_t group = ((int64_t)panel * (w.cols / GROUP) + k / GROUP) * LANES;
-        word.scale = load<vec>(w.scale + group);
-        if constexpr (FORMAT == INT4) word.offset = load<vec>(w.offset + group);
-    }
-    return word;
-}
-
-// The i-th of the eight. scale × code has few enough bits to be exact, so these are the very float32
-// weights that were packed.
-template <int FORMAT>
-inline vec weight(const Word& word, int i) {
-    constexpr int PER_WORD = 32 / BITS<FORMAT>;
-    uvec bits = load<uvec>(word.data + i / PER_WORD * LANES * 4);
-    int shift = i % PER_WORD * BITS<FORMAT>;
+inline vec next_weight(uvec& word, const float* scale, const float* offset) {
+    uvec bits = word;
+    if constexpr (FORMAT != FLOAT32) word >>= BITS<FORMAT>;
     if constexpr (FORMAT == FLOAT32) return (vec)bits;
-    if constexpr (FORMAT == BFLOAT16) return (vec)(shift ? bits & 0xffff0000u : bits << 16);
-    if constexpr (FORMAT == INT8) {
-        ivec codes = (ivec)(bits << (24 - shift)) >> 24;
-        return __builtin_convertvector(codes, vec) * word.scale;
-    }
+    if constexpr (FORMAT == BFLOAT16) return (vec)(bits << 16);
+    if constexpr (FORMAT == INT8) return __builtin_convertvector((ivec)(bits << 24) >> 24, vec) * load<vec>(scale);
 #ifdef __AVX512F__  // one lookup instead of a mask and a conversion; it takes the lowest four bits of its index
     const vec numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return __builtin_shuffle(numbers, (ivec)(bits >> shift)) * word.scale + word.offset;
+    return __builtin_shuffle(numbers, (ivec)bits) * load<vec>(scale) + load<vec>(offset);
 #else
-    return __builtin_convertvector((ivec)((bits >> shift) & 15), vec) * word.scale + word.offset;
+    return __builtin_convertvector((ivec)(bits & 15), vec) * load<vec>(scale) + load<vec>(offset);
 #endif
 }
 
-// sum[rows][64] += x[rows][k .. end) · weights of 4 panels.
-template <int FORMAT, int M>
-void tile(const Matrix& w, int panel, int k, int end, const float* x, int64_t x_stride, float* sum) {
-    vec acc[M][PANELS];
-#pragma GCC unroll 32
-    for (int m = 0; m < M; m++)
+// y[M rows][P panels] = (add ? y : 0) + x · wᵀ + bias.
+template <int FORMAT, int M, int P>
+void tile(const Matrix& w, int panel, const float* x, float* y, bool add) {
+    constexpr int PER_WORD = 32 / BITS<FORMAT>;
+    int64_t words = (int64_t)w.cols / PER_WORD * LANES, groups = w.cols / GROUP * LANES;
+    const uint32_t* data = (const uint32_t*)w.data + panel * words;
+    const float *scale = w.scale + panel * groups, *offset = w.offset + panel * groups;
+    vec acc[M][P] = {};
+    const float* input = x;
+    for (int k = 0; k < w.cols; k += PER_WORD, data += LANES) {
+        int64_t group = k / GROUP * LANES;
+        uvec word[P];
 #pragma GCC unroll 4
-        for (int p = 0; p < PANELS; p++) acc[m][p] = load<vec>(sum + m * WIDTH + p * LANES);
-    for (; k < end; k += WORD) {
-#pragma GCC unroll 4
-        for (int p = 0; p < PANELS; p++) {
-            Word word = fetch<FORMAT>(w, panel + p, k);
+        for (int p = 0; p < P; p++) word[p] = load<uvec>(data + p * words);
 #pragma GCC unroll 8
-            for (int i = 0; i < WORD; i++) {
-                vec v = weight<FORMAT>(word, i);
+        for (int i = 0; i < PER_WORD; i++, input++)
+#pragma GCC unroll 4
+            for (int p = 0; p < P; p++) {
+                vec v = next_weight<FORMAT>(word[p], scale + p * groups + group, offset + p * groups + group);
 #pragma GCC unroll 32
-                for (int m = 0; m < M; m++) acc[m][p] += x[m * x_stride + k + i] * v;
+                for (int m = 0; m < M; m++) acc[m][p] += input[(int64_t)m * w.cols] * v;
+                asm("" : "+r"(input));  // else the compiler keeps inputs in registers and spills sums
             }
-        }
     }
-#pragma GCC unroll 32
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
-        for (int p = 0; p < PANELS; p++) store(sum + m * WIDTH + p * LANES, acc[m][p]);
-}
-
-template <int FORMAT>
-void tiles(const Matrix& w, int panel, int k, int end, const float* x, int64_t x_stride, int rows, float* sum) {
-    for (int left = (rows + ROWS - 1) / ROWS; left > 0; left--) {
-        int m = (rows + left - 1) / left;  // tiles of much the same height
-        switch (m) {
-            case 1: tile<FORMAT, 1>(w, panel, k, end, x, x_stride, sum); break;
-            case 2: tile<FORMAT, 2>(w, panel, k, end, x, x_stride, sum); break;
-            case 3: tile<FORMAT, 3>(w, panel, k, end, x, x_stride, sum); break;
-            case 4: tile<FORMAT, 4>(w, panel, k, end, x, x_stride, sum); break;
-            case 5: tile<FORMAT, 5>(w, panel, k, end, x, x_stride, sum); break;
-            default: tile<FORMAT, 6>(w, panel, k, end, x, x_stride, sum);
-        }
-        rows -= m, x += m * x_stride, sum += m * WIDTH;
+    for (int p = 0; p < P; p++) {
+        int column = (panel + p) * LANES, width = std::min(LANES, w.rows - column);
+        for (int m = 0; m < M; m++)
+            for (int n = 0; n < width; n++) {
+                float* to = y + (int64_t)m * w.rows + column + n;
+                float value = acc[m][p][n] + (w.bias ? w.bias[column + n] : 0.0f);
+                *to = add ? *to + value : value;
+            }
     }
 }
 
-// A block of 4 panels as plain floats, k from 0.
-template <int FORMAT>
-void unpack(const Matrix& w, int panel, int k, int end, float* out) {
-    for (int p = 0; p < PANELS; p++)
-        for (int at = k; at < end; at += WORD) {
-            Word word = fetch<FORMAT>(w, panel + p, at);
-#pragma GCC unroll 8
-            for (int i = 0; i < WORD; i++) store(out + ((int64_t)p * (end - k) + at - k + i) * LANES, weight<FORMAT>(word, i));
-        }
-}
-
-template <int FORMAT>
-void block(const Matrix& w, int panel, int k, int end, const float* x, int rows, float* sum, float* unpacked) {
-    if (FORMAT == FLOAT32 || rows <= ROWS) {
-        tiles<FORMAT>(w, panel, k, end, x, w.cols, rows, sum);
-    } else {
-        unpack<FORMAT>(w, panel, k, end, unpacked);
-        Matrix plain{FLOAT32, WIDTH, end - k, unpacked, nullptr, nullptr, nullptr};
-        tiles<FLOAT32>(plain, 0, 0, end - k, x + k, w.cols, rows, sum);
+// PANELS panels for `rows` ≤ M rows.
+template <int FORMAT, int M = ROWS>
+void tiles(const Matrix& w, int panel, const float* x, int rows, float* y, bool add) {
+    if (rows < M) {
+        if constexpr (M > 1) tiles<FORMAT, M - 1>(w, panel, x, rows, y, add);
+        return;
     }
+    constexpr int P = M * 4 <= SUMS ? 4 : M * 2 <= SUMS ? 2 : 1;
+    for (int p = 0; p < PANELS; p += P) tile<FORMAT, M, P>(w, panel + p, x, y, add);
 }
 
 // y[rows, w.rows] = (add ? y : 0) + x[rows, w.cols] · wᵀ + bias. Called by all threads of a team; ends in a barrier.
 void linear(const Matrix& w, const float* x, int rows, float* y, bool add) {
-    int blocks = (w.rows + WIDTH - 1) / WIDTH;
-    std::vector<float> sums((size_t)rows * WIDTH);
-    std::vector<float> unpacked(rows > ROWS && w.format != FLOAT32 ? (size_t)std::min(w.cols, K_BLOCK) * WIDTH : 0);
+    auto some = w.format == FLOAT32    ? tiles<FLOAT32>
+                : w.format == BFLOAT16 ? tiles<BFLOAT16>
+                : w.format == INT8     ? tiles<INT8>
+                                       : tiles<INT4>;
+    int panels = (w.rows + LANES - 1) / LANES;
 #pragma omp for schedule(static)
-    for (int b = 0; b < blocks; b++) {
-        std::fill(sums.begin(), sums.end(), 0.0f);
-        for (int k = 0; k < w.cols; k += K_BLOCK) {
-            int end = std::min(k + K_BLOCK, w.cols);
-            switch (w.format) {
-                case FLOAT32: block<FLOAT32>(w, b * PANELS, k, end, x, rows, sums.data(), nullptr); break;
-                case BFLOAT16: block<BFLOAT16>(w, b * PANELS, k, end, x, rows, sums.data(), unpacked.data()); break;
-                case INT8: block<INT8>(w, b * PANELS, k, end, x, rows, sums.data(), unpacked.data()); break;
-                default: block<INT4>(w, b * PANELS, k, end, x, rows, sums.data(), unpacked.data());
-            }
-        }
-        int width = std::min(WIDTH, w.rows - b * WIDTH);
-        for (int m = 0; m < rows; m++) {
-            float *to = y + (int64_t)m * w.rows + b * WIDTH, *from = sums.data() + m * WIDTH;
-            for (int n = 0; n < width; n++) {
-                float value = from[n] + (w.bias ? w.bias[b * WIDTH + n] : 0.0f);
-                to[n] = add ? to[n] + value : value;
-            }
+    for (int panel = 0; panel < panels; panel += PANELS) {
+        int done = 0;
+        for (int left = (rows + ROWS - 1) / ROWS; left > 0; left--) {
+            int height = (rows - done + left - 1) / left;  // all of much the same
+            some(w, panel, x + (int64_t)done * w.cols, height, y + (int64_t)done * w.rows, add);
+            done += height;
         }
     }
 }
@@ -446,9 +396,9 @@ void linalign_attention(const Batch* batch, int32_t heads, int32_t kv_heads, int
               *batch, blocks);
 }
 
-// Runs x, [tokens, hidden], through the layer in place. cos, sin: [tokens, rotary_dim].
-void linalign_layer(const Layer* layer, const Shape* shape, const Batch* batch, const float* cos, const float* sin,
-                    float* x, int32_t threads) {
+// Runs x, [tokens, hidden], through the layers in place. cos, sin: [tokens, rotary_dim].
+void linalign_layers(const Layer* layers, int32_t count, const Shape* shape, const Batch* batch, const float* cos,
+                     const float* sin, float* x, int32_t threads) {
     int64_t tokens = batch->tokens, q_width = (int64_t)shape->heads * shape->head_dim;
     int64_t qkv_width = q_width + 2 * (int64_t)shape->kv_heads * shape->head_dim;
     auto floats = [&](int64_t width) { return std::unique_ptr<float[]>(new float[tokens * width]); };
@@ -456,7 +406,8 @@ void linalign_layer(const Layer* layer, const Shape* shape, const Batch* batch, 
     auto mixed = floats(std::max<int64_t>(q_width, shape->intermediate));
     std::vector<Block> blocks = blocks_of(*batch);
 #pragma omp parallel num_threads(threads)
-    decoder_layer(*layer, *shape, *batch, blocks, cos, sin, x, normed.get(), qkv.get(), mixed.get(), gate_up.get());
+    for (int i = 0; i < count; i++)
+        decoder_layer(layers[i], *shape, *batch, blocks, cos, sin, x, normed.get(), qkv.get(), mixed.get(), gate_up.get());
 }
 
 }

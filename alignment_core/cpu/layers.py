@@ -51,8 +51,8 @@ class PackedLinear(nn.Module):
         return y
 
 
-class FusedLayer(nn.Module):
-    """A whole decoder layer in one call."""
+class FusedLayer:
+    """A decoder layer as the kernels take it: its weights packed, its shape."""
 
     def __init__(
         self,
@@ -62,7 +62,6 @@ class FusedLayer(nn.Module):
         head_dim: int,
         quantization: Quantization,
     ) -> None:
-        super().__init__()
         attention: Any = layer.self_attn
         mlp: Any = layer.mlp
         norms: list[Any] = [layer.input_layernorm, layer.post_attention_layernorm]
@@ -79,8 +78,8 @@ class FusedLayer(nn.Module):
         ]
         self._kept = [norm and norm.weight.detach().clone() for norm in (*norms, *head_norms)]
         pointers = [kept if kept is None else kept.data_ptr() for kept in self._kept]
-        self._layer = Layer(*(packed.matrix for packed in self.matrices), *pointers, window=asked.window or 0)
-        self._shape = Shape(
+        self.layer = Layer(*(packed.matrix for packed in self.matrices), *pointers, window=asked.window or 0)
+        self.shape = Shape(
             hidden=attention.q_proj.in_features,
             heads=attention.q_proj.out_features // head_dim,
             kv_heads=attention.k_proj.out_features // head_dim,
@@ -90,6 +89,17 @@ class FusedLayer(nn.Module):
             scaling=asked.scaling,
         )
 
+
+class FusedLayers(nn.Module):
+    """Decoder layers that follow each other, all of one shape, in one call."""
+
+    def __init__(self, members: list[FusedLayer]) -> None:
+        super().__init__()
+        self.members = members
+        self.matrices = [matrix for member in members for matrix in member.matrices]
+        self._layers = (Layer * len(members))(*(member.layer for member in members))
+        self._shape = members[0].shape
+
     def forward(
         self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], paged: PagedBatch, **_: object
     ) -> Tensor:
@@ -98,11 +108,13 @@ class FusedLayer(nn.Module):
         assert lib is not None
         cos, sin = position_embeddings
         self._shape.rotary_dim = cos.shape[-1]
-        paged.layers[self.index] = self.asked
-        self._layer.keys = paged.keys[self.index].data_ptr()
-        self._layer.values = paged.values[self.index].data_ptr()
-        lib.linalign_layer(
-            ctypes.byref(self._layer),
+        for member, layer in zip(self.members, self._layers, strict=True):
+            paged.layers[member.index] = member.asked
+            layer.keys = paged.keys[member.index].data_ptr()
+            layer.values = paged.values[member.index].data_ptr()
+        lib.linalign_layers(
+            self._layers,
+            len(self.members),
             ctypes.byref(self._shape),
             ctypes.byref(native.native_batch(paged)),
             cos.data_ptr(),
@@ -120,7 +132,9 @@ def replace_layers(model: PreTrainedModel, quantization: Quantization) -> None:
     layers = getattr(model.base_model, "layers", None)
     if isinstance(layers, nn.ModuleList):
         for index, layer in enumerate(layers):
-            layers[index] = _fused(model, layer, index, quantization) or layer
+            fused = _fused(model, layer, index, quantization)
+            layers[index] = FusedLayers([fused]) if fused else layer
+        model.base_model.layers = _joined(layers)
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Linear and packable(child.weight):
@@ -128,6 +142,14 @@ def replace_layers(model: PreTrainedModel, quantization: Quantization) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # out of the checkpoint's file, which stays mapped otherwise
     _report(model)
+
+
+def _joined(layers: nn.ModuleList) -> nn.ModuleList:
+    """One call for all layers, if all are fused and of one shape."""
+    members = [member for layer in layers if isinstance(layer, FusedLayers) for member in layer.members]
+    if len(members) < len(layers) or len({bytes(member.shape) for member in members}) > 1:
+        return layers
+    return nn.ModuleList([FusedLayers(members)])
 
 
 def _fused(model: PreTrainedModel, layer: nn.Module, index: int, quantization: Quantization) -> FusedLayer | None:
@@ -157,7 +179,7 @@ def _fused(model: PreTrainedModel, layer: nn.Module, index: int, quantization: Q
         if asked.softcap is not None:
             return None
         fused = fused or FusedLayer(layer, index, asked, head_dim, lossless)
-        error = (fused(hidden.clone(), **arguments) - expected).abs().max()
+        error = (FusedLayers([fused])(hidden.clone(), **arguments) - expected).abs().max()
         if error > TOLERANCE * expected.abs().max():
             log.info("Layer %d is not quite Llama's: it runs in its own code", index)
             return None
@@ -191,7 +213,7 @@ def _pack_together(linears: list[nn.Linear], quantization: Quantization) -> Pack
 def _report(model: PreTrainedModel) -> None:
     sizes: Counter[str] = Counter()
     for module in model.modules():
-        if isinstance(module, FusedLayer | PackedLinear):
+        if isinstance(module, FusedLayers | PackedLinear):
             for matrix in module.matrices:
                 sizes[matrix.format] += matrix.nbytes
     formats = ", ".join(f"{size / 1e6:.0f} MB {format}" for format, size in sizes.most_common())
@@ -199,4 +221,4 @@ def _report(model: PreTrainedModel) -> None:
 
 
 def num_fused_layers(model: PreTrainedModel) -> int:
-    return sum(isinstance(module, FusedLayer) for module in model.modules())
+    return sum(len(module.members) for module in model.modules() if isinstance(module, FusedLayers))

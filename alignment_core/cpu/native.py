@@ -78,7 +78,7 @@ _P, _I, _F = c_void_p, c_int32, c_float
 SIGNATURES: dict[str, Sequence[type]] = {
     "linalign_linear": (_P, _P, _I, _P, _I),
     "linalign_attention": (_P, _I, _I, _I, _F, _I, _F, _P, _P, _P, _P, _I),
-    "linalign_layer": (_P, _P, _P, _P, _P, _P, _I),
+    "linalign_layers": (_P, _I, _P, _P, _P, _P, _P, _I),
 }
 
 
