@@ -381,6 +381,33 @@ void decoder_layer(const Layer& layer, const Shape& s, const Batch& batch, const
 
 extern "C" {
 
+// Weights, [rows, cols], as codes of `bits` bits in the layout of a Matrix: the nearest integers, least to most,
+// to (weight − offset) / scale. scale, offset: [rows, cols / 32]. words: zeroed. Returns whether nothing is lost.
+int32_t linalign_encode(const float* weights, int32_t rows, int32_t cols, const float* scale, const float* offset,
+                        int32_t least, int32_t most, int32_t bits, uint32_t* words, int32_t threads) {
+    int per_word = 32 / bits, inexact = 0;
+    uint32_t mask = (1u << bits) - 1;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(| : inexact)
+    for (int n = 0; n < rows; n++) {
+        uint32_t* column = words + (int64_t)(n / LANES) * (cols / per_word) * LANES + n % LANES;
+        for (int g = 0; g < cols / GROUP; g++) {
+            const float* from = weights + (int64_t)n * cols + g * GROUP;
+            float s = scale[(int64_t)n * (cols / GROUP) + g], o = offset[(int64_t)n * (cols / GROUP) + g];
+            float inverse = s == 0 ? 0 : 1 / s;
+            int32_t codes[GROUP];
+            for (int i = 0; i < GROUP; i++) {
+                float code = std::min(std::max((from[i] - o) * inverse, (float)least), (float)most);
+                code = (code + 12582912.0f) - 12582912.0f;  // rounds to an integer
+                inexact |= code * s + o != from[i];
+                codes[i] = (int32_t)code;
+            }
+            for (int i = 0; i < GROUP; i++)
+                column[(int64_t)(g * GROUP + i) / per_word * LANES] |= (codes[i] & mask) << (i % per_word * bits);
+        }
+    }
+    return !inexact;
+}
+
 // y: [tokens, w.rows].
 void linalign_linear(const Matrix* w, const float* x, int32_t tokens, float* y, int32_t threads) {
 #pragma omp parallel num_threads(threads)

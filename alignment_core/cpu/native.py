@@ -76,6 +76,7 @@ class Batch(ctypes.Structure):
 
 _P, _I, _F = c_void_p, c_int32, c_float
 SIGNATURES: dict[str, Sequence[type]] = {
+    "linalign_encode": (_P, _I, _I, _P, _P, _I, _I, _I, _P, _I),
     "linalign_linear": (_P, _P, _I, _P, _I),
     "linalign_attention": (_P, _I, _I, _I, _F, _I, _F, _P, _P, _P, _P, _I),
     "linalign_layers": (_P, _I, _P, _P, _P, _P, _P, _I),
@@ -98,6 +99,7 @@ def library() -> ctypes.CDLL | None:
     for name, arguments in SIGNATURES.items():
         function = getattr(lib, name)
         function.argtypes, function.restype = arguments, None
+    lib.linalign_encode.restype = c_int32
     return lib
 
 

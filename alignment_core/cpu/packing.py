@@ -1,6 +1,5 @@
 """Weights in the layout of kernels.cpp, in the smallest format that is asked for or that loses nothing."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,32 +7,30 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from alignment_core.cpu.native import Matrix
+from alignment_core.cpu.native import Matrix, library
 
 Format = Literal["float32", "bfloat16", "int8", "int4"]
 Quantization = Literal["auto", "none", "int8", "int4"]
 
 FORMATS: tuple[Format, ...] = ("float32", "bfloat16", "int8", "int4")  # as numbered in kernels.cpp
 LANES = 16
-BITS = {"bfloat16": 16, "int8": 8, "int4": 4}
 TILE = 64  # output columns are padded to whole tiles
 WORD = 8
 GROUP = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Codes:
-    """Weights as scale × code + offset, one scale and offset a group of 32.
+class Grid:
+    """The numbers scale × code + offset, least ≤ code ≤ most; a scale and an offset for each group of 32.
 
-    codes: [N, K / 32, 32] float32 integers. scale, offset: [N, K / 32] float32, of float16 precision.
+    scale, offset: [N, K / 32] float32, of float16 precision.
     """
 
-    codes: Tensor
+    format: Literal["int8", "int4"]
+    least: int
+    most: int
     scale: Tensor
     offset: Tensor
-
-    def weights(self) -> Tensor:
-        return (self.codes * self.scale[..., None] + self.offset[..., None]).flatten(1)
 
 
 def packable(weights: Tensor) -> bool:
@@ -47,83 +44,100 @@ def pack(weights: Tensor, bias: Tensor | None, quantization: Quantization) -> "P
     float32, goes back to its own blocks, and bfloat16 weights stay 16 bits wide. none: float32.
     int8, int4: rounded, in groups of 32; a K that is no multiple of 32 stays lossless.
     """
-    weights = weights.detach().float()
-    grouped = weights.shape[1] % GROUP == 0
+    weights = weights.detach().float().contiguous()
     if quantization == "none":
-        return PackedMatrix(weights, bias, "float32")
-    if quantization in ("int8", "int4") and grouped:
-        codes = _int8(weights) if quantization == "int8" else _int4(weights)
-        return PackedMatrix(codes, bias, quantization)
-    candidates: tuple[tuple[Format, Callable[[Tensor], Codes]], ...]
-    candidates = (("int4", _int4), ("int4", _int4_symmetric), ("int8", _int8)) if grouped else ()
-    for format, quantize in candidates:
-        if torch.equal(quantize(weights[:LANES]).weights(), weights[:LANES]):  # most are out at once
-            codes = quantize(weights)
-            if torch.equal(codes.weights(), weights):
-                return PackedMatrix(codes, bias, format)
+        return PackedMatrix.of_floats(weights, bias, "float32")
+    if weights.shape[1] % GROUP == 0:
+        if quantization in ("int8", "int4"):
+            packed, _ = PackedMatrix.on_grid(
+                weights, bias, _int8(weights) if quantization == "int8" else _int4(weights)
+            )
+            return packed
+        for grid_of in (_int4, _int4_symmetric, _int8):
+            _, lossless = PackedMatrix.on_grid(weights[:LANES], None, grid_of(weights[:LANES]))
+            if lossless:  # most are out at once
+                packed, lossless = PackedMatrix.on_grid(weights, bias, grid_of(weights))
+                if lossless:
+                    return packed
     lossless = torch.equal(weights.bfloat16().float(), weights)
-    return PackedMatrix(weights, bias, "bfloat16" if lossless else "float32")
+    return PackedMatrix.of_floats(weights, bias, "bfloat16" if lossless else "float32")
 
 
 class PackedMatrix:
     """A linear layer's weights and bias, ready for kernels.cpp; `matrix` is what the kernels take."""
 
-    def __init__(self, weights: Tensor | Codes, bias: Tensor | None, format: Format) -> None:
+    def __init__(
+        self,
+        format: Format,
+        shape: torch.Size,
+        data: Tensor,
+        scale: Tensor | None,
+        offset: Tensor | None,
+        bias: Tensor | None,
+    ) -> None:
         self.format = format
-        self.shape = tuple((weights.codes.flatten(1) if isinstance(weights, Codes) else weights).shape)
-        self._scale = self._offset = None
-        if isinstance(weights, Codes):
-            self._data = _words(_panels(weights.codes.flatten(1)).to(torch.int32), BITS[format])
-            self._scale = _panels(weights.scale)
-            self._offset = _panels(weights.offset) if format == "int4" else None
-        elif format == "bfloat16":
-            self._data = _words(_panels(weights).view(torch.int32) >> 16, 16)
-        else:
-            self._data = _panels(weights)
-        self._bias = None if bias is None else bias.detach().float().contiguous()
-        tensors = (self._data, self._scale, self._offset, self._bias)
-        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        self.matrix = Matrix(FORMATS.index(format), *self.shape, *pointers)
-        self.nbytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        self.shape = shape
+        self._tensors = (data, scale, offset, None if bias is None else bias.detach().float().contiguous())
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in self._tensors]
+        self.matrix = Matrix(FORMATS.index(format), *shape, *pointers)
+        self.nbytes = sum(tensor.nbytes for tensor in self._tensors if tensor is not None)
+
+    @classmethod
+    def of_floats(cls, weights: Tensor, bias: Tensor | None, format: Literal["float32", "bfloat16"]) -> "PackedMatrix":
+        data = _panels(weights)
+        if format == "bfloat16":  # two in a word, the lower k in the lower half
+            bits = data.view(torch.int32)
+            data = (bits[:, 0::2] >> 16 & 0xFFFF) | (bits[:, 1::2] & ~0xFFFF)
+        return cls(format, weights.shape, data, None, None, bias)
+
+    @classmethod
+    def on_grid(cls, weights: Tensor, bias: Tensor | None, grid: Grid) -> tuple["PackedMatrix", bool]:
+        """Each weight as the nearest number of the grid; and whether that loses nothing."""
+        lib = library()
+        assert lib is not None
+        bits = 8 if grid.format == "int8" else 4
+        num_panels = -(-len(weights) // TILE) * TILE // LANES
+        words = torch.zeros(num_panels, weights.shape[1] * bits // 32, LANES, dtype=torch.int32)
+        lossless = lib.linalign_encode(
+            weights.data_ptr(),
+            *weights.shape,
+            grid.scale.data_ptr(),
+            grid.offset.data_ptr(),
+            grid.least,
+            grid.most,
+            bits,
+            words.data_ptr(),
+            torch.get_num_threads(),
+        )
+        offset = _panels(grid.offset) if grid.format == "int4" else None
+        return cls(grid.format, weights.shape, words, _panels(grid.scale), offset, bias), bool(lossless)
 
 
 def _panels(x: Tensor) -> Tensor:
     """[N, K] to [N / 16, K, 16], N padded to whole tiles."""
-    x = pad(x, (0, 0, 0, -len(x) % TILE))
+    padding = -len(x) % TILE
+    x = pad(x, (0, 0, 0, padding)) if padding else x
     return x.view(-1, LANES, x.shape[1]).transpose(1, 2).contiguous()
 
 
-def _words(codes: Tensor, bits: int) -> Tensor:
-    """[panels, K, 16] int32 to [panels, K × bits / 32, 16]: several k in a word, the lowest in the lowest bits."""
-    per_word = 32 // bits
-    words = torch.zeros(codes.shape[0], codes.shape[1] // per_word, LANES, dtype=torch.int32)
-    for i in range(per_word):
-        words |= (codes[:, i::per_word] & ((1 << bits) - 1)) << (bits * i)
-    return words
-
-
-def _int4(weights: Tensor) -> Codes:
+def _int4(weights: Tensor) -> Grid:
     """From the least to the greatest of each group in 15 steps: what GGUF calls Q4_1."""
-    groups = _groups(weights)
-    low, high = groups.amin(-1), groups.amax(-1)
-    scale, offset = _half((high - low) / 15), _half(low)
-    return Codes(_round(groups - offset[..., None], scale, 0, 15), scale, offset)
+    least, greatest = _groups(weights).aminmax(dim=-1)
+    return Grid("int4", 0, 15, _half((greatest - least) / 15), _half(least))
 
 
-def _int4_symmetric(weights: Tensor) -> Codes:
+def _int4_symmetric(weights: Tensor) -> Grid:
     """The number of largest magnitude is −8 steps from zero: GGUF's Q4_0."""
-    groups = _groups(weights)
-    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    scale = _half(largest / -8)
-    offset = scale * -8
-    return Codes(_round(groups - offset[..., None], scale, 0, 15), scale, offset)
+    least, greatest = _groups(weights).aminmax(dim=-1)
+    scale = _half(torch.where(-least > greatest, least, greatest) / -8)
+    return Grid("int4", 0, 15, scale, scale * -8)
 
 
-def _int8(weights: Tensor) -> Codes:
+def _int8(weights: Tensor) -> Grid:
     """The largest magnitude is 127 steps from zero: GGUF's Q8_0."""
-    groups = _groups(weights)
-    scale = _half(groups.abs().amax(-1) / 127)
-    return Codes(_round(groups, scale, -127, 127), scale, torch.zeros_like(scale))
+    least, greatest = _groups(weights).aminmax(dim=-1)
+    scale = _half(torch.maximum(-least, greatest) / 127)
+    return Grid("int8", -127, 127, scale, torch.zeros_like(scale))
 
 
 def _groups(weights: Tensor) -> Tensor:
@@ -132,8 +146,3 @@ def _groups(weights: Tensor) -> Tensor:
 
 def _half(x: Tensor) -> Tensor:
     return x.half().float()
-
-
-def _round(x: Tensor, scale: Tensor, least: int, most: int) -> Tensor:
-    safe = torch.where(scale == 0, 1.0, scale)[..., None]
-    return (x / safe).round_().clamp_(least, most)

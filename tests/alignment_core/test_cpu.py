@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from alignment_core import load
-from alignment_core.cpu import packing
 from alignment_core.cpu.layers import PackedLinear, num_fused_layers, replace_layers
 from alignment_core.cpu.packing import pack
 from tests.conftest import make_engine, run_all, tiny_pair
@@ -32,7 +31,7 @@ def test_a_checkpoints_own_blocks_are_found_again(name):
 
 
 def test_one_weight_off_the_grid_keeps_all_as_they_are():
-    weights = packing._int4(torch.randn(40, 64)).weights()
+    weights = rounded(torch.randn(40, 64), "int4")
     assert pack(weights, None, "auto").format == "int4"
     weights[39, 63] += 1e-3
     packed = pack(weights, None, "auto")
@@ -60,11 +59,15 @@ def weights_in(packed):
     return PackedLinear(packed)(torch.eye(packed.shape[1])).T
 
 
+def rounded(weights, quantization):
+    return weights_in(pack(weights, None, quantization))
+
+
 STORED = {
     "float32": torch.randn(100, 160),
     "bfloat16": torch.randn(100, 160).bfloat16().float(),
-    "int8": packing._int8(torch.randn(100, 160)).weights(),
-    "int4": packing._int4(torch.randn(100, 160)).weights(),
+    "int8": rounded(torch.randn(100, 160), "int8"),
+    "int4": rounded(torch.randn(100, 160), "int4"),
 }
 
 
@@ -161,8 +164,7 @@ def test_rounded_weights_run_as_the_oracle_with_those_weights(tokenizer, quantiz
     loaded, oracle = tiny_pair(tokenizer, kernels=False, **sizes)
     for module in oracle.model.modules():
         if isinstance(module, nn.Linear):
-            codes = {"int8": packing._int8, "int4": packing._int4}[quantization](module.weight.detach().float())
-            module.weight.data = codes.weights().double()
+            module.weight.data = rounded(module.weight.detach().float(), quantization).double()
     replace_layers(loaded.model, quantization)
     assert num_fused_layers(loaded.model) == 3
     outputs = run_all(make_engine(loaded, num_pages=400), [(prompt, GREEDY) for prompt in prompts()])
