@@ -15,6 +15,7 @@ from types import TracebackType
 
 import torch
 
+from alignment_core.cpu.native import release_threads
 from alignment_core.detokenizer import TextStream
 from alignment_core.kv_cache import PagePool
 from alignment_core.loading import LoadedModel, load
@@ -78,6 +79,8 @@ class Engine:
         self._news = threading.Condition()
         self._stopping = False
         self._thread: threading.Thread | None = None
+        if loaded.model.device.type == "cpu":
+            release_threads()
 
     @classmethod
     def load(cls, model: str | None = None, config: EngineConfig | None = None) -> "Engine":

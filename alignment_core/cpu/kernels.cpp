@@ -6,6 +6,8 @@
 // is the same to the bit whatever else is in the batch, however long the prefill chunk was, and
 // however compactly the weights are stored.
 
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -407,6 +409,9 @@ int32_t linalign_encode(const float* weights, int32_t rows, int32_t cols, const 
     }
     return !inexact;
 }
+
+// Ends the threads that OpenMP keeps for the calling thread; its next parallel region makes new ones.
+void linalign_release_threads() { omp_pause_resource_all(omp_pause_soft); }
 
 // y: [tokens, w.rows].
 void linalign_linear(const Matrix* w, const float* x, int32_t tokens, float* y, int32_t threads) {

@@ -77,6 +77,7 @@ class Batch(ctypes.Structure):
 _P, _I, _F = c_void_p, c_int32, c_float
 SIGNATURES: dict[str, Sequence[type]] = {
     "linalign_encode": (_P, _I, _I, _P, _P, _I, _I, _I, _P, _I),
+    "linalign_release_threads": (),
     "linalign_linear": (_P, _P, _I, _P, _I),
     "linalign_attention": (_P, _I, _I, _I, _F, _I, _F, _P, _P, _P, _P, _I),
     "linalign_layers": (_P, _I, _P, _P, _P, _P, _P, _I),
@@ -101,6 +102,17 @@ def library() -> ctypes.CDLL | None:
         function.argtypes, function.restype = arguments, None
     lib.linalign_encode.restype = c_int32
     return lib
+
+
+def release_threads() -> None:
+    """End the OpenMP threads that the calling thread has had so far.
+
+    As soon as there are more of them than cores, libgomp lets all of them wait for each other asleep
+    instead of spinning, and a step takes twice as long. So whoever loaded the model gives its own
+    threads up before another thread runs the engine.
+    """
+    if (lib := library()) is not None:
+        lib.linalign_release_threads()
 
 
 def _built(compiler: str) -> Path:

@@ -1,9 +1,11 @@
 """The engine on tiny random models, judged by the float64 oracle; every path is asserted to be taken."""
 
+import os
 import threading
 import time
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -332,3 +334,16 @@ def test_any_traffic_equals_the_oracle_and_leaves_no_page_behind(tiny, requests,
         if token_ids(outputs):
             judge(oracle, prompt, outputs)
     assert engine.pool.num_free == pages
+
+
+def test_the_thread_that_loaded_keeps_no_threads_beside_the_engines(tokenizer):
+    """With more OpenMP threads than cores libgomp's barriers sleep, and every step takes twice as long."""
+    loaded, _ = tiny_pair(tokenizer)
+    torch.randn(1 << 20).exp()  # in parallel, so this thread has some of its own
+    before = num_os_threads()
+    make_engine(loaded, num_pages=64)
+    wait_until(lambda: num_os_threads() < before)
+
+
+def num_os_threads():
+    return len(os.listdir("/proc/self/task"))
