@@ -37,14 +37,16 @@ class EngineConfig:
     """Sizes. None means: from the model and the memory at hand.
 
     max_model_len: tokens of the longest branch, reply included.
-    max_num_seqs: sequences that run at once. max_num_batched_tokens: query tokens of one forward pass.
+    max_num_seqs: sequences that run at once.
+    max_num_batched_tokens: query tokens of one forward pass; streams stall for as long as it takes, so
+    None means 128 on a CPU, where longer ones are not quicker by the token, and 2048 on a GPU.
     num_pages × page_size: tokens in the KV cache, all branches together.
     gpu_memory_utilization: share of the GPU's free memory that the KV cache takes.
     """
 
     max_model_len: int | None = None
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
+    max_num_batched_tokens: int | None = None
     page_size: int = 16
     num_pages: int | None = None
     gpu_memory_utilization: float = 0.9
@@ -59,7 +61,10 @@ class Engine:
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None) -> None:
         config = config or EngineConfig()
-        if min(config.max_num_seqs, config.max_num_batched_tokens, config.page_size) < 1:
+        max_num_batched_tokens = config.max_num_batched_tokens
+        if max_num_batched_tokens is None:
+            max_num_batched_tokens = 128 if loaded.model.device.type == "cpu" else 2048
+        if min(config.max_num_seqs, max_num_batched_tokens, config.page_size) < 1:
             raise ValueError(f"the sizes must be 1 at least: {config}")
         self.model_id = loaded.id
         self.tokenizer = loaded.tokenizer
@@ -69,7 +74,7 @@ class Engine:
         num_pages = config.num_pages or _num_pages(loaded, config, self.max_model_len)
         self.runner = ModelRunner(loaded.model, num_pages, config.page_size)
         self.pool = PagePool(num_pages, config.page_size)
-        self.scheduler = Scheduler(self.pool, config.max_num_seqs, config.max_num_batched_tokens)
+        self.scheduler = Scheduler(self.pool, config.max_num_seqs, max_num_batched_tokens)
         self.prompts = PromptBuilder(loaded.tokenizer, self.max_model_len)
         self.error: BaseException | None = None
         self._eos_token_ids = loaded.eos_token_ids

@@ -2,9 +2,11 @@
 
 The unit is the sequence: its branches are admitted, preempted and freed together, and it draws a
 token only in a step that brings every one of its branches to its newest token. Decodes come first,
-then prefills in order of arrival, each cut to what is left of the step's token budget.
+those that have waited longest ahead, then prefills in order of arrival, each cut to what is left of
+the step's token budget.
 """
 
+import itertools
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -44,6 +46,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self.num_preemptions = 0
+        self._turns = itertools.count(1)
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -60,7 +63,7 @@ class Scheduler:
         """Plan the next step. Pages are allocated and published; `commit` must follow the forward pass."""
         step = Step()
         preemptions = self.num_preemptions
-        for sequence in sorted(self.running, key=lambda s: not s.is_decoding):
+        for sequence in sorted(self.running, key=lambda s: (not s.is_decoding, s.is_decoding and s.last_turn)):
             if sequence in self.running:
                 self._schedule(sequence, step)
         while self.waiting and self.num_preemptions == preemptions and self._admits(self.waiting[0], step):
@@ -88,9 +91,12 @@ class Scheduler:
     def _schedule(self, sequence: Sequence, step: Step) -> None:
         budget = self.max_num_batched_tokens - step.num_tokens
         rows = []
-        for branch in sequence.branches:
+        for later, branch in zip(range(len(sequence.branches) - 1, -1, -1), sequence.branches, strict=True):
             sequence.num_tokens_cached += self.pool.adopt(branch)
-            end = branch.num_computed + min(branch.remaining, budget)
+            num_tokens = min(branch.remaining, budget)
+            if num_tokens == branch.remaining and budget - num_tokens < later:
+                num_tokens -= 1  # nothing is drawn without the later branches: leave the token to them
+            end = branch.num_computed + num_tokens
             if not self._allocate(sequence, branch, end, step):
                 return
             # The newest token may be trimmed below, so the page that it fills is published a step later.
@@ -104,6 +110,7 @@ class Scheduler:
             rows = [Row(row.branch, row.start, min(row.end, len(row.branch.tokens) - 1)) for row in rows]
             rows = [row for row in rows if row.num_tokens]
         if rows:
+            sequence.last_turn = next(self._turns)
             step.rows[sequence] = rows
             step.num_tokens += sum(row.num_tokens for row in rows)
 

@@ -150,6 +150,7 @@ class Sequence:
     output_ids: list[int] = field(default_factory=list)
     num_tokens_computed: int = 0
     num_tokens_cached: int = 0
+    last_turn: int = 0
 
     def __post_init__(self) -> None:
         self.branches = [Branch(list(ids)) for ids in self.prompt.branches]

@@ -30,9 +30,9 @@ PRINCIPLE = "Answer in favour of solar power."
 ALONE = """
 import json, sys, time
 from alignment_core import Engine, Principle, SamplingParams
-bodies = json.load(sys.stdin)
+warmup, counted = json.load(sys.stdin)
 engine = Engine.load()
-for counted in (False, True):
+for bodies in (warmup, counted):
     started = time.perf_counter()
     for body in bodies:
         prompt = engine.prompts.build(body["messages"], [Principle(body["principle"], ratio=body["alignment_ratio"])])
@@ -117,9 +117,11 @@ def settings(url: str, streams: int) -> BenchSettings:
 
 def engine_alone(streams: int) -> float:
     """Seconds for the requests of `settings`, in the engine only."""
-    bodies = bench.chats(settings("", streams), "smollm2")[streams:]
+    bodies = bench.chats(settings("", streams), "smollm2")
     command = [sys.executable, "-c", ALONE]
-    done = subprocess.run(command, input=json.dumps(bodies), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, input=json.dumps([bodies[:streams], bodies[streams:]]), capture_output=True, text=True, check=True
+    )
     return float(done.stdout.splitlines()[-1])
 
 

@@ -45,7 +45,9 @@ class Settings(BaseSettings):
     )
     max_model_len: int | None = Field(None, ge=2, description="tokens of the longest context, the reply included")
     max_num_seqs: int = Field(64, ge=1, description="sequences that run at once")
-    max_num_batched_tokens: int = Field(512, ge=1, description="query tokens of one forward pass")
+    max_num_batched_tokens: int | None = Field(
+        None, ge=1, description="query tokens of one forward pass; 128 on a CPU, 2048 on a GPU"
+    )
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of free GPU memory for the KV cache")
     default_alignment_ratio: float = Field(2.0, ge=0, le=20, description="for requests that name none")
     shutdown_timeout: int = Field(30, ge=0, description="seconds that running requests get on SIGTERM")

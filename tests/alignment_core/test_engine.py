@@ -70,7 +70,7 @@ def test_mixed_batches_equal_the_oracle(tiny, config):
 
 def test_one_forward_a_step_for_all_rows(tiny):
     loaded, _ = tiny
-    engine = make_engine(loaded, num_pages=400)
+    engine = make_engine(loaded, num_pages=400, max_num_batched_tokens=512)
     run_all(engine, [(prompt, GREEDY) for prompt in prompts()])
     assert engine.runner.num_forwards == 12
 
@@ -334,6 +334,24 @@ def test_any_traffic_equals_the_oracle_and_leaves_no_page_behind(tiny, requests,
         if token_ids(outputs):
             judge(oracle, prompt, outputs)
     assert engine.pool.num_free == pages
+
+
+def test_decodes_beyond_the_budget_take_turns(tiny):
+    loaded, oracle = tiny
+    engine = make_engine(loaded, num_pages=400, max_num_batched_tokens=5)  # two of three pairs of rows
+    texts, replies = [aligned(2.0, 10, i) for i in range(3)], [[], [], []]
+    for prompt, reply in zip(texts, replies, strict=True):
+        engine.submit(prompt, SamplingParams(temperature=0, max_tokens=60, stop_token_ids=frozenset()), reply.append)
+    drawn = []
+    while engine.step():
+        running = engine.scheduler.running
+        if len(running) == 3 and all(s.is_decoding and s.output_ids for s in running):
+            drawn.append([len(s.output_ids) for s in running])
+    gains = [last - first for first, last in zip(drawn[0], drawn[-1], strict=True)]
+    assert max(gains) - min(gains) <= 1
+    assert min(gains) > 3
+    for prompt, reply in zip(texts, replies, strict=True):
+        judge(oracle, prompt, reply)
 
 
 def test_the_thread_that_loaded_keeps_no_threads_beside_the_engines(tokenizer):

@@ -74,7 +74,10 @@ def weights_of(model):
     """A digest of all there is, packed or not."""
     packed = [matrix for module in model.modules() for matrix in getattr(module, "matrices", ())]
     assert packed
-    tensors = [*model.state_dict().values(), *(matrix._data for matrix in packed)]
+    tensors = [
+        *model.state_dict().values(),
+        *(tensor for matrix in packed for tensor in matrix._tensors if tensor is not None),
+    ]
     return [hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for tensor in tensors]
 
 

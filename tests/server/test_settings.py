@@ -10,7 +10,7 @@ def test_precedence_is_flag_then_variable_then_file_then_default(tmp_path, monke
     monkeypatch.setenv("LINALIGN_MAX_NUM_SEQS", "4")
     settings = load_settings(["--config", str(file), "--port", "5"])
     assert (settings.port, settings.max_num_seqs, settings.host) == (5, 4, "0.0.0.0")
-    assert settings.max_num_batched_tokens == 512
+    assert settings.max_num_batched_tokens is None
     assert settings.model is None
 
 
