@@ -23,7 +23,7 @@ from alignment_core.model_runner import ModelRunner, kv_bytes_per_token
 from alignment_core.prompts import DEFAULT_RATIO, Message, Placement, Principle, PromptBuilder
 from alignment_core.sampling import sample
 from alignment_core.scheduler import Scheduler
-from alignment_core.sequence import FinishReason, InvalidRequest, Output, Prompt, SamplingParams, Sequence
+from alignment_core.sequence import FinishReason, InvalidRequest, Output, Prompt, SamplingParams, Sequence, Stats
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +155,18 @@ class Engine:
     @property
     def alive(self) -> bool:
         return self.error is None and not self._stopping
+
+    def stats(self) -> Stats:
+        """What is going on, for metrics; from any thread."""
+        scheduler, pool = self.scheduler, self.pool
+        return Stats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting) + len(self._inbox),
+            kv_cache_usage=1 - pool.num_free / pool.num_pages,
+            num_preemptions=scheduler.num_preemptions,
+            num_tokens_admitted=scheduler.num_tokens_admitted,
+            num_tokens_cached=scheduler.num_tokens_cached,
+        )
 
     # The loop
 

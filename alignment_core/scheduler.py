@@ -46,6 +46,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self.num_preemptions = 0
+        self.num_tokens_admitted = 0
+        self.num_tokens_cached = 0
         self._turns = itertools.count(1)
 
     def add(self, sequence: Sequence) -> None:
@@ -69,6 +71,7 @@ class Scheduler:
         while self.waiting and self.num_preemptions == preemptions and self._admits(self.waiting[0], step):
             sequence = self.waiting.popleft()
             self.running.append(sequence)
+            self.num_tokens_admitted += sum(len(branch.tokens) for branch in sequence.branches)
             self._schedule(sequence, step)
         return step
 
@@ -92,7 +95,9 @@ class Scheduler:
         budget = self.max_num_batched_tokens - step.num_tokens
         rows = []
         for later, branch in zip(range(len(sequence.branches) - 1, -1, -1), sequence.branches, strict=True):
-            sequence.num_tokens_cached += self.pool.adopt(branch)
+            num_cached = self.pool.adopt(branch)
+            sequence.num_tokens_cached += num_cached
+            self.num_tokens_cached += num_cached
             num_tokens = min(branch.remaining, budget)
             if num_tokens == branch.remaining and budget - num_tokens < later:
                 num_tokens -= 1  # nothing is drawn without the later branches: leave the token to them

@@ -124,6 +124,22 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Stats:
+    """The engine at one moment: sequences, the share of pages held, and counts since it was made.
+
+    num_tokens_admitted: context tokens of all branches at admission. num_tokens_cached: those of them
+    (and of what other branches computed meanwhile) that prefix reuse spared.
+    """
+
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float
+    num_preemptions: int
+    num_tokens_admitted: int
+    num_tokens_cached: int
+
+
+@dataclass(frozen=True, slots=True)
 class Output:
     """One step's news of a sequence. The last one has a finish_reason and the usage."""
 

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
 
 from alignment_core import Engine
+from server import metrics
 from server.protocol.errors import HANDLERS
 from server.routes import chat, models
 from server.settings import Settings
@@ -25,7 +26,9 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     app = FastAPI(title="linalign", lifespan=lifespan, exception_handlers=HANDLERS)
     app.state.engine = engine
     app.state.settings = settings
+    app.state.registry = metrics.registry_of(engine)
     app.state.started = int(time.time())
     app.include_router(chat.router)
     app.include_router(models.router)
+    app.include_router(metrics.router)
     return app
