@@ -84,12 +84,14 @@ def direction(logits: Tensor, mixing: Mixing, tokens: Tensor) -> Tensor:
     return total
 
 
-def log_total(y: Tensor, best: Tensor, temperature: Tensor) -> Tensor:
-    """log Σ exp((y − best) / temperature): the log of the whole mass, the best token's being 1.
+def log_totals(y: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """The greatest logit of each line, and log Σ exp((y − greatest) / temperature): the log of the
+    whole mass, the best token's being 1.
 
-    y: [S, V]; best: [S], its greatest. Returns [S].
+    y: [S, V] float32; temperature: [S]. Returns [S] and [S].
     """
-    return ((y - best[:, None]) / temperature[:, None]).exp_().sum(dim=-1).log_()
+    best = y.amax(dim=-1)
+    return best, ((y - best[:, None]) / temperature[:, None]).exp_().sum(dim=-1).log_()
 
 
 def plausible_set(y: Tensor, log_total: Tensor, top_p: Tensor, temperature: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from alignment_core.alignment import Mixing, direction, log_total, plausible_floor, plausible_set, principled_logits
+from alignment_core.alignment import Mixing, direction, log_totals, plausible_floor, plausible_set, principled_logits
+from alignment_core.cpu import vocabulary
 from alignment_core.sequence import Sequence
 
 BLOCK = 128
@@ -95,12 +96,8 @@ def choose(logits: Tensor, y: Tensor, mixing: Mixing, settings: Settings) -> Ten
 
     logits: [rows, V] float32. y: [S, V] float32, the edited principled logits.
     """
-    best = y.amax(dim=-1)
-    totals = torch.zeros_like(best)
-    filtered = settings.nucleus_top_p < 1
-    if filtered.any():
-        index = _lines(filtered)
-        totals[index] = log_total(y[index], best[index], settings.nucleus_temperature[index])
+    totals_of = vocabulary.log_totals if vocabulary.has_kernels(y) else log_totals
+    best, totals = totals_of(y, settings.nucleus_temperature)
     bounds = floor(y, best, totals, settings)
     narrowed = bounds > -torch.inf
     chosen = torch.empty(len(y), dtype=torch.int64, device=y.device)
@@ -119,7 +116,7 @@ def mixed_logits(
 ) -> Tensor:
     """z of DESIGN section 2.3 at `tokens`, −inf outside the nucleus; y itself inside it where not aligned.
 
-    logits: [rows, V]; tokens, y and the result: [S, K]; totals: [S], see `log_total`.
+    logits: [rows, V]; tokens, y and the result: [S, K]; totals: [S], see `log_totals`.
     """
     z = y + direction(logits, mixing, tokens) if settings.aligned.any() else y
     if (settings.nucleus_top_p < 1).any():
@@ -152,6 +149,8 @@ def narrow(y: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
     """
     if (bounds == -torch.inf).all():
         return torch.arange(y.shape[1], device=y.device).expand(y.shape), y
+    if vocabulary.has_kernels(y):
+        return vocabulary.narrow(y, bounds)
     line, token = (y >= bounds[:, None]).nonzero(as_tuple=True)
     counts = line.bincount(minlength=len(y))
     place = torch.arange(len(line), device=y.device) - (counts.cumsum(0) - counts)[line]

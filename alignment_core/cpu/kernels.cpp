@@ -411,6 +411,60 @@ int32_t linalign_encode(const float* weights, int32_t rows, int32_t cols, const 
     return !inexact;
 }
 
+// The greatest of each line of y, [lines, vocab], and the log of Σ exp((y − greatest) / temperature).
+void linalign_log_totals(const float* y, int32_t lines, int32_t vocab, const float* temperature, float* best,
+                         float* log_total, int32_t threads) {
+#pragma omp parallel for num_threads(std::min(threads, lines)) schedule(static)
+    for (int n = 0; n < lines; n++) {
+        const float* line = y + (int64_t)n * vocab;
+        vec high = splat(-INFINITY), sum[4] = {};
+        int i = 0;
+        for (; i + LANES <= vocab; i += LANES) {
+            vec v = load<vec>(line + i);
+            high = v > high ? v : high;
+        }
+        best[n] = -INFINITY;
+        for (int j = 0; j < LANES; j++) best[n] = std::max(best[n], high[j]);
+        for (; i < vocab; i++) best[n] = std::max(best[n], line[i]);
+        float scale = 1 / temperature[n], total = 0;
+        for (i = 0; i + 4 * LANES <= vocab; i += 4 * LANES)
+            for (int j = 0; j < 4; j++) sum[j] += exponential((load<vec>(line + i + j * LANES) - best[n]) * scale);
+        for (; i < vocab; i++) total += std::exp((line[i] - best[n]) * scale);
+        sum[0] += sum[1] + sum[2] + sum[3];
+        for (int j = 0; j < LANES; j++) total += sum[0][j];
+        log_total[n] = std::log(total);
+    }
+}
+
+// The tokens of each line of y, [lines, vocab], at or above its bound, and their logits, in order of token id: the
+// first `capacity` of them, filled up with token 0 at −inf. counts: how many there are, written or not.
+void linalign_narrow(const float* y, int32_t lines, int32_t vocab, const float* bounds, int64_t* tokens,
+                     float* candidates, int32_t capacity, int64_t* counts, int32_t threads) {
+#pragma omp parallel for num_threads(std::min(threads, lines)) schedule(static)
+    for (int n = 0; n < lines; n++) {
+        const float* line = y + (int64_t)n * vocab;
+        int64_t count = 0, *to = tokens + (int64_t)n * capacity;
+        float* logits = candidates + (int64_t)n * capacity;
+        for (int i = 0; i < vocab; i += 4 * LANES) {
+            int end = std::min(i + 4 * LANES, vocab);
+            if (end - i == 4 * LANES) {
+                ivec found = {};
+                for (int j = 0; j < 4; j++) found |= load<vec>(line + i + j * LANES) >= bounds[n];
+                int32_t any = 0;
+                for (int j = 0; j < LANES; j++) any |= found[j];
+                if (!any) continue;
+            }
+            for (int token = i; token < end; token++) {
+                if (!(line[token] >= bounds[n])) continue;
+                if (count < capacity) to[count] = token, logits[count] = line[token];
+                count++;
+            }
+        }
+        counts[n] = count;
+        for (; count < capacity; count++) to[count] = 0, logits[count] = -INFINITY;
+    }
+}
+
 // Ends the threads that OpenMP keeps for the calling thread; its next parallel region makes new ones.
 void linalign_release_threads() { omp_pause_resource_all(omp_pause_soft); }
 

@@ -77,6 +77,8 @@ class Batch(ctypes.Structure):
 _P, _I, _F = c_void_p, c_int32, c_float
 SIGNATURES: dict[str, Sequence[type]] = {
     "linalign_encode": (_P, _I, _I, _P, _P, _I, _I, _I, _P, _I),
+    "linalign_log_totals": (_P, _I, _I, _P, _P, _P, _I),
+    "linalign_narrow": (_P, _I, _I, _P, _P, _P, _I, _P, _I),
     "linalign_release_threads": (),
     "linalign_linear": (_P, _P, _I, _P, _I),
     "linalign_attention": (_P, _I, _I, _I, _F, _I, _F, _P, _P, _P, _P, _I),

@@ -5,7 +5,8 @@ import torch
 from scipy import stats
 
 from alignment_core import sampling
-from alignment_core.alignment import Mixing, direction, log_total, plausible_set, principled_logits
+from alignment_core.alignment import Mixing, direction, log_totals, plausible_set, principled_logits
+from alignment_core.cpu import vocabulary
 from alignment_core.sampling import Settings, choose, draw, uniform
 from tests.oracle import Oracle, Setting
 
@@ -36,7 +37,7 @@ def everywhere(logits, mixing):
 def plausible(y, top_p, temperature):
     n = len(y)
     top_p, temperature = torch.full((n,), top_p), torch.full((n,), temperature)
-    return plausible_set(y, log_total(y, y.amax(dim=-1), temperature), top_p, temperature)
+    return plausible_set(y, log_totals(y, temperature)[1], top_p, temperature)
 
 
 @pytest.mark.parametrize("ratios", [(2.0,), (0.5,), (1.0, 3.0), (4.0, 0.0, 1.0)])
@@ -147,6 +148,24 @@ def test_what_is_left_out_early_makes_no_difference(filters, narrows, monkeypatc
     assert torch.equal(early, choose(logits, y, mixing, chosen))
     assert (sizes[0] < 3000) == narrows
     assert sizes[-1] == 3000
+
+
+@pytest.mark.parametrize("size", [1, 15, 64, 3001])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_kernels_passes_over_a_vocabulary_are_torchs(size, share, monkeypatch):
+    torch.manual_seed(4)
+    y = (torch.randn(5, size * 3) * 4)[:, ::3]
+    y[1, 1:] = -torch.inf
+    temperature = torch.tensor([0.5, 1.0, 30.0, 1e-30, 1e30])
+    bounds = y.quantile(share, dim=-1).clamp(min=-1e30)
+    assert vocabulary.has_kernels(y)
+    best, totals = vocabulary.log_totals(y, temperature)
+    narrowed = sampling.narrow(y, bounds)
+    assert torch.equal(best, log_totals(y, temperature)[0])
+    torch.testing.assert_close(totals, log_totals(y, temperature)[1], atol=1e-5, rtol=1e-6)
+    monkeypatch.setattr(vocabulary, "has_kernels", lambda _: False)
+    for ours, theirs in zip(narrowed, sampling.narrow(y, bounds), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_narrow_and_wide_lines_mix():

@@ -1,0 +1,59 @@
+"""Passes over a whole vocabulary of logits, by kernels.cpp: torch takes several for what one can do."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from alignment_core.cpu.native import library
+
+CAPACITY = 1024  # tokens that are narrowed to at the first try
+
+
+def has_kernels(y: Tensor) -> bool:
+    return y.device.type == "cpu" and library() is not None
+
+
+def log_totals(y: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """As `alignment.log_totals`, for float32 on a CPU."""
+    y, temperature = y.contiguous(), temperature.contiguous()
+    best, totals = y.new_empty(len(y)), y.new_empty(len(y))
+    _library().linalign_log_totals(
+        y.data_ptr(),
+        *y.shape,
+        temperature.data_ptr(),
+        best.data_ptr(),
+        totals.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return best, totals
+
+
+def narrow(y: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """As `sampling.narrow`, for float32 on a CPU and bounds above −inf."""
+    y, bounds = y.contiguous(), bounds.contiguous()
+    capacity = CAPACITY
+    while True:
+        tokens = torch.empty(len(y), capacity, dtype=torch.int64)
+        candidates = y.new_empty(tokens.shape)
+        counts = torch.empty(len(y), dtype=torch.int64)
+        _library().linalign_narrow(
+            y.data_ptr(),
+            *y.shape,
+            bounds.data_ptr(),
+            tokens.data_ptr(),
+            candidates.data_ptr(),
+            capacity,
+            counts.data_ptr(),
+            torch.get_num_threads(),
+        )
+        most = int(counts.max())
+        if most <= capacity:
+            return tokens[:, :most], candidates[:, :most]
+        capacity = most
+
+
+def _library() -> ctypes.CDLL:
+    lib = library()
+    assert lib is not None
+    return lib
