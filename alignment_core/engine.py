@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 import torch
+from torch import Tensor
 
 from alignment_core.cpu.native import release_threads
 from alignment_core.detokenizer import TextStream
@@ -22,7 +23,7 @@ from alignment_core.loading import LoadedModel, load
 from alignment_core.model_runner import ModelRunner, kv_bytes_per_token
 from alignment_core.prompts import DEFAULT_RATIO, Message, Placement, Principle, PromptBuilder
 from alignment_core.sampling import sample
-from alignment_core.scheduler import Scheduler
+from alignment_core.scheduler import Scheduler, Step
 from alignment_core.sequence import FinishReason, InvalidRequest, Output, Prompt, SamplingParams, Sequence, Stats
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ class EngineConfig:
     None means 128 on a CPU, where longer ones are not quicker by the token, and 2048 on a GPU.
     num_pages × page_size: tokens in the KV cache, all branches together.
     gpu_memory_utilization: share of the GPU's free memory that the KV cache takes.
+    num_speculative_tokens: the longest draft of prompt lookup; 0 switches it off. None means 8 on a GPU
+    and 0 on a CPU, where every row costs time.
     """
 
     max_model_len: int | None = None
@@ -50,6 +53,7 @@ class EngineConfig:
     page_size: int = 16
     num_pages: int | None = None
     gpu_memory_utilization: float = 0.9
+    num_speculative_tokens: int | None = None
 
 
 class Engine:
@@ -61,9 +65,13 @@ class Engine:
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None) -> None:
         config = config or EngineConfig()
+        on_cpu = loaded.model.device.type == "cpu"
         max_num_batched_tokens = config.max_num_batched_tokens
         if max_num_batched_tokens is None:
-            max_num_batched_tokens = 128 if loaded.model.device.type == "cpu" else 2048
+            max_num_batched_tokens = 128 if on_cpu else 2048
+        num_speculative_tokens = config.num_speculative_tokens
+        if num_speculative_tokens is None:
+            num_speculative_tokens = 0 if on_cpu else 8
         if min(config.max_num_seqs, max_num_batched_tokens, config.page_size) < 1:
             raise ValueError(f"the sizes must be 1 at least: {config}")
         self.model_id = loaded.id
@@ -74,7 +82,7 @@ class Engine:
         num_pages = config.num_pages or _num_pages(loaded, config, self.max_model_len)
         self.runner = ModelRunner(loaded.model, num_pages, config.page_size)
         self.pool = PagePool(num_pages, config.page_size)
-        self.scheduler = Scheduler(self.pool, config.max_num_seqs, max_num_batched_tokens)
+        self.scheduler = Scheduler(self.pool, config.max_num_seqs, max_num_batched_tokens, num_speculative_tokens)
         self.prompts = PromptBuilder(loaded.tokenizer, self.max_model_len)
         self.error: BaseException | None = None
         self._eos_token_ids = loaded.eos_token_ids
@@ -84,7 +92,8 @@ class Engine:
         self._news = threading.Condition()
         self._stopping = False
         self._thread: threading.Thread | None = None
-        if loaded.model.device.type == "cpu":
+        self._num_drafted = self._num_accepted = 0
+        if on_cpu:
             release_threads()
 
     @classmethod
@@ -166,6 +175,8 @@ class Engine:
             num_preemptions=scheduler.num_preemptions,
             num_tokens_admitted=scheduler.num_tokens_admitted,
             num_tokens_cached=scheduler.num_tokens_cached,
+            num_tokens_drafted=self._num_drafted,
+            num_tokens_accepted=self._num_accepted,
         )
 
     # The loop
@@ -204,10 +215,28 @@ class Engine:
         logits = self.runner.forward(step)
         self.scheduler.commit(step)
         if step.drawing:
-            tokens = sample(logits, step.drawing)
-            for sequence, token in zip(step.drawing, tokens, strict=True):
-                self._accept(sequence, token)
+            self._draw(logits, step)
         return True
+
+    def _draw(self, logits: Tensor, step: Step) -> None:
+        """Draw for every sequence, at its drafts too, and accept those that were drawn."""
+        places = [(s, len(s.output_ids) + i) for s in step.drawing for i in range(1 + len(step.drafts(s)))]
+        sequences, positions = zip(*places, strict=True)
+        tokens = iter(sample(logits, sequences, positions))
+        for sequence in step.drawing:
+            drafts = step.drafts(sequence)
+            drawn = list(itertools.islice(tokens, 1 + len(drafts)))
+            num_accepted = 0
+            for token, draft in zip(drawn, (*drafts, None), strict=True):
+                if not self._accept(sequence, token) or token != draft:
+                    break
+                num_accepted += 1
+                for branch in sequence.branches:
+                    branch.num_computed += 1
+            if drafts:
+                sequence.lookup.learn(len(drafts), num_accepted)
+                self._num_drafted += len(drafts)
+                self._num_accepted += num_accepted
 
     def _loop(self) -> None:
         try:
@@ -237,7 +266,8 @@ class Engine:
             elif (sequence := self._sequences.get(news)) is not None:
                 self._finish(sequence, "abort")
 
-    def _accept(self, sequence: Sequence, token: int) -> None:
+    def _accept(self, sequence: Sequence, token: int) -> bool:
+        """Add a token to the reply; False if the reply ends with it."""
         sequence.append(token)
         ended = token in sequence.stop_token_ids
         text = "" if ended else sequence.text.add(token)
@@ -250,6 +280,7 @@ class Engine:
             self._finish(sequence, reason, text, (token,))
         else:
             self._tell(sequence, Output(text, (token,)))
+        return reason is None
 
     def _finish(
         self, sequence: Sequence, reason: FinishReason, text: str = "", token_ids: tuple[int, ...] = ()

@@ -43,26 +43,34 @@ class ModelRunner:
         self._check()
 
     def forward(self, step: Step) -> Tensor:
-        """Run the step. Returns the float32 logits [rows, V] of the newest token of every branch of
-        the sequences in `step.drawing`, in that order, the branches of a sequence in theirs.
+        """Run the step. Returns float32 logits [rows, V] for the sequences in `step.drawing`, in that
+        order: for its newest token and then for each draft, those of the sequence's branches in theirs.
         """
-        wanted = [row for sequence in step.drawing for row in step.rows[sequence]]
+        wanted = [
+            (row, place)
+            for sequence in step.drawing
+            for place in range(-1 - len(step.drafts(sequence)), 0)
+            for row in step.rows[sequence]
+        ]
         return self._run([row for rows in step.rows.values() for row in rows], wanted)
 
     @torch.inference_mode()
-    def _run(self, rows: Sequence[Row], wanted: Sequence[Row]) -> Tensor:
+    def _run(self, rows: Sequence[Row], wanted: Sequence[tuple[Row, int]]) -> Tensor:
+        """wanted: rows, and which of their tokens counted from the end, −1 being the last."""
         rows = sorted(rows, key=lambda row: row.num_tokens > 1)
         device = self.model.device
         paged = PagedBatch.of(rows, self._keys, self._values)
-        tokens = [token for row in rows for token in row.branch.tokens[row.start : row.end]]
-        last, end = {}, 0
+        tokens = [token for row in rows for token in row.tokens]
+        ends, end = {}, 0
         for row in rows:
             end += row.num_tokens
-            last[id(row)] = end - 1
+            ends[id(row)] = end
         output = self.model(
             input_ids=torch.tensor([tokens], device=device),
             position_ids=paged.position[None].long(),
-            logits_to_keep=torch.tensor([last[id(row)] for row in wanted], dtype=torch.int64, device=device),
+            logits_to_keep=torch.tensor(
+                [ends[id(row)] + place for row, place in wanted], dtype=torch.int64, device=device
+            ),
             use_cache=False,
             paged=paged,
         )
@@ -78,7 +86,7 @@ class ModelRunner:
         """One token through the whole model: an architecture that can't be served fails here, not in a request."""
         row = Row(Branch(tokens=[0], pages=[0]), 0, 1)
         try:
-            self._run([row], [row])
+            self._run([row], [(row, -1)])
         except TypeError as error:
             name = type(self.model).__name__
             raise ValueError(f"{name} does not pass its arguments on to transformers' attention interface") from error

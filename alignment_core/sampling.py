@@ -36,7 +36,8 @@ class Settings:
     uniform: Tensor
 
     @classmethod
-    def of(cls, sequences: Seq[Sequence], device: torch.device) -> "Settings":
+    def of(cls, sequences: Seq[Sequence], positions: Seq[int], device: torch.device) -> "Settings":
+        """positions: how many tokens of each reply come before the one to draw."""
         params = [sequence.params for sequence in sequences]
         aligned = [sequence.prompt.base is not None for sequence in sequences]
         nuclei = []
@@ -48,7 +49,7 @@ class Settings:
             else:
                 nuclei.append((1.0, 1.0, p.top_p))
         nucleus_top_p, nucleus_temperature, top_p = torch.tensor(nuclei, dtype=torch.float32, device=device).unbind(1)
-        counter = [(sequence.seed, sequence.choice, len(sequence.output_ids)) for sequence in sequences]
+        counter = [(s.seed, s.choice, position) for s, position in zip(sequences, positions, strict=True)]
         return cls(
             aligned=torch.tensor(aligned, device=device),
             nucleus_top_p=nucleus_top_p,
@@ -64,15 +65,15 @@ class Settings:
         return Settings(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
-def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[int]:
-    """Draw the next token of every sequence.
+def sample(logits: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> list[int]:
+    """Draw a token for every sequence; one that is there several times, at as many positions, gets several.
 
     logits: [rows, V] float32; each sequence's branches in order (principled, then base), in the
-    order of `sequences`.
+    order of `sequences`. positions: see `Settings.of`.
     """
     prompts = [sequence.prompt for sequence in sequences]
     mixing = Mixing.plan([(p.weights, p.ratios, p.base is not None) for p in prompts], logits.device)
-    settings = Settings.of(sequences, logits.device)
+    settings = Settings.of(sequences, positions, logits.device)
     y = principled_logits(logits, mixing)
     tokens = torch.empty(len(y), dtype=torch.int64, device=y.device)
     decided = ~settings.aligned & (settings.temperature == 0)

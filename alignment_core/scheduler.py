@@ -13,36 +13,54 @@ from dataclasses import dataclass, field
 from alignment_core.kv_cache import PagePool
 from alignment_core.sequence import Branch, Sequence
 
+SPECULATIVE_BATCH = 64  # tokens: a step that is longer anyway has no time to spare for drafts
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One branch's query tokens [start, end) in one forward pass."""
+    """One branch's query tokens [start, end) in one forward pass; the last of them may be drafts."""
 
     branch: Branch
     start: int
     end: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
         return self.end - self.start
 
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.branch.tokens[self.start : self.end], *self.drafts]
+
 
 @dataclass(slots=True)
 class Step:
-    """All rows of one forward pass. Sequences in `drawing` get a token: all their rows end at their newest one."""
+    """All rows of one forward pass. Sequences in `drawing` get a token: all their rows end at their newest one,
+    or at the last of their drafts.
+    """
 
     rows: dict[Sequence, list[Row]] = field(default_factory=dict)
     drawing: list[Sequence] = field(default_factory=list)
     num_tokens: int = 0
 
+    def drafts(self, sequence: Sequence) -> tuple[int, ...]:
+        return self.rows[sequence][0].drafts
+
 
 class Scheduler:
-    """Sequences that wait and sequences that run. Not thread-safe: the engine's loop owns it."""
+    """Sequences that wait and sequences that run. Not thread-safe: the engine's loop owns it.
 
-    def __init__(self, pool: PagePool, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    num_speculative_tokens: the longest draft; 0 switches speculation off.
+    """
+
+    def __init__(
+        self, pool: PagePool, max_num_seqs: int, max_num_batched_tokens: int, num_speculative_tokens: int = 0
+    ) -> None:
         self.pool = pool
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.num_speculative_tokens = num_speculative_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self.num_preemptions = 0
@@ -73,13 +91,15 @@ class Scheduler:
             self.running.append(sequence)
             self.num_tokens_admitted += sum(len(branch.tokens) for branch in sequence.branches)
             self._schedule(sequence, step)
+        for sequence in step.drawing:
+            self._speculate(sequence, step)
         return step
 
     def commit(self, step: Step) -> None:
-        """Record that the step's forward pass has run."""
+        """Record that the step's forward pass has run. Drafts count once they are accepted."""
         for sequence, rows in step.rows.items():
             for row in rows:
-                row.branch.num_computed = row.end
+                row.branch.num_computed = row.end - len(row.drafts)
                 sequence.num_tokens_computed += row.num_tokens
 
     def _admits(self, sequence: Sequence, step: Step) -> bool:
@@ -118,6 +138,21 @@ class Scheduler:
             sequence.last_turn = next(self._turns)
             step.rows[sequence] = rows
             step.num_tokens += sum(row.num_tokens for row in rows)
+
+    def _speculate(self, sequence: Sequence, step: Step) -> None:
+        """Lengthen a decoding sequence's rows by drafts, as far as they cost next to nothing."""
+        rows = step.rows[sequence]
+        most = min(
+            self.num_speculative_tokens,
+            (min(SPECULATIVE_BATCH, self.max_num_batched_tokens) - step.num_tokens) // len(rows),
+            sequence.max_tokens - len(sequence.output_ids) - 1,
+        )
+        if most < 1 or any(row.num_tokens > 1 for row in rows):
+            return
+        drafts = tuple(sequence.lookup.draft(most))
+        if drafts and all(self.pool.allocate(row.branch, row.end + len(drafts)) for row in rows):
+            step.rows[sequence] = [Row(row.branch, row.start, row.end + len(drafts), drafts) for row in rows]
+            step.num_tokens += len(rows) * len(drafts)
 
     def _allocate(self, sequence: Sequence, branch: Branch, num_tokens: int, step: Step) -> bool:
         """Get pages, preempting the newest sequences if need be; False if `sequence` itself had to go."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from alignment_core.detokenizer import TextStream
+from alignment_core.speculation import PromptLookup
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -128,7 +129,8 @@ class Stats:
     """The engine at one moment: sequences, the share of pages held, and counts since it was made.
 
     num_tokens_admitted: context tokens of all branches at admission. num_tokens_cached: those of them
-    (and of what other branches computed meanwhile) that prefix reuse spared.
+    (and of what other branches computed meanwhile) that prefix reuse spared. num_tokens_drafted,
+    num_tokens_accepted: of speculation, once a sequence.
     """
 
     num_running: int
@@ -137,6 +139,8 @@ class Stats:
     num_preemptions: int
     num_tokens_admitted: int
     num_tokens_cached: int
+    num_tokens_drafted: int
+    num_tokens_accepted: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,9 +171,11 @@ class Sequence:
     num_tokens_computed: int = 0
     num_tokens_cached: int = 0
     last_turn: int = 0
+    lookup: PromptLookup = field(init=False)
 
     def __post_init__(self) -> None:
         self.branches = [Branch(list(ids)) for ids in self.prompt.branches]
+        self.lookup = PromptLookup(self.branches[0].tokens)
 
     @property
     def is_decoding(self) -> bool:

@@ -48,9 +48,9 @@ class Recorder:
         self.logits: list[Tensor] = []
         self.chosen: list[int] = []
 
-    def __call__(self, logits: Tensor, sequences: Seq[Sequence]) -> list[int]:
+    def __call__(self, logits: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> list[int]:
         self.logits.append(logits.clone())
-        self.chosen += sample(logits, sequences)
+        self.chosen += sample(logits, sequences, positions)
         return self.chosen[-1:] if self.forced is None else [self.forced[len(self.logits) - 1]]
 
 

@@ -63,6 +63,7 @@ def serve(args: list[str]) -> None:
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             gpu_memory_utilization=settings.gpu_memory_utilization,
+            num_speculative_tokens=settings.num_speculative_tokens,
         )
         engine = Engine(loaded, config)
     except (LoadingError, ValueError) as error:

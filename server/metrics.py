@@ -29,6 +29,8 @@ class EngineCollector(Collector):
         for name, text, value in (
             ("num_preemptions", "Sequences preempted", stats.num_preemptions),
             ("prefix_cache_queries", "Context tokens admitted, all branches", stats.num_tokens_admitted),
+            ("spec_decode_num_draft_tokens", "Tokens drafted by prompt lookup", stats.num_tokens_drafted),
+            ("spec_decode_num_accepted_tokens", "Drafted tokens that were drawn", stats.num_tokens_accepted),
             ("prefix_cache_hits", "Context tokens that prefix reuse spared", stats.num_tokens_cached),
         ):
             yield CounterMetricFamily(f"linalign:{name}", text, value)

@@ -49,6 +49,9 @@ class Settings(BaseSettings):
         None, ge=1, description="query tokens of one forward pass; 128 on a CPU, 2048 on a GPU"
     )
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of free GPU memory for the KV cache")
+    num_speculative_tokens: int | None = Field(
+        None, ge=0, le=64, description="longest draft of prompt lookup, 0 for none; 8 on a GPU, 0 on a CPU"
+    )
     default_alignment_ratio: float = Field(2.0, ge=0, le=20, description="for requests that name none")
     shutdown_timeout: int = Field(30, ge=0, description="seconds that running requests get on SIGTERM")
     trust_remote_code: CliImplicitFlag[bool] = Field(

@@ -1,0 +1,63 @@
+"""Prompt lookup: a reply that repeats its context is drafted from there and verified in one forward pass.
+
+Saxena, "Prompt Lookup Decoding", 2023. The draft is the same for every branch of a sequence, as all
+of them share what has been generated. Verification draws at every drafted position from the mixed
+distribution, with that position's own number, and goes on while the draw is the draft: a token is
+accepted with the probability that it has, which is speculative sampling (Leviathan et al., ICML 2023)
+for a draft without a distribution of its own. So the reply is the one that would have been drawn
+token by token, to the very token under one seed.
+"""
+
+NGRAMS = (3, 2)  # tokens that must match, the longer first
+LONGEST_PAUSE = 32  # steps
+
+
+class PromptLookup:
+    """Drafts for one sequence.
+
+    tokens: the context so far, owned and lengthened by somebody else; never shortened.
+    """
+
+    def __init__(self, tokens: list[int]) -> None:
+        self._tokens = tokens
+        self._ends: dict[tuple[int, ...], int] = {}  # n-gram: the place after its last occurrence
+        self._num_indexed = 0
+        self._length = 4
+        self._misses = 0
+        self._pause = 0
+
+    def draft(self, most: int) -> list[int]:
+        """Up to `most` tokens that followed the newest ones where they last stood; none where they are new."""
+        if self._pause:
+            self._pause -= 1
+            return []
+        self._index()
+        for n in NGRAMS:
+            start = self._ends.get(tuple(self._tokens[-n:]))
+            if start is not None:
+                return self._continuation(start, min(most, self._length))
+        return []
+
+    def learn(self, num_drafted: int, num_accepted: int) -> None:
+        """Draft more after a draft that was right, less after one that was not, and pause after wrong ones."""
+        if num_accepted:
+            self._misses = 0
+            self._length = 2 * num_drafted if num_accepted == num_drafted else num_accepted + 1
+        else:
+            self._misses += 1
+            self._length = 1
+            self._pause = min(2**self._misses, LONGEST_PAUSE) - 1
+
+    def _continuation(self, start: int, length: int) -> list[int]:
+        text = self._tokens[start : start + length]
+        while len(text) < length:  # the match runs into the end: what follows it repeats with that period
+            text.append(text[start - len(self._tokens) + len(text)])
+        return text
+
+    def _index(self) -> None:
+        """All n-grams that have a token after them."""
+        for end in range(self._num_indexed, len(self._tokens)):
+            for n in NGRAMS:
+                if end >= n:
+                    self._ends[tuple(self._tokens[end - n : end])] = end
+        self._num_indexed = len(self._tokens)
