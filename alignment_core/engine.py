@@ -80,7 +80,7 @@ class Engine:
         if self.max_model_len > loaded.max_model_len:
             raise ValueError(f"max_model_len is {self.max_model_len}, but the model's context {loaded.max_model_len}")
         num_pages = config.num_pages or _num_pages(loaded, config, self.max_model_len)
-        self.runner = ModelRunner(loaded.model, num_pages, config.page_size)
+        self.runner = ModelRunner(loaded.model, num_pages, config.page_size, loaded.followers)
         self.pool = PagePool(num_pages, config.page_size)
         self.scheduler = Scheduler(self.pool, config.max_num_seqs, max_num_batched_tokens, num_speculative_tokens)
         self.prompts = PromptBuilder(loaded.tokenizer, self.max_model_len)

@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,10 +22,13 @@ import platformdirs
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.distributed import DistributedConfig
 
+from alignment_core import tensor_parallel
 from alignment_core.cpu.layers import replace_layers
 from alignment_core.cpu.native import library
 from alignment_core.cpu.packing import Quantization
+from alignment_core.tensor_parallel import Followers
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +49,7 @@ class LoadedModel:
 
     max_model_len: the longest context, in tokens, that the model's positions are made for.
     eos_token_ids: every id that ends a reply; models have several.
+    followers: the other processes of a model in several parts.
     """
 
     id: str
@@ -52,6 +57,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     max_model_len: int
     eos_token_ids: frozenset[int]
+    followers: Followers | None = None
 
 
 def load(
@@ -61,6 +67,7 @@ def load(
     dtype: str = "auto",
     quantization: Quantization = "auto",
     trust_remote_code: bool = False,
+    tensor_parallel_size: int = 1,
 ) -> LoadedModel:
     """Load a model for inference.
 
@@ -68,8 +75,14 @@ def load(
     device: auto (CUDA where there is one), cpu, cuda, cuda:N.
     dtype: auto (float32 on a CPU, the checkpoint's own elsewhere), float32, bfloat16, float16.
     quantization: how a CPU holds the weights of linear layers, see `cpu.packing.pack`.
+    tensor_parallel_size: processes that hold a part of every layer each, on a GPU each if there are any;
+    all but this one are started here.
     Raises LoadingError.
     """
+    if tensor_parallel_size > 1 and (name or "").endswith(".gguf"):
+        raise LoadingError("a GGUF file can't be split: tensor_parallel_size must be 1")
+    if tensor_parallel_size > 1 and ":" in device:
+        raise LoadingError(f"{tensor_parallel_size} processes take a GPU each: device must be cuda, not {device}")
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise LoadingError(f"there is no CUDA device for --device {device}")
@@ -79,41 +92,74 @@ def load(
         torch_dtype = getattr(torch, dtype)
     if where.type != "cpu" and quantization in ("int8", "int4"):
         raise LoadingError(f"quantization {quantization} is there for CPUs only, so far")
-    options = {"trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    processes: list[subprocess.Popen[bytes]] = []
+    if tensor_parallel_size > 1:
+        options["distributed_config"] = DistributedConfig(tp_size=tensor_parallel_size)
+        if not tensor_parallel.is_follower():
+            arguments = {
+                "name": name,
+                "device": device,
+                "dtype": dtype,
+                "quantization": quantization,
+                "trust_remote_code": trust_remote_code,
+                "tensor_parallel_size": tensor_parallel_size,
+            }
+            processes = tensor_parallel.start(tensor_parallel_size, arguments)
     started = time.perf_counter()
     _show_progress_on_terminals_only()
+    try:
+        id, model, tokenizer = _read(name, torch_dtype, options)
+        _check(id, model, tokenizer)
+    except BaseException:
+        for process in processes:
+            process.kill()
+        raise
+    model = model.to(where).eval()
+    if where.type == "cpu" and library() is not None and tensor_parallel_size == 1:
+        replace_layers(model.float(), quantization)  # bfloat16 weights stay 16 bits wide, in float32 arithmetic
+    log.info("Loaded %s in %.1f s: %s on %s", id, time.perf_counter() - started, model.dtype, where)
+    followers = Followers(processes) if processes else None
+    return LoadedModel(id, model, tokenizer, _max_model_len(model), _eos_token_ids(model, tokenizer), followers)
 
-    if name in (None, EMBEDDED_ID):
-        id = EMBEDDED_ID
-        model, tokenizer = _load_embedded(torch_dtype)
-    elif name.endswith(".gguf"):
+
+def _read(
+    name: str | None, dtype: torch.dtype | str, options: dict[str, Any]
+) -> tuple[str, PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model's id, the model, its tokenizer."""
+    if name is None or name == EMBEDDED_ID:
+        return EMBEDDED_ID, *_load_embedded(dtype, options)
+    if name.endswith(".gguf"):
         path = Path(name)
-        id = path.stem
         if not path.is_file():
             raise LoadingError(f"there is no file {name}")
         log.info("Reading %s", path.name)
-        model, tokenizer = _from_gguf(path, torch_dtype)
-    elif name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        return path.stem, *_from_gguf(path, dtype)
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise LoadingError(f"there is no directory {name}")
-    else:
-        id = Path(name).resolve().name if Path(name).is_dir() else name
-        log.info("Loading %s", id)
-        model, tokenizer = _from_pretrained(name, torch_dtype, **options)
+    id = Path(name).resolve().name if Path(name).is_dir() else name
+    log.info("Loading %s", id)
+    return id, *_from_pretrained(name, dtype, options)
 
+
+def _check(id: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.is_fast:
         raise LoadingError(f"{id} has no fast tokenizer (tokenizer.json)")
-    model = model.to(where).eval()
-    if where.type == "cpu" and library() is not None:
-        replace_layers(model.float(), quantization)  # bfloat16 weights stay 16 bits wide, in float32 arithmetic
-    log.info("Loaded %s in %.1f s: %s on %s", id, time.perf_counter() - started, model.dtype, where)
-    return LoadedModel(id, model, tokenizer, _max_model_len(model), _eos_token_ids(model, tokenizer))
+    parts: int = getattr(model, "_tp_size", None) or 1
+    config = model.config.get_text_config()
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if heads % parts:
+        raise LoadingError(f"{id} has {heads} key heads, which {parts} processes can't share evenly")
 
 
 def _from_pretrained(
-    name: str, dtype: torch.dtype | str, **options: Any
+    name: str, dtype: torch.dtype | str, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """options: of AutoModelForCausalLM.from_pretrained."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, **{key: value for key, value in options.items() if key != "distributed_config"}
+        )
         model, info = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
@@ -129,7 +175,7 @@ def _from_pretrained(
 def _from_gguf(path: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The file's model as plain weights: as transformers reads it, it counts as quantised and can't be changed."""
     with _quiet_unless_on_a_terminal():
-        model, tokenizer = _from_pretrained(str(path.parent), dtype, gguf_file=path.name)
+        model, tokenizer = _from_pretrained(str(path.parent), dtype, {"gguf_file": path.name})
     config = model.config
     del config.quantization_config
     plain = type(model)(config).to(model.dtype)
@@ -138,12 +184,14 @@ def _from_gguf(path: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, P
     return plain, tokenizer
 
 
-def _load_embedded(dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_embedded(
+    dtype: torch.dtype | str, options: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     spec = importlib.util.find_spec(EMBEDDED_PACKAGE.replace("-", "_"))
     if spec is None or spec.origin is None:
         log.info("%s is not installed; trying the hub for %s", EMBEDDED_PACKAGE, EMBEDDED_HUB_ID)
         try:
-            return _from_pretrained(EMBEDDED_HUB_ID, dtype)
+            return _from_pretrained(EMBEDDED_HUB_ID, dtype, options)
         except LoadingError as error:
             raise LoadingError(
                 f"the embedded model is not here and {EMBEDDED_HUB_ID} can't be reached; "
@@ -155,12 +203,12 @@ def _load_embedded(dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTraine
     if cached.is_dir():
         log.info("Loading the embedded model")
         try:
-            return _from_pretrained(str(cached), dtype)
+            return _from_pretrained(str(cached), dtype, options)
         except Exception as error:  # whatever is wrong with the copy, the original is at hand
             log.warning("The cached copy of the embedded model is damaged (%s); converting it anew", error)
             shutil.rmtree(cached)
     _convert(gguf, cached)
-    return _from_pretrained(str(cached), dtype)
+    return _from_pretrained(str(cached), dtype, options)
 
 
 def _convert(gguf: Path, target: Path) -> None:

@@ -1,7 +1,6 @@
 """One forward pass for all rows of a step, over the paged KV cache."""
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -9,10 +8,11 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from alignment_core.attention import native, sdpa
-from alignment_core.attention.paged_batch import PagedBatch
+from alignment_core.attention.paged_batch import PagedBatch, Plan
 from alignment_core.cpu.native import library
 from alignment_core.scheduler import Row, Step
 from alignment_core.sequence import Branch
+from alignment_core.tensor_parallel import Followers
 
 AttentionInterface.register(sdpa.NAME, sdpa.attend)
 AttentionInterface.register(native.NAME, native.attend)
@@ -22,12 +22,19 @@ class ModelRunner:
     """A transformers causal LM and the pool of keys and values that its layers share.
 
     The pool is [num_pages, page_size, num_kv_heads, head_dim] per layer, for keys and for values.
+    followers: the other processes of a model in several parts; they run every plan along.
     Raises ValueError if the architecture does not run every layer through our attention.
     """
 
-    def __init__(self, model: PreTrainedModel, num_pages: int, page_size: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, num_pages: int, page_size: int, followers: Followers | None = None
+    ) -> None:
         self.model = model
+        self.page_size = page_size
+        self.followers = followers
         self.num_forwards = 0
+        if followers is not None:
+            followers.tell((num_pages, page_size))
         has_kernels = model.device.type == "cpu" and model.dtype == torch.float32 and library() is not None
         model.set_attn_implementation(native.NAME if has_kernels else sdpa.NAME)
         config = model.config.get_text_config()
@@ -52,25 +59,20 @@ class ModelRunner:
             for place in range(-1 - len(step.drafts(sequence)), 0)
             for row in step.rows[sequence]
         ]
-        return self._run([row for rows in step.rows.values() for row in rows], wanted)
+        plan = Plan.of([row for rows in step.rows.values() for row in rows], wanted, self.page_size)
+        if self.followers is not None:
+            self.followers.tell(plan)
+        return self.run(plan)
 
     @torch.inference_mode()
-    def _run(self, rows: Sequence[Row], wanted: Sequence[tuple[Row, int]]) -> Tensor:
-        """wanted: rows, and which of their tokens counted from the end, −1 being the last."""
-        rows = sorted(rows, key=lambda row: row.num_tokens > 1)
+    def run(self, plan: Plan) -> Tensor:
+        """Float32 logits [wanted, V]."""
         device = self.model.device
-        paged = PagedBatch.of(rows, self._keys, self._values)
-        tokens = [token for row in rows for token in row.tokens]
-        ends, end = {}, 0
-        for row in rows:
-            end += row.num_tokens
-            ends[id(row)] = end
+        paged = PagedBatch.of(plan, self._keys, self._values)
         output = self.model(
-            input_ids=torch.tensor([tokens], device=device),
+            input_ids=torch.from_numpy(plan.token_ids).to(device)[None],
             position_ids=paged.position[None].long(),
-            logits_to_keep=torch.tensor(
-                [ends[id(row)] + place for row, place in wanted], dtype=torch.int64, device=device
-            ),
+            logits_to_keep=torch.from_numpy(plan.wanted).to(device),
             use_cache=False,
             paged=paged,
         )
@@ -86,7 +88,7 @@ class ModelRunner:
         """One token through the whole model: an architecture that can't be served fails here, not in a request."""
         row = Row(Branch(tokens=[0], pages=[0]), 0, 1)
         try:
-            self._run([row], [(row, -1)])
+            self.run(Plan.of([row], [(row, -1)], self.page_size))
         except TypeError as error:
             name = type(self.model).__name__
             raise ValueError(f"{name} does not pass its arguments on to transformers' attention interface") from error
@@ -114,5 +116,6 @@ def kv_bytes_per_token(model: PreTrainedModel) -> int:
 def _kv_heads_and_dim(model: PreTrainedModel) -> tuple[int, int]:
     config = model.config.get_text_config()
     num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    num_kv_heads //= getattr(model, "_tp_size", None) or 1
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return num_kv_heads, head_dim

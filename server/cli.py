@@ -57,6 +57,7 @@ def serve(args: list[str]) -> None:
             dtype=settings.dtype,
             quantization=settings.quantization,
             trust_remote_code=settings.trust_remote_code,
+            tensor_parallel_size=settings.tensor_parallel_size,
         )
         config = EngineConfig(
             max_model_len=settings.max_model_len,

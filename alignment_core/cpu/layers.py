@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alignment_core.attention import native
-from alignment_core.attention.paged_batch import LayerAttention, PagedBatch
+from alignment_core.attention.paged_batch import LayerAttention, PagedBatch, Plan
 from alignment_core.cpu.native import Layer, Shape, library
 from alignment_core.cpu.packing import PackedMatrix, Quantization, pack, packable
 from alignment_core.scheduler import Row
@@ -160,7 +160,8 @@ def _fused(model: PreTrainedModel, layer: nn.Module, index: int, quantization: Q
     attention, rotary = cast(Any, layer.self_attn), cast(Any, model.base_model.rotary_emb)
     head_dim: int = attention.head_dim
     pool = [torch.zeros(1, PROBE_TOKENS, attention.k_proj.out_features // head_dim, head_dim)] * (index + 1)
-    paged = PagedBatch.of([Row(Branch([0] * PROBE_TOKENS, [0]), 0, PROBE_TOKENS)], pool, [x.clone() for x in pool])
+    plan = Plan.of([Row(Branch([0] * PROBE_TOKENS, [0]), 0, PROBE_TOKENS)], [], PROBE_TOKENS)
+    paged = PagedBatch.of(plan, pool, [x.clone() for x in pool])
     generator = torch.Generator().manual_seed(index)
     fused: FusedLayer | None = None
     for start in (0, model.config.get_text_config().max_position_embeddings - PROBE_TOKENS):
