@@ -45,6 +45,8 @@ class EngineConfig:
     gpu_memory_utilization: share of the GPU's free memory that the KV cache takes.
     num_speculative_tokens: the longest draft of prompt lookup; 0 switches it off. None means 8 on a GPU
     and 0 on a CPU, where every row costs time.
+    overlap: launch every step before the tokens of the one before are known, so that the device never
+    waits for the host. None means on a GPU.
     """
 
     max_model_len: int | None = None
@@ -54,6 +56,27 @@ class EngineConfig:
     num_pages: int | None = None
     gpu_memory_utilization: float = 0.9
     num_speculative_tokens: int | None = None
+    overlap: bool | None = None
+
+
+class Flight:
+    """A step that has been launched, and the tokens that it draws: [S] int64, on the device."""
+
+    def __init__(self, step: Step, tokens: Tensor) -> None:
+        self.step = step
+        self.tokens = self._host = tokens
+        if tokens.is_cuda:
+            self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._host.copy_(tokens, non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+
+    def wait(self) -> list[int]:
+        """The tokens, once they are there."""
+        if self.tokens.is_cuda:
+            self._arrived.synchronize()
+        tokens: list[int] = self._host.tolist()
+        return tokens
 
 
 class Engine:
@@ -93,6 +116,9 @@ class Engine:
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._num_drafted = self._num_accepted = 0
+        overlaps = not on_cpu if config.overlap is None else config.overlap
+        self._overlaps = overlaps and loaded.followers is None  # they would have to be told the tokens
+        self._in_flight: Flight | None = None
         if on_cpu:
             release_threads()
 
@@ -209,23 +235,39 @@ class Engine:
     def step(self) -> bool:
         """One turn of the loop; False if there was nothing to compute."""
         self._take_in()
-        step = self.scheduler.schedule()
+        if self._in_flight and self.scheduler.awaits_drafts():
+            self._land_all()
+        step = self.scheduler.schedule(may_draft=self._in_flight is None)
         if not step.rows:
-            return False
-        logits = self.runner.forward(step)
-        self.scheduler.commit(step)
-        if step.drawing:
-            self._draw(logits, step)
+            return self._land_all()
+        flight = self._launch(step)
+        if self._overlaps and not step.has_drafts:
+            for place, sequence in enumerate(step.drawing):
+                sequence.expect(place)
+            self._land_all()
+            self._in_flight = flight
+        else:
+            self._land(flight)
         return True
 
-    def _draw(self, logits: Tensor, step: Step) -> None:
-        """Draw for every sequence, at its drafts too, and accept those that were drawn."""
-        places = [(s, len(s.output_ids) + i) for s in step.drawing for i in range(1 + len(step.drafts(s)))]
+    def _launch(self, step: Step) -> Flight:
+        """Run the step and draw for every sequence, at its drafts too."""
+        logits = self.runner.forward(step, self._in_flight.tokens if self._in_flight else None)
+        self.scheduler.commit(step)
+        places = [(s, s.num_drawn + i) for s in step.drawing for i in range(1 + len(step.drafts(s)))]
+        if not places:
+            return Flight(step, torch.empty(0, dtype=torch.int64, device=logits.device))
         sequences, positions = zip(*places, strict=True)
-        tokens = iter(sample(logits, sequences, positions))
-        for sequence in step.drawing:
-            drafts = step.drafts(sequence)
+        return Flight(step, sample(logits, sequences, positions))
+
+    def _land(self, flight: Flight) -> None:
+        """Accept the tokens that were drawn, and those drafts that are them; sequences may have ended meanwhile."""
+        tokens = iter(flight.wait())
+        for sequence in flight.step.drawing:
+            drafts = flight.step.drafts(sequence)
             drawn = list(itertools.islice(tokens, 1 + len(drafts)))
+            if sequence.request_id not in self._sequences:
+                continue
             num_accepted = 0
             for token, draft in zip(drawn, (*drafts, None), strict=True):
                 if not self._accept(sequence, token) or token != draft:
@@ -237,6 +279,13 @@ class Engine:
                 sequence.lookup.learn(len(drafts), num_accepted)
                 self._num_drafted += len(drafts)
                 self._num_accepted += num_accepted
+
+    def _land_all(self) -> bool:
+        """Wait for the step that is being computed; False if there is none."""
+        flight, self._in_flight = self._in_flight, None
+        if flight is not None:
+            self._land(flight)
+        return flight is not None
 
     def _loop(self) -> None:
         try:

@@ -49,9 +49,11 @@ class ModelRunner:
         self._values = [_zeros(shape, model.dtype, model.device) for _ in layers]
         self._check()
 
-    def forward(self, step: Step) -> Tensor:
+    def forward(self, step: Step, drawn: Tensor | None = None) -> Tensor:
         """Run the step. Returns float32 logits [rows, V] for the sequences in `step.drawing`, in that
         order: for its newest token and then for each draft, those of the sequence's branches in theirs.
+
+        drawn: the tokens of the step before, int64, where the host does not know them yet.
         """
         wanted = [
             (row, place)
@@ -62,15 +64,19 @@ class ModelRunner:
         plan = Plan.of([row for rows in step.rows.values() for row in rows], wanted, self.page_size)
         if self.followers is not None:
             self.followers.tell(plan)
-        return self.run(plan)
+        return self.run(plan, drawn)
 
     @torch.inference_mode()
-    def run(self, plan: Plan) -> Tensor:
+    def run(self, plan: Plan, drawn: Tensor | None = None) -> Tensor:
         """Float32 logits [wanted, V]."""
         device = self.model.device
+        token_ids = torch.from_numpy(plan.token_ids).to(device)
+        if (plan.token_ids < 0).any():
+            assert drawn is not None
+            token_ids = torch.where(token_ids < 0, drawn[(-1 - token_ids).clamp(min=0)], token_ids)
         paged = PagedBatch.of(plan, self._keys, self._values)
         output = self.model(
-            input_ids=torch.from_numpy(plan.token_ids).to(device)[None],
+            input_ids=token_ids[None],
             position_ids=paged.position[None].long(),
             logits_to_keep=torch.from_numpy(plan.wanted).to(device),
             use_cache=False,

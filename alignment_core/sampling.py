@@ -65,8 +65,8 @@ class Settings:
         return Settings(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
-def sample(logits: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> list[int]:
-    """Draw a token for every sequence; one that is there several times, at as many positions, gets several.
+def sample(logits: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> Tensor:
+    """Draw a token for every sequence; one that is there several times, at as many positions, gets several; [S] int64.
 
     logits: [rows, V] float32; each sequence's branches in order (principled, then base), in the
     order of `sequences`. positions: see `Settings.of`.
@@ -83,8 +83,7 @@ def sample(logits: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> lis
     if not decided.all():
         index = _lines(~decided)
         tokens[index] = choose(logits, y[index], mixing[index], settings[index])
-    chosen: list[int] = tokens.tolist()
-    return chosen
+    return tokens
 
 
 def _lines(mask: Tensor) -> Tensor | slice:

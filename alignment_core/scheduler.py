@@ -31,6 +31,7 @@ class Row:
 
     @property
     def tokens(self) -> list[int]:
+        """One that is being drawn is negative, see `Sequence.expect`."""
         return [*self.branch.tokens[self.start : self.end], *self.drafts]
 
 
@@ -46,6 +47,10 @@ class Step:
 
     def drafts(self, sequence: Sequence) -> tuple[int, ...]:
         return self.rows[sequence][0].drafts
+
+    @property
+    def has_drafts(self) -> bool:
+        return any(self.drafts(sequence) for sequence in self.drawing)
 
 
 class Scheduler:
@@ -79,20 +84,32 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
-    def schedule(self) -> Step:
-        """Plan the next step. Pages are allocated and published; `commit` must follow the forward pass."""
+    def awaits_drafts(self) -> bool:
+        """Whether the tokens that are being drawn should be known before the next step is planned."""
+        rows = sum(len(sequence.branches) for sequence in self.running)
+        if self.num_speculative_tokens == 0 or rows > SPECULATIVE_BATCH // 2:
+            return False
+        promises = [sequence.lookup.promises() for sequence in self.running]  # all are asked: they count their pauses
+        return any(promises)
+
+    def schedule(self, may_draft: bool = True) -> Step:
+        """Plan the next step. Pages are allocated and published; `commit` must follow the forward pass.
+
+        may_draft: whether all tokens drawn so far are known.
+        """
         step = Step()
         preemptions = self.num_preemptions
         for sequence in sorted(self.running, key=lambda s: (not s.is_decoding, s.is_decoding and s.last_turn)):
-            if sequence in self.running:
+            if sequence in self.running and sequence.num_drawn < sequence.max_tokens:
                 self._schedule(sequence, step)
         while self.waiting and self.num_preemptions == preemptions and self._admits(self.waiting[0], step):
             sequence = self.waiting.popleft()
             self.running.append(sequence)
             self.num_tokens_admitted += sum(len(branch.tokens) for branch in sequence.branches)
             self._schedule(sequence, step)
-        for sequence in step.drawing:
-            self._speculate(sequence, step)
+        if may_draft and self.num_speculative_tokens:
+            for sequence in step.drawing:
+                self._speculate(sequence, step)
         return step
 
     def commit(self, step: Step) -> None:

@@ -182,11 +182,22 @@ class Sequence:
         """Whether only the newest token of each branch is left to compute."""
         return all(branch.remaining == 1 for branch in self.branches)
 
-    def append(self, token_id: int) -> None:
-        """DESIGN section 2.6: the one token that was drawn goes to every branch."""
-        self.output_ids.append(token_id)
+    @property
+    def num_drawn(self) -> int:
+        """Tokens of the reply, the one that is being drawn included."""
+        return len(self.branches[0].tokens) - len(self.prompt.principled[0])
+
+    def expect(self, place: int) -> None:
+        """The step that has been launched draws the next token: until it is known, −1 − place stands for it."""
         for branch in self.branches:
-            branch.tokens.append(token_id)
+            branch.tokens.append(-1 - place)
+
+    def append(self, token_id: int) -> None:
+        """DESIGN section 2.6: the one token that was drawn goes to every branch, in the place kept for it if any."""
+        for branch, prompt in zip(self.branches, self.prompt.branches, strict=True):
+            place = len(prompt) + len(self.output_ids)
+            branch.tokens[place : place + 1] = [token_id]
+        self.output_ids.append(token_id)
 
     def usage(self) -> Usage:
         return Usage(

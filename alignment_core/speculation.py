@@ -15,7 +15,8 @@ LONGEST_PAUSE = 32  # steps
 class PromptLookup:
     """Drafts for one sequence.
 
-    tokens: the context so far, owned and lengthened by somebody else; never shortened.
+    tokens: the context so far, owned and lengthened by somebody else; never shortened. Its last one may
+    be unknown yet when `promises` is asked, never when `draft` is.
     """
 
     def __init__(self, tokens: list[int]) -> None:
@@ -26,17 +27,20 @@ class PromptLookup:
         self._misses = 0
         self._pause = 0
 
+    def promises(self) -> bool:
+        """Whether the tokens before the newest one have stood elsewhere, so that a draft is worth waiting for it."""
+        if self._pause:
+            self._pause -= 1
+            return False
+        return self._match(len(self._tokens) - 1) is not None
+
     def draft(self, most: int) -> list[int]:
         """Up to `most` tokens that followed the newest ones where they last stood; none where they are new."""
         if self._pause:
             self._pause -= 1
             return []
-        self._index()
-        for n in NGRAMS:
-            start = self._ends.get(tuple(self._tokens[-n:]))
-            if start is not None:
-                return self._continuation(start, min(most, self._length))
-        return []
+        start = self._match(len(self._tokens))
+        return [] if start is None else self._continuation(start, min(most, self._length))
 
     def learn(self, num_drafted: int, num_accepted: int) -> None:
         """Draft more after a draft that was right, less after one that was not, and pause after wrong ones."""
@@ -54,10 +58,12 @@ class PromptLookup:
             text.append(text[start - len(self._tokens) + len(text)])
         return text
 
-    def _index(self) -> None:
-        """All n-grams that have a token after them."""
-        for end in range(self._num_indexed, len(self._tokens)):
+    def _match(self, end: int) -> int | None:
+        """Where the context went on, the last time that it had the n-gram before `end`."""
+        for place in range(self._num_indexed, end):  # n-grams that have a token after them
             for n in NGRAMS:
-                if end >= n:
-                    self._ends[tuple(self._tokens[end - n : end])] = end
-        self._num_indexed = len(self._tokens)
+                if place >= n:
+                    self._ends[tuple(self._tokens[place - n : place])] = place
+        self._num_indexed = max(self._num_indexed, end)
+        starts = (self._ends.get(tuple(self._tokens[end - n : end])) for n in NGRAMS)
+        return next((start for start in starts if start is not None), None)

@@ -50,7 +50,7 @@ class Recorder:
 
     def __call__(self, logits: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> list[int]:
         self.logits.append(logits.clone())
-        self.chosen += sample(logits, sequences, positions)
+        self.chosen += sample(logits, sequences, positions).tolist()
         return self.chosen[-1:] if self.forced is None else [self.forced[len(self.logits) - 1]]
 
 

@@ -24,11 +24,11 @@ class LayerAttention:
 class Plan:
     """One forward pass in plain arrays: all that a process needs to know to run it. T query tokens in one line.
 
-    token_ids: [T] int64. row, position: [T] int32, of each query token. slots: [T] int64, the place in the
-    pool, page × page_size + offset, of each. page_table: [rows, longest row's pages] int32, padded with
-    page 0. context_lens: tokens of each row's context, its query tokens included. num_queries: query
-    tokens of each row; decodes, which have one, come first. wanted: int64, the tokens whose logits are
-    asked for.
+    token_ids: [T] int64; −1 − i is the i-th token that the step before draws. row, position: [T] int32,
+    of each query token. slots: [T] int64, the place in the pool, page × page_size + offset, of each.
+    page_table: [rows, longest row's pages] int32, padded with page 0. context_lens: tokens of each row's
+    context, its query tokens included. num_queries: query tokens of each row; decodes, which have one,
+    come first. wanted: int64, the tokens whose logits are asked for.
     """
 
     token_ids: "np.ndarray[Any, Any]"

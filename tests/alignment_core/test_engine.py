@@ -51,8 +51,9 @@ def test_the_two_forms_of_the_oracle_agree(tiny):
         {"page_size": 4, "num_pages": 400, "max_num_batched_tokens": 7},
         {"page_size": 3, "num_pages": 60},
         {"page_size": 4, "num_pages": 400, "max_num_seqs": 2},
+        {"page_size": 3, "num_pages": 60, "overlap": True},
     ],
-    ids=["together", "chunked", "preempted", "few at once"],
+    ids=["together", "chunked", "preempted", "few at once", "overlapped"],
 )
 def test_mixed_batches_equal_the_oracle(tiny, config):
     loaded, oracle = tiny
@@ -185,7 +186,7 @@ def test_an_abort_frees_the_pages_before_the_next_step(tiny):
 def test_a_dead_engine_tells_everyone(tiny, monkeypatch):
     loaded, _ = tiny
     engine = make_engine(loaded, num_pages=100)
-    monkeypatch.setattr(engine.runner, "forward", lambda _: 1 / 0)
+    monkeypatch.setattr(engine.runner, "forward", lambda *_: 1 / 0)
     ended = threading.Event()
     outputs = []
 
@@ -310,10 +311,17 @@ request = st.tuples(
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(requests=st.lists(request, min_size=1, max_size=6), budget=st.integers(4, 64), pages=st.integers(40, 90))
-def test_any_traffic_equals_the_oracle_and_leaves_no_page_behind(tiny, requests, budget, pages):
+@given(
+    requests=st.lists(request, min_size=1, max_size=6),
+    budget=st.integers(4, 64),
+    pages=st.integers(40, 90),
+    overlap=st.booleans(),
+    drafts=st.sampled_from([0, 4]),
+)
+def test_any_traffic_equals_the_oracle_and_leaves_no_page_behind(tiny, requests, budget, pages, overlap, drafts):
     loaded, oracle = tiny
-    engine = make_engine(loaded, page_size=3, num_pages=pages, max_num_batched_tokens=budget)
+    sizes = {"page_size": 3, "num_pages": pages, "max_num_batched_tokens": budget, "num_speculative_tokens": drafts}
+    engine = make_engine(loaded, overlap=overlap, **sizes)
     going = []
     arrivals = [(arrival, index) for index, (_, _, _, arrival, _) in enumerate(requests)]
     for now in range(10_000):
@@ -334,6 +342,41 @@ def test_any_traffic_equals_the_oracle_and_leaves_no_page_behind(tiny, requests,
         if token_ids(outputs):
             judge(oracle, prompt, outputs)
     assert engine.pool.num_free == pages
+
+
+def test_with_overlap_a_step_is_launched_before_the_tokens_of_the_last_are_known(tiny, monkeypatch):
+    """And nothing of it shows: neither a stop token nor max_tokens nor an abort lets a reply run on."""
+    loaded, oracle = tiny
+    engine = make_engine(loaded, num_pages=400, overlap=True)
+    unknown = []
+    forward = engine.runner.forward
+
+    def spy(step, drawn):
+        unknown.append(sum(token < 0 for rows in step.rows.values() for row in rows for token in row.tokens))
+        return forward(step, drawn)
+
+    monkeypatch.setattr(engine.runner, "forward", spy)
+    (outputs,) = run_all(engine, [(aligned(2.0), GREEDY)])
+    tokens = judge(oracle, aligned(2.0), outputs)
+    assert unknown == [0] + [2] * 11
+    for stop in set(tokens):
+        params = SamplingParams(temperature=0, max_tokens=12, stop_token_ids=frozenset({stop}))
+        (outputs,) = run_all(engine, [(aligned(2.0), params)])
+        assert token_ids(outputs) == tokens[: tokens.index(stop) + 1]
+        assert outputs[-1].usage.completion_tokens == len(token_ids(outputs))
+
+    aborted, other = [], []
+    request_id = engine.submit(aligned(2.0), GREEDY, aborted.append)
+    engine.submit(aligned(5.0), GREEDY, other.append)
+    for _ in range(5):
+        engine.step()
+    engine.abort(request_id)
+    while engine.step():
+        pass
+    assert aborted[-1].finish_reason == "abort"
+    assert token_ids(aborted) == tokens[:4]
+    assert len(judge(oracle, aligned(5.0), other)) == 12
+    assert engine.pool.num_free == engine.pool.num_pages
 
 
 def test_decodes_beyond_the_budget_take_turns(tiny):

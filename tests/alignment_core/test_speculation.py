@@ -65,8 +65,9 @@ def test_drafts_grow_while_they_are_right_and_pause_while_they_are_wrong():
         {"page_size": 4, "num_pages": 600, "max_num_batched_tokens": 20},
         {"page_size": 3, "num_pages": 90},
         {"page_size": 1, "num_pages": 2000, "max_num_seqs": 2},
+        {"page_size": 3, "num_pages": 90, "overlap": True},
     ],
-    ids=["together", "chunked", "preempted", "few at once"],
+    ids=["together", "chunked", "preempted", "few at once", "overlapped"],
 )
 def test_greedy_replies_equal_the_oracle(few_words, config):
     loaded, oracle = few_words
@@ -111,9 +112,10 @@ def test_a_reply_that_ends_within_a_draft_ends_there(few_words):
 
 def test_fewer_forwards_where_it_pays_and_no_drafts_where_the_step_is_full(few_words):
     loaded, _ = few_words
-    engine = make_engine(loaded, num_pages=600, num_speculative_tokens=8)
-    run_all(engine, [(prompts()[2], LONG)])
-    assert engine.runner.num_forwards < 38
+    for overlap in (False, True):
+        engine = make_engine(loaded, num_pages=600, num_speculative_tokens=8, overlap=overlap)
+        run_all(engine, [(prompts()[2], LONG)])
+        assert engine.runner.num_forwards < 38
     full = make_engine(loaded, num_pages=6000, num_speculative_tokens=8, max_num_batched_tokens=4096)
     run_all(full, [(prompts()[2], LONG)] * 33)
     assert full.stats().num_tokens_drafted == 0
