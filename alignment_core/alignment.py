@@ -65,22 +65,27 @@ def principled_logits(logits: Tensor, mixing: Mixing) -> Tensor:
     if mixing.principled.shape[1] > 1:
         total *= mixing.weights[:, :1]
         for i in range(1, mixing.principled.shape[1]):
-            line = (mixing.weights[:, i] != 0).nonzero().squeeze(1)
-            total[line] += mixing.weights[line, i, None] * logits[mixing.principled[line, i]]
+            weight = mixing.weights[:, i, None]
+            total += torch.where(weight != 0, weight * logits[mixing.principled[:, i]], 0)
     return total
 
 
-def direction(logits: Tensor, mixing: Mixing, tokens: Tensor) -> Tensor:
+def direction(logits: Tensor, mixing: Mixing, tokens: Tensor | None = None) -> Tensor:
     """Σ w_i r_i (z_i − z_b), to be added to the edited z_p (section 2.2 and 2.3).
 
     logits: [rows, V] float32, never edited, so that no −inf meets another. tokens: [S, K] int64,
-    where to compute it. Returns [S, K] float32; exactly 0 for a sequence without a base branch.
+    where to compute it; None means all V. Returns [S, K] float32; exactly 0 for a sequence without a
+    base branch.
     """
+
+    def of(rows: Tensor) -> Tensor:
+        return logits[rows] if tokens is None else logits[rows[:, None], tokens]
+
     coefficients = mixing.weights * mixing.ratios
-    base = logits[mixing.base[:, None], tokens]
+    base = of(mixing.base)
     total = torch.zeros_like(base)
     for i in range(mixing.principled.shape[1]):
-        total += coefficients[:, i, None] * (logits[mixing.principled[:, i, None], tokens] - base)
+        total += coefficients[:, i, None] * (of(mixing.principled[:, i]) - base)
     return total
 
 

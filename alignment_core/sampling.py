@@ -177,11 +177,11 @@ def draw(z: Tensor, settings: Settings) -> Tensor:
         mass = mass * _kept(mass, settings)
     else:
         mass = mass * (mass >= settings.min_p[:, None])
-    return torch.where(greedy, first.squeeze(1), _inverse(mass, settings.uniform))
+    return torch.where(greedy, first.squeeze(1), inverse_transform(mass, settings.uniform))
 
 
-def _inverse(mass: Tensor, uniform: Tensor) -> Tensor:
-    """The first place where the running sum passes uniform × total; [S] int64. By blocks, then within one."""
+def inverse_transform(mass: Tensor, uniform: Tensor) -> Tensor:
+    """The first place where the running sum of mass, [S, K], passes uniform × total; [S] int64."""
     blocks = pad(mass, (0, -mass.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))  # type: ignore[no-untyped-call]
     sums = blocks.sum(dim=-1).double().cumsum(dim=-1)
     target = _below(uniform[:, None] * sums[:, -1:], sums[:, -1:])

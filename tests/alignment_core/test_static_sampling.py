@@ -1,0 +1,101 @@
+"""The draw in fixed shapes against the one that looks at what it has."""
+
+import pytest
+import torch
+
+from alignment_core.alignment import Mixing, principled_logits
+from alignment_core.sampling import choose
+from alignment_core.static_sampling import Filters, draw, leading
+from tests.alignment_core.test_alignment import CPU, settings
+
+CASES = [
+    {},
+    {"temperature": 0.0},
+    {"temperature": 0.3},
+    {"aligned": True, "nucleus_top_p": 0.8, "nucleus_temperature": 0.5, "temperature": 0.0},
+    {"aligned": True, "nucleus_top_p": 0.8},
+    {"aligned": True, "nucleus_top_p": 0.95, "top_k": 3, "top_p": 0.9},
+    {"aligned": True, "nucleus_top_p": 0.99, "min_p": 0.1, "temperature": 2.0},
+    {"aligned": True, "nucleus_top_p": 1e-45},
+    {"nucleus_top_p": 0.8, "nucleus_temperature": 3.0, "temperature": 3.0},
+    {"top_k": 5, "top_p": 0.7, "min_p": 0.05},
+    {"top_k": 1},
+    {"top_k": 1 << 62},
+    {"top_p": 1e-45},
+    {"temperature": 1e-30},
+]
+
+
+def step(filters, lines, ties):
+    """Logits of two rows a sequence; with ties, of no more than some dozens of different values."""
+    logits = torch.randn(2 * lines, 3000) * 4
+    if ties:
+        logits = (logits * 2).round() / 2
+    aligned = filters.get("aligned", False)
+    mixing = Mixing.plan([((1.0,), (2.0 * aligned,), True)] * lines, CPU)
+    return logits, mixing, settings(lines, **filters)
+
+
+def expected(logits, mixing, asked):
+    y = principled_logits(logits, mixing)
+    decided = ~asked.aligned & (asked.temperature == 0)  # these are never asked of `choose`
+    return y.argmax(dim=-1) if decided.all() else choose(logits, y, mixing, asked)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("filters", CASES, ids=str)
+def test_it_draws_the_same_tokens(filters, ties):
+    torch.manual_seed(5)
+    logits, mixing, asked = step(filters, 64, ties)
+    drawn = draw(logits, mixing, asked, Filters.of(asked))
+    assert torch.equal(drawn, expected(logits, mixing, asked))
+    assert len(set(drawn.tolist())) > 1
+
+
+def test_sequences_of_all_kinds_in_one_step():
+    torch.manual_seed(6)
+    logits = torch.randn(2 * len(CASES), 3000) * 4
+    values = {
+        "aligned": False,
+        "nucleus_top_p": 1.0,
+        "nucleus_temperature": 1.0,
+        "temperature": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "top_p": 1.0,
+    }
+    asked = settings(len(CASES), **{name: [c.get(name, value) for c in CASES] for name, value in values.items()})
+    mixing = Mixing.plan([((1.0,), (2.0 * c.get("aligned", False),), True) for c in CASES], CPU)
+    together = draw(logits, mixing, asked, Filters.of(asked))
+    for i, case in enumerate(CASES):
+        index = torch.tensor([i])
+        alone = draw(logits, mixing[index], asked[index], Filters.of(asked[index]))
+        assert alone == together[i] == expected(logits, mixing[index], asked[index]), case
+
+
+def test_filters_that_nobody_asks_for_are_left_out():
+    assert Filters.of(settings(3)) == Filters(nucleus=False, top_k=False, top_p=False, random=True)
+    mixed = settings(3, temperature=0.0, top_k=[0, 1, 0], top_p=[1.0, 1.0, 0.5], nucleus_top_p=[0.8, 1.0, 1.0])
+    assert Filters.of(mixed) == Filters(nucleus=True, top_k=True, top_p=True, random=False)
+
+
+def test_several_principles():
+    torch.manual_seed(7)
+    logits = torch.randn(5, 500) * 3
+    mixing = Mixing.plan([((0.25, 0.75), (1.0, 3.0), True), ((1.0,), (2.0,), True)], CPU)
+    asked = settings(2, aligned=True, nucleus_top_p=0.9)
+    assert torch.equal(draw(logits, mixing, asked, Filters.of(asked)), expected(logits, mixing, asked))
+
+
+def test_leading_against_sorting():
+    torch.manual_seed(8)
+    x = torch.randn(50, 400).mul(3).round()
+    x[:, ::7] = -torch.inf
+    x[:, 3] = -0.0
+    weight = x.exp()
+    limit = torch.rand(50) * weight.sum(dim=-1)
+    kept = leading(x, weight, limit)
+    for line in range(50):
+        order = torch.sort(x[line], descending=True, stable=True).indices
+        before = weight[line][order].double().cumsum(0) - weight[line][order]
+        assert set(kept[line].nonzero().flatten().tolist()) == set(order[before < limit[line]].tolist())
