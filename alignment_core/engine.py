@@ -20,13 +20,17 @@ from alignment_core.cpu.native import release_threads
 from alignment_core.detokenizer import TextStream
 from alignment_core.kv_cache import PagePool
 from alignment_core.loading import LoadedModel, load
-from alignment_core.model_runner import ModelRunner, kv_bytes_per_token
+from alignment_core.model_runner import ModelRunner, RunnerConfig
 from alignment_core.prompts import DEFAULT_RATIO, Message, Placement, Principle, PromptBuilder
 from alignment_core.sampling import sample
-from alignment_core.scheduler import Scheduler, Step
+from alignment_core.scheduler import SPECULATIVE_BATCH, Scheduler, Step
 from alignment_core.sequence import FinishReason, InvalidRequest, Output, Prompt, SamplingParams, Sequence, Stats
+from alignment_core.static_sampling import StaticSampler
 
 log = logging.getLogger(__name__)
+
+
+Sampler = Callable[[Tensor, Seq[Sequence], Seq[int]], Tensor]
 
 
 class EngineDead(RuntimeError):
@@ -42,29 +46,40 @@ class EngineConfig:
     max_num_batched_tokens: query tokens of one forward pass; streams stall for as long as it takes, so
     None means 128 on a CPU, where longer ones are not quicker by the token, and 2048 on a GPU.
     num_pages × page_size: tokens in the KV cache, all branches together.
-    gpu_memory_utilization: share of the GPU's free memory that the KV cache takes.
+    gpu_memory_utilization: share of the GPU memory that weights and steps leave, for the KV cache.
+    kv_cache_dtype: auto (the model's), or a dtype of torch, such as float8_e4m3fn.
     num_speculative_tokens: the longest draft of prompt lookup; 0 switches it off. None means 8 on a GPU
     and 0 on a CPU, where every row costs time.
-    overlap: launch every step before the tokens of the one before are known, so that the device never
-    waits for the host. None means on a GPU.
+    batch_invariant: a reply does not depend on what else is in the batch. Always so on a CPU.
+    static: decodes run in a few fixed shapes (CUDA graphs), the device draws the tokens, and every step is
+    launched before those of the one before are known, so that the device never waits for the host. None
+    means on a GPU.
+    enforce_eager: neither CUDA graphs nor torch.compile.
     """
 
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None
-    page_size: int = 16
+    page_size: int | None = None
     num_pages: int | None = None
     gpu_memory_utilization: float = 0.9
     num_speculative_tokens: int | None = None
-    overlap: bool | None = None
+    kv_cache_dtype: str = "auto"
+    batch_invariant: bool = False
+    static: bool | None = None
+    enforce_eager: bool = False
 
 
 class Flight:
-    """A step that has been launched, and the tokens that it draws: [S] int64, on the device."""
+    """A step that has been launched, and the tokens that it draws.
+
+    tokens: [S] int64, on the device.
+    """
 
     def __init__(self, step: Step, tokens: Tensor) -> None:
         self.step = step
-        self.tokens = self._host = tokens
+        self._host = tokens.clone()  # the next step draws to the same place
+        self._arrived = None
         if tokens.is_cuda:
             self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
             self._host.copy_(tokens, non_blocking=True)
@@ -73,7 +88,7 @@ class Flight:
 
     def wait(self) -> list[int]:
         """The tokens, once they are there."""
-        if self.tokens.is_cuda:
+        if self._arrived is not None:
             self._arrived.synchronize()
         tokens: list[int] = self._host.tolist()
         return tokens
@@ -95,16 +110,29 @@ class Engine:
         num_speculative_tokens = config.num_speculative_tokens
         if num_speculative_tokens is None:
             num_speculative_tokens = 0 if on_cpu else 8
-        if min(config.max_num_seqs, max_num_batched_tokens, config.page_size) < 1:
+        if min(config.max_num_seqs, max_num_batched_tokens, 1 if config.page_size is None else config.page_size) < 1:
             raise ValueError(f"the sizes must be 1 at least: {config}")
         self.model_id = loaded.id
         self.tokenizer = loaded.tokenizer
         self.max_model_len = config.max_model_len or loaded.max_model_len
         if self.max_model_len > loaded.max_model_len:
             raise ValueError(f"max_model_len is {self.max_model_len}, but the model's context {loaded.max_model_len}")
-        num_pages = config.num_pages or _num_pages(loaded, config, self.max_model_len)
-        self.runner = ModelRunner(loaded.model, num_pages, config.page_size, loaded.followers)
-        self.pool = PagePool(num_pages, config.page_size)
+        static = not on_cpu if config.static is None else config.static
+        runner_config = RunnerConfig(
+            page_size=config.page_size,
+            max_model_len=self.max_model_len,
+            max_rows=config.max_num_seqs + max(config.max_num_seqs, SPECULATIVE_BATCH) if static else 0,
+            kv_cache_dtype=config.kv_cache_dtype,
+            batch_invariant=config.batch_invariant,
+            eager=config.enforce_eager,
+        )
+        self.runner = ModelRunner(loaded.model, runner_config, loaded.followers)
+        num_pages = config.num_pages or _num_pages(self.runner, config, self.max_model_len, max_num_batched_tokens)
+        self.runner.allocate(num_pages)
+        self.pool = PagePool(num_pages, self.runner.page_size)
+        self._sample: Sampler = sample
+        if static:
+            self._sample = StaticSampler(self.runner).sample
         self.scheduler = Scheduler(self.pool, config.max_num_seqs, max_num_batched_tokens, num_speculative_tokens)
         self.prompts = PromptBuilder(loaded.tokenizer, self.max_model_len)
         self.error: BaseException | None = None
@@ -116,8 +144,7 @@ class Engine:
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._num_drafted = self._num_accepted = 0
-        overlaps = not on_cpu if config.overlap is None else config.overlap
-        self._overlaps = overlaps and loaded.followers is None  # they would have to be told the tokens
+        self._overlaps = static and loaded.followers is None  # they would have to be told the tokens
         self._in_flight: Flight | None = None
         if on_cpu:
             release_threads()
@@ -252,13 +279,13 @@ class Engine:
 
     def _launch(self, step: Step) -> Flight:
         """Run the step and draw for every sequence, at its drafts too."""
-        logits = self.runner.forward(step, self._in_flight.tokens if self._in_flight else None)
+        logits = self.runner.forward(step)
         self.scheduler.commit(step)
         places = [(s, s.num_drawn + i) for s in step.drawing for i in range(1 + len(step.drafts(s)))]
         if not places:
             return Flight(step, torch.empty(0, dtype=torch.int64, device=logits.device))
         sequences, positions = zip(*places, strict=True)
-        return Flight(step, sample(logits, sequences, positions))
+        return Flight(step, self._sample(logits, sequences, positions))
 
     def _land(self, flight: Flight) -> None:
         """Accept the tokens that were drawn, and those drafts that are them; sequences may have ended meanwhile."""
@@ -395,19 +422,23 @@ def _lengths(lengths: list[int]) -> str:
     return f"{max(lengths)} (with the principle; {min(lengths)} without)"
 
 
-def _num_pages(loaded: LoadedModel, config: EngineConfig, max_model_len: int) -> int:
+def _num_pages(runner: ModelRunner, config: EngineConfig, max_model_len: int, max_num_batched_tokens: int) -> int:
     """Room for at least one aligned sequence of full length; more where memory allows."""
-    least = 2 * -(-max_model_len // config.page_size)
-    page_bytes = config.page_size * kv_bytes_per_token(loaded.model)
-    if loaded.model.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(loaded.model.device)
-        budget = int(free * config.gpu_memory_utilization)
+    least = 2 * -(-max_model_len // runner.page_size)
+    if runner.model.device.type == "cuda":
+        num_rows = max(runner.config.max_rows, 1)
+        taken = runner.activation_bytes(max_num_batched_tokens, num_rows)
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(runner.model.device)
+        budget = int((free - taken) * config.gpu_memory_utilization)
     else:
-        budget = max(least * page_bytes, 1 << 30)
+        budget = max(least * runner.page_bytes(), 1 << 30)
         budget = min(budget, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
-    num_pages = budget // page_bytes
+    num_pages = budget // runner.page_bytes()
+    if num_pages < 1:
+        raise ValueError("there is no memory left for a KV cache")
     if num_pages < least:
         log.warning(
-            "The KV cache holds %d tokens: too few for an aligned reply of full length", num_pages * config.page_size
+            "The KV cache holds %d tokens: too few for an aligned reply of full length", num_pages * runner.page_size
         )
     return num_pages

@@ -1,59 +1,125 @@
 """One forward pass for all rows of a step, over the paged KV cache."""
 
+import logging
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
-from alignment_core.attention import native, sdpa
-from alignment_core.attention.paged_batch import PagedBatch, Plan
+from alignment_core.attention import native, sdpa, varlen
+from alignment_core.attention.paged_batch import PagedBatch, Plan, to_device
+from alignment_core.batch_invariant import run_in_blocks
 from alignment_core.cpu.native import library
+from alignment_core.cuda_graphs import Graphs, padded_size
 from alignment_core.scheduler import Row, Step
 from alignment_core.sequence import Branch
+from alignment_core.static_decodes import StaticDecodes, resolve
 from alignment_core.tensor_parallel import Followers
+
+log = logging.getLogger(__name__)
 
 AttentionInterface.register(sdpa.NAME, sdpa.attend)
 AttentionInterface.register(native.NAME, native.attend)
+AttentionInterface.register(varlen.NAME, varlen.attend)
+
+CPU_PAGE_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerConfig:
+    """What all processes of a model must agree on.
+
+    page_size: tokens; None means the smallest that the attention kernels take.
+    max_model_len: tokens of the longest row. max_rows: the most rows of a decode step in fixed shapes;
+    0 means that all shapes are as they come.
+    kv_cache_dtype: auto (the model's) or the name of a torch dtype.
+    batch_invariant: no number depends on what else is in the batch.
+    eager: neither CUDA graphs nor torch.compile.
+    """
+
+    page_size: int | None
+    max_model_len: int
+    max_rows: int = 0
+    kv_cache_dtype: str = "auto"
+    batch_invariant: bool = False
+    eager: bool = False
 
 
 class ModelRunner:
     """A transformers causal LM and the pool of keys and values that its layers share.
 
-    The pool is [num_pages, page_size, num_kv_heads, head_dim] per layer, for keys and for values.
-    followers: the other processes of a model in several parts; they run every plan along.
-    Raises ValueError if the architecture does not run every layer through our attention.
+    The pool is [num_pages + 1, page_size, num_kv_heads, head_dim] per layer, for keys and for values; its
+    last page is nobody's, for rows that only fill a batch up. `allocate` makes it.
+    followers: the other processes of a model in several parts; they do everything along.
+    Raises ValueError if the architecture does not run every layer through our attention, or the
+    configuration is one that can't be.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, num_pages: int, page_size: int, followers: Followers | None = None
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, config: RunnerConfig, followers: Followers | None = None) -> None:
         self.model = model
-        self.page_size = page_size
+        self.config = config
         self.followers = followers
         self.num_forwards = 0
         if followers is not None:
-            followers.tell((num_pages, page_size))
-        has_kernels = model.device.type == "cpu" and model.dtype == torch.float32 and library() is not None
-        model.set_attn_implementation(native.NAME if has_kernels else sdpa.NAME)
-        config = model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+            followers.tell(config)
+        kinds = set(getattr(_text_config(model), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
         if kinds:
             raise ValueError(
                 f"{type(model).__name__} has layers of a kind that can't be served: {', '.join(sorted(kinds))}"
             )
-        shape = (num_pages, page_size, *_kv_heads_and_dim(model))
-        layers = range(config.num_hidden_layers)
-        self._keys = [_zeros(shape, model.dtype, model.device) for _ in layers]
-        self._values = [_zeros(shape, model.dtype, model.device) for _ in layers]
+        self.backend, self.page_size = _choose_backend(model, config)
+        model.set_attn_implementation(self.backend)
+        self.kv_dtype: torch.dtype = (
+            model.dtype if config.kv_cache_dtype == "auto" else getattr(torch, config.kv_cache_dtype)
+        )
+        if self.backend == native.NAME and self.kv_dtype != torch.float32:
+            raise ValueError(f"the KV cache of a CPU is float32, not {config.kv_cache_dtype}")
+        self._static: StaticDecodes | None = None
+        self._make_pool(1)
         self._check()
+        if config.batch_invariant and model.device.type == "cuda":
+            if self.backend != varlen.NAME:
+                raise ValueError("batch_invariant needs attention that is; on CUDA, flash attention in 16 bits")
+            run_in_blocks(model)
+        elif self.captures:
+            compile_layers(model)
 
-    def forward(self, step: Step, drawn: Tensor | None = None) -> Tensor:
+    @property
+    def captures(self) -> bool:
+        """Whether decode steps become CUDA graphs; other backends need to know the lengths of contexts."""
+        return self.backend == varlen.NAME and self.model.device.type == "cuda" and not self.config.eager
+
+    def allocate(self, num_pages: int) -> None:
+        """Make the pool, and what decodes in fixed shapes need."""
+        if self.followers is not None:
+            self.followers.tell(num_pages)
+        self._make_pool(num_pages)
+        config, device = self.config, self.model.device
+        if config.max_rows:
+            max_rows = padded_size(config.max_rows)
+            self.graphs = Graphs(device, self.captures)
+            self.logits = torch.zeros(max_rows, _text_config(self.model).vocab_size, device=device)
+            self.drawn = torch.zeros(max_rows, dtype=torch.int64, device=device)
+            self._static = StaticDecodes(
+                self._call,
+                self.logits,
+                self.drawn,
+                self._keys,
+                self._values,
+                spare_page=num_pages,
+                max_pages=-(-config.max_model_len // self.page_size),
+                graphs=self.graphs,
+            )
+            if self.captures:
+                self._static.warm_up()
+
+    def forward(self, step: Step) -> Tensor:
         """Run the step. Returns float32 logits [rows, V] for the sequences in `step.drawing`, in that
         order: for its newest token and then for each draft, those of the sequence's branches in theirs.
-
-        drawn: the tokens of the step before, int64, where the host does not know them yet.
         """
         wanted = [
             (row, place)
@@ -64,31 +130,45 @@ class ModelRunner:
         plan = Plan.of([row for rows in step.rows.values() for row in rows], wanted, self.page_size)
         if self.followers is not None:
             self.followers.tell(plan)
-        return self.run(plan, drawn)
+        return self.run(plan)
 
     @torch.inference_mode()
-    def run(self, plan: Plan, drawn: Tensor | None = None) -> Tensor:
-        """Float32 logits [wanted, V]."""
-        device = self.model.device
-        token_ids = torch.from_numpy(plan.token_ids).to(device)
-        if (plan.token_ids < 0).any():
-            assert drawn is not None
-            token_ids = torch.where(token_ids < 0, drawn[(-1 - token_ids).clamp(min=0)], token_ids)
-        paged = PagedBatch.of(plan, self._keys, self._values)
-        output = self.model(
-            input_ids=token_ids[None],
-            position_ids=paged.position[None].long(),
-            logits_to_keep=torch.from_numpy(plan.wanted).to(device),
-            use_cache=False,
-            paged=paged,
-        )
+    def run(self, plan: Plan) -> Tensor:
+        """Float32 logits [wanted, V]; with fixed shapes, valid until the next run."""
         self.num_forwards += 1
+        if self._static is not None and plan.is_decode and len(plan.num_queries) <= len(self.logits):
+            return self._static.run(plan)[: len(plan.wanted)]
+        device = self.model.device
+        paged = PagedBatch.of(plan, self._keys, self._values, self.config.batch_invariant)
+        token_ids = to_device(plan.token_ids, device)
+        if (plan.token_ids < 0).any():
+            token_ids = resolve(token_ids, self.drawn)
+        logits = self._call(token_ids, paged, to_device(plan.wanted, device))
         if len(paged.layers) != len(self._keys):
             raise ValueError(
                 f"{type(self.model).__name__} has layers that do not use transformers' attention interface"
             )
-        logits: Tensor = output.logits[0]
+        if self._static is not None and len(logits) <= len(self.logits):
+            return self.logits[: len(logits)].copy_(logits)
         return logits.float()
+
+    def _call(self, token_ids: Tensor, paged: PagedBatch, wanted: Tensor | int = 0) -> Tensor:
+        output = self.model(
+            input_ids=token_ids[None],
+            position_ids=paged.position[None].long(),
+            logits_to_keep=wanted,
+            use_cache=False,
+            paged=paged,
+        )
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def _make_pool(self, num_pages: int) -> None:
+        self._keys, self._values = [], []
+        shape = (num_pages + 1, self.page_size, *_kv_heads_and_dim(self.model))
+        for _ in range(_text_config(self.model).num_hidden_layers):
+            self._keys.append(_zeros(shape, self.kv_dtype, self.model.device))
+            self._values.append(_zeros(shape, self.kv_dtype, self.model.device))
 
     def _check(self) -> None:
         """One token through the whole model: an architecture that can't be served fails here, not in a request."""
@@ -99,6 +179,54 @@ class ModelRunner:
             name = type(self.model).__name__
             raise ValueError(f"{name} does not pass its arguments on to transformers' attention interface") from error
         self.num_forwards = 0
+
+    def page_bytes(self) -> int:
+        """Bytes that one page takes, all layers together."""
+        num_kv_heads, head_dim = _kv_heads_and_dim(self.model)
+        return 2 * len(self._keys) * self.page_size * num_kv_heads * head_dim * self.kv_dtype.itemsize
+
+    def activation_bytes(self, num_tokens: int, num_wanted: int) -> int:
+        """Bytes of CUDA memory that a step takes beside weights and pool, at most."""
+        num_pages = -(-num_tokens // self.page_size)
+        row = Row(Branch(tokens=[0] * num_tokens, pages=[0] * num_pages), 0, num_tokens)
+        plan = Plan.of([row], [(row, -1)] * num_wanted, self.page_size)
+        if self.followers is not None:
+            self.followers.tell(plan)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self.run(plan)
+        self.num_forwards = 0
+        most: int = torch.cuda.max_memory_allocated()
+        return most - before
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Let torch fuse what decoder layers do around their attention."""
+    attend = torch.compiler.disable(varlen.attend)  # type: ignore[no-untyped-call]
+    AttentionInterface.register(varlen.NAME, attend)
+    for layer in model.get_decoder().layers:
+        layer.compile(dynamic=True)
+
+
+def _choose_backend(model: PreTrainedModel, config: RunnerConfig) -> tuple[str, int]:
+    """The name of the attention, and the page size."""
+    text_config, device, dtype = _text_config(model), model.device, model.dtype
+    if device.type == "cpu" and dtype == torch.float32 and library() is not None:
+        return native.NAME, config.page_size or CPU_PAGE_SIZE
+    flash = (
+        device.type == "cuda"
+        and dtype in (torch.float16, torch.bfloat16)
+        and config.kv_cache_dtype in ("auto", str(dtype).removeprefix("torch."))
+        and getattr(text_config, "attn_logit_softcapping", None) is None
+    )
+    if flash:
+        num_kv_heads, head_dim = _kv_heads_and_dim(model)
+        num_heads = text_config.num_attention_heads * num_kv_heads // _num_kv_heads(text_config)
+        least = varlen.smallest_page(num_heads, num_kv_heads, head_dim, dtype, device)
+        if least and (config.page_size or least) % least == 0:
+            return varlen.NAME, config.page_size or least
+        log.warning("torch has no flash attention for this model and GPU; a slower one takes its place")
+    return sdpa.NAME, config.page_size or CPU_PAGE_SIZE
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -111,17 +239,17 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
-def kv_bytes_per_token(model: PreTrainedModel) -> int:
-    """Bytes that one token of one branch takes in the pool, all layers together."""
-    num_kv_heads, head_dim = _kv_heads_and_dim(model)
-    layers: int = model.config.get_text_config().num_hidden_layers
-    itemsize: int = model.dtype.itemsize
-    return 2 * layers * num_kv_heads * head_dim * itemsize
+def _text_config(model: PreTrainedModel) -> Any:
+    return model.config.get_text_config()
+
+
+def _num_kv_heads(config: Any) -> int:
+    num: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return num
 
 
 def _kv_heads_and_dim(model: PreTrainedModel) -> tuple[int, int]:
-    config = model.config.get_text_config()
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    num_kv_heads //= getattr(model, "_tp_size", None) or 1
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return num_kv_heads, head_dim
+    """Of this process's part of the model."""
+    config = _text_config(model)
+    num_kv_heads = _num_kv_heads(config) // (getattr(model, "_tp_size", None) or 1)
+    return num_kv_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -61,6 +61,9 @@ class Settings:
             uniform=torch.tensor([uniform(*numbers) for numbers in counter], dtype=torch.float64, device=device),
         )
 
+    def to(self, device: torch.device) -> "Settings":
+        return Settings(*(getattr(self, field.name).to(device) for field in fields(self)))
+
     def __getitem__(self, index: Tensor | slice) -> "Settings":
         return Settings(*(getattr(self, field.name)[index] for field in fields(self)))
 
@@ -185,11 +188,11 @@ def inverse_transform(mass: Tensor, uniform: Tensor) -> Tensor:
     blocks = pad(mass, (0, -mass.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))  # type: ignore[no-untyped-call]
     sums = blocks.sum(dim=-1).double().cumsum(dim=-1)
     target = _below(uniform[:, None] * sums[:, -1:], sums[:, -1:])
-    block = torch.searchsorted(sums, target, right=True)
+    block = torch.searchsorted(sums, target, right=True).clamp(max=blocks.shape[1] - 1)  # only NaN is beyond
     target = target - torch.where(block == 0, 0.0, sums.gather(1, (block - 1).clamp(min=0)))
     within = blocks[torch.arange(len(mass), device=mass.device), block.squeeze(1)].double().cumsum(dim=-1)
     place = torch.searchsorted(within, _below(target, within[:, -1:]), right=True)
-    return (block * BLOCK + place).squeeze(1)
+    return (block * BLOCK + place).squeeze(1).clamp(max=mass.shape[1] - 1)
 
 
 def _below(x: Tensor, limit: Tensor) -> Tensor:

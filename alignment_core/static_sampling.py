@@ -5,13 +5,18 @@ Where `sampling` sorts the few tokens that matter, this looks for the threshold 
 find, bit by bit: a float's bits, read as an integer, are in the order of the floats.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from alignment_core.alignment import Mixing, direction, principled_logits
+from alignment_core.attention.paged_batch import to_device
+from alignment_core.cuda_graphs import padded_size
+from alignment_core.model_runner import ModelRunner
 from alignment_core.sampling import Settings, inverse_transform
+from alignment_core.sequence import Sequence
 
 DIGIT = 4  # bits that one pass over the vocabulary finds
 TINY = torch.finfo(torch.float32).tiny
@@ -37,6 +42,67 @@ class Filters:
         )
 
 
+class StaticSampler:
+    """Draws on the device that the runner is on, from `runner.logits` to `runner.drawn`: as CUDA graphs, one for
+    each padded number of sequences and each set of filters.
+    """
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self._asked = torch.zeros(len(NOBODY), len(runner.drawn), dtype=torch.float64, device=runner.drawn.device)
+        self._draw = torch.compile(draw, dynamic=True) if runner.captures else draw
+
+    def sample(self, logits: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> Tensor:
+        """As `sampling.sample`; the result is valid until the next draw."""
+        runner, host = self._runner, torch.device("cpu")
+        prompts = [sequence.prompt for sequence in sequences]
+        mixing = Mixing.plan([(p.weights, p.ratios, p.base is not None) for p in prompts], host)
+        settings = Settings.of(sequences, positions, host)
+        filters = Filters.of(settings)
+        drawn = runner.drawn[: len(sequences)]
+        if mixing.principled.shape[1] > 1 or logits.data_ptr() != runner.logits.data_ptr():
+            device = logits.device
+            return drawn.copy_(draw(logits, mixing.to(device), settings.to(device), filters))
+        size = len(runner.drawn) if runner.config.batch_invariant else padded_size(len(sequences))
+        self._asked[:, :size].copy_(to_device(_pack(mixing, settings, size).numpy(), drawn.device))
+        runner.graphs.run(("draw", size, filters), lambda: self._step(size, filters))
+        return drawn
+
+    def _step(self, size: int, filters: Filters) -> None:
+        mixing, settings = _unpack(self._asked[:, :size])
+        self._runner.drawn[:size].copy_(self._draw(self._runner.logits, mixing, settings, filters))
+
+
+# What the lines that only fill a step up ask for, in the order of _pack: the best token of row 0.
+NOBODY = (0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+
+
+def _pack(mixing: Mixing, settings: Settings, size: int) -> Tensor:
+    """[12, size] float64, in which float32 and row numbers are exact: one copy to the device instead of twelve."""
+    lines = [mixing.principled[:, 0], mixing.weights[:, 0], mixing.ratios[:, 0], mixing.base]
+    lines += [getattr(settings, field.name) for field in fields(settings)]
+    packed = torch.tensor(NOBODY, dtype=torch.float64)[:, None].repeat(1, size)
+    packed[:, : len(mixing.base)] = torch.stack([line.double() for line in lines])
+    return packed
+
+
+def _unpack(packed: Tensor) -> tuple[Mixing, Settings]:
+    principled, weights, ratios, base, aligned, *filters, top_k, min_p, top_p, uniform = packed
+    nucleus_top_p, nucleus_temperature, temperature = (line.float() for line in filters)
+    mixing = Mixing(principled.long()[:, None], weights.float()[:, None], ratios.float()[:, None], base.long())
+    settings = Settings(
+        aligned=aligned.bool(),
+        nucleus_top_p=nucleus_top_p,
+        nucleus_temperature=nucleus_temperature,
+        temperature=temperature,
+        top_k=top_k.long(),
+        min_p=min_p.float(),
+        top_p=top_p.float(),
+        uniform=uniform,
+    )
+    return mixing, settings
+
+
 def draw(logits: Tensor, mixing: Mixing, settings: Settings, filters: Filters) -> Tensor:
     """One token a sequence, [S] int64: DESIGN sections 2.1 to 2.5.
 
@@ -47,10 +113,12 @@ def draw(logits: Tensor, mixing: Mixing, settings: Settings, filters: Filters) -
     if filters.nucleus:
         best = y.amax(dim=-1, keepdim=True)
         mass = ((y - best) / settings.nucleus_temperature[:, None]).exp()
-        z = z.masked_fill(~leading(y, mass, _share(settings.nucleus_top_p, mass)), -torch.inf)
+        kept = leading(y, mass, _share(settings.nucleus_top_p, mass))
+        z = z.masked_fill(~kept, -torch.inf)
     if filters.top_k:
         limit = torch.where(settings.top_k > 0, settings.top_k.float(), torch.inf)
-        z = z.masked_fill(~leading(z, torch.ones_like(z), limit), -torch.inf)
+        kept = leading(z, torch.ones_like(z), limit)
+        z = z.masked_fill(~kept, -torch.inf)
     best, first = z.max(dim=-1, keepdim=True)
     if not filters.random:
         return first.squeeze(1)
@@ -58,7 +126,8 @@ def draw(logits: Tensor, mixing: Mixing, settings: Settings, filters: Filters) -
     mass = ((z - best) / torch.where(greedy, 1.0, settings.temperature)[:, None]).exp()
     mass = mass * (mass >= settings.min_p[:, None])
     if filters.top_p:
-        mass = mass * leading(z, mass, _share(settings.top_p, mass))
+        kept = leading(z, mass, _share(settings.top_p, mass))
+        mass = mass * kept
     return torch.where(greedy, first.squeeze(1), inverse_transform(mass, settings.uniform))
 
 
@@ -69,7 +138,7 @@ def leading(x: Tensor, weight: Tensor, limit: Tensor) -> Tensor:
     """
     bits = (x + 0.0).view(torch.int32)  # −0.0 is 0.0
     keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    threshold = _threshold(keys, weight, limit)[:, None]
+    threshold: Tensor = _threshold(keys, weight, limit)[:, None]
     above = torch.where(keys > threshold, weight, 0).sum(dim=-1, keepdim=True)
     tied = keys == threshold
     each = torch.where(tied, weight, 0).amax(dim=-1, keepdim=True)
@@ -77,14 +146,24 @@ def leading(x: Tensor, weight: Tensor, limit: Tensor) -> Tensor:
     return (keys > threshold) | (tied & (above + earlier * each < limit[:, None]))
 
 
+@torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]  # unrolled it takes minutes
 def _threshold(keys: Tensor, weight: Tensor, limit: Tensor) -> Tensor:
     """The least key of each line above which the weight is below its limit; [S] int32."""
     low = torch.full((len(keys),), -(1 << 31), dtype=torch.int64, device=keys.device)
+    weights_above = _compiled_weights_above if keys.is_cuda else _weights_above
     for shift in range(32 - DIGIT, -1, -DIGIT):
-        ends = [(low + (part << shift) - 1).int()[:, None] for part in range(1, 1 << DIGIT)]
-        above = torch.stack([torch.where(keys > end, weight, 0).sum(dim=-1) for end in ends])
+        above = weights_above(keys, weight, low, 1 << shift)
         low = low + ((above >= limit).sum(dim=0) << shift)
     return low.int()
+
+
+def _weights_above(keys: Tensor, weight: Tensor, low: Tensor, width: int) -> Tensor:
+    """The weight above the last key of each part but the last, parts being `width` keys from `low` on; [parts, S]."""
+    ends = [(low + part * width - 1).int()[:, None] for part in range(1, 1 << DIGIT)]
+    return torch.stack([torch.where(keys > end, weight, 0).sum(dim=-1) for end in ends])
+
+
+_compiled_weights_above = torch.compile(_weights_above, dynamic=True)  # one pass over memory
 
 
 def _share(top_p: Tensor, mass: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ class FollowerDied(RuntimeError):
 class Followers:
     """What rank 0 knows of the others.
 
-    Every message is one object to all: first the arguments of their ModelRunner, then plans, then None.
+    Every message is one object to all: first the RunnerConfig, then numbers of pages to allocate and plans to
+    run, then None.
     """
 
     def __init__(self, processes: Sequence["subprocess.Popen[bytes]"]) -> None:
@@ -38,7 +39,7 @@ class Followers:
         self._control = control_group()
         atexit.register(self.end)
 
-    def tell(self, message: Plan | tuple[int, int] | None) -> None:
+    def tell(self, message: object) -> None:
         """Raises FollowerDied."""
         for rank, process in enumerate(self._processes, 1):
             if process.poll() is not None:
@@ -85,7 +86,7 @@ def follow() -> None:
     """The life of a follower, whose command line has the arguments of `load`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal tells all processes; rank 0 decides what it means
     from alignment_core.loading import load
-    from alignment_core.model_runner import ModelRunner
+    from alignment_core.model_runner import ModelRunner, RunnerConfig
 
     model = load(**json.loads(sys.argv[1])).model
     control = control_group()
@@ -95,9 +96,13 @@ def follow() -> None:
         dist.broadcast_object_list(message, src=0, group=control)
         return message[0]
 
-    sizes = told()
-    assert isinstance(sizes, tuple)
-    runner = ModelRunner(model, *sizes)
-    while isinstance(plan := told(), Plan):
-        runner.run(plan)
+    config = told()
+    assert isinstance(config, RunnerConfig)
+    runner = ModelRunner(model, config)
+    while (message := told()) is not None:
+        if isinstance(message, Plan):
+            runner.run(message)
+        else:
+            assert isinstance(message, int)
+            runner.allocate(message)
     dist.destroy_process_group()

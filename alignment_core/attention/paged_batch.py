@@ -63,14 +63,40 @@ class Plan:
             wanted=np.array([ends[id(row)] + place for row, place in wanted], np.int64),
         )
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether every row has one query token, and its logits are wanted, in order."""
+        num_rows = len(self.num_queries)
+        return len(self.token_ids) == num_rows and np.array_equal(self.wanted, np.arange(num_rows))
+
+    def padded(self, num_rows: int, num_pages: int, spare_page: int, page_size: int) -> "Plan":
+        """The same decodes and, up to `num_rows`, some of a token that nobody has, in a page that nobody holds.
+
+        The page table becomes `num_pages` wide.
+        """
+        more = num_rows - len(self.num_queries)
+        table = np.full((num_rows, num_pages), spare_page, np.int32)
+        table[: len(self.page_table), : self.page_table.shape[1]] = self.page_table
+        return Plan(
+            token_ids=np.pad(self.token_ids, (0, more)),
+            row=np.arange(num_rows, dtype=np.int32),
+            position=np.pad(self.position, (0, more)),
+            slots=np.pad(self.slots, (0, more), constant_values=spare_page * page_size),
+            page_table=table,
+            context_lens=self.context_lens + [1] * more,
+            num_queries=[1] * num_rows,
+            wanted=np.arange(num_rows),
+        )
+
 
 @dataclass(slots=True)
 class PagedBatch:
     """A Plan on the device, with the pool.
 
     keys, values: per layer [num_pages, page_size, num_kv_heads, head_dim], the whole pool.
-    row, position, slots, page_table, context_lens, num_queries: see Plan.
-    num_decodes: how many rows at the front have just one query token.
+    row, position, slots, page_table, context_lens, num_queries: see Plan. contexts: context_lens, [rows]
+    int32. query_ends: [rows + 1] int32, where each row's query tokens begin, and T.
+    max_context: of a row; it may be any bound. num_decodes: how many rows at the front have just one query token.
     layers: what came through the backend, by layer.
     """
 
@@ -80,26 +106,43 @@ class PagedBatch:
     position: Tensor
     slots: Tensor
     page_table: Tensor
+    contexts: Tensor
+    query_ends: Tensor
     context_lens: list[int]
     num_queries: list[int]
-    num_decodes: int
+    max_context: int
+    batch_invariant: bool = False
     layers: dict[int, LayerAttention] = field(default_factory=dict)
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, plan: Plan, keys: list[Tensor], values: list[Tensor]) -> "PagedBatch":
+    def of(cls, plan: Plan, keys: list[Tensor], values: list[Tensor], batch_invariant: bool = False) -> "PagedBatch":
         device = keys[0].device
-        row, position, slots, page_table = (
-            torch.from_numpy(array).to(device) for array in (plan.row, plan.position, plan.slots, plan.page_table)
-        )
         return cls(
             keys=keys,
             values=values,
-            row=row,
-            position=position,
-            slots=slots,
-            page_table=page_table,
+            row=to_device(plan.row, device),
+            position=to_device(plan.position, device),
+            slots=to_device(plan.slots, device),
+            page_table=to_device(plan.page_table, device),
+            contexts=to_device(np.array(plan.context_lens, np.int32), device),
+            query_ends=to_device(np.cumsum([0, *plan.num_queries], dtype=np.int32), device),
             context_lens=plan.context_lens,
             num_queries=plan.num_queries,
-            num_decodes=plan.num_queries.count(1),
+            max_context=max(plan.context_lens),
+            batch_invariant=batch_invariant,
         )
+
+    @property
+    def num_decodes(self) -> int:
+        return self.num_queries.count(1)
+
+    @property
+    def max_queries(self) -> int:
+        return max(self.num_queries)
+
+
+def to_device(array: "np.ndarray[Any, Any]", device: torch.device) -> Tensor:
+    """A copy that the host does not wait for."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -73,10 +73,17 @@ def store(
     """Write the step's keys and values, [1, num_kv_heads, T, head_dim], to the layer's pool; returns the pool."""
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     paged.layers[layer] = asked
-    keys, values = paged.keys[layer], paged.values[layer]
-    keys.flatten(0, 1).index_copy_(0, paged.slots, key[0].transpose(0, 1).to(keys.dtype))
-    values.flatten(0, 1).index_copy_(0, paged.slots, value[0].transpose(0, 1).to(values.dtype))
-    return keys, values
+    for pool, new in ((paged.keys[layer], key), (paged.values[layer], value)):
+        if pool.dtype != new.dtype:
+            limit = torch.finfo(pool.dtype).max
+            new = new.clamp(-limit, limit).to(pool.dtype)
+        _bytes_of(pool).flatten(0, 1).index_copy_(0, paged.slots, _bytes_of(new[0].transpose(0, 1)))
+    return paged.keys[layer], paged.values[layer]
+
+
+def _bytes_of(x: Tensor) -> Tensor:
+    """Numbers of 8 bits as integers, as torch moves floats of 8 bits on few devices; others as they are."""
+    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
 
 
 def _width(paged: PagedBatch, rows: slice) -> int:
@@ -85,7 +92,7 @@ def _width(paged: PagedBatch, rows: slice) -> int:
 
 def _gather(pool: Tensor, pages: Tensor) -> Tensor:
     """[rows, num_pages] page numbers to [rows, num_kv_heads, num_pages × page_size, head_dim]."""
-    return pool[pages].flatten(1, 2).transpose(1, 2)
+    return _bytes_of(pool)[pages].view(pool.dtype).flatten(1, 2).transpose(1, 2)
 
 
 def _repeat(x: Tensor, num_heads: int) -> Tensor:

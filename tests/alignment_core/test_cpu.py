@@ -136,8 +136,8 @@ def test_logits_are_the_same_bits_alone_and_in_a_crowd(embedded, monkeypatch):
     def watched(engine, prompt):
         forward = engine.runner.forward
 
-        def spy(step, drawn):
-            logits, at = forward(step, drawn), 0
+        def spy(step):
+            logits, at = forward(step), 0
             for sequence in step.drawing:
                 if sequence.prompt is prompt:
                     seen[-1].append(logits[at : at + len(sequence.branches)].clone())

@@ -51,7 +51,7 @@ def test_the_two_forms_of_the_oracle_agree(tiny):
         {"page_size": 4, "num_pages": 400, "max_num_batched_tokens": 7},
         {"page_size": 3, "num_pages": 60},
         {"page_size": 4, "num_pages": 400, "max_num_seqs": 2},
-        {"page_size": 3, "num_pages": 60, "overlap": True},
+        {"page_size": 3, "num_pages": 60, "static": True},
     ],
     ids=["together", "chunked", "preempted", "few at once", "overlapped"],
 )
@@ -321,7 +321,7 @@ request = st.tuples(
 def test_any_traffic_equals_the_oracle_and_leaves_no_page_behind(tiny, requests, budget, pages, overlap, drafts):
     loaded, oracle = tiny
     sizes = {"page_size": 3, "num_pages": pages, "max_num_batched_tokens": budget, "num_speculative_tokens": drafts}
-    engine = make_engine(loaded, overlap=overlap, **sizes)
+    engine = make_engine(loaded, static=overlap, **sizes)
     going = []
     arrivals = [(arrival, index) for index, (_, _, _, arrival, _) in enumerate(requests)]
     for now in range(10_000):
@@ -347,13 +347,13 @@ def test_any_traffic_equals_the_oracle_and_leaves_no_page_behind(tiny, requests,
 def test_with_overlap_a_step_is_launched_before_the_tokens_of_the_last_are_known(tiny, monkeypatch):
     """And nothing of it shows: neither a stop token nor max_tokens nor an abort lets a reply run on."""
     loaded, oracle = tiny
-    engine = make_engine(loaded, num_pages=400, overlap=True)
+    engine = make_engine(loaded, num_pages=400, static=True)
     unknown = []
     forward = engine.runner.forward
 
-    def spy(step, drawn):
+    def spy(step):
         unknown.append(sum(token < 0 for rows in step.rows.values() for row in rows for token in row.tokens))
-        return forward(step, drawn)
+        return forward(step)
 
     monkeypatch.setattr(engine.runner, "forward", spy)
     (outputs,) = run_all(engine, [(aligned(2.0), GREEDY)])

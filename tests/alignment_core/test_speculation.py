@@ -65,7 +65,7 @@ def test_drafts_grow_while_they_are_right_and_pause_while_they_are_wrong():
         {"page_size": 4, "num_pages": 600, "max_num_batched_tokens": 20},
         {"page_size": 3, "num_pages": 90},
         {"page_size": 1, "num_pages": 2000, "max_num_seqs": 2},
-        {"page_size": 3, "num_pages": 90, "overlap": True},
+        {"page_size": 3, "num_pages": 90, "static": True},
     ],
     ids=["together", "chunked", "preempted", "few at once", "overlapped"],
 )
@@ -113,7 +113,7 @@ def test_a_reply_that_ends_within_a_draft_ends_there(few_words):
 def test_fewer_forwards_where_it_pays_and_no_drafts_where_the_step_is_full(few_words):
     loaded, _ = few_words
     for overlap in (False, True):
-        engine = make_engine(loaded, num_pages=600, num_speculative_tokens=8, overlap=overlap)
+        engine = make_engine(loaded, num_pages=600, num_speculative_tokens=8, static=overlap)
         run_all(engine, [(prompts()[2], LONG)])
         assert engine.runner.num_forwards < 38
     full = make_engine(loaded, num_pages=6000, num_speculative_tokens=8, max_num_batched_tokens=4096)

@@ -20,7 +20,8 @@ from tests.conftest import make_engine, run_all, token_ids
 from alignment_core import load
 
 loaded = load(sys.argv[1], tensor_parallel_size=2)
-engine = make_engine(loaded, page_size=4, num_pages=45, num_speculative_tokens=int(sys.argv[2]))
+config = {"num_speculative_tokens": int(sys.argv[2]), "static": "static" in sys.argv}
+engine = make_engine(loaded, page_size=4, num_pages=45, **config)
 (follower,) = loaded.followers._processes
 print(json.dumps({
     "replies": [token_ids(outputs) for outputs in run_all(engine, [(prompt, GREEDY) for prompt in prompts()])],
@@ -69,10 +70,10 @@ def is_gone(pid):
     return False
 
 
-@pytest.mark.parametrize("num_speculative_tokens", [0, 4])
-def test_two_processes_equal_the_oracle(checkpoint, num_speculative_tokens):
+@pytest.mark.parametrize("arguments", [("0",), ("4", "static")], ids=str)
+def test_two_processes_equal_the_oracle(checkpoint, arguments):
     path, oracle = checkpoint
-    seen, _ = run(path, str(num_speculative_tokens))
+    seen, _ = run(path, *arguments)
     assert seen["width"] == 1  # of two key heads
     assert seen["preemptions"] > 0
     for prompt, tokens in zip(prompts(), seen["replies"], strict=True):

@@ -1,0 +1,34 @@
+"""Numbers that do not depend on what else is in the batch.
+
+A matrix product rounds as its kernel adds up, and which kernel runs depends on how many rows there
+are. So all linear layers and norms get blocks of one fixed number of rows. (Why kernels and not
+atomics are to blame: He et al., "Defeating Nondeterminism in LLM Inference", 2025; they write new
+kernels, this keeps the library's.)
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+ROWS = 128  # a step of fewer takes hardly any longer on a GPU, which reads the same weights
+
+
+def run_in_blocks(model: nn.Module) -> None:
+    """Let every linear layer and norm of the model see ROWS rows at a time."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) or type(module).__name__.endswith("Norm"):
+            module.forward = in_blocks(module.forward)
+
+
+def in_blocks(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """forward: of each vector of the last dimension by itself, [rows, K] to [rows, N]."""
+
+    def blocked(x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        padded = pad(rows, (0, 0, 0, -len(rows) % ROWS))
+        out = torch.cat([forward(block) for block in torch.split(padded, ROWS)])
+        return out[: len(rows)].view(*x.shape[:-1], -1)
+
+    return blocked
