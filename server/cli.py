@@ -65,6 +65,9 @@ def serve(args: list[str]) -> None:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             gpu_memory_utilization=settings.gpu_memory_utilization,
             num_speculative_tokens=settings.num_speculative_tokens,
+            kv_cache_dtype=settings.kv_cache_dtype,
+            batch_invariant=settings.batch_invariant,
+            enforce_eager=settings.enforce_eager,
         )
         engine = Engine(loaded, config)
     except (LoadingError, ValueError) as error:

@@ -40,15 +40,26 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535)
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    quantization: Literal["auto", "none", "int8", "int4"] = Field(
-        "auto", description="weights on a CPU: auto (the smallest format that loses nothing), none, int8, int4"
+    quantization: Literal["auto", "none", "int8", "int4", "fp8"] = Field(
+        "auto",
+        description="weights: auto (on a CPU the smallest format that loses nothing), none, int8, int4, fp8 (GPU)",
+    )
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = Field(
+        "auto", description="numbers of the KV cache, the model's own by default; a CPU has float32 alone"
     )
     max_model_len: int | None = Field(None, ge=2, description="tokens of the longest context, the reply included")
     max_num_seqs: int = Field(64, ge=1, description="sequences that run at once")
     max_num_batched_tokens: int | None = Field(
         None, ge=1, description="query tokens of one forward pass; 128 on a CPU, 2048 on a GPU"
     )
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of free GPU memory for the KV cache")
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="share of the GPU memory that weights and steps leave, for the KV cache"
+    )
+    batch_invariant: CliImplicitFlag[bool] = Field(
+        False,
+        description="on a GPU: replies do not depend on what else is in the batch, at some cost; on a CPU always so",
+    )
+    enforce_eager: CliImplicitFlag[bool] = Field(False, description="on a GPU: neither CUDA graphs nor torch.compile")
     num_speculative_tokens: int | None = Field(
         None, ge=0, le=64, description="longest draft of prompt lookup, 0 for none; 8 on a GPU, 0 on a CPU"
     )

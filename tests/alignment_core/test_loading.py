@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import platformdirs
 import pytest
 import torch
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig
 
-from alignment_core import LoadingError, load, loading
+from alignment_core import LoadingError, Prompt, SamplingParams, cuda_quantization, load, loading
+from tests.conftest import make_engine, run_all, token_ids
 
 
 @pytest.fixture
@@ -135,3 +136,66 @@ def test_rotary_scalings_that_depend_on_the_batch_are_capped(embedded):
     config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
     model = SimpleNamespace(config=config)
     assert loading._max_model_len(model) == 4096
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_checkpoint_of_bitsandbytes_runs_as_transformers_runs_it(embedded, tmp_path, bits):
+    config = CONFIG_MAPPING["llama"](
+        vocab_size=len(embedded.tokenizer),
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=2,
+        initializer_range=0.1,
+    )
+    plain, path = str(tmp_path / "plain"), str(tmp_path / "quantised")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(plain)
+    options = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32} if bits == 4 else {"load_in_8bit": True}
+    quantised = AutoModelForCausalLM.from_pretrained(
+        plain, quantization_config=BitsAndBytesConfig(**options), device_map="cpu"
+    ).eval()
+    quantised.save_pretrained(path)
+    embedded.tokenizer.save_pretrained(path)
+
+    loaded = load(path, device="cpu")
+    assert (
+        type(loaded.model.model.layers[0].mlp.up_proj).__name__ == type(quantised.model.layers[0].mlp.up_proj).__name__
+    )
+    ids = list(range(40, 70))
+    (outputs,) = run_all(
+        make_engine(loaded, num_pages=40),
+        [(Prompt((tuple(ids),)), SamplingParams(temperature=0, max_tokens=8, stop_token_ids=frozenset()))],
+    )
+    expected = quantised.generate(torch.tensor([ids]), max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    assert token_ids(outputs) == expected[0, 30:].tolist()
+    with pytest.raises(LoadingError, match="already"):
+        load(path, device="cpu", quantization="int8")
+
+
+def test_torchao_rounds_all_linear_layers_but_the_last():
+    config = CONFIG_MAPPING["llama"](
+        vocab_size=300, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    before = copy.deepcopy(model)
+    cuda_quantization.quantise(model, "int8")
+    for (name, module), (_, was) in zip(model.named_modules(), before.named_modules(), strict=True):
+        if isinstance(module, torch.nn.Linear):
+            weight = module.weight.dequantize() if name != "lm_head" else module.weight
+            step = was.weight.abs().amax(dim=1, keepdim=True) / 127
+            assert ((weight - was.weight).abs() <= step * (name != "lm_head")).all(), name
+    ids = torch.arange(20)[None]
+    assert 0 < (model(ids).logits - before(ids).logits).abs().max() < 0.05
+
+
+def test_quantisations_that_can_not_be_are_refused():
+    with pytest.raises(LoadingError, match="for GPUs"):
+        load(device="cpu", quantization="fp8")
+    with pytest.raises(LoadingError, match="several parts"):
+        load(device="cpu", quantization="int8", tensor_parallel_size=2)
+    config = CONFIG_MAPPING["llama"](vocab_size=9, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+    with pytest.raises(cuda_quantization.QuantizationError, match="fp8"):  # torchao asks for a GPU
+        cuda_quantization.quantise(AutoModelForCausalLM.from_config(config), "fp8")
