@@ -13,11 +13,15 @@ setup: .venv/.ready
 serve: setup
 	exec .venv/bin/linalign serve $(ARGS)
 
-test: setup
+.venv/.cuda: .venv/.ready
+	.venv/bin/pip install --progress-bar on -e ".[cuda]"
+	touch $@
+
+test: setup .venv/.cuda
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	HF_HUB_OFFLINE=1 .venv/bin/pytest $(ARGS)
 
-quick: setup
+quick: setup .venv/.cuda
 	HF_HUB_OFFLINE=1 .venv/bin/pytest -m "not slow" $(ARGS)

@@ -26,6 +26,9 @@ class Graphs:
         self._pool: Any = None
         self.num_runs = 0
 
+    def __len__(self) -> int:
+        return len(self._graphs)
+
     def run(self, key: Hashable, function: Callable[[], None]) -> None:
         self.num_runs += 1
         if not self._captures:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import platformdirs
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -230,6 +229,8 @@ def _load_embedded(
             ) from error
     gguf = Path(spec.origin).parent / EMBEDDED_FILE
     key = f"{importlib.metadata.version(EMBEDDED_PACKAGE)}-transformers-{transformers.__version__}"
+    import platformdirs  # here, as nothing else needs it: the engine runs where it is not installed
+
     cached = platformdirs.user_cache_path("linalign") / f"{EMBEDDED_ID}-{key}"
     if cached.is_dir():
         log.info("Loading the embedded model")
