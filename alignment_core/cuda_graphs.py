@@ -14,6 +14,11 @@ def padded_size(n: int) -> int:
     return next((size for size in SIZES if size >= n), -(-n // COARSE) * COARSE)
 
 
+def padded_sizes(most: int) -> list[int]:
+    """The sizes at which 1 to `most` lines run, rising."""
+    return sorted({padded_size(n) for n in range(1, most + 1)})
+
+
 class Graphs:
     """Functions that read and write tensors of fixed places only, captured once a key, all in one memory pool.
 

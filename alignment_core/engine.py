@@ -61,7 +61,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None
-    page_size: int | None = None
+    page_size: int = 16
     num_pages: int | None = None
     gpu_memory_utilization: float = 0.9
     num_speculative_tokens: int | None = None
@@ -111,7 +111,7 @@ class Engine:
         num_speculative_tokens = config.num_speculative_tokens
         if num_speculative_tokens is None:
             num_speculative_tokens = 0 if on_cpu else 8
-        if min(config.max_num_seqs, max_num_batched_tokens, 1 if config.page_size is None else config.page_size) < 1:
+        if min(config.max_num_seqs, max_num_batched_tokens, config.page_size) < 1:
             raise ValueError(f"the sizes must be 1 at least: {config}")
         self.model_id = loaded.id
         self.tokenizer = loaded.tokenizer
@@ -133,7 +133,10 @@ class Engine:
         self.pool = PagePool(num_pages, self.runner.page_size)
         self._sample: Sampler = sample
         if static:
-            self._sample = StaticSampler(self.runner).sample
+            sampler = StaticSampler(self.runner)
+            if self.runner.captures:
+                sampler.warm_up()
+            self._sample = sampler.sample
         self.scheduler = Scheduler(self.pool, config.max_num_seqs, max_num_batched_tokens, num_speculative_tokens)
         self.prompts = PromptBuilder(loaded.tokenizer, self.max_model_len)
         self.error: BaseException | None = None

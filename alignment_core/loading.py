@@ -26,6 +26,7 @@ from transformers.distributed import DistributedConfig
 from alignment_core import cuda_quantization, tensor_parallel
 from alignment_core.cpu.layers import replace_layers
 from alignment_core.cpu.native import library
+from alignment_core.model_runner import scales_by_length
 from alignment_core.tensor_parallel import Followers
 
 log = logging.getLogger(__name__)
@@ -276,11 +277,9 @@ def _show_progress_on_terminals_only() -> None:
 def _max_model_len(model: PreTrainedModel) -> int:
     config = model.config.get_text_config()
     length: int = config.max_position_embeddings
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        # transformers scales these by the longest sequence of a batch: beyond the original length a
-        # reply would depend on who shares its batch.
-        original = rope.get("original_max_position_embeddings")
+    if scales_by_length(config):
+        # by the longest sequence of a batch: beyond the original length a reply would depend on its company
+        original = config.rope_parameters.get("original_max_position_embeddings")
         length = min(length, original or getattr(config, "original_max_position_embeddings", None) or length)
     return length
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
-from alignment_core.attention import native, sdpa, varlen
+from alignment_core.attention import native, sdpa
 from alignment_core.attention.paged_batch import PagedBatch, Plan, to_device
 from alignment_core.batch_invariant import run_in_blocks
 from alignment_core.cpu.native import library
@@ -24,9 +24,7 @@ log = logging.getLogger(__name__)
 
 AttentionInterface.register(sdpa.NAME, sdpa.attend)
 AttentionInterface.register(native.NAME, native.attend)
-AttentionInterface.register(varlen.NAME, varlen.attend)
 
-CPU_PAGE_SIZE = 16
 KV_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -39,15 +37,14 @@ KV_DTYPES = {
 class RunnerConfig:
     """What all processes of a model must agree on.
 
-    page_size: tokens; None means the smallest that the attention kernels take.
-    max_model_len: tokens of the longest row. max_rows: the most rows of a decode step in fixed shapes;
-    0 means that all shapes are as they come.
+    page_size: tokens. max_model_len: tokens of the longest row. max_rows: the most rows of a decode step
+    in fixed shapes; 0 means that all shapes are as they come.
     kv_cache_dtype: auto (the model's) or one of KV_DTYPES.
     batch_invariant: no number depends on what else is in the batch.
     eager: neither CUDA graphs nor torch.compile.
     """
 
-    page_size: int | None
+    page_size: int
     max_model_len: int
     max_rows: int = 0
     kv_cache_dtype: str = "auto"
@@ -77,25 +74,29 @@ class ModelRunner:
             raise ValueError(
                 f"{type(model).__name__} has layers of a kind that can't be served: {', '.join(sorted(kinds))}"
             )
-        self.backend, self.page_size = _choose_backend(model, config)
+        self.page_size = config.page_size
+        self.backend = _choose_backend(model)
         model.set_attn_implementation(self.backend)
         self.kv_dtype: torch.dtype = KV_DTYPES.get(config.kv_cache_dtype, model.dtype)
         if self.backend == native.NAME and self.kv_dtype != torch.float32:
             raise ValueError(f"the KV cache of a CPU is float32, not {config.kv_cache_dtype}")
+        if self.kv_dtype == torch.float8_e4m3fn and model.device.type == "cuda" and not _has_fp8():
+            raise ValueError("a KV cache in fp8 needs a GPU of compute capability 8.9 (Ada, Hopper) or later")
         self._static: StaticDecodes | None = None
         self._make_pool(1)
         self._check()
         if config.batch_invariant and model.device.type == "cuda":
-            if self.backend != varlen.NAME:
-                raise ValueError("batch_invariant needs attention that is; on CUDA, flash attention in 16 bits")
+            if self.backend == sdpa.NAME:
+                raise ValueError("batch_invariant needs Triton on CUDA")
             run_in_blocks(model)
         elif self.captures:
             compile_layers(model)
 
     @property
     def captures(self) -> bool:
-        """Whether decode steps become CUDA graphs; other backends need to know the lengths of contexts."""
-        return self.backend == varlen.NAME and self.model.device.type == "cuda" and not self.config.eager
+        """Whether decode steps become CUDA graphs: not where the attention or the model looks at what a step has."""
+        looks = self.backend == sdpa.NAME or scales_by_length(_text_config(self.model))
+        return self.model.device.type == "cuda" and not looks and not self.config.eager
 
     def allocate(self, num_pages: int) -> None:
         """Make the pool, and what decodes in fixed shapes need."""
@@ -117,6 +118,7 @@ class ModelRunner:
                 spare_page=num_pages,
                 max_pages=-(-config.max_model_len // self.page_size),
                 graphs=self.graphs,
+                batch_invariant=config.batch_invariant,
             )
             if self.captures:
                 self._static.warm_up()
@@ -204,33 +206,33 @@ class ModelRunner:
         return most - before
 
 
+def scales_by_length(config: Any) -> bool:
+    """Whether transformers computes the rotary embedding by the longest sequence of a batch."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope.get("rope_type") in ("dynamic", "longrope")
+
+
 def compile_layers(model: PreTrainedModel) -> None:
     """Let torch fuse what decoder layers do around their attention."""
-    attend = torch.compiler.disable(varlen.attend)  # type: ignore[no-untyped-call]
-    AttentionInterface.register(varlen.NAME, attend)
     for layer in model.get_decoder().layers:
         layer.compile(dynamic=True)
 
 
-def _choose_backend(model: PreTrainedModel, config: RunnerConfig) -> tuple[str, int]:
-    """The name of the attention, and the page size."""
-    text_config, device, dtype = _text_config(model), model.device, model.dtype
-    if device.type == "cpu" and dtype == torch.float32 and library() is not None:
-        return native.NAME, config.page_size or CPU_PAGE_SIZE
-    flash = (
-        device.type == "cuda"
-        and dtype in (torch.float16, torch.bfloat16)
-        and KV_DTYPES.get(config.kv_cache_dtype, dtype) == dtype
-        and getattr(text_config, "attn_logit_softcapping", None) is None
-    )
-    if flash:
-        num_kv_heads, head_dim = _kv_heads_and_dim(model)
-        num_heads = text_config.num_attention_heads * num_kv_heads // _num_kv_heads(text_config)
-        least = varlen.smallest_page(num_heads, num_kv_heads, head_dim, dtype, device)
-        if least and (config.page_size or least) % least == 0:
-            return varlen.NAME, config.page_size or least
-        log.warning("torch has no flash attention for this model and GPU; a slower one takes its place")
-    return sdpa.NAME, config.page_size or CPU_PAGE_SIZE
+def _choose_backend(model: PreTrainedModel) -> str:
+    """The name of the attention."""
+    if model.device.type == "cpu":
+        return native.NAME if model.dtype == torch.float32 and library() is not None else sdpa.NAME
+    try:
+        from alignment_core.attention import paged_triton
+    except ImportError:  # Triton comes with torch for CUDA, on Linux
+        log.warning("There is no Triton here: attention gathers its pages, which is slow")
+        return sdpa.NAME
+    AttentionInterface.register(paged_triton.NAME, paged_triton.attend)
+    return paged_triton.NAME
+
+
+def _has_fp8() -> bool:
+    return torch.cuda.get_device_capability() >= (8, 9)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

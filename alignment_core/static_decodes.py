@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from alignment_core.attention.paged_batch import PagedBatch, Plan, to_device
-from alignment_core.cuda_graphs import Graphs, padded_size
+from alignment_core.cuda_graphs import Graphs, padded_size, padded_sizes
 from alignment_core.scheduler import Row
 from alignment_core.sequence import Branch
 
@@ -31,7 +31,9 @@ class StaticDecodes:
         spare_page: int,
         max_pages: int,
         graphs: Graphs,
+        batch_invariant: bool,
     ) -> None:
+        self._batch_invariant = batch_invariant
         self._forward, self._logits, self._drawn, self._graphs = forward, logits, drawn, graphs
         self._keys, self._values, self._spare_page = keys, values, spare_page
         max_rows, device = len(logits), logits.device
@@ -58,12 +60,13 @@ class StaticDecodes:
         self._graphs.run(("forward", size), lambda: self._step(size, plan))
         return self._logits[:size]
 
+    @torch.inference_mode()
     def warm_up(self) -> None:
         """Run every size once, the largest first, so that the others find their memory in its pool."""
         page_size = self._keys[0].shape[1]
         row = Row(Branch(tokens=[0], pages=[self._spare_page]), 0, 1)
         plan = Plan.of([row], [(row, -1)], page_size)
-        for size in sorted({padded_size(n + 1) for n in range(len(self._logits))}, reverse=True):
+        for size in reversed(padded_sizes(len(self._logits))):
             self.run(plan.padded(size, self._page_table.shape[1], self._spare_page, page_size))
 
     def _step(self, size: int, plan: Plan) -> None:
@@ -79,7 +82,8 @@ class StaticDecodes:
             query_ends=self._counter[: size + 1],
             context_lens=plan.context_lens,
             num_queries=plan.num_queries,
-            max_context=self._page_table.shape[1] * self._keys[0].shape[1],
+            counter=self._counter,
+            batch_invariant=self._batch_invariant,
         )
         token_ids = resolve(self._token_ids[:size], self._drawn)
         self._logits[:size].copy_(self._forward(token_ids, paged))

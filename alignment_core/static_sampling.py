@@ -6,14 +6,14 @@ find, bit by bit: a float's bits, read as an integer, are in the order of the fl
 """
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 
 import torch
 from torch import Tensor
 
 from alignment_core.alignment import Mixing, direction, principled_logits
 from alignment_core.attention.paged_batch import to_device
-from alignment_core.cuda_graphs import padded_size
+from alignment_core.cuda_graphs import padded_sizes
 from alignment_core.model_runner import ModelRunner
 from alignment_core.sampling import Settings, inverse_transform
 from alignment_core.sequence import Sequence
@@ -26,10 +26,10 @@ TINY = torch.finfo(torch.float32).tiny
 class Filters:
     """What some sequence of a step asks for; each costs passes over the vocabulary for all of them."""
 
-    nucleus: bool
-    top_k: bool
-    top_p: bool
-    random: bool
+    nucleus: bool = False
+    top_k: bool = False
+    top_p: bool = False
+    random: bool = False
 
     @classmethod
     def of(cls, settings: Settings) -> "Filters":
@@ -41,6 +41,20 @@ class Filters:
             random=bool((settings.temperature > 0).any()),
         )
 
+    @property
+    def prepared(self) -> "Filters":
+        """The least of PREPARED that includes these: what is compiled and captured is little, and done at the start."""
+        return next(more for more in PREPARED if all(a >= b for a, b in zip(astuple(more), astuple(self), strict=True)))
+
+
+PREPARED = (
+    Filters(),
+    Filters(random=True),
+    Filters(nucleus=True),
+    Filters(nucleus=True, random=True),
+    Filters(nucleus=True, top_k=True, top_p=True, random=True),
+)
+
 
 class StaticSampler:
     """Draws on the device that the runner is on, from `runner.logits` to `runner.drawn`: as CUDA graphs, one for
@@ -49,24 +63,34 @@ class StaticSampler:
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
+        most = len(runner.drawn)
+        self._sizes = [most] if runner.config.batch_invariant else padded_sizes(most)
         self._asked = torch.zeros(len(NOBODY), len(runner.drawn), dtype=torch.float64, device=runner.drawn.device)
         self._draw = torch.compile(draw, dynamic=True) if runner.captures else draw
 
+    @torch.inference_mode()
     def sample(self, logits: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> Tensor:
         """As `sampling.sample`; the result is valid until the next draw."""
         runner, host = self._runner, torch.device("cpu")
         prompts = [sequence.prompt for sequence in sequences]
         mixing = Mixing.plan([(p.weights, p.ratios, p.base is not None) for p in prompts], host)
         settings = Settings.of(sequences, positions, host)
-        filters = Filters.of(settings)
+        filters = Filters.of(settings).prepared
         drawn = runner.drawn[: len(sequences)]
         if mixing.principled.shape[1] > 1 or logits.data_ptr() != runner.logits.data_ptr():
             device = logits.device
             return drawn.copy_(draw(logits, mixing.to(device), settings.to(device), filters))
-        size = len(runner.drawn) if runner.config.batch_invariant else padded_size(len(sequences))
+        size = next(size for size in self._sizes if size >= len(sequences))
         self._asked[:, :size].copy_(to_device(_pack(mixing, settings, size).numpy(), drawn.device))
         runner.graphs.run(("draw", size, filters), lambda: self._step(size, filters))
         return drawn
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile and capture all that `sample` may run, so that no request has to wait for it."""
+        for filters in PREPARED:
+            for size in reversed(self._sizes):
+                self._runner.graphs.run(("draw", size, filters), lambda: self._step(size, filters))  # noqa: B023
 
     def _step(self, size: int, filters: Filters) -> None:
         mixing, settings = _unpack(self._asked[:, :size])

@@ -31,7 +31,11 @@ from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from alignment_core import Engine, EngineConfig, Prompt, SamplingParams
+from alignment_core.attention import sdpa
+from alignment_core.attention.paged_batch import LayerAttention, PagedBatch, Plan
 from alignment_core.loading import LoadedModel
+from alignment_core.scheduler import Row
+from alignment_core.sequence import Branch
 
 RATIO = 2.0
 WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
@@ -248,6 +252,65 @@ def bandwidth(bench: Bench) -> float:
     target.copy_(source)
     seconds = statistics.median(bench.timed(lambda: target.copy_(source)) for _ in range(10))
     return 2 * source.nbytes / seconds
+
+
+def attention(bench: Bench) -> None:
+    """One layer's attention of decodes over a paged cache: our backends and torch's, where it takes pages.
+
+    In bytes of keys and values a second, for one aligned request and for many.
+    """
+    shape, cuda = bench.shape, bench.device.type == "cuda"
+    dtype, heads, kv_heads = torch.bfloat16, shape.model["num_attention_heads"], shape.model["num_key_value_heads"]
+    dim = shape.model["hidden_size"] // heads
+    context = shape.prompt + shape.principle + shape.reply
+    for num_rows in (2, 2 * shape.many):
+        for name, attend, page_size in backends(cuda):
+            num_pages = -(-context // page_size)
+            pages = torch.randperm(num_rows * num_pages).view(num_rows, num_pages).tolist()
+            rows = [Row(Branch([0] * context, own), context - 1, context) for own in pages]
+            pool = [
+                torch.randn(num_rows * num_pages, page_size, kv_heads, dim, device=bench.device, dtype=dtype)
+                for _ in range(2)
+            ]
+            paged = PagedBatch.of(Plan.of(rows, [], page_size), *([part] for part in pool))
+            query, key, value = (
+                torch.randn(1, n, num_rows, dim, device=bench.device, dtype=dtype) for n in (heads, kv_heads, kv_heads)
+            )
+            layer = torch.nn.Module()
+            layer.layer_idx = 0  # type: ignore[assignment]
+
+            def run() -> None:
+                for _ in range(10):
+                    attend(layer, query, key, value, None, paged=paged, scaling=dim**-0.5)  # noqa: B023
+
+            label = f"attention, {num_rows} rows, {name}, GB/s"
+            try:
+                run()
+                seconds = statistics.median(bench.timed(run) for _ in range(5)) / 10
+            except (TypeError, RuntimeError, NotImplementedError) as error:
+                bench.failures[label] = f"{type(error).__name__}: {error}"
+                continue
+            bench.rates[label] = 2 * num_rows * context * kv_heads * dim * dtype.itemsize / seconds / 1e9
+
+
+def backends(cuda: bool) -> Iterator[tuple[str, Any, int]]:
+    """Name, function and page size of what can attend to pages here."""
+    yield "gathered", sdpa.attend, 16
+    if not cuda:
+        return
+    from torch.nn.attention.varlen import varlen_attn
+
+    from alignment_core.attention import paged_triton
+
+    def torchs(layer: Any, query: Any, key: Any, value: Any, _: None, *, paged: PagedBatch, scaling: float) -> None:
+        keys, values = sdpa.store(layer, key, value, paged, LayerAttention(scaling, None, None))
+        varlen_attn(
+            query[0].transpose(0, 1), keys, values, paged.query_ends, None, 1, max(paged.context_lens),
+            scale=scaling, window_size=(-1, 0), enable_gqa=True, seqused_k=paged.contexts, block_table=paged.page_table,
+        )  # fmt: skip
+
+    yield "Triton", paged_triton.attend, 16
+    yield "torch's varlen", torchs, 256  # the least that its kernels of Ampere take
 
 
 def decode_time(bench: Bench, engine: Engine, sequences: int, aligned: bool) -> float:
@@ -509,7 +572,7 @@ def main(args: list[str] | None = None) -> None:
     bench = Bench(device, TINY if options.tiny else LARGE)
     wanted = options.only
 
-    for measure in (correctness, invariance):
+    for measure in (correctness, invariance, attention):
         if wanted is None or measure.__name__ in wanted:
             with reported(bench, measure.__name__):
                 measure(bench)

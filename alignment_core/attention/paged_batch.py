@@ -96,8 +96,7 @@ class PagedBatch:
     keys, values: per layer [num_pages, page_size, num_kv_heads, head_dim], the whole pool.
     row, position, slots, page_table, context_lens, num_queries: see Plan. contexts: context_lens, [rows]
     int32. query_ends: [rows + 1] int32, where each row's query tokens begin, and T.
-    max_context: of a row; it may be any bound. num_decodes: how many rows at the front have just one query token.
-    layers: what came through the backend, by layer.
+    counter: [rows at least] int32, 0, 1, 2, … layers: what came through the backend, by layer.
     """
 
     keys: list[Tensor]
@@ -110,10 +109,11 @@ class PagedBatch:
     query_ends: Tensor
     context_lens: list[int]
     num_queries: list[int]
-    max_context: int
+    counter: Tensor
     batch_invariant: bool = False
     layers: dict[int, LayerAttention] = field(default_factory=dict)
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+    _tiles: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: Plan, keys: list[Tensor], values: list[Tensor], batch_invariant: bool = False) -> "PagedBatch":
@@ -129,17 +129,28 @@ class PagedBatch:
             query_ends=to_device(np.cumsum([0, *plan.num_queries], dtype=np.int32), device),
             context_lens=plan.context_lens,
             num_queries=plan.num_queries,
-            max_context=max(plan.context_lens),
+            counter=to_device(np.arange(len(plan.num_queries), dtype=np.int32), device),
             batch_invariant=batch_invariant,
         )
 
     @property
     def num_decodes(self) -> int:
+        """How many rows at the front have just one query token."""
         return self.num_queries.count(1)
 
-    @property
-    def max_queries(self) -> int:
-        return max(self.num_queries)
+    def tiles(self, num_queries: int) -> tuple[Tensor, Tensor]:
+        """The rows of several query tokens, cut: of each piece of up to `num_queries` its row and its first token."""
+        if num_queries not in self._tiles:
+            ends = np.cumsum(self.num_queries).tolist()
+            pieces = [
+                (row, start)
+                for row, (length, end) in enumerate(zip(self.num_queries, ends, strict=True))
+                for start in range(end - length, end, num_queries)
+                if length > 1
+            ]
+            rows, starts = to_device(np.array(pieces, np.int32).T.copy(), self.row.device)
+            self._tiles[num_queries] = rows, starts
+        return self._tiles[num_queries]
 
 
 def to_device(array: "np.ndarray[Any, Any]", device: torch.device) -> Tensor:

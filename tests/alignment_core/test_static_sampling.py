@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from alignment_core import SamplingParams
 from alignment_core.alignment import Mixing, principled_logits
 from alignment_core.sampling import choose
-from alignment_core.static_sampling import Filters, draw, leading
+from alignment_core.static_sampling import Filters, StaticSampler, draw, leading
 from tests.alignment_core.test_alignment import CPU, settings
+from tests.alignment_core.test_engine import aligned
+from tests.conftest import make_engine, run_all
 
 CASES = [
     {},
@@ -50,6 +53,7 @@ def test_it_draws_the_same_tokens(filters, ties):
     drawn = draw(logits, mixing, asked, Filters.of(asked))
     assert torch.equal(drawn, expected(logits, mixing, asked))
     assert len(set(drawn.tolist())) > 1
+    assert torch.equal(drawn, draw(logits, mixing, asked, Filters.of(asked).prepared))
 
 
 def test_sequences_of_all_kinds_in_one_step():
@@ -77,6 +81,23 @@ def test_filters_that_nobody_asks_for_are_left_out():
     assert Filters.of(settings(3)) == Filters(nucleus=False, top_k=False, top_p=False, random=True)
     mixed = settings(3, temperature=0.0, top_k=[0, 1, 0], top_p=[1.0, 1.0, 0.5], nucleus_top_p=[0.8, 1.0, 1.0])
     assert Filters.of(mixed) == Filters(nucleus=True, top_k=True, top_p=True, random=False)
+
+
+def test_no_request_waits_for_a_capture(tiny):
+    """Whatever is run for requests was run at the start, by the same names."""
+    engine = make_engine(tiny[0], num_pages=100, static=True, max_num_seqs=5)
+    names, run = [], engine.runner.graphs.run
+    engine.runner.graphs.run = lambda name, function: (names.append(name), run(name, function))
+    StaticSampler(engine.runner).warm_up()
+    engine.runner._static.warm_up()
+    warm = set(names)
+    names.clear()
+    for params in [SamplingParams(max_tokens=3, temperature=t, top_k=k) for t in (0, 1) for k in (0, 4)]:
+        for ratios in ((0,), (2.0, 0), (2.0,) * 5):
+            run_all(engine, [(aligned(ratio), params) for ratio in ratios])
+    assert {name[0] for name in names} == {"draw", "forward"}
+    assert len(set(names)) > 10
+    assert set(names) <= warm
 
 
 def test_several_principles():
