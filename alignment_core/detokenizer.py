@@ -21,8 +21,11 @@ class TextStream:
         self._num_shown = 0  # leading tokens of the window whose text is out already
         self._held = ""  # text that may turn out to begin a stop string
 
-    def add(self, token_id: int) -> str:
-        """The text that became certain with this token; `stopped` tells that a stop string ended it."""
+    def add(self, token_id: int, may_stop: bool = True) -> str:
+        """The text that became certain with this token; `stopped` tells that a stop string ended it.
+
+        may_stop: whether stop strings count yet.
+        """
         self._window.append(token_id)
         shown = self._decode(self._window[: self._num_shown])
         text, settled = self._decode(self._window), len(self._window)
@@ -34,7 +37,7 @@ class TextStream:
             text = self._decode(self._window[:settled])
         self._window = self._window[self._num_shown :]
         self._num_shown = settled - self._num_shown
-        return self._until_stop(text[len(shown) :])
+        return self._until_stop(text[len(shown) :]) if may_stop else text[len(shown) :]
 
     def finish(self) -> str:
         """What was held back, now that nothing can follow."""

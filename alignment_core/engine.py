@@ -10,7 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Literal
 
@@ -23,9 +23,18 @@ from alignment_core.kv_cache import PagePool
 from alignment_core.loading import LoadedModel, load
 from alignment_core.model_runner import ModelRunner, RunnerConfig
 from alignment_core.prompts import DEFAULT_RATIO, Message, Placement, Principle, PromptBuilder
-from alignment_core.sampling import sample
+from alignment_core.sampling import Logprobs, log_probabilities, sample
 from alignment_core.scheduler import SPECULATIVE_BATCH, Scheduler, Step
-from alignment_core.sequence import FinishReason, InvalidRequest, Output, Prompt, SamplingParams, Sequence, Stats
+from alignment_core.sequence import (
+    FinishReason,
+    InvalidRequest,
+    Output,
+    Prompt,
+    SamplingParams,
+    Sequence,
+    Stats,
+    TokenLogprob,
+)
 from alignment_core.static_sampling import StaticSampler
 
 log = logging.getLogger(__name__)
@@ -77,8 +86,9 @@ class Flight:
     tokens: [S] int64, on the device.
     """
 
-    def __init__(self, step: Step, tokens: Tensor) -> None:
+    def __init__(self, step: Step, tokens: Tensor, logprobs: Logprobs | None = None) -> None:
         self.step = step
+        self._logprobs = logprobs
         self._host = tokens.clone()  # the next step draws to the same place
         self._arrived = None
         if tokens.is_cuda:
@@ -87,12 +97,12 @@ class Flight:
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
 
-    def wait(self) -> list[int]:
-        """The tokens, once they are there."""
+    def wait(self) -> tuple[list[int], list[tuple[TokenLogprob, ...]]]:
+        """The tokens, once they are there, and what is to be reported of each."""
         if self._arrived is not None:
             self._arrived.synchronize()
         tokens: list[int] = self._host.tolist()
-        return tokens
+        return tokens, self._logprobs.reports(tokens) if self._logprobs else [()] * len(tokens)
 
 
 class Engine:
@@ -115,6 +125,7 @@ class Engine:
             raise ValueError(f"the sizes must be 1 at least: {config}")
         self.model_id = loaded.id
         self.tokenizer = loaded.tokenizer
+        self.vocab_size: int = loaded.model.config.get_text_config().vocab_size
         self.max_model_len = config.max_model_len or loaded.max_model_len
         if self.max_model_len > loaded.max_model_len:
             raise ValueError(f"max_model_len is {self.max_model_len}, but the model's context {loaded.max_model_len}")
@@ -140,9 +151,9 @@ class Engine:
         self.scheduler = Scheduler(self.pool, config.max_num_seqs, max_num_batched_tokens, num_speculative_tokens)
         self.prompts = PromptBuilder(loaded.tokenizer, self.max_model_len)
         self.error: BaseException | None = None
-        self._eos_token_ids = loaded.eos_token_ids
+        self.eos_token_ids = loaded.eos_token_ids
         self._ids = itertools.count()
-        self._sequences: dict[int, Sequence] = {}
+        self._requests: dict[int, list[Sequence]] = {}  # by id: the choices that have not ended
         self._inbox: deque[Sequence | int] = deque()  # new sequences, and ids to abort
         self._news = threading.Condition()
         self._stopping = False
@@ -190,30 +201,44 @@ class Engine:
             if output.finish_reason:
                 return
 
-    def submit(self, prompt: Prompt, params: SamplingParams, on_output: Callable[[Output], None]) -> int:
-        """Queue a request; returns its id. Raises InvalidRequest at once for what can never fit, EngineDead.
+    def submit(self, prompt: Prompt, params: SamplingParams, on_output: Callable[[Output], None], n: int = 1) -> int:
+        """Queue a request for n choices; returns its id. Raises EngineDead, and InvalidRequest at once for what
+        can never be served.
 
-        on_output: called from the engine's thread with every Output, the last with a finish_reason.
+        on_output: called from the engine's thread with every Output, each choice's last with a finish_reason.
         """
-        sequence = Sequence(
-            request_id=next(self._ids),
-            prompt=prompt,
-            params=params,
-            seed=secrets.randbits(63) if params.seed is None else params.seed,
-            max_tokens=self._max_tokens(prompt, params),
-            stop_token_ids=self._eos_token_ids if params.stop_token_ids is None else params.stop_token_ids,
-            text=TextStream(self._decode, params.stop),
-            on_output=on_output,
-        )
+        if n < 1 or n * len(prompt.branches) > max(self.scheduler.max_num_seqs, len(prompt.branches)):
+            raise InvalidRequest(
+                f"n is {n}, but {len(prompt.branches)} branches times n must be in [1, {self.scheduler.max_num_seqs}]",
+                "n",
+            )
+        self._refuse_foreign_tokens(params)
+        max_tokens = self._max_tokens(prompt, params)
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        request_id = next(self._ids)
+        choices = [
+            Sequence(
+                request_id=request_id,
+                prompt=prompt,
+                params=params,
+                seed=seed,
+                max_tokens=max_tokens,
+                stop_token_ids=params.stop_token_ids | (frozenset() if params.ignore_eos else self.eos_token_ids),
+                text=TextStream(self._decode, params.stop),
+                on_output=on_output,
+                choice=choice,
+            )
+            for choice in range(n)
+        ]
         with self._news:
             if not self.alive:
                 raise EngineDead("the engine is not running") from self.error
-            self._inbox.append(sequence)
+            self._inbox.extend(choices)
             self._news.notify()
-        return sequence.request_id
+        return request_id
 
     def abort(self, request_id: int) -> None:
-        """End a request, if it is still going, before the next step; its last Output says "abort"."""
+        """End what is still going of a request before the next step; the last Outputs say "abort"."""
         with self._news:
             self._inbox.append(request_id)
             self._news.notify()
@@ -266,7 +291,7 @@ class Engine:
     def step(self) -> bool:
         """One turn of the loop; False if there was nothing to compute."""
         self._take_in()
-        if self._in_flight and self.scheduler.awaits_drafts():
+        if self._in_flight and self.scheduler.awaits_tokens():
             self._land_all()
         step = self.scheduler.schedule(may_draft=self._in_flight is None)
         if not step.rows:
@@ -289,19 +314,20 @@ class Engine:
         if not places:
             return Flight(step, torch.empty(0, dtype=torch.int64, device=logits.device))
         sequences, positions = zip(*places, strict=True)
-        return Flight(step, self._sample(logits, sequences, positions))
+        tokens = self._sample(logits, sequences, positions)
+        return Flight(step, tokens, log_probabilities(logits, sequences, positions, tokens))
 
     def _land(self, flight: Flight) -> None:
         """Accept the tokens that were drawn, and those drafts that are them; sequences may have ended meanwhile."""
-        tokens = iter(flight.wait())
+        tokens = zip(*flight.wait(), strict=True)
         for sequence in flight.step.drawing:
             drafts = flight.step.drafts(sequence)
             drawn = list(itertools.islice(tokens, 1 + len(drafts)))
-            if sequence.request_id not in self._sequences:
+            if sequence.ended:
                 continue
             num_accepted = 0
-            for token, draft in zip(drawn, (*drafts, None), strict=True):
-                if not self._accept(sequence, token) or token != draft:
+            for (token, logprobs), draft in zip(drawn, (*drafts, None), strict=True):
+                if not self._accept(sequence, token, logprobs) or token != draft:
                     break
                 num_accepted += 1
                 for branch in sequence.branches:
@@ -334,43 +360,50 @@ class Engine:
         with self._news:
             self._stopping = True  # from here on submit refuses, so what is taken in now is all there is
         self._take_in()
-        for sequence in list(self._sequences.values()):
+        for sequence in list(itertools.chain(*self._requests.values())):
             self._finish(sequence, "error" if self.error else "abort")
 
     def _take_in(self) -> None:
         while self._inbox:
             news = self._inbox.popleft()
             if isinstance(news, Sequence):
-                self._sequences[news.request_id] = news
+                self._requests.setdefault(news.request_id, []).append(news)
                 self.scheduler.add(news)
-            elif (sequence := self._sequences.get(news)) is not None:
-                self._finish(sequence, "abort")
+            else:
+                for sequence in self._requests.get(news, [])[:]:
+                    self._finish(sequence, "abort")
 
-    def _accept(self, sequence: Sequence, token: int) -> bool:
+    def _accept(self, sequence: Sequence, token: int, logprobs: tuple[TokenLogprob, ...] = ()) -> bool:
         """Add a token to the reply; False if the reply ends with it."""
         sequence.append(token)
-        ended = token in sequence.stop_token_ids
-        text = "" if ended else sequence.text.add(token)
+        may_stop = len(sequence.output_ids) > sequence.params.min_tokens
+        ended = may_stop and token in sequence.stop_token_ids
+        text = "" if ended else sequence.text.add(token, may_stop)
         reason: FinishReason | None = None
         if ended or sequence.text.stopped:
             reason = "stop"
         elif len(sequence.output_ids) >= sequence.max_tokens:
             reason = "length"
+        news = Output(text, (token,), reason, None, sequence.choice, () if ended else logprobs)
         if reason:
-            self._finish(sequence, reason, text, (token,))
+            self._finish(sequence, reason, news)
         else:
-            self._tell(sequence, Output(text, (token,)))
+            self._tell(sequence, news)
         return reason is None
 
-    def _finish(
-        self, sequence: Sequence, reason: FinishReason, text: str = "", token_ids: tuple[int, ...] = ()
-    ) -> None:
-        del self._sequences[sequence.request_id]
+    def _finish(self, sequence: Sequence, reason: FinishReason, news: Output | None = None) -> None:
+        """news: of the last token, if there is any."""
+        choices = self._requests[sequence.request_id]
+        choices.remove(sequence)
+        if not choices:
+            del self._requests[sequence.request_id]
+        sequence.ended = True
         self.scheduler.remove(sequence)
-        text += sequence.text.finish()
+        news = news or Output("", choice=sequence.choice)
+        text = news.text + sequence.text.finish()
         if sequence.text.stopped:
             reason = "stop"
-        self._tell(sequence, Output(text, token_ids, reason, sequence.usage()))
+        self._tell(sequence, replace(news, text=text, finish_reason=reason, usage=sequence.usage()))
 
     def _tell(self, sequence: Sequence, output: Output) -> None:
         try:
@@ -380,6 +413,12 @@ class Engine:
             self.abort(sequence.request_id)
 
     # Limits
+
+    def _refuse_foreign_tokens(self, params: SamplingParams) -> None:
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            for id in ids:
+                if not 0 <= id < self.vocab_size:
+                    raise InvalidRequest(f"{name}: the vocabulary has no token {id}", name)
 
     def _max_tokens(self, prompt: Prompt, params: SamplingParams) -> int:
         """How long the reply may be; refuses what does not fit the context or the cache (invariant 8)."""

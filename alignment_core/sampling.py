@@ -9,7 +9,8 @@ from torch.nn.functional import pad
 
 from alignment_core.alignment import Mixing, direction, log_totals, plausible_floor, plausible_set, principled_logits
 from alignment_core.cpu import vocabulary
-from alignment_core.sequence import Sequence
+from alignment_core.edits import edit
+from alignment_core.sequence import Sequence, TokenLogprob
 
 BLOCK = 128
 MASK64 = (1 << 64) - 1
@@ -78,6 +79,7 @@ def sample(logits: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> Ten
     mixing = Mixing.plan([(p.weights, p.ratios, p.base is not None) for p in prompts], logits.device)
     settings = Settings.of(sequences, positions, logits.device)
     y = principled_logits(logits, mixing)
+    edit(y, sequences, positions)
     tokens = torch.empty(len(y), dtype=torch.int64, device=y.device)
     decided = ~settings.aligned & (settings.temperature == 0)
     if decided.any():
@@ -162,6 +164,62 @@ def narrow(y: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
     tokens[line, place] = token
     candidates[line, place] = y[line, token]
     return tokens, candidates
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log-probabilities of drawn tokens and of the best alternatives, on the device.
+
+    wanted: [S] how many alternatives each of the drawn tokens' requests wants, None for no report at all.
+    The other fields have a line for each token with a report: drawn: [N] float32; top_ids, top: [N, most].
+    """
+
+    wanted: Seq[int | None]
+    drawn: Tensor
+    top_ids: Tensor
+    top: Tensor
+
+    def reports(self, tokens: Seq[int]) -> list[tuple[TokenLogprob, ...]]:
+        """One for each of `tokens`, on the host, empty where nobody wants it."""
+        lines = zip(self.drawn.tolist(), self.top_ids.tolist(), self.top.tolist(), strict=True)
+        reports: list[tuple[TokenLogprob, ...]] = []
+        for token, most in zip(tokens, self.wanted, strict=True):
+            if most is None:
+                reports.append(())
+                continue
+            drawn, ids, values = next(lines)
+            top = [(id, value) for id, value in zip(ids, values, strict=True) if value > -torch.inf][:most]
+            reports.append((TokenLogprob(token, drawn, tuple(top)),))
+        return reports
+
+
+def log_probabilities(logits: Tensor, sequences: Seq[Sequence], positions: Seq[int], tokens: Tensor) -> Logprobs | None:
+    """How probable drawn tokens were: under the aligned policy, softmax of z at temperature 1 on the plausible
+    set, or, without alignment, under the model itself. None if nobody wants to know.
+
+    logits, sequences, positions: as for `sample`; tokens: [S] int64, what it drew.
+    """
+    wanted = [sequence.params.logprobs for sequence in sequences]
+    if all(most is None for most in wanted):
+        return None
+    chosen = [i for i, most in enumerate(wanted) if most is not None]
+    index = torch.tensor(chosen, device=logits.device)
+    prompts = [sequence.prompt for sequence in sequences]
+    mixing = Mixing.plan([(p.weights, p.ratios, p.base is not None) for p in prompts], logits.device)[index]
+    settings = Settings.of([sequences[i] for i in chosen], [positions[i] for i in chosen], logits.device)
+    y = principled_logits(logits, mixing)
+    z = y.clone()
+    if settings.aligned.any():
+        edit(y, [sequences[i] for i in chosen], [positions[i] for i in chosen])
+        kept = plausible_set(
+            y, log_totals(y, settings.nucleus_temperature)[1], settings.nucleus_top_p, settings.nucleus_temperature
+        )
+        of_aligned = (y + direction(logits, mixing)).masked_fill(~kept, -torch.inf)
+        z = torch.where(settings.aligned[:, None], of_aligned, z)
+    z = z.log_softmax(dim=-1)
+    most = max(most for most in wanted if most is not None)
+    top, top_ids = torch.sort(z, dim=-1, descending=True, stable=True)
+    return Logprobs(wanted, z.gather(1, tokens[index, None]).squeeze(1), top_ids[:, :most], top[:, :most])
 
 
 def draw(z: Tensor, settings: Settings) -> Tensor:

@@ -84,8 +84,10 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
-    def awaits_drafts(self) -> bool:
+    def awaits_tokens(self) -> bool:
         """Whether the tokens that are being drawn should be known before the next step is planned."""
+        if any(sequence.follows_reply for sequence in self.running):
+            return True
         rows = sum(len(sequence.branches) for sequence in self.running)
         if self.num_speculative_tokens == 0 or rows > SPECULATIVE_BATCH // 2:
             return False
@@ -164,7 +166,7 @@ class Scheduler:
             (min(SPECULATIVE_BATCH, self.max_num_batched_tokens) - step.num_tokens) // len(rows),
             sequence.max_tokens - len(sequence.output_ids) - 1,
         )
-        if most < 1 or any(row.num_tokens > 1 for row in rows):
+        if most < 1 or sequence.follows_reply or any(row.num_tokens > 1 for row in rows):
             return
         drafts = tuple(sequence.lookup.draft(most))
         if drafts and all(self.pool.allocate(row.branch, row.end + len(drafts)) for row in rows):

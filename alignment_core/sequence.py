@@ -1,7 +1,8 @@
 """What is asked for and what is being generated: parameters, branches, sequences, outputs."""
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,6 +14,8 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_RATIO = 20.0
 MAX_STOP_STRINGS = 16
 MAX_PRINCIPLES = 16
+MAX_LOGPROBS = 20
+MAX_BIASES = 1024
 
 
 class InvalidRequest(ValueError):
@@ -34,8 +37,15 @@ class SamplingParams:
 
     temperature: ≥ 0; 0 takes the best token. top_p: (0, 1]. top_k: 0 switches it off. min_p: [0, 1].
     seed: 64-bit; None draws a fresh one. max_tokens: None means up to the context's end.
-    stop: strings that end the reply and are not part of it.
-    stop_token_ids: None means the model's own end-of-sequence ids.
+    stop: strings that end the reply and are not part of it. stop_token_ids: tokens that do, beside the
+    model's own end-of-sequence ids, which ignore_eos leaves out. min_tokens: before so many nothing but
+    max_tokens ends it.
+    presence_penalty, frequency_penalty: [-2, 2], subtracted from the logits of tokens that the reply has,
+    once and as often as it has them. repetition_penalty: > 0, divides the positive and multiplies the
+    negative logits of tokens that the prompt or the reply has (Keskar et al., "CTRL", 2019). logit_bias:
+    token id to what is added to its logit, [-100, 100]. All of these are edits of the principled logits,
+    DESIGN section 2.1.
+    logprobs: how many alternatives to report with every token; None reports nothing.
     alignment_top_p, alignment_temperature: the plausible set, DESIGN section 2.4; a temperature of
     None means max(temperature, 0.5).
     """
@@ -47,13 +57,20 @@ class SamplingParams:
     seed: int | None = None
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
-    stop_token_ids: frozenset[int] | None = None
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
     alignment_top_p: float = 0.8
     alignment_temperature: float | None = None
 
     def __post_init__(self) -> None:
         t_p = self.alignment_temperature
-        for name in ("top_k", "seed", "max_tokens"):
+        for name in ("top_k", "seed", "max_tokens", "min_tokens", "logprobs"):
             value = getattr(self, name)
             _require(value is None or isinstance(value, int), name, "a whole number", value)
         _require(isinstance(self.stop, tuple), "stop", "a tuple of strings", self.stop)
@@ -65,12 +82,32 @@ class SamplingParams:
         _require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "≥ 1", self.max_tokens)
         _require(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings", len(self.stop))
         _require(all(self.stop), "stop", "free of empty strings", self.stop)
+        _require(self.min_tokens >= 0, "min_tokens", "≥ 0", self.min_tokens)
+        if self.max_tokens is not None:
+            _require(self.min_tokens <= self.max_tokens, "min_tokens", "at most max_tokens", self.min_tokens)
+        for name in ("presence_penalty", "frequency_penalty"):
+            _require(-2 <= getattr(self, name) <= 2, name, "in [-2, 2]", getattr(self, name))
+        _require(0 < self.repetition_penalty <= 10, "repetition_penalty", "in (0, 10]", self.repetition_penalty)
+        _require(len(self.logit_bias) <= MAX_BIASES, "logit_bias", f"at most {MAX_BIASES} tokens", len(self.logit_bias))
+        for bias in self.logit_bias.values():
+            _require(-100 <= bias <= 100, "logit_bias", "in [-100, 100]", bias)
+        most = self.logprobs or 0
+        _require(0 <= most <= MAX_LOGPROBS, "top_logprobs", f"in [0, {MAX_LOGPROBS}]", self.logprobs)
         _require(0 < self.alignment_top_p <= 1, "alignment_top_p", "in (0, 1]", self.alignment_top_p)
         _require(t_p is None or 0 < t_p < math.inf, "alignment_temperature", "a finite number > 0", t_p)
 
     @property
     def plausible_temperature(self) -> float:
         return max(self.temperature, 0.5) if self.alignment_temperature is None else self.alignment_temperature
+
+    @property
+    def penalises(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+    @property
+    def edits(self) -> bool:
+        """Whether the principled logits are changed at all."""
+        return bool(self.penalises or self.logit_bias or self.min_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,18 +181,32 @@ class Stats:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How probable a token was. top: the most probable tokens with their log-probabilities, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Output:
-    """One step's news of a sequence. The last one has a finish_reason and the usage."""
+    """One step's news of a choice. Its last one has a finish_reason and the usage."""
 
     text: str
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    choice: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One choice being generated: its branches, its parameters, and what has been drawn so far."""
+    """One choice being generated: its branches, its parameters, and what has been drawn so far.
+
+    counts: how often the reply has each token. seen: the tokens of reply and principled prompts.
+    """
 
     request_id: int
     prompt: Prompt
@@ -171,11 +222,20 @@ class Sequence:
     num_tokens_computed: int = 0
     num_tokens_cached: int = 0
     last_turn: int = 0
+    ended: bool = False
+    counts: Counter[int] = field(default_factory=Counter)
+    seen: set[int] = field(default_factory=set)
     lookup: PromptLookup = field(init=False)
 
     def __post_init__(self) -> None:
         self.branches = [Branch(list(ids)) for ids in self.prompt.branches]
         self.lookup = PromptLookup(self.branches[0].tokens)
+        self.seen.update(*self.prompt.principled)
+
+    @property
+    def follows_reply(self) -> bool:
+        """Whether the next draw depends on more of the reply than the branches' contexts tell the model."""
+        return self.params.penalises
 
     @property
     def is_decoding(self) -> bool:
@@ -198,6 +258,8 @@ class Sequence:
             place = len(prompt) + len(self.output_ids)
             branch.tokens[place : place + 1] = [token_id]
         self.output_ids.append(token_id)
+        self.counts[token_id] += 1
+        self.seen.add(token_id)
 
     def usage(self) -> Usage:
         return Usage(

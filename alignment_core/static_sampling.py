@@ -15,7 +15,7 @@ from alignment_core.alignment import Mixing, direction, principled_logits
 from alignment_core.attention.paged_batch import to_device
 from alignment_core.cuda_graphs import padded_sizes
 from alignment_core.model_runner import ModelRunner
-from alignment_core.sampling import Settings, inverse_transform
+from alignment_core.sampling import Settings, inverse_transform, sample
 from alignment_core.sequence import Sequence
 
 DIGIT = 4  # bits that one pass over the vocabulary finds
@@ -72,6 +72,8 @@ class StaticSampler:
     def sample(self, logits: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> Tensor:
         """As `sampling.sample`; the result is valid until the next draw."""
         runner, host = self._runner, torch.device("cpu")
+        if any(sequence.params.edits for sequence in sequences):  # of any number of tokens: no fixed shape holds them
+            return runner.drawn[: len(sequences)].copy_(sample(logits, sequences, positions))
         prompts = [sequence.prompt for sequence in sequences]
         mixing = Mixing.plan([(p.weights, p.ratios, p.base is not None) for p in prompts], host)
         settings = Settings.of(sequences, positions, host)

@@ -38,7 +38,7 @@ RATIO, TOP_P = 2.0, 0.8
 
 
 def ours(engine: Engine, prompt: Prompt, sequences: int, num_tokens: int) -> float:
-    params = SamplingParams(temperature=0, max_tokens=num_tokens, stop_token_ids=frozenset())
+    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
     for _ in range(sequences):
         engine.submit(prompt, params, lambda _: None)
     while not engine.scheduler.running or not all(s.is_decoding and s.output_ids for s in engine.scheduler.running):

@@ -61,7 +61,7 @@ def record(
     running = Engine(loaded, EngineConfig(max_model_len=min(2048, loaded.max_model_len)))
     recorder = Recorder(forced)
     engine.sample = recorder
-    params = SamplingParams(temperature=0, max_tokens=num_tokens, stop_token_ids=frozenset())
+    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
     for question in QUESTIONS:
         for principle in PRINCIPLES:
             prompt = running.prompts.build([{"role": "user", "content": question}], [Principle(principle, ratio=RATIO)])

@@ -39,7 +39,7 @@ from alignment_core.sequence import Branch
 
 RATIO = 2.0
 WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
-GREEDY = SamplingParams(temperature=0, stop_token_ids=frozenset())
+GREEDY = SamplingParams(temperature=0, ignore_eos=True)
 GOALS = {
     "1 aligned, tokens/s of the roofline's": (">=", 0.85),
     "1 aligned, time per token of 1 plain's": ("<=", 1.05),
@@ -390,7 +390,7 @@ def draw_time(bench: Bench, engine: Engine) -> float:
     start(engine, [bench.prompt(i, True) for i in range(bench.shape.many)], params)
     engine._take_in()
     engine.scheduler.add = add  # type: ignore[method-assign]
-    engine._sequences.clear()
+    engine._requests.clear()
     logits = engine.runner.logits.normal_(0, 3)[: 2 * len(sequences)]
     positions = [0] * len(sequences)
     engine._sample(logits, sequences, positions)

@@ -12,7 +12,7 @@ from tests.oracle import Setting
 
 RATIOS = (0.0, 0.5, 2.0, 5.0)
 NUM_TOKENS = 64
-GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, stop_token_ids=frozenset())
+GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 CASES = [
     ("Where should our town get its power from?", "Answer in favour of solar power."),
     ("What is rain?", "Explain as a patient primary-school teacher."),

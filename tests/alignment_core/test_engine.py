@@ -14,7 +14,7 @@ from alignment_core.attention import native, sdpa
 from tests.conftest import make_engine, run_all, tiny_pair, token_ids
 from tests.oracle import Setting
 
-GREEDY = SamplingParams(temperature=0, max_tokens=12, stop_token_ids=frozenset())
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
 
 def aligned(ratio, length=30, shift=0, extra=9):
@@ -126,7 +126,7 @@ def test_ratio_zero_is_one_branch(tiny):
 
 def test_a_seed_gives_the_same_tokens_alone_and_in_a_crowd(tiny):
     loaded, _ = tiny
-    params = SamplingParams(seed=11, max_tokens=12, stop_token_ids=frozenset())
+    params = SamplingParams(seed=11, max_tokens=12, ignore_eos=True)
     (alone,) = run_all(make_engine(loaded, num_pages=400), [(aligned(2), params)])
     others = [(prompt, SamplingParams(max_tokens=20)) for prompt in prompts()]
     crowd = run_all(make_engine(loaded, page_size=4, num_pages=400), [*others, (aligned(2), params)])
@@ -139,7 +139,9 @@ def test_every_end_of_sequence_id_ends_the_reply(tiny):
     loaded, oracle = tiny
     tokens = oracle.greedy(aligned(2.0), Setting((2.0,)), 12)
     unused = next(id for id in range(300) if id not in tokens)
-    params = SamplingParams(temperature=0, max_tokens=12, stop_token_ids=frozenset({unused, tokens[4]}))
+    params = SamplingParams(
+        temperature=0, max_tokens=12, ignore_eos=True, stop_token_ids=frozenset({unused, tokens[4]})
+    )
     (outputs,) = run_all(make_engine(loaded, num_pages=400), [(aligned(2.0), params)])
     assert token_ids(outputs) == tokens[: tokens.index(tokens[4]) + 1]
     assert outputs[-1].finish_reason == "stop"
@@ -163,9 +165,7 @@ def test_what_does_not_fit_is_refused_before_any_compute(tiny):
 def test_the_context_counts_the_longest_branch(tiny):
     loaded, _ = tiny
     prompt = aligned(2.0, length=480, extra=25)  # 505 with the principle, 480 without; the context has 512
-    (outputs,) = run_all(
-        make_engine(loaded, num_pages=100), [(prompt, SamplingParams(temperature=0, stop_token_ids=frozenset()))]
-    )
+    (outputs,) = run_all(make_engine(loaded, num_pages=100), [(prompt, SamplingParams(temperature=0, ignore_eos=True))])
     assert len(token_ids(outputs)) == 7
     assert outputs[-1].finish_reason == "length"
 
@@ -206,7 +206,7 @@ def test_a_dead_engine_tells_everyone(tiny, monkeypatch):
 
 def test_a_reply_that_nobody_waits_for_is_aborted(embedded):
     """Never begun, and dropped half way."""
-    params = SamplingParams(stop_token_ids=frozenset())
+    params = SamplingParams(ignore_eos=True)
     with make_engine(embedded, num_pages=100) as engine:
         for begun in (False, True):
             replies = engine.chat([{"role": "user", "content": "Hi"}], params=params)
@@ -250,7 +250,7 @@ def test_a_listener_that_fails_harms_nobody_else(tiny):
 def test_without_max_tokens_a_reply_is_as_long_as_context_and_cache_allow(tiny):
     loaded, _ = tiny
     engine = make_engine(loaded, num_pages=8, page_size=16)  # 64 tokens a branch
-    params = SamplingParams(temperature=0, stop_token_ids=frozenset())
+    params = SamplingParams(temperature=0, ignore_eos=True)
     (outputs,) = run_all(engine, [(aligned(2.0), params)])
     assert len(token_ids(outputs)) == 64 - 39
     assert outputs[-1].finish_reason == "length"
@@ -329,7 +329,7 @@ def test_any_traffic_equals_the_oracle_and_leaves_no_page_behind(tiny, requests,
             if arrival == now:
                 length, ratio, max_tokens, _, abort = requests[index]
                 prompt, outputs = aligned(ratio, length, index % 2), []
-                params = SamplingParams(temperature=0, max_tokens=max_tokens, stop_token_ids=frozenset())
+                params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
                 going.append((engine.submit(prompt, params, outputs.append), prompt, outputs, now, abort))
         for request_id, _, _, start, abort in going:
             if abort is not None and start + abort == now:
@@ -360,7 +360,7 @@ def test_with_overlap_a_step_is_launched_before_the_tokens_of_the_last_are_known
     tokens = judge(oracle, aligned(2.0), outputs)
     assert unknown == [0] + [2] * 11
     for stop in set(tokens):
-        params = SamplingParams(temperature=0, max_tokens=12, stop_token_ids=frozenset({stop}))
+        params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop_token_ids=frozenset({stop}))
         (outputs,) = run_all(engine, [(aligned(2.0), params)])
         assert token_ids(outputs) == tokens[: tokens.index(stop) + 1]
         assert outputs[-1].usage.completion_tokens == len(token_ids(outputs))
@@ -384,7 +384,7 @@ def test_decodes_beyond_the_budget_take_turns(tiny):
     engine = make_engine(loaded, num_pages=400, max_num_batched_tokens=5)  # two of three pairs of rows
     texts, replies = [aligned(2.0, 10, i) for i in range(3)], [[], [], []]
     for prompt, reply in zip(texts, replies, strict=True):
-        engine.submit(prompt, SamplingParams(temperature=0, max_tokens=60, stop_token_ids=frozenset()), reply.append)
+        engine.submit(prompt, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True), reply.append)
     drawn = []
     while engine.step():
         running = engine.scheduler.running

@@ -1,0 +1,39 @@
+"""What requests change in their principled logits before anything else is done: e of DESIGN section 2.1.
+
+The direction is not edited, so every edit counts once, whatever the ratio. In this order: the
+repetition penalty, the presence and frequency penalties, the biases, and what may not come at all.
+"""
+
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from alignment_core.sequence import Sequence
+
+
+def edit(y: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> None:
+    """Change the lines of y, [S, V] float32, in place. positions: how many tokens of each reply come before."""
+    for line, sequence, position in zip(y, sequences, positions, strict=True):
+        if sequence.params.edits:
+            _edit(line, sequence, position)
+
+
+def _edit(y: Tensor, sequence: Sequence, position: int) -> None:
+    params = sequence.params
+    if params.penalises:
+        assert position == len(sequence.output_ids)
+    if params.repetition_penalty != 1:
+        ids = _ids(list(sequence.seen), y)
+        y[ids] = torch.where(y[ids] > 0, y[ids] / params.repetition_penalty, y[ids] * params.repetition_penalty)
+    if (params.presence_penalty or params.frequency_penalty) and sequence.counts:
+        times = torch.tensor(list(sequence.counts.values()), dtype=y.dtype, device=y.device)
+        y[_ids(list(sequence.counts), y)] -= params.presence_penalty + params.frequency_penalty * times
+    if params.logit_bias:
+        y[_ids(list(params.logit_bias), y)] += torch.tensor(list(params.logit_bias.values()), device=y.device)
+    if position < params.min_tokens:
+        y[_ids(list(sequence.stop_token_ids), y)] = -torch.inf
+
+
+def _ids(ids: list[int], y: Tensor) -> Tensor:
+    return torch.tensor(ids, dtype=torch.int64, device=y.device)

@@ -1,0 +1,193 @@
+"""Edits, log-probabilities and several choices, judged by the oracle."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from alignment_core import InvalidRequest, SamplingParams
+from tests.alignment_core.test_engine import GREEDY, aligned, prompts
+from tests.conftest import make_engine, run_all, token_ids
+from tests.oracle import Setting
+
+EDITS = {
+    "presence": ({"presence_penalty": 1.5}, {"presence": 1.5}),
+    "frequency": ({"frequency_penalty": 1.2}, {"frequency": 1.2}),
+    "both": (
+        {"presence_penalty": -0.5, "frequency_penalty": 0.7, "repetition_penalty": 1.1},
+        {"presence": -0.5, "frequency": 0.7, "repetition": 1.1},
+    ),
+    "repetition": ({"repetition_penalty": 2.0}, {"repetition": 2.0}),
+    "bias": ({"logit_bias": {7: 4.0, 9: -100.0, 50: 3.5}}, {"bias": ((7, 4.0), (9, -100.0), (50, 3.5))}),
+    "all": (
+        {"presence_penalty": 1.0, "repetition_penalty": 1.3, "logit_bias": {200: 100.0}},
+        {"presence": 1.0, "repetition": 1.3, "bias": ((200, 100.0),)},
+    ),
+}
+
+
+def judged(oracle, prompt, outputs, **setting):
+    assert oracle.check_greedy(prompt, Setting(prompt.ratios, prompt.weights, **setting), token_ids(outputs)) <= 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"page_size": 3, "num_pages": 60},
+        {"max_num_batched_tokens": 7},
+        {"static": True},
+        {"num_speculative_tokens": 4},
+    ],
+    ids=str,
+)
+def test_edits_equal_the_oracle_in_one_crowd(tiny, config):
+    """Every kind beside every other and beside requests without, aligned and not."""
+    loaded, oracle = tiny
+    engine = make_engine(loaded, **{"num_pages": 600} | config)
+    requests = [(prompt, replace(GREEDY, **EDITS[name][0])) for name, prompt in zip(EDITS, prompts(), strict=True)] + [
+        (aligned(2.0, 33, 4), GREEDY),
+        (aligned(0, 20, 2), GREEDY),
+    ]
+    replies = run_all(engine, requests)
+    plain = run_all(engine, [(prompt, GREEDY) for prompt, _ in requests])
+    for (prompt, _), outputs, (_, setting) in zip(
+        requests, replies, [*EDITS.values(), ({}, {}), ({}, {})], strict=True
+    ):
+        judged(oracle, prompt, outputs, **setting)
+    changed = [token_ids(a) != token_ids(b) for a, b in zip(replies, plain, strict=True)]
+    assert changed[-2:] == [False, False]
+    assert sum(changed[:-2]) >= 4  # penalties of this size don't turn every greedy reply
+    if config.get("num_pages") == 60:
+        assert engine.scheduler.num_preemptions
+
+
+@pytest.mark.parametrize("ratio", [0, 2.0])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_penalties_count_once_and_not_for_each_branch(tiny, ratio, temperature):
+    """The draw's distribution itself: a seeded sample of the edited policy, position by position."""
+    loaded, oracle = tiny
+    prompt, params = (
+        aligned(ratio),
+        replace(GREEDY, temperature=temperature, seed=3, presence_penalty=2.0, frequency_penalty=1.5, logprobs=3),
+    )
+    (outputs,) = run_all(make_engine(loaded, num_pages=200), [(prompt, params)])
+    setting = Setting(prompt.ratios, prompt.weights, temperature=temperature, presence=2.0, frequency=1.5)
+    ids = token_ids(outputs)
+    for position, output in enumerate(outputs):
+        z = oracle.next_logits(
+            prompt, ids[:position], setting if ratio else replace(setting, presence=0.0, frequency=0.0)
+        )
+        assert output.logprobs[0].logprob == pytest.approx(float(z.log_softmax(-1)[ids[position]]), abs=1e-4)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_log_probabilities_are_those_of_the_aligned_policy(tiny, static):
+    loaded, oracle = tiny
+    prompt_list = [aligned(0), aligned(2.0, 40, 1), aligned(5.0, 25, 2), aligned(2.0, 22, 5)]
+    wanted = [3, 20, 0, None]
+    requests = [
+        (prompt, replace(GREEDY, temperature=t, seed=1, logprobs=most))
+        for prompt, most, t in zip(prompt_list, wanted, [0.0, 0.7, 1.0, 1.0], strict=True)
+    ]
+    engine = make_engine(loaded, num_pages=400, static=static)
+    for (prompt, params), outputs in zip(requests, run_all(engine, requests), strict=True):
+        ids = token_ids(outputs)
+        for position, output in enumerate(outputs):
+            if params.logprobs is None:
+                assert output.logprobs == ()
+                continue
+            (report,) = output.logprobs
+            setting = Setting(prompt.ratios, prompt.weights, temperature=params.temperature)
+            z = oracle.next_logits(prompt, ids[:position], setting).log_softmax(-1)
+            assert report.token_id == ids[position]
+            assert report.logprob == pytest.approx(float(z[ids[position]]), abs=1e-4)
+            num_plausible = int((z > -torch.inf).sum())
+            assert len(report.top) == min(params.logprobs, num_plausible)
+            values = [value for _, value in report.top]
+            assert values == sorted(values, reverse=True)
+            assert values == pytest.approx(z.topk(len(values)).values.tolist(), abs=1e-4)
+            assert [float(z[id]) for id, _ in report.top] == pytest.approx(values, abs=1e-4)
+
+
+def test_min_tokens_holds_back_every_way_to_stop(tiny):
+    loaded, oracle = tiny
+    prompt = aligned(2.0)
+    engine = make_engine(loaded, num_pages=400)
+    free = token_ids(run_all(engine, [(prompt, GREEDY)])[0])
+    stop = free[2]
+    params = replace(GREEDY, stop_token_ids=frozenset({stop}))
+    assert token_ids(run_all(engine, [(prompt, params)])[0]) == free[:3]
+    (outputs,) = run_all(engine, [(prompt, replace(params, min_tokens=6))])
+    ids = token_ids(outputs)
+    assert len(ids) >= 6
+    assert stop not in ids[:6]
+    judged(oracle, prompt, outputs, min_tokens=6, stop_ids=(stop,))
+
+    text = "".join(o.text for o in run_all(engine, [(prompt, GREEDY)])[0])
+    (late,) = run_all(engine, [(prompt, replace(GREEDY, stop=(text[1:3],), min_tokens=12))])
+    assert "".join(o.text for o in late) == text
+
+
+def test_choices_differ_by_their_number_and_share_the_prompt(tiny):
+    loaded, _ = tiny
+    engine = make_engine(loaded, page_size=4, num_pages=400)
+    prompt, params = aligned(2.0, 40), SamplingParams(temperature=1.0, seed=5, max_tokens=8, ignore_eos=True)
+    outputs = []
+    engine.submit(prompt, params, outputs.append, n=3)
+    while engine.step():
+        pass
+    replies = [[o for o in outputs if o.choice == choice] for choice in range(3)]
+    assert len({tuple(token_ids(reply)) for reply in replies}) == 3
+    assert [reply[-1].finish_reason for reply in replies] == ["length"] * 3
+    shared = sum(4 * ((len(ids) - 1) // 4) for ids in prompt.branches)  # whole pages, the newest token excepted
+    assert [reply[-1].usage.prefix_cached_tokens for reply in replies[1:]] == [shared] * 2
+    alone = run_all(make_engine(loaded, num_pages=100), [(prompt, params)])[0]
+    assert token_ids(alone) == token_ids(replies[0])
+    assert engine.pool.num_free == engine.pool.num_pages
+
+
+def test_an_abort_ends_all_choices(tiny):
+    engine = make_engine(tiny[0], num_pages=400)
+    outputs = []
+    request_id = engine.submit(aligned(2.0), replace(GREEDY, max_tokens=100), outputs.append, n=4)
+    for _ in range(5):
+        engine.step()
+    engine.abort(request_id)
+    while engine.step():
+        pass
+    assert [o.choice for o in outputs if o.finish_reason == "abort"] == [0, 1, 2, 3]
+    assert engine.pool.num_free == engine.pool.num_pages
+
+
+@pytest.mark.parametrize(
+    ("params", "n", "param"),
+    [
+        ({"logit_bias": {300: 1.0}}, 1, "logit_bias"),
+        ({"stop_token_ids": frozenset({-1})}, 1, "stop_token_ids"),
+        ({}, 40, "n"),
+        ({}, 0, "n"),
+    ],
+)
+def test_what_can_not_be(tiny, params, n, param):
+    engine = make_engine(tiny[0], num_pages=400, max_num_seqs=8)
+    with pytest.raises(InvalidRequest) as error:
+        engine.submit(aligned(2.0), replace(GREEDY, **params), print, n=n)
+    assert error.value.param == param
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": float("nan")},
+        {"repetition_penalty": 0.0},
+        {"logit_bias": {1: 101.0}},
+        {"logprobs": 21},
+        {"min_tokens": 9, "max_tokens": 8},
+        {"logit_bias": dict.fromkeys(range(2000), 1.0)},
+    ],
+)
+def test_what_is_out_of_range(params):
+    with pytest.raises(InvalidRequest):
+        SamplingParams(**params)
