@@ -6,6 +6,7 @@ repetition penalty, the presence and frequency penalties, the biases, and what m
 
 from collections.abc import Sequence as Seq
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,8 +32,15 @@ def _edit(y: Tensor, sequence: Sequence, position: int) -> None:
         y[_ids(list(sequence.counts), y)] -= params.presence_penalty + params.frequency_penalty * times
     if params.logit_bias:
         y[_ids(list(params.logit_bias), y)] += torch.tensor(list(params.logit_bias.values()), device=y.device)
+    forbidden = torch.zeros(len(y), dtype=torch.bool)
+    if sequence.matcher is not None:
+        allowed = np.frombuffer(sequence.matcher.compute_bitmask(), np.uint8)
+        forbidden = torch.from_numpy(np.unpackbits(allowed, count=len(y), bitorder="little") == 0)
     if position < params.min_tokens:
-        y[_ids(list(sequence.stop_token_ids), y)] = -torch.inf
+        early = forbidden.clone()
+        early[list(sequence.stop_token_ids)] = True
+        forbidden = forbidden if early.all() else early  # a structure that is complete ends
+    y.masked_fill_(forbidden.to(y.device), -torch.inf)
 
 
 def _ids(ids: list[int], y: Tensor) -> Tensor:

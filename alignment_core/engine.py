@@ -19,6 +19,7 @@ from torch import Tensor
 
 from alignment_core.cpu.native import release_threads
 from alignment_core.detokenizer import TextStream
+from alignment_core.grammars import Grammars
 from alignment_core.kv_cache import PagePool
 from alignment_core.loading import LoadedModel, load
 from alignment_core.model_runner import ModelRunner, RunnerConfig
@@ -149,6 +150,7 @@ class Engine:
                 sampler.warm_up()
             self._sample = sampler.sample
         self.scheduler = Scheduler(self.pool, config.max_num_seqs, max_num_batched_tokens, num_speculative_tokens)
+        self.grammars = Grammars(loaded.tokenizer, self.vocab_size, loaded.eos_token_ids)
         self.prompts = PromptBuilder(loaded.tokenizer, self.max_model_len)
         self.error: BaseException | None = None
         self.eos_token_ids = loaded.eos_token_ids
@@ -227,6 +229,7 @@ class Engine:
                 text=TextStream(self._decode, params.stop),
                 on_output=on_output,
                 choice=choice,
+                matcher=self.grammars.matcher(params.structure) if params.structure else None,
             )
             for choice in range(n)
         ]
@@ -377,14 +380,20 @@ class Engine:
         """Add a token to the reply; False if the reply ends with it."""
         sequence.append(token)
         may_stop = len(sequence.output_ids) > sequence.params.min_tokens
-        ended = may_stop and token in sequence.stop_token_ids
-        text = "" if ended else sequence.text.add(token, may_stop)
+        is_stop = ended = may_stop and token in sequence.stop_token_ids
+        text = "" if is_stop else sequence.text.add(token, may_stop)
+        if sequence.matcher is not None and not is_stop:
+            sequence.matcher.consume_token(token)
+            ended = sequence.matcher.is_stopped()
         reason: FinishReason | None = None
-        if ended or sequence.text.stopped:
+        if sequence.matcher is not None and sequence.matcher.is_error():
+            log.error("Structured output failed: %s", sequence.matcher.get_error())
+            reason = "abort"
+        elif ended or sequence.text.stopped:
             reason = "stop"
         elif len(sequence.output_ids) >= sequence.max_tokens:
             reason = "length"
-        news = Output(text, (token,), reason, None, sequence.choice, () if ended else logprobs)
+        news = Output(text, (token,), reason, None, sequence.choice, () if is_stop else logprobs)
         if reason:
             self._finish(sequence, reason, news)
         else:

@@ -4,10 +4,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from alignment_core.detokenizer import TextStream
 from alignment_core.speculation import PromptLookup
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -32,6 +35,19 @@ def _require(condition: bool, param: str, rule: str, value: object) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class Structure:
+    """What a reply must look like.
+
+    text: a JSON schema; a regular expression that matches all of it; a JSON list of strings to choose from;
+    a grammar in Lark or GBNF. param: the name of the request's field, for error messages.
+    """
+
+    kind: Literal["json_schema", "regex", "choice", "grammar"]
+    text: str
+    param: str = "structured_outputs"
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one request's tokens are drawn. Raises InvalidRequest when a value is out of range.
 
@@ -45,6 +61,7 @@ class SamplingParams:
     negative logits of tokens that the prompt or the reply has (Keskar et al., "CTRL", 2019). logit_bias:
     token id to what is added to its logit, [-100, 100]. All of these are edits of the principled logits,
     DESIGN section 2.1.
+    structure: what the reply must look like; tokens that would break it are edited out.
     logprobs: how many alternatives to report with every token; None reports nothing.
     alignment_top_p, alignment_temperature: the plausible set, DESIGN section 2.4; a temperature of
     None means max(temperature, 0.5).
@@ -64,6 +81,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    structure: Structure | None = None
     logprobs: int | None = None
     alignment_top_p: float = 0.8
     alignment_temperature: float | None = None
@@ -107,7 +125,7 @@ class SamplingParams:
     @property
     def edits(self) -> bool:
         """Whether the principled logits are changed at all."""
-        return bool(self.penalises or self.logit_bias or self.min_tokens)
+        return bool(self.penalises or self.logit_bias or self.min_tokens or self.structure)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +223,8 @@ class Output:
 class Sequence:
     """One choice being generated: its branches, its parameters, and what has been drawn so far.
 
-    counts: how often the reply has each token. seen: the tokens of reply and principled prompts.
+    matcher: where the reply is in its structure. counts: how often the reply has each token. seen: the
+    tokens of reply and principled prompts.
     """
 
     request_id: int
@@ -217,6 +236,7 @@ class Sequence:
     text: TextStream
     on_output: Callable[[Output], None]
     choice: int = 0
+    matcher: "LLMatcher | None" = None
     branches: list[Branch] = field(init=False)
     output_ids: list[int] = field(default_factory=list)
     num_tokens_computed: int = 0
@@ -235,7 +255,7 @@ class Sequence:
     @property
     def follows_reply(self) -> bool:
         """Whether the next draw depends on more of the reply than the branches' contexts tell the model."""
-        return self.params.penalises
+        return self.params.penalises or self.matcher is not None
 
     @property
     def is_decoding(self) -> bool:

@@ -1,0 +1,177 @@
+"""Structured output: whatever the weights say, replies are what was asked for, and the best such replies."""
+
+import json
+import random
+import re
+from dataclasses import replace
+
+import jsonschema
+import pytest
+
+from alignment_core import InvalidRequest, SamplingParams
+from alignment_core.sequence import Structure
+from tests.alignment_core.test_engine import GREEDY, aligned
+from tests.conftest import make_engine, run_all, tiny_pair, token_ids
+from tests.oracle import Setting
+
+
+@pytest.fixture(scope="module")
+def wide(tokenizer):
+    """A random model with the whole vocabulary of a real tokenizer."""
+    return tiny_pair(tokenizer)
+
+
+def allowed_by(engine, structure):
+    def allowed(output):
+        matcher = engine.grammars.matcher(structure)
+        assert matcher.consume_tokens(output)
+        mask = matcher.compute_bitmask()
+        return [i for i in range(engine.vocab_size) if mask[i // 8] >> (i % 8) & 1]
+
+    return allowed
+
+
+STRUCTURES = [
+    Structure("choice", '["yes", "no", "perhaps not"]'),
+    Structure("regex", "[a-c]{3,6} [0-9]+z"),
+    Structure("json_schema", '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}'),
+    Structure("grammar", 'root ::= "a" ("b" | "c")+ "!"'),
+]
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_replies_are_the_best_of_what_is_allowed(wide, static):
+    """Greedy, aligned and not, in one crowd with a request without any: judged by the oracle."""
+    loaded, oracle = wide
+    engine = make_engine(loaded, num_pages=800, static=static)
+    requests = [
+        (aligned(ratio, 20, i), replace(GREEDY, structure=structure, ignore_eos=False))
+        for i, structure in enumerate(STRUCTURES)
+        for ratio in (0, 2.0)
+    ]
+    replies = run_all(engine, [*requests, (aligned(2.0), GREEDY)])
+    for (prompt, params), outputs in zip(requests, replies, strict=False):
+        setting = Setting(prompt.ratios, prompt.weights, allowed=allowed_by(engine, params.structure))
+        ids = token_ids(outputs)
+        if ids[-1] in engine.eos_token_ids:
+            assert outputs[-1].finish_reason == "stop"
+        assert oracle.check_greedy(prompt, setting, ids) <= 1
+    choices = ["".join(o.text for o in outputs) for outputs in replies[:2]]
+    assert set(choices) <= {"yes", "no", "perhaps not"}
+    assert [outputs[-1].finish_reason for outputs in replies[:2]] == ["stop", "stop"]
+
+
+def test_a_structure_ends_where_nothing_can_follow(wide):
+    engine = make_engine(wide[0], num_pages=400)
+    for minimum in (0, 50):  # more than it has: it ends all the same
+        params = SamplingParams(structure=Structure("choice", '["Lisbon"]'), max_tokens=60, seed=1, min_tokens=minimum)
+        (outputs,) = run_all(engine, [(aligned(2.0), params)])
+        assert "".join(o.text for o in outputs) == "Lisbon"
+        assert outputs[-1].finish_reason == "stop"
+
+
+def schemas():
+    """100 different ones, each of a few random features, deeper ones inside."""
+    chance = random.Random(0)
+
+    def leaf():
+        low = chance.randint(-5, 5)
+        return chance.choice(
+            [
+                {"type": "integer", "minimum": low, "maximum": low + chance.randint(0, 9)},
+                {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": chance.randint(1, 3)},
+                {"enum": chance.sample(["red", "green", 3, None, True, "blue"], 3)},
+                {"const": chance.choice(["x", 1, None])},
+                {"type": "string", "pattern": f"^[a-f]{{1,{chance.randint(1, 4)}}}$"},
+                {"type": "string", "minLength": 1, "maxLength": chance.randint(1, 6)},
+                {"type": "string", "format": chance.choice(["date", "time", "uuid", "ipv4"])},
+                {"type": ["boolean", "null"]},
+                {"type": "integer", "multipleOf": chance.randint(2, 5), "minimum": 0, "maximum": 99},
+            ]
+        )
+
+    def schema(depth):
+        kind = chance.choice(["object", "array", "anyOf", "leaf"] if depth else ["leaf"])
+        if kind == "object":
+            names = [f"{chance.choice('pqrst')}{i}" for i in range(chance.randint(1, 3))]
+            required = [name for name in names if chance.random() < 0.7]
+            properties = {name: schema(depth - 1) for name in names}
+            return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+        if kind == "array":
+            low = chance.randint(0, 2)
+            return {"type": "array", "items": schema(depth - 1), "minItems": low, "maxItems": low + 1}
+        if kind == "anyOf":
+            return {"anyOf": [schema(depth - 1) for _ in range(2)]}
+        return leaf()
+
+    found = [
+        {
+            "$defs": {
+                "tree": {
+                    "type": "object",
+                    "properties": {
+                        "value": leaf(),
+                        "children": {"type": "array", "items": {"$ref": "#/$defs/tree"}, "maxItems": i},
+                    },
+                    "required": ["value"],
+                    "additionalProperties": False,
+                }
+            },
+            "$ref": "#/$defs/tree",
+        }
+        for i in range(3)
+    ]
+    while len(found) < 100:
+        new = schema(3)
+        if new not in found:
+            found.append(new)
+    return found
+
+
+@pytest.mark.parametrize("ratio", [0, 2.0])
+def test_a_hundred_schemas_are_kept(wide, ratio):
+    engine = make_engine(wide[0], num_pages=4000, max_num_seqs=50)
+    requests = [
+        (
+            aligned(ratio, 20, i),
+            SamplingParams(
+                structure=Structure("json_schema", json.dumps(schema)), max_tokens=400, seed=i, temperature=1.0
+            ),
+        )
+        for i, schema in enumerate(schemas())
+    ]
+    replies = run_all(engine, requests)
+    finished = 0
+    for schema, outputs in zip(schemas(), replies, strict=True):
+        if outputs[-1].finish_reason == "stop":
+            jsonschema.validate(json.loads("".join(o.text for o in outputs)), schema)
+            finished += 1
+    assert finished >= 95  # a random model may not come to the end of a tree
+
+
+@pytest.mark.parametrize(
+    ("structure", "message"),
+    [
+        (Structure("json_schema", '{"type": "array", "uniqueItems": true}'), "uniqueItems"),
+        (Structure("json_schema", '{"not": {"type": "string"}}'), "not"),
+        (Structure("json_schema", '{"if": {"type": "string"}, "then": {"minLength": 3}}'), "if"),
+        (Structure("json_schema", '{"type": "string", "format": "idn-hostname"}'), "idn-hostname"),
+        (Structure("json_schema", '{"oneOf": [{"type": "integer"}, {"type": "number"}]}'), "oneOf"),
+        (Structure("json_schema", '{"type": "string", "pattern": "(?=a)b"}'), "look"),
+        (
+            Structure("json_schema", '{"x-guidance": {"lenient": true}, "uniqueItems": true, "type": "array"}'),
+            "uniqueItems",
+        ),
+        (Structure("json_schema", '{"type": "sring"}'), "sring"),
+        (Structure("json_schema", "false"), "schema"),
+        (Structure("json_schema", '{"$ref": "http://example.com/schema"}'), "example.com"),
+        (Structure("regex", "a(b"), "regex"),
+        (Structure("grammar", "start: nothing"), "nothing"),
+    ],
+    ids=str,
+)
+def test_what_would_not_be_enforced_is_refused(wide, structure, message):
+    engine = make_engine(wide[0], num_pages=50)
+    with pytest.raises(InvalidRequest, match=re.escape(message)) as error:
+        engine.submit(aligned(2.0), SamplingParams(structure=structure), print)
+    assert error.value.param == "structured_outputs"
