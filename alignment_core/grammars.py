@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from alignment_core.sequence import InvalidRequest, Structure
 
 if TYPE_CHECKING:
-    from llguidance import JsonCompileOptions, LLMatcher, LLTokenizer
+    from llguidance import LLMatcher, LLTokenizer
+    from llguidance._lib import JsonCompileOptions
 
 MOST_CACHED = 128
 PLAIN_JSON: "JsonCompileOptions" = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
