@@ -1,6 +1,10 @@
 """Token ids to text, one token at a time: whole characters only, and never part of a stop string."""
 
+import re
 from collections.abc import Callable, Sequence
+
+from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 REPLACEMENT = "\ufffd"
 MAX_TOKENS_PER_CHARACTER = 4  # UTF-8 needs at most four bytes, and a token carries at least one
@@ -66,3 +70,28 @@ def _overlap(text: str, stop: str) -> int:
         if text.endswith(stop[:length]):
             return length
     return 0
+
+
+class TokenBytes:
+    """The bytes that single tokens stand for, which need not be whole characters."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._added: dict[int, bytes] = {
+            id: token.content.encode() for id, token in tokenizer.added_tokens_decoder.items()
+        }
+        decoder = str(getattr(tokenizer.backend_tokenizer, "decoder", ""))
+        self._bytes_of: dict[str, int] = {character: byte for byte, character in bytes_to_unicode().items()}
+        self._is_byte_level = "ByteLevel" in decoder
+
+    def __call__(self, token_id: int) -> bytes:
+        if token_id in self._added:
+            return self._added[token_id]
+        piece: str | None = self._tokenizer.convert_ids_to_tokens(token_id)
+        if piece is None:  # a row of the output layer that the tokenizer has no token for
+            return b""
+        if self._is_byte_level:
+            return bytes(self._bytes_of[character] for character in piece)
+        if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("\u2581", " ").encode()

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Literal
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from alignment_core.cpu.native import release_threads
-from alignment_core.detokenizer import TextStream
+from alignment_core.detokenizer import TextStream, TokenBytes
 from alignment_core.grammars import Grammars
 from alignment_core.kv_cache import PagePool
 from alignment_core.loading import LoadedModel, load
@@ -151,6 +152,7 @@ class Engine:
             self._sample = sampler.sample
         self.scheduler = Scheduler(self.pool, config.max_num_seqs, max_num_batched_tokens, num_speculative_tokens)
         self.grammars = Grammars(loaded.tokenizer, self.vocab_size, loaded.eos_token_ids)
+        self.token_bytes = TokenBytes(loaded.tokenizer)
         self.prompts = PromptBuilder(loaded.tokenizer, self.max_model_len)
         self.error: BaseException | None = None
         self.eos_token_ids = loaded.eos_token_ids
@@ -226,7 +228,7 @@ class Engine:
                 seed=seed,
                 max_tokens=max_tokens,
                 stop_token_ids=params.stop_token_ids | (frozenset() if params.ignore_eos else self.eos_token_ids),
-                text=TextStream(self._decode, params.stop),
+                text=TextStream(partial(self._decode, skip_special_tokens=params.skip_special_tokens), params.stop),
                 on_output=on_output,
                 choice=choice,
                 matcher=self.grammars.matcher(params.structure) if params.structure else None,
@@ -462,8 +464,10 @@ class Engine:
         pages, size = self.pool.num_pages // len(lengths), self.pool.page_size
         return max(1, pages * size - max(lengths))
 
-    def _decode(self, ids: Seq[int]) -> str:
-        text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _decode(self, ids: Seq[int], skip_special_tokens: bool) -> str:
+        text = self.tokenizer.decode(
+            list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
         assert isinstance(text, str)
         return text
 

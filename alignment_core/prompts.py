@@ -9,19 +9,36 @@ import json
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+from jinja2.meta import find_undeclared_variables
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from alignment_core.sequence import MAX_PRINCIPLES, MAX_RATIO, InvalidRequest, Prompt
 
 Placement = Literal["system", "user"]
-Message = Mapping[str, str]  # {"role": …, "content": …}
+Message = Mapping[str, Any]  # {"role": …, "content": …}, and what the template's own messages may have beside
 
 DEFAULT_RATIO = 2.0
+# Variables of templates that are not for users: they are set here, or by transformers.
+RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "raise_exception"}
+RESERVED |= {"bos_token", "eos_token", "pad_token", "unk_token", "strftime_now", "tojson"}
+TOOLS_TEXT = """# Tools
+
+You may call one or more functions to assist with the user query. Their signatures:
+{}
+
+For each function call, return a JSON object with its name and arguments inside <tool_call></tool_call> tags:
+<tool_call>
+{{"name": "function-name", "arguments": {{"argument": "value"}}}}
+</tool_call>"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +56,19 @@ class Principle:
             raise InvalidRequest(f"alignment_ratio must be in [0, {MAX_RATIO:g}], got {self.ratio}", "alignment_ratio")
         if not 0 <= self.weight < float("inf"):
             raise InvalidRequest(f"weight must be a finite number ≥ 0, got {self.weight}", "principle")
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """How a template renders a chat.
+
+    tools: functions in OpenAI's form. variables: of the template's own. continues: the last message, the
+    assistant's, is the beginning of the reply.
+    """
+
+    tools: Sequence[Mapping[str, Any]] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    continues: bool = False
 
 
 class PromptBuilder:
@@ -59,42 +89,89 @@ class PromptBuilder:
         self._max_characters = max_tokens and max_tokens * longest
 
     def build(
-        self, messages: Sequence[Message], principles: Sequence[Principle] = (), placement: Placement = "system"
+        self,
+        messages: Sequence[Message],
+        principles: Sequence[Principle] = (),
+        placement: Placement = "system",
+        rendering: Rendering | None = None,
     ) -> Prompt:
         """Token ids of every branch. Principles of weight 0 take no part."""
-        if not messages:
-            raise InvalidRequest("messages must not be empty", "messages")
-        self._refuse_what_is_far_too_long([m["content"] for m in messages], [p.text for p in principles])
+        rendering = rendering or Rendering()
+        self._refuse(messages, principles, rendering)
         escapes = _Escapes()
-        safe = [
-            {
-                "role": message["role"],
-                # A reply of the model may hold tokens such as <think>; nobody's text may end a turn.
-                "content": escapes.apply(
-                    self._any_special if message["role"] == "assistant" else self._any_added, message["content"]
-                ),
-            }
+        # A reply of the model may hold tokens such as <think>; nobody's text may end a turn.
+        safe: list[dict[str, Any]] = [
+            escapes.apply_to_all(
+                self._any_special if message["role"] == "assistant" else self._any_added, dict(message)
+            )
             for message in messages
         ]
+        rendering = replace(
+            rendering,
+            tools=escapes.apply_to_all(self._any_added, list(rendering.tools)),
+            variables=escapes.apply_to_all(self._any_added, dict(rendering.variables)),
+        )
+        if not self.knows_tools:
+            safe = _without_tool_messages(safe)
+            if rendering.tools:
+                safe = self._with_tools_as_text(safe, rendering)
+            rendering = replace(rendering, tools=())
+        principles = [principle for principle in principles if principle.weight > 0]
+        for _ in range(3):  # templates may show the time, which must be the same for all branches
+            base = self._encode(safe, escapes, rendering)
+            prompt = self._branches(base, safe, principles, placement, escapes, rendering)
+            if not principles or self._encode(safe, escapes, rendering) == base:
+                break
+        return prompt
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """What the chat template knows beside the messages, for `Rendering.variables`."""
+        return self._variables - RESERVED
+
+    @cached_property
+    def knows_tools(self) -> bool:
+        """Whether the chat template tells the model of tools by itself."""
+        return "tools" in self._variables
+
+    @cached_property
+    def _variables(self) -> frozenset[str]:
+        templates = self._tokenizer.chat_template
+        texts = templates.values() if isinstance(templates, dict) else [templates]
+        environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", _Generation])
+        return frozenset().union(*(find_undeclared_variables(environment.parse(text)) for text in texts))
+
+    def generation_prompt(self, rendering: Rendering | None = None) -> str:
+        """What the template writes of the reply itself, such as its header and "<think>"."""
+        chat = [{"role": "user", "content": "Hello"}]
+        rendering = rendering or Rendering()
+        without = self._apply(chat, rendering, add_generation_prompt=False)
+        return self._apply(chat, rendering, add_generation_prompt=True).removeprefix(without)
+
+    def _refuse(self, messages: Sequence[Message], principles: Sequence[Principle], rendering: Rendering) -> None:
+        if not messages:
+            raise InvalidRequest("messages must not be empty", "messages")
         if len(principles) > MAX_PRINCIPLES:
             raise InvalidRequest(
                 f"there may be {MAX_PRINCIPLES} principles at most, got {len(principles)}", "principle"
             )
-        principles = [principle for principle in principles if principle.weight > 0]
-        for _ in range(3):  # templates may show the time, which must be the same for all branches
-            base = self._encode(safe, escapes)
-            prompt = self._branches(base, safe, principles, placement, escapes)
-            if not principles or self._encode(safe, escapes) == base:
-                break
-        return prompt
+        if rendering.continues and messages[-1]["role"] != "assistant":
+            raise InvalidRequest("the last message must be the assistant's to be continued", "continue_final_message")
+        for name in rendering.variables:
+            if name not in self.variables:
+                raise InvalidRequest(f"this model's chat template does not know {name}", name)
+        self._refuse_what_is_far_too_long(
+            [message["content"] or "" for message in messages], [principle.text for principle in principles]
+        )
 
     def _branches(
         self,
         base: tuple[int, ...],
-        messages: list[dict[str, str]],
+        messages: list[dict[str, Any]],
         principles: Sequence[Principle],
         placement: Placement,
         escapes: "_Escapes",
+        rendering: Rendering,
     ) -> Prompt:
         if not principles:
             return Prompt(principled=(base,))
@@ -104,13 +181,18 @@ class PromptBuilder:
             raise InvalidRequest("the weights of the principles are too large", "principle")
         ratios = tuple(principle.ratio for principle in principles)
         return Prompt(
-            principled=tuple(self._encode(self._with_principle(messages, text, placement), escapes) for text in texts),
+            principled=tuple(
+                self._encode(self._with_principle(messages, text, placement, rendering), escapes, rendering)
+                for text in texts
+            ),
             weights=tuple(principle.weight / total for principle in principles),
             ratios=ratios,
             base=base if any(ratios) else None,
         )
 
-    def _with_principle(self, messages: list[dict[str, str]], text: str, placement: Placement) -> list[dict[str, str]]:
+    def _with_principle(
+        self, messages: list[dict[str, Any]], text: str, placement: Placement, rendering: Rendering
+    ) -> list[dict[str, Any]]:
         messages = [dict(message) for message in messages]
         if placement == "user":
             users = [message for message in messages if message["role"] == "user"]
@@ -120,8 +202,16 @@ class PromptBuilder:
         elif messages[0]["role"] == "system":
             messages[0]["content"] = _joined(self._trimmed(messages[0]["content"]), text)
         else:
-            messages.insert(0, {"role": "system", "content": _joined(self._default_system_text(), text)})
+            messages.insert(0, {"role": "system", "content": _joined(self._default_system_text(rendering), text)})
         return messages
+
+    def _with_tools_as_text(self, messages: list[dict[str, Any]], rendering: Rendering) -> list[dict[str, Any]]:
+        text = TOOLS_TEXT.format("\n".join(json.dumps(tool, ensure_ascii=False) for tool in rendering.tools))
+        if messages[0]["role"] == "system":
+            system, messages = messages[0]["content"], messages[1:]
+        else:
+            system = self._default_system_text(rendering)
+        return [{"role": "system", "content": f"{system}\n\n{text}" if system else text}, *messages]
 
     def _refuse_what_is_far_too_long(self, contents: list[str], principles: list[str]) -> None:
         length = sum(map(len, contents)) + max(map(len, principles), default=0)
@@ -141,13 +231,14 @@ class PromptBuilder:
             return False
         return padded == bare
 
-    def _default_system_text(self) -> str:
+    def _default_system_text(self, rendering: Rendering) -> str:
         """What the template puts into the system block by itself when there is no system message."""
         if not self._has_system_role:
             return ""
         mark, user = "SYSTEM" + secrets.token_hex(8), {"role": "user", "content": "USER" + secrets.token_hex(8)}
-        before, after = self._render([{"role": "system", "content": mark}, user]).split(mark, 1)
-        default = self._render([user])
+        rendering = replace(rendering, continues=False)
+        before, after = self._render([{"role": "system", "content": mark}, user], rendering).split(mark, 1)
+        default = self._render([user], rendering)
         fits = len(before) + len(after) <= len(default) and default.startswith(before) and default.endswith(after)
         return default[len(before) : len(default) - len(after)] if fits else ""
 
@@ -159,10 +250,10 @@ class PromptBuilder:
         except InvalidRequest:
             return False
 
-    def _encode(self, messages: list[dict[str, str]], escapes: "_Escapes") -> tuple[int, ...]:
+    def _encode(self, messages: list[dict[str, Any]], escapes: "_Escapes", rendering: Rendering) -> tuple[int, ...]:
         if not self._has_system_role:
             messages = _without_system_role(messages)
-        rendered = self._render(messages)
+        rendered = self._render(messages, rendering)
         if not escapes.used:
             return tuple(self._tokenizer.encode(rendered, add_special_tokens=False))
         return tuple(self._encode_escaped(rendered, escapes))
@@ -209,13 +300,34 @@ class PromptBuilder:
         state = self._plain_tokenizer.to_str()
         return Tokenizer.from_str(state.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"'))
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
+    def _render(self, messages: list[dict[str, Any]], rendering: Rendering | None = None) -> str:
+        rendering = rendering or Rendering()
+        return self._apply(messages, rendering, add_generation_prompt=not rendering.continues)
+
+    def _apply(self, messages: list[dict[str, Any]], rendering: Rendering, add_generation_prompt: bool) -> str:
         try:
-            rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            rendered = self._tokenizer.apply_chat_template(
+                messages,
+                tools=list(rendering.tools) or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=rendering.continues,
+                **rendering.variables,
+            )
         except Exception as error:  # a template can raise anything
             raise InvalidRequest(f"the model's chat template refuses these messages: {error}", "messages") from error
         assert isinstance(rendered, str)
         return rendered
+
+
+class _Generation(jinja2.ext.Extension):
+    """transformers' tag for what the assistant says; here it only has to be parsed."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2's way
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
 
 
 class _Escapes:
@@ -231,6 +343,20 @@ class _Escapes:
 
     def apply(self, pattern: re.Pattern[str], text: str) -> str:
         return pattern.sub(self._stand_in, text)
+
+    def apply_to_all(self, pattern: re.Pattern[str], value: Any) -> Any:
+        """The same for every string inside lists and dictionaries, roles excepted."""
+        match value:
+            case str():
+                return self.apply(pattern, value)
+            case list():
+                return [self.apply_to_all(pattern, item) for item in value]
+            case dict():
+                return {
+                    self.apply(pattern, key): item if key == "role" else self.apply_to_all(pattern, item)
+                    for key, item in value.items()
+                }
+        return value
 
     def undo(self, text: str) -> str:
         if not self.used:
@@ -251,9 +377,27 @@ def _joined(system: str, principle: str) -> str:
     return f"{system}\n{principle}" if system else principle
 
 
-def _without_system_role(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+def _without_tool_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For templates that know nothing of tools: calls and results as text, in the form of Hermes and Qwen."""
+    told: list[dict[str, Any]] = []
+    for message in messages:
+        if message["role"] == "tool":
+            content = f"<tool_response>\n{message['content']}\n</tool_response>"
+            told.append({"role": "user", "content": content})
+        elif message.get("tool_calls"):
+            calls = [
+                f"<tool_call>\n{json.dumps(call['function'], ensure_ascii=False)}\n</tool_call>"
+                for call in message["tool_calls"]
+            ]
+            told.append({"role": "assistant", "content": "\n".join([*filter(None, [message["content"]]), *calls])})
+        else:
+            told.append(message)
+    return told
+
+
+def _without_system_role(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """System text at the head of the next user message, a blank line between: where such templates' users put it."""
-    folded: list[dict[str, str]] = []
+    folded: list[dict[str, Any]] = []
     pending: list[str] = []
     for message in messages:
         if message["role"] == "system":

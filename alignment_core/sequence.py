@@ -61,6 +61,7 @@ class SamplingParams:
     negative logits of tokens that the prompt or the reply has (Keskar et al., "CTRL", 2019). logit_bias:
     token id to what is added to its logit, [-100, 100]. All of these are edits of the principled logits,
     DESIGN section 2.1.
+    skip_special_tokens: leave control tokens out of the text.
     structure: what the reply must look like; tokens that would break it are edited out.
     logprobs: how many alternatives to report with every token; None reports nothing.
     alignment_top_p, alignment_temperature: the plausible set, DESIGN section 2.4; a temperature of
@@ -81,6 +82,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    skip_special_tokens: bool = True
     structure: Structure | None = None
     logprobs: int | None = None
     alignment_top_p: float = 0.8

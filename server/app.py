@@ -1,8 +1,10 @@
 """The FastAPI application over one engine."""
 
+import hashlib
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 
 from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
@@ -12,6 +14,12 @@ from server import metrics
 from server.protocol.errors import HANDLERS
 from server.routes import chat, models
 from server.settings import Settings
+
+
+def _fingerprint(engine: Engine, settings: Settings) -> str:
+    """The same for servers whose seeded replies are the same."""
+    parts = (version("linalign"), engine.model_id, settings.dtype, settings.quantization, settings.kv_cache_dtype)
+    return "fp_" + hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
 def create_app(engine: Engine, settings: Settings) -> FastAPI:
@@ -28,6 +36,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     app.state.settings = settings
     app.state.registry = metrics.registry_of(engine)
     app.state.started = int(time.time())
+    app.state.fingerprint = _fingerprint(engine, settings)
     app.include_router(chat.router)
     app.include_router(models.router)
     app.include_router(metrics.router)

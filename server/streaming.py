@@ -3,87 +3,208 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from sse_starlette import JSONServerSentEvent, ServerSentEvent
+from sse_starlette import EventSourceResponse, JSONServerSentEvent, ServerSentEvent
+from starlette.requests import Request
+from starlette.types import Message
 
 from alignment_core import Engine, EngineDead, Output, Prompt, SamplingParams, Usage
+from alignment_core.sequence import TokenLogprob
+from server.tool_calls import Delta, ReplyParser, message_of
+
+IMPOSSIBLE = -9999.0  # the log-probability of what can't be drawn, as JSON has no −inf
 
 
 class Replies:
-    """A request on its way: iterate over its outputs, and `abort` when nobody listens any more.
+    """A request on its way: iterate over the outputs of its choices, and `abort` when nobody listens any more."""
 
-    Submits at once. Raises InvalidRequest, EngineDead.
-    """
-
-    def __init__(self, engine: Engine, prompt: Prompt, params: SamplingParams) -> None:
-        loop = asyncio.get_running_loop()
+    def __init__(self, engine: Engine, n: int) -> None:
+        self.n = n
+        self._engine = engine
         self._queue: asyncio.Queue[Output] = asyncio.Queue()
+        self._request_id: int | None = None
+
+    @classmethod
+    async def of(cls, engine: Engine, prompt: Prompt, params: SamplingParams, n: int = 1) -> "Replies":
+        """Submit, in a thread, as a structure may have to be compiled. Raises InvalidRequest, EngineDead."""
+        loop, replies = asyncio.get_running_loop(), cls(engine, n)
 
         def on_output(output: Output) -> None:
-            loop.call_soon_threadsafe(self._queue.put_nowait, output)
+            loop.call_soon_threadsafe(replies._queue.put_nowait, output)
 
-        self._engine = engine
-        self._request_id = engine.submit(prompt, params, on_output)
+        submit = asyncio.ensure_future(asyncio.to_thread(engine.submit, prompt, params, on_output, n))
+        try:
+            replies._request_id = await asyncio.shield(submit)
+        except asyncio.CancelledError:  # the client left meanwhile
+            submit.add_done_callback(lambda done: None if done.exception() else engine.abort(done.result()))
+            raise
+        return replies
 
     async def __aiter__(self) -> AsyncIterator[Output]:
-        output: Output | None = None
-        while output is None or not output.finish_reason:
+        left = self.n
+        while left:
             output = await self._queue.get()
             if output.finish_reason == "error":
                 raise EngineDead("the engine failed during this request")
+            left -= output.finish_reason is not None
             yield output
 
     def abort(self) -> None:
+        assert self._request_id is not None
         self._engine.abort(self._request_id)
 
 
-class Completion:
-    """The fields that all objects of one chat completion have in common."""
+async def gather(replies: Sequence[Replies], request: Request) -> list[list[Output]] | None:
+    """All outputs of several requests, or None if the client has gone meanwhile; nothing is left running."""
 
-    def __init__(self, model: str) -> None:
-        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+    async def outputs_of(one: Replies) -> list[Output]:
+        return [output async for output in one]
 
-    def whole(self, text: str, last: Output) -> dict[str, Any]:
-        assert last.usage is not None
-        message = {"role": "assistant", "content": text}
-        choice = {"index": 0, "message": message, "finish_reason": last.finish_reason, "logprobs": None}
-        return {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage_object(last.usage)}
+    collecting = asyncio.gather(*map(outputs_of, replies))
+    leaving = asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return collecting.result() if collecting.done() else None
+    finally:
+        for one in replies:
+            one.abort()
+        leaving.cancel()
+        collecting.cancel()
 
-    async def events(self, replies: Replies, include_usage: bool) -> AsyncIterator[ServerSentEvent]:
-        yield self._chunk({"role": "assistant", "content": ""})
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def event_stream(events: AsyncIterator[ServerSentEvent], replies: Sequence[Replies]) -> EventSourceResponse:
+    """A response that ends the replies when its client goes."""
+
+    async def on_leave(_: Message) -> None:
+        for one in replies:
+            one.abort()
+
+    return EventSourceResponse(events, sep="\n", client_close_handler_callable=on_leave)
+
+
+class ChatCompletion:
+    """OpenAI's objects of one chat completion."""
+
+    def __init__(self, engine: Engine, fingerprint: str, prompt: Prompt, parser: Callable[[], ReplyParser]) -> None:
+        """parser: makes one for each choice."""
+        self._parser = parser
+        self._token_bytes = engine.token_bytes
+        self._num_prompt_tokens = len(prompt.principled[0])
+        self._head = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": engine.model_id,
+            "system_fingerprint": fingerprint,
+        }
+
+    def whole(self, outputs: Sequence[Output], n: int) -> dict[str, Any]:
+        choices = [self._choice([output for output in outputs if output.choice == index]) for index in range(n)]
+        usage = usage_object([output.usage for output in outputs if output.usage])
+        return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage}
+
+    def _choice(self, outputs: Sequence[Output]) -> dict[str, Any]:
+        last, parser = outputs[-1], self._parser()
+        deltas = parser.feed("".join(output.text for output in outputs)) + parser.finish()
+        return {
+            "index": last.choice,
+            "message": message_of(deltas),
+            "finish_reason": _finish_reason(last, any("tool_calls" in delta for delta in deltas)),
+            "logprobs": self._logprobs([report for output in outputs for report in output.logprobs]),
+        }
+
+    async def events(self, replies: Replies, include_usage: bool, continuous: bool) -> AsyncIterator[ServerSentEvent]:
+        parsers = [self._parser() for _ in range(replies.n)]
+        calls = [False] * replies.n
+        usages: list[Usage] = []
+        num_drawn = 0
+
+        def chunk(index: int, delta: Delta, reason: str | None = None, logprobs: Any = None) -> ServerSentEvent:
+            choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
+            usage: dict[str, Any] = {"usage": None} if include_usage else {}
+            if continuous:
+                usage = {"usage": _counts(self._num_prompt_tokens, num_drawn)}
+            return self._event(choices=[choice], **usage)
+
         try:
+            for index in range(replies.n):
+                yield chunk(index, {"role": "assistant", "content": ""})
             async for output in replies:
-                if output.text:
-                    yield self._chunk({"content": output.text})
+                index, parser, logprobs = output.choice, parsers[output.choice], self._logprobs(output.logprobs)
+                num_drawn += len(output.token_ids)
+                deltas = parser.feed(output.text) + (parser.finish() if output.finish_reason else [])
+                for delta in deltas or ([{}] if logprobs else []):
+                    calls[index] |= "tool_calls" in delta
+                    yield chunk(index, delta, logprobs=logprobs)
+                    logprobs = None
                 if output.finish_reason:
-                    yield self._chunk({}, output.finish_reason)
-                    if include_usage and output.usage is not None:
-                        yield self._event(choices=[], usage=usage_object(output.usage))
+                    yield chunk(index, {}, _finish_reason(output, calls[index]))
+                if output.usage:
+                    usages.append(output.usage)
+            if include_usage:
+                yield self._event(choices=[], usage=usage_object(usages))
             yield ServerSentEvent(data="[DONE]")
         except EngineDead as error:
-            message = {"message": str(error), "type": "server_error", "param": None, "code": "engine_dead"}
-            yield JSONServerSentEvent({"error": message})
+            yield failure(error)
         finally:
             replies.abort()
-
-    def _chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> ServerSentEvent:
-        return self._event(choices=[{"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}])
 
     def _event(self, **fields: Any) -> ServerSentEvent:
         return JSONServerSentEvent({**self._head, "object": "chat.completion.chunk", **fields})
 
+    def _logprobs(self, reports: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        if not reports:
+            return None
+        return {"content": [logprob_object(report, self._token_bytes) for report in reports], "refusal": None}
 
-def usage_object(usage: Usage) -> dict[str, Any]:
-    """OpenAI's usage counts the user's view once; alignment_details tell the extra work."""
+
+def _finish_reason(last: Output, has_calls: bool) -> str | None:
+    return "tool_calls" if has_calls and last.finish_reason == "stop" else last.finish_reason
+
+
+def logprob_object(report: TokenLogprob, token_bytes: Callable[[int], bytes]) -> dict[str, Any]:
+    """OpenAI's form of one token's log-probabilities."""
+
+    def one(id: int, logprob: float) -> dict[str, Any]:
+        content = token_bytes(id)
+        return {
+            "token": content.decode(errors="replace"),
+            "logprob": max(logprob, IMPOSSIBLE),
+            "bytes": list(content),
+        }
+
+    return {**one(report.token_id, report.logprob), "top_logprobs": [one(*pair) for pair in report.top]}
+
+
+def failure(error: EngineDead) -> ServerSentEvent:
+    """The last event of a stream whose engine has died."""
+    message = {"message": str(error), "type": "server_error", "param": None, "code": "engine_dead"}
+    return JSONServerSentEvent({"error": message})
+
+
+def usage_object(usages: Sequence[Usage]) -> dict[str, Any]:
+    """Of all choices together. OpenAI's counts are the user's view, a prompt counted once; alignment_details tell
+    the extra work.
+    """
     return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        **_counts(usages[0].prompt_tokens, sum(usage.completion_tokens for usage in usages)),
         "alignment_details": {
-            "branches": usage.branches,
-            "branch_tokens_computed": usage.branch_tokens_computed,
-            "prefix_cached_tokens": usage.prefix_cached_tokens,
+            "branches": usages[0].branches,
+            "branch_tokens_computed": sum(usage.branch_tokens_computed for usage in usages),
+            "prefix_cached_tokens": sum(usage.prefix_cached_tokens for usage in usages),
         },
+    }
+
+
+def _counts(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
     }

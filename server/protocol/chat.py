@@ -1,139 +1,218 @@
-"""The schema of /v1/chat/completions: OpenAI's fields that work, and ours. Any other field is an error."""
+"""The schema of /v1/chat/completions. Any field that is not here is an error."""
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, model_validator
 
-from alignment_core import Principle, SamplingParams
-from alignment_core.sequence import MAX_PRINCIPLES, MAX_RATIO, MAX_STOP_STRINGS
-
-
-def _encodable(text: str) -> str:
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("the text must be valid Unicode: it has half a surrogate pair")
-    return text
+from alignment_core.prompts import Rendering
+from alignment_core.sequence import MAX_LOGPROBS
+from server.protocol.generation import GenerationRequest, Schema, Text
 
 
-Text = Annotated[str, AfterValidator(_encodable)]
-Ratio = Annotated[float, Field(ge=0, le=MAX_RATIO)]
+class TextPart(Schema):
+    type: Literal["text"]
+    text: Text
 
 
-class Schema(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
+Content = Text | Annotated[list[TextPart], Field(min_length=1)]
 
 
-class Message(Schema):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text
+class FunctionCall(Schema):
+    name: Text
+    arguments: Text = Field(description="a JSON object, as a string")
 
-    def rendered(self) -> dict[str, str]:
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
-
-
-class PrincipleItem(Schema):
-    text: Annotated[Text, Field(min_length=1)]
-    weight: Annotated[float, Field(ge=0)] = 1.0
-    ratio: Ratio | None = None
-
-
-class StreamOptions(Schema):
-    include_usage: bool = False
+    @model_validator(mode="after")
+    def _is_an_object(self) -> "FunctionCall":
+        try:
+            if isinstance(json.loads(self.arguments), dict):
+                return self
+        except ValueError:
+            pass
+        raise ValueError("arguments must be a JSON object, as a string")
 
 
-class ChatCompletionRequest(Schema):
-    """OpenAI's request with the alignment fields flat at the top level (`extra_body` in the SDKs)."""
+class ToolCall(Schema):
+    id: Text
+    type: Literal["function"] = "function"
+    function: FunctionCall
 
-    model: str
-    messages: Annotated[list[Message], Field(min_length=1)]
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = Field(None, description="0 or -1 switches it off")
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOP_STRINGS)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="an identifier of the end user; no effect on the reply")
 
-    principle: Text | Annotated[list[PrincipleItem], Field(min_length=1, max_length=MAX_PRINCIPLES)] | None = None
-    alignment_ratio: Ratio | None = None
-    alignment_top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    alignment_temperature: Annotated[float, Field(gt=0)] | None = None
-    principle_placement: Literal["system", "user"] | None = None
+class _Message(Schema):
+    name: Text | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _neutral_values_of_unsupported_fields(cls, body: Any) -> Any:
-        """Clients send defaults of fields that we do not support yet: those are fine, all else is an error."""
-        if not isinstance(body, dict):
-            return body
-        for name, neutral in UNSUPPORTED.items():
-            if name in body:
-                if body[name] is not None and not _equal(body[name], neutral):
-                    raise PydanticCustomError("unsupported_field", "{param} is not supported yet", {"param": name})
-                body = {key: value for key, value in body.items() if key != name}
-        return body
+    def _without_what_is_empty(cls, message: Any) -> Any:
+        """The SDKs' own message objects, given back, have more fields, all of them empty."""
+        if not isinstance(message, dict):
+            return message
+        return {key: value for key, value in message.items() if key not in EMPTY or value not in (None, [])}
+
+    def rendered(self) -> dict[str, Any]:
+        """As chat templates know messages."""
+        message: dict[str, Any] = {"role": self.role, "content": _joined(self.content)}  # type: ignore[attr-defined]
+        return message if self.name is None else {**message, "name": self.name}
+
+
+EMPTY = ("refusal", "audio", "function_call", "annotations", "tool_calls", "reasoning_content")
+
+
+class SystemMessage(_Message):
+    role: Literal["system", "developer"]
+    content: Content
+
+    def rendered(self) -> dict[str, Any]:
+        return {**super().rendered(), "role": "system"}
+
+
+class UserMessage(_Message):
+    role: Literal["user"]
+    content: Content
+
+
+class AssistantMessage(_Message):
+    role: Literal["assistant"]
+    content: Content | None = None
+    reasoning_content: Text | None = None
+    tool_calls: Annotated[list[ToolCall], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "AssistantMessage":
+        if self.content is None and self.tool_calls is None:
+            raise ValueError("an assistant message needs content or tool_calls")
+        return self
+
+    def rendered(self) -> dict[str, Any]:
+        message = super().rendered()
+        if self.reasoning_content is not None:
+            message["reasoning_content"] = self.reasoning_content
+        if self.tool_calls is not None:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.function.name, "arguments": json.loads(call.function.arguments)},
+                }
+                for call in self.tool_calls
+            ]
+        return message
+
+
+class ToolMessage(_Message):
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: Text
+
+    def rendered(self) -> dict[str, Any]:
+        return {**super().rendered(), "tool_call_id": self.tool_call_id}
+
+
+Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+
+
+class Function(Schema):
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = Field(
+        None, description="arguments of calls that tool_choice demands always keep to the schema"
+    )
+
+
+class Tool(Schema):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Schema):
+    name: str
+
+
+class NamedTool(Schema):
+    type: Literal["function"]
+    function: FunctionName
+
+
+class ChatCompletionRequest(GenerationRequest):
+    """OpenAI's request with the alignment fields flat at the top level (`extra_body` in the SDKs)."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    metadata: dict[str, str] | None = Field(None, description="the client's own notes; no effect on the reply")
+    principle_placement: Literal["system", "user"] | None = None
+    chat_template_kwargs: dict[str, str | bool | int | float] | None = Field(
+        None, description="variables of the model's chat template, those that it knows"
+    )
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+        None, description="passed on to templates that know it"
+    )
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    continue_final_message: bool | None = Field(None, description="go on with the last, the assistant's message")
+
+    @classmethod
+    def unsupported(cls) -> dict[str, Any]:
+        return UNSUPPORTED
 
     @model_validator(mode="after")
     def _consistent(self) -> "ChatCompletionRequest":
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("max_tokens and max_completion_tokens are the same thing: give one")
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream: true")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        if self.demands_call and not self.callable_tools():
+            raise ValueError("tool_choice demands a call, but tools has no such function")
+        if self.callable_tools() and (self.structured_outputs or self.structure_of_format()):
+            raise ValueError("tools exclude response_format and structured_outputs, unless tool_choice is 'none'")
         return self
 
-    def sampling_params(self) -> SamplingParams:
-        given = {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": None if self.top_k is None else max(self.top_k, 0),
-            "min_p": self.min_p,
-            "seed": self.seed,
-            "max_tokens": self.max_completion_tokens or self.max_tokens,
-            "stop": (self.stop,) if isinstance(self.stop, str) else self.stop and tuple(self.stop),
-            "alignment_top_p": self.alignment_top_p,
-            "alignment_temperature": self.alignment_temperature,
-        }
-        return SamplingParams(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    @property
+    def demands_call(self) -> bool:
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
-    def principles(self, default_ratio: float) -> list[Principle]:
-        ratio = default_ratio if self.alignment_ratio is None else self.alignment_ratio
-        if isinstance(self.principle, str):
-            return [Principle(self.principle, ratio=ratio)]
-        return [
-            Principle(item.text, item.weight, ratio if item.ratio is None else item.ratio)
-            for item in self.principle or ()
-        ]
+    def callable_tools(self) -> list[dict[str, Any]]:
+        """The functions that the reply may call, in OpenAI's form."""
+        if self.tool_choice == "none":
+            return []
+        tools = [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
+        if isinstance(self.tool_choice, NamedTool):
+            tools = [tool for tool in tools if tool["function"]["name"] == self.tool_choice.function.name]
+        return tools
 
+    def sampling_params(self, **more: Any) -> Any:
+        most = (self.top_logprobs or 0) if self.logprobs else None
+        return super().sampling_params(max_tokens=self.max_completion_tokens or self.max_tokens, logprobs=most, **more)
 
-def _equal(value: Any, neutral: Any) -> bool:
-    return type(value) in (type(neutral), int) and bool(value == neutral)
+    def rendering(self) -> Rendering:
+        variables: dict[str, Any] = dict(self.chat_template_kwargs or {})
+        if self.reasoning_effort is not None:
+            variables["reasoning_effort"] = self.reasoning_effort
+        return Rendering(self.callable_tools(), variables, bool(self.continue_final_message))
 
 
-# Known fields that are not supported yet, with the value that asks for nothing.
+def _joined(content: str | list[TextPart] | None) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "\n".join(part.text for part in content)
+
+
 UNSUPPORTED: dict[str, Any] = {
-    "n": 1,
-    "logprobs": False,
-    "top_logprobs": 0,
-    "logit_bias": {},
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "repetition_penalty": 1.0,
-    "min_tokens": 0,
-    "ignore_eos": False,
-    "stop_token_ids": [],
-    "response_format": {"type": "text"},
-    "structured_outputs": None,
-    "tools": [],
-    "tool_choice": "none",
-    "parallel_tool_calls": True,
-    "metadata": {},
     "store": False,
-    "chat_template_kwargs": {},
-    "reasoning_effort": None,
-    "continue_final_message": False,
     "alignment_trace": False,
+    "add_generation_prompt": True,
+    "modalities": ["text"],
+    "audio": None,
+    "prediction": None,
+    "web_search_options": None,
+    "functions": None,
+    "function_call": None,
+    "service_tier": "auto",
+    "verbosity": None,
+    "prompt_cache_key": None,
+    "safety_identifier": None,
+    "best_of": 1,
 }

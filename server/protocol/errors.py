@@ -1,15 +1,15 @@
 """OpenAI's error shape, for every way a request can fail."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from alignment_core import EngineDead, InvalidRequest
-from server.protocol.chat import ChatCompletionRequest, Message, PrincipleItem, StreamOptions
+from server.protocol.generation import Schema
 from server.settings import nearest
 
 
@@ -37,31 +37,41 @@ async def on_validation_error(_: Request, error: Exception) -> JSONResponse:
     if first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type", "dict_type"):
         return error_response(400, "the body must be a JSON object, sent as Content-Type: application/json")
     *above, name = first["loc"][1:] or ("",)
-    path = [part for part in above if _is_field(part)]
-    if _is_field(name) or first["type"] == "extra_forbidden":
+    path = _fields(above)
+    if first["type"] == "extra_forbidden":
         path.append(name)
+    else:
+        path = _fields(first["loc"][1:])
+        if first["type"].startswith("union_tag"):
+            path.append(first["ctx"]["discriminator"].strip("'"))
     param = ".".join(str(part) for part in path) if path else None
     if first["type"] == "extra_forbidden":
-        known = _known_fields(path)
-        message = f"unknown field {name!r}{nearest(str(name), known)}"
+        message = f"unknown field {name!r}{nearest(str(name), _known_fields())}"
         return error_response(400, message, param, "unknown_field")
     message = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
     return error_response(400, f"{param}: {message}" if param else message, param, "invalid_value")
 
 
-def _is_field(part: str | int) -> bool:
-    """Whether a part of an error's place is one of the body's, not pydantic's name of a union's member."""
-    return isinstance(part, int) or (part.isidentifier() and part != "str")
+def _fields(location: Sequence[str | int]) -> list[str | int]:
+    """A place in the body without pydantic's names of unions' members."""
+    path: list[str | int] = []
+    follows_tagged_union = False
+    for part in location:
+        is_member = isinstance(part, str) and (not part.isidentifier() or part[0].isupper() or part in ("str", "dict"))
+        if not is_member and not follows_tagged_union:
+            path.append(part)
+        follows_tagged_union = not follows_tagged_union and (
+            path == ["response_format"] or (len(path) == 2 and path[0] == "messages")
+        )
+    return path
 
 
-def _known_fields(path: list[Any]) -> list[str]:
-    owners: dict[str, type[BaseModel]] = {
-        "messages": Message,
-        "stream_options": StreamOptions,
-        "principle": PrincipleItem,
-    }
-    owner = owners.get(str(path[0]), ChatCompletionRequest) if len(path) > 1 else ChatCompletionRequest
-    return list(owner.model_fields)
+def _known_fields() -> list[str]:
+    """Of all requests: a misspelt field is as often at the wrong place."""
+    schemas = [Schema]
+    for schema in schemas:
+        schemas += schema.__subclasses__()
+    return sorted({name for schema in schemas for name in schema.model_fields})
 
 
 async def on_invalid_request(_: Request, error: Exception) -> JSONResponse:

@@ -1,61 +1,59 @@
 """POST /v1/chat/completions."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from sse_starlette import EventSourceResponse
-from starlette.types import Message
 
-from alignment_core import Engine, Output
+from alignment_core import Engine
 from server.protocol.chat import ChatCompletionRequest
 from server.protocol.errors import ModelNotFound
-from server.streaming import Completion, Replies
+from server.streaming import ChatCompletion, Replies, event_stream, gather
+from server.tool_calls import ReplyParser, call_format, demanded, marks_are_special
 
 router = APIRouter()
 
 
 @router.post("/v1/chat/completions", response_model=None)
 async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response | dict[str, Any]:
-    engine: Engine = request.app.state.engine
+    state = request.app.state
+    engine: Engine = state.engine
     if body.model != engine.model_id:
         raise ModelNotFound(body.model)
-    principles = body.principles(request.app.state.settings.default_alignment_ratio)
+    principles = body.principles(state.settings.default_alignment_ratio)
     messages = [message.rendered() for message in body.messages]
     placement = body.principle_placement or "system"
-    prompt = await asyncio.to_thread(engine.prompts.build, messages, principles, placement)
-    replies = Replies(engine, prompt, body.sampling_params())
-    completion = Completion(engine.model_id)
+    prompt = await asyncio.to_thread(engine.prompts.build, messages, principles, placement, body.rendering())
+    replies = await Replies.of(engine, prompt, body.sampling_params(**_for_tools(body, engine)), body.n or 1)
+    parse = _parser(body, engine)
+    completion = ChatCompletion(engine, state.fingerprint, prompt, parse)
     if body.stream:
-
-        async def on_leave(_: Message) -> None:
-            replies.abort()
-
-        include_usage = body.stream_options is not None and body.stream_options.include_usage
-        events = completion.events(replies, include_usage)
-        return EventSourceResponse(events, sep="\n", client_close_handler_callable=on_leave)
-    text, last = await _whole(replies, request)
-    return completion.whole(text, last) if last else Response(status_code=499)
+        options = body.stream_options
+        usage, continuous = (options.include_usage, options.continuous_usage_stats) if options else (False, False)
+        return event_stream(completion.events(replies, usage, continuous), [replies])
+    outputs = await gather([replies], request)
+    return completion.whole(outputs[0], replies.n) if outputs else Response(status_code=499)
 
 
-async def _whole(replies: Replies, request: Request) -> tuple[str, Output | None]:
-    """The complete reply, or None as the last output if the client has gone meanwhile."""
-    collecting = asyncio.ensure_future(_collect(replies))
-    leaving = asyncio.ensure_future(_disconnect(request))
-    try:
-        await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
-        return collecting.result() if collecting.done() else ("", None)
-    finally:
-        replies.abort()
-        leaving.cancel()
-        collecting.cancel()
+def _for_tools(body: ChatCompletionRequest, engine: Engine) -> dict[str, Any]:
+    """What tools change in how a reply is drawn."""
+    tools = body.callable_tools()
+    if not tools:
+        return {}
+    parallel = body.parallel_tool_calls is not False
+    more: dict[str, Any] = {}
+    if body.demands_call:
+        more["structure"] = demanded(engine.tokenizer, tools, parallel and body.tool_choice == "required")
+    elif not parallel and (end := call_format(engine.tokenizer).end.strip()):
+        given = [body.stop] if isinstance(body.stop, str) else body.stop or []
+        more["stop"] = (*given, end)
+    if marks_are_special(engine.tokenizer):
+        more["skip_special_tokens"] = False
+    return more
 
 
-async def _collect(replies: Replies) -> tuple[str, Output]:
-    outputs = [output async for output in replies]
-    return "".join(output.text for output in outputs), outputs[-1]
-
-
-async def _disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+def _parser(body: ChatCompletionRequest, engine: Engine) -> Callable[[], ReplyParser]:
+    rendering = body.rendering()
+    begun = "" if rendering.continues else engine.prompts.generation_prompt(rendering)
+    return lambda: ReplyParser(engine.tokenizer, begun, rendering.tools)

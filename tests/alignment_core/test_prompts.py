@@ -144,7 +144,7 @@ def test_all_branches_show_the_same_time(tokenizer, monkeypatch):
     """Midnight falls between the branches."""
     prompts = builder(tokenizer, WITH_DATE)
     render, days = prompts._render, iter(["Mon", "Mon", "Mon"])
-    monkeypatch.setattr(prompts, "_render", lambda chat: render(chat).replace("Today is", f"{next(days, 'Tue')} is"))
+    monkeypatch.setattr(prompts, "_render", lambda *chat: render(*chat).replace("Today is", f"{next(days, 'Tue')} is"))
     principled, base = texts(tokenizer, prompts.build(QUESTION, [Principle("Speak simply.")]))
     assert base.startswith("<|im_start|>system\nTue is")
     assert principled.replace("\nSpeak simply.", "") == base

@@ -1,0 +1,190 @@
+"""What requests for text have in common: how it is drawn, aligned, ended and delivered."""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from alignment_core import Principle, SamplingParams
+from alignment_core.sequence import MAX_LOGPROBS, MAX_PRINCIPLES, MAX_RATIO, MAX_STOP_STRINGS, Structure
+
+
+def _encodable(text: str) -> str:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("the text must be valid Unicode: it has half a surrogate pair")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+Ratio = Annotated[float, Field(ge=0, le=MAX_RATIO)]
+TokenId = Annotated[int, Field(ge=0)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+class Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
+
+
+class PrincipleItem(Schema):
+    text: Annotated[Text, Field(min_length=1)]
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    ratio: Ratio | None = None
+
+
+class StreamOptions(Schema):
+    include_usage: bool = False
+    continuous_usage_stats: bool = Field(False, description="usage in every chunk; needs include_usage")
+
+
+class TextFormat(Schema):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Schema):
+    type: Literal["json_object"]
+
+
+class JsonSchema(Schema):
+    name: Text
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = Field(None, description="schemas are always kept to the letter")
+    description: Text | None = None
+
+
+class JsonSchemaFormat(Schema):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+class StructuredOutputs(Schema):
+    """Exactly one of them."""
+
+    regex: Text | None = None
+    choice: Annotated[list[Text], Field(min_length=1)] | None = None
+    grammar: Text | None = Field(None, description="Lark or GBNF")
+
+    @model_validator(mode="after")
+    def _just_one(self) -> "StructuredOutputs":
+        if sum(value is not None for value in (self.regex, self.choice, self.grammar)) != 1:
+            raise ValueError("give exactly one of regex, choice and grammar")
+        return self
+
+    def structure(self) -> Structure:
+        if self.regex is not None:
+            return Structure("regex", self.regex)
+        if self.choice is not None:
+            return Structure("choice", json.dumps(self.choice))
+        return Structure("grammar", self.grammar or "")
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
+class GenerationRequest(Schema):
+    """Fields of /v1/chat/completions and /v1/completions. Ours are flat at the top level (`extra_body` in the SDKs)."""
+
+    model: str
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = Field(None, description="0 or -1 switches it off")
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stop_token_ids: list[TokenId] | None = None
+    ignore_eos: bool | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]+$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
+        Field(None, description="token ids to what is added to their logits")
+    )
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, description="an identifier of the end user; no effect on the reply")
+
+    principle: Text | Annotated[list[PrincipleItem], Field(min_length=1, max_length=MAX_PRINCIPLES)] | None = None
+    alignment_ratio: Ratio | None = None
+    alignment_top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    alignment_temperature: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _neutral_values_of_unsupported_fields(cls, body: Any) -> Any:
+        """Clients send defaults of fields that can't be had here: those are fine, all else is an error."""
+        if not isinstance(body, dict):
+            return body
+        for name, neutral in cls.unsupported().items():
+            if name in body:
+                if body[name] is not None and not _equal(body[name], neutral):
+                    raise PydanticCustomError("unsupported_field", "{param} is not supported", {"param": name})
+                body = {key: value for key, value in body.items() if key != name}
+        return body
+
+    @classmethod
+    def unsupported(cls) -> dict[str, Any]:
+        """Fields that are known but can't be had, with the value that asks for nothing."""
+        return {}
+
+    @model_validator(mode="after")
+    def _consistent_delivery(self) -> "GenerationRequest":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream: true")
+        if self.stream_options and self.stream_options.continuous_usage_stats and not self.stream_options.include_usage:
+            raise ValueError("continuous_usage_stats needs include_usage: true")
+        if self.structured_outputs is not None and self.structure_of_format() is not None:
+            raise ValueError("structured_outputs and response_format exclude each other")
+        return self
+
+    def sampling_params(self, **more: Any) -> SamplingParams:
+        """more: what an endpoint calls by another name. Raises InvalidRequest."""
+        given: dict[str, Any] = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": None if self.top_k is None else max(self.top_k, 0),
+            "min_p": self.min_p,
+            "seed": self.seed,
+            "max_tokens": self.max_tokens,
+            "min_tokens": self.min_tokens,
+            "stop": (self.stop,) if isinstance(self.stop, str) else self.stop and tuple(self.stop),
+            "stop_token_ids": self.stop_token_ids and frozenset(self.stop_token_ids),
+            "ignore_eos": self.ignore_eos,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "repetition_penalty": self.repetition_penalty,
+            "logit_bias": self.logit_bias and {int(id): bias for id, bias in self.logit_bias.items()},
+            "structure": self.structured_outputs.structure() if self.structured_outputs else self.structure_of_format(),
+            "alignment_top_p": self.alignment_top_p,
+            "alignment_temperature": self.alignment_temperature,
+            **more,
+        }
+        return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+
+    def structure_of_format(self) -> Structure | None:
+        match self.response_format:
+            case JsonObjectFormat():
+                return Structure("json_schema", '{"type": "object"}', "response_format")
+            case JsonSchemaFormat(json_schema=asked):
+                return Structure("json_schema", json.dumps(asked.schema_), "response_format")
+        return None
+
+    def principles(self, default_ratio: float) -> list[Principle]:
+        ratio = default_ratio if self.alignment_ratio is None else self.alignment_ratio
+        if isinstance(self.principle, str):
+            return [Principle(self.principle, ratio=ratio)]
+        return [
+            Principle(item.text, item.weight, ratio if item.ratio is None else item.ratio)
+            for item in self.principle or ()
+        ]
+
+
+def _equal(value: Any, neutral: Any) -> bool:
+    return type(value) in (type(neutral), int) and bool(value == neutral)
+
+
+__all__ = ["MAX_LOGPROBS", "GenerationRequest", "PrincipleItem", "Schema", "StreamOptions", "Text"]

@@ -1,0 +1,308 @@
+"""Reasoning and tool calls in replies: what models mark, found as the text arrives, and demanded by a grammar.
+
+transformers' ResponseParser finds the marked regions, by the tokenizer's own response template where it has one.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_parsing import ResponseParser
+
+from alignment_core import InvalidRequest
+from alignment_core.sequence import Structure
+
+Delta = dict[str, Any]
+VERBATIM = {"strip": False}
+JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": False}
+
+
+@dataclass(frozen=True, slots=True)
+class CallFormat:
+    """How a family of models writes calls: begin, a JSON object (or a list of them), end.
+
+    region: where calls are, for transformers' parser. arguments: the key that they stand under.
+    """
+
+    region: Mapping[str, Any]
+    begin: str
+    end: str
+    separator: str
+    arguments: str = "arguments"
+    id_length: int = 24
+
+
+HERMES = CallFormat(
+    {"open": "<tool_call>", "close": "</tool_call>"}, "<tool_call>\n", "\n</tool_call>", "\n</tool_call>\n<tool_call>\n"
+)
+LLAMA = CallFormat({"open_pattern": r'^\s*(?:<\|python_tag\|>)?(?=\s*\{\s*")'}, "", "", "; ", "parameters")
+MISTRAL = CallFormat({"open": "[TOOL_CALLS]"}, "[TOOL_CALLS][", "]", ", ", id_length=9)
+THINKING = {"<think>": "</think>", "[THINK]": "[/THINK]"}
+
+
+def call_format(tokenizer: PreTrainedTokenizerBase) -> CallFormat:
+    """By what the chat template says; templates without tools are told of them in the form of Hermes."""
+    template = str(tokenizer.chat_template)
+    if "[TOOL_CALLS]" in template:
+        return MISTRAL
+    if "<tool_call>" not in template and ("python_tag" in template or "ipython" in template):
+        return LLAMA
+    return HERMES
+
+
+class ReplyParser:
+    """One reply's text in, the deltas of its message out.
+
+    begun: what the template has written of the reply already. tools: those that may be called.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, begun: str, tools: Sequence[Mapping[str, Any]]) -> None:
+        self._format = call_format(tokenizer)
+        own = getattr(tokenizer, "response_template", None)
+        self._is_own = own is not None
+        if not self._is_own:
+            begun = begun[min((place for mark in THINKING if (place := begun.rfind(mark)) >= 0), default=len(begun)) :]
+        self._parser = ResponseParser(own or _template(tokenizer, self._format, bool(tools)), begun, tools=list(tools))
+        self._num_calls = 0
+        self._scanner: _CallScanner | None = None
+        self._raw = ""
+        self._marked = any(event["field"] != "content" for event in self._parser.initial_events)
+        self._trims = self._marked  # the white space between a mark and the text after it
+
+    def feed(self, text: str) -> list[Delta]:
+        return self._deltas(self._parser.feed(text))
+
+    def finish(self) -> list[Delta]:
+        try:
+            return self._deltas(self._parser.finalize()[1])
+        except ValueError:  # a region of the tokenizer's own template that is not what it should be
+            return []
+
+    def _deltas(self, events: list[dict[str, Any]]) -> list[Delta]:
+        return [delta for event in events for delta in self._of(event)]
+
+    def _of(self, event: dict[str, Any]) -> list[Delta]:
+        field, kind = event["field"], event["type"]
+        self._marked |= field != "content"
+        if field == "tool_calls":
+            return self._of_own_call(event) if self._is_own else self._of_call(event)
+        if kind == "region_open":
+            self._trims = self._marked
+        if kind != "region_chunk":
+            return []
+        text = event["text"].lstrip() if self._trims else event["text"]
+        self._trims = self._trims and not text
+        name = "content" if field == "content" else "reasoning_content"
+        return [{name: text}] if text else []
+
+    def _of_call(self, event: dict[str, Any]) -> list[Delta]:
+        if event["type"] == "region_open":
+            self._scanner, self._raw = _CallScanner(self._format, self._num_calls), ""
+            return []
+        assert self._scanner is not None
+        if event["type"] == "region_chunk":
+            self._raw += event["text"]
+            return self._scanner.feed(event["text"])
+        if self._scanner.num_calls == self._num_calls:  # not a call after all
+            region = self._format.region
+            return [{"content": f"{region.get('open', '')}{self._raw}{region.get('close', '')}"}]
+        self._num_calls = self._scanner.num_calls
+        return []
+
+    def _of_own_call(self, event: dict[str, Any]) -> list[Delta]:
+        if event["type"] != "region_close":
+            return []
+        values = event["value"] if isinstance(event["value"], list) else [event["value"]]
+        deltas = []
+        for value in values:
+            function = value.get("function", value) if isinstance(value, dict) else {}
+            if isinstance(function.get("name"), str):
+                arguments = json.dumps(function.get("arguments") or {}, ensure_ascii=False)
+                deltas += [_begin(self._num_calls, function["name"], self._format), _more(self._num_calls, arguments)]
+                self._num_calls += 1
+        return deltas
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, form: CallFormat, has_tools: bool) -> dict[str, Any]:
+    fields: dict[str, Any] = {"content": {"content": "text", "content_args": VERBATIM}}
+    for begin, end in THINKING.items():
+        if begin in str(tokenizer.chat_template):
+            fields["thinking"] = {"open": begin, "close": end, "content_args": VERBATIM, "repeats": True}
+    if has_tools:
+        fields["tool_calls"] = {**form.region, "content_args": VERBATIM, "repeats": True}
+    return {"start_anchor_pattern": "^", "fields": fields}
+
+
+class _CallScanner:
+    """Finds the members of JSON objects while they arrive: the name, then the arguments as they are written."""
+
+    def __init__(self, form: CallFormat, num_calls: int) -> None:
+        self.num_calls = num_calls  # begun so far, those of other regions included
+        self._format = form
+        self._depth = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._string = ""
+        self._in_string = self._escaped = False
+        self._key: str | None = None
+        self._value = ""
+        self._name: str | None = None
+        self._held = ""
+        self._has_arguments = False
+
+    def feed(self, text: str) -> list[Delta]:
+        deltas: list[Delta] = []
+        for character in text:
+            deltas += self._take(character)
+        return _merged(deltas)
+
+    def _take(self, c: str) -> list[Delta]:
+        if self._depth == 0:  # between objects
+            if c == "{":
+                self._reset()
+                self._depth = 1
+            return []
+        if self._in_string:
+            self._string += c
+            if self._escaped:
+                self._escaped = False
+            elif c == "\\":
+                self._escaped = True
+            elif c == '"':
+                self._in_string = False
+        elif c == '"':
+            self._in_string, self._string = True, c
+        elif c in "{[":
+            self._depth += 1
+        elif c in "}]":
+            self._depth -= 1
+            if self._depth == 0:
+                return [*self._end_member(), *self._end_call()]
+        elif self._depth == 1 and c == ":" and self._key is None:
+            self._key, self._value = _unquoted(self._string), ""
+            return []
+        elif self._depth == 1 and c == ",":
+            return self._end_member()
+        if self._key is None:
+            return []
+        self._value += c
+        return self._arguments(c) if self._key in ("arguments", "parameters") else []
+
+    def _arguments(self, c: str) -> list[Delta]:
+        if self._value.lstrip().startswith('"') or not self._value.strip():
+            return []  # arguments as a string, see _end_member, or not begun
+        self._has_arguments = True
+        self._held += c
+        return self._flush()
+
+    def _flush(self) -> list[Delta]:
+        if self._name is None or not self._held:
+            return []
+        held, self._held = self._held, ""
+        return [_more(self.num_calls - 1, held)]
+
+    def _end_member(self) -> list[Delta]:
+        key, value, self._key = self._key, self._value.strip(), None
+        if key == "name" and self._name is None and (name := _unquoted(value)):
+            self._name = name
+            self.num_calls += 1
+            return [_begin(self.num_calls - 1, name, self._format), *self._flush()]
+        if key in ("arguments", "parameters") and value.startswith('"'):
+            self._has_arguments = True
+            self._held += _unquoted(value) or ""
+            return self._flush()
+        return []
+
+    def _end_call(self) -> list[Delta]:
+        return [] if self._name is None or self._has_arguments else [_more(self.num_calls - 1, "{}")]
+
+
+def _unquoted(text: str) -> str | None:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, str) else None
+
+
+def _begin(index: int, name: str, form: CallFormat) -> Delta:
+    id = secrets.token_hex(12)[: form.id_length] if form.id_length < 24 else f"call_{secrets.token_hex(12)}"
+    function = {"name": name, "arguments": ""}
+    return {"tool_calls": [{"index": index, "id": id, "type": "function", "function": function}]}
+
+
+def _more(index: int, arguments: str) -> Delta:
+    return {"tool_calls": [{"index": index, "function": {"arguments": arguments}}]}
+
+
+def _merged(deltas: list[Delta]) -> list[Delta]:
+    """Neighbouring pieces of the same call's arguments in one."""
+    merged: list[Delta] = []
+    for delta in deltas:
+        (call,) = delta["tool_calls"]
+        last = merged[-1]["tool_calls"][0] if merged else None
+        if last and "id" not in last and "id" not in call and last["index"] == call["index"]:
+            last["function"]["arguments"] += call["function"]["arguments"]
+        else:
+            merged.append(delta)
+    return merged
+
+
+def message_of(deltas: Sequence[Delta]) -> dict[str, Any]:
+    """The whole message that its deltas make up."""
+    message: dict[str, Any] = {"role": "assistant", "content": None}
+    calls: dict[int, dict[str, Any]] = {}
+    for delta in deltas:
+        for name in ("content", "reasoning_content"):
+            if name in delta:
+                message[name] = (message.get(name) or "") + delta[name]
+        for call in delta.get("tool_calls", ()):
+            if "id" in call:
+                calls[call["index"]] = {
+                    "id": call["id"], "type": "function", "function": dict(call["function"]),
+                }  # fmt: skip
+            else:
+                calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+    if calls:
+        message["tool_calls"] = list(calls.values())
+    elif message["content"] is None:
+        message["content"] = ""
+    return message
+
+
+def demanded(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Mapping[str, Any]], parallel: bool) -> Structure:
+    """The replies that call at least one of the tools and say nothing else."""
+    form = call_format(tokenizer)
+    if getattr(tokenizer, "response_template", None) and "<tool_call>" not in str(tokenizer.chat_template):
+        raise InvalidRequest("this model writes calls in a way that can't be demanded; use 'auto'", "tool_choice")
+    rules = []
+    for index, tool in enumerate(tools):
+        function = tool["function"]
+        schema = {"type": "object", **(function.get("parameters") or {}), "x-guidance": JSON_OPTIONS}
+        head = f'{{"name": {json.dumps(function["name"])}, "{form.arguments}": '
+        rules.append(f"call_{index}: {json.dumps(head)} arguments_{index} {json.dumps('}')}")
+        rules.append(f"arguments_{index}: %json {json.dumps(schema)}")
+    call = "(" + " | ".join(f"call_{index}" for index in range(len(tools))) + ")"
+    more = f" ({json.dumps(form.separator)} {call})*" if parallel else ""
+    parts = [_literal(form.begin, tokenizer), call + more, json.dumps(form.end) if form.end else ""]
+    return Structure("grammar", "\n".join([f"start: {' '.join(filter(None, parts))}", *rules]), "tools")
+
+
+def _literal(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Lark for a text whose control tokens are to be the tokens themselves."""
+    added = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    pattern = "|".join(map(re.escape, added)) or "(?!)"
+    pieces = re.split(f"({pattern})", text)
+    return " ".join(f"<[{added[piece]}]>" if piece in added else json.dumps(piece) for piece in pieces if piece)
+
+
+def marks_are_special(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a mark of calls or of reasoning is a token that decoding would leave out."""
+    marks = ["<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", *THINKING, *THINKING.values()]
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return bool(getattr(tokenizer, "response_template", None)) or not special.isdisjoint(marks)
