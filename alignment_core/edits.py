@@ -14,16 +14,19 @@ from alignment_core.sequence import Sequence
 
 
 def edit(y: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> None:
-    """Change the lines of y, [S, V] float32, in place. positions: how many tokens of each reply come before."""
+    """Change the lines of y, [S, V] float32, in place.
+
+    positions: how many tokens of each reply come before; negative where the next token is given: nothing is edited.
+    """
     for line, sequence, position in zip(y, sequences, positions, strict=True):
-        if sequence.params.edits:
+        if sequence.params.edits and position >= 0:
             _edit(line, sequence, position)
 
 
 def _edit(y: Tensor, sequence: Sequence, position: int) -> None:
     params = sequence.params
     if params.penalises:
-        assert position == len(sequence.output_ids)
+        assert position == max(sequence.num_replied, 0)
     if params.repetition_penalty != 1:
         ids = _ids(list(sequence.seen), y)
         y[ids] = torch.where(y[ids] > 0, y[ids] / params.repetition_penalty, y[ids] * params.repetition_penalty)

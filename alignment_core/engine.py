@@ -315,11 +315,16 @@ class Engine:
         """Run the step and draw for every sequence, at its drafts too."""
         logits = self.runner.forward(step)
         self.scheduler.commit(step)
-        places = [(s, s.num_drawn + i) for s in step.drawing for i in range(1 + len(step.drafts(s)))]
+        places = [
+            (s, s.num_drawn - len(s.prompt.given) + i) for s in step.drawing for i in range(1 + len(step.drafts(s)))
+        ]
         if not places:
             return Flight(step, torch.empty(0, dtype=torch.int64, device=logits.device))
         sequences, positions = zip(*places, strict=True)
         tokens = self._sample(logits, sequences, positions)
+        for line, (sequence, position) in enumerate(places):
+            if position < 0:
+                tokens[line] = sequence.prompt.given[position]
         return Flight(step, tokens, log_probabilities(logits, sequences, positions, tokens))
 
     def _land(self, flight: Flight) -> None:
@@ -330,14 +335,14 @@ class Engine:
             drawn = list(itertools.islice(tokens, 1 + len(drafts)))
             if sequence.ended:
                 continue
-            num_accepted = 0
+            num_accepted, is_given = 0, bool(sequence.remaining_given)
             for (token, logprobs), draft in zip(drawn, (*drafts, None), strict=True):
                 if not self._accept(sequence, token, logprobs) or token != draft:
                     break
                 num_accepted += 1
                 for branch in sequence.branches:
                     branch.num_computed += 1
-            if drafts:
+            if drafts and not is_given:
                 sequence.lookup.learn(len(drafts), num_accepted)
                 self._num_drafted += len(drafts)
                 self._num_accepted += num_accepted
@@ -381,10 +386,11 @@ class Engine:
     def _accept(self, sequence: Sequence, token: int, logprobs: tuple[TokenLogprob, ...] = ()) -> bool:
         """Add a token to the reply; False if the reply ends with it."""
         sequence.append(token)
-        may_stop = len(sequence.output_ids) > sequence.params.min_tokens
+        is_given = sequence.num_replied <= 0
+        may_stop = not is_given and sequence.num_replied > sequence.params.min_tokens
         is_stop = ended = may_stop and token in sequence.stop_token_ids
-        text = "" if is_stop else sequence.text.add(token, may_stop)
-        if sequence.matcher is not None and not is_stop:
+        text = "" if is_stop or is_given else sequence.text.add(token, may_stop)
+        if sequence.matcher is not None and not is_stop and not is_given:
             sequence.matcher.consume_token(token)
             ended = sequence.matcher.is_stopped()
         reason: FinishReason | None = None
@@ -432,10 +438,13 @@ class Engine:
                     raise InvalidRequest(f"{name}: the vocabulary has no token {id}", name)
 
     def _max_tokens(self, prompt: Prompt, params: SamplingParams) -> int:
-        """How long the reply may be; refuses what does not fit the context or the cache (invariant 8)."""
-        lengths = [len(ids) for ids in prompt.branches]
+        """How long the reply may be, what is given included; refuses what does not fit the context or the cache
+        (invariant 8).
+        """
+        num_given = len(prompt.given)
+        lengths = [len(ids) + num_given for ids in prompt.branches]
         longest = max(lengths)
-        if longest >= self.max_model_len:
+        if longest >= self.max_model_len + (params.max_tokens == 0):
             raise InvalidRequest(
                 f"the prompt has {_lengths(lengths)} tokens, but the context holds {self.max_model_len}, "
                 "the reply included; shorten the messages or the principle",
@@ -443,7 +452,11 @@ class Engine:
             )
         if len(lengths) > self.scheduler.max_num_batched_tokens:
             raise InvalidRequest(f"{len(lengths)} branches are more than one step can take", "principle")
-        max_tokens = params.max_tokens or min(self.max_model_len - longest, self._room(lengths))
+        if params.max_tokens == 0 and not num_given:
+            raise InvalidRequest("max_tokens must be ≥ 1, got 0", "max_tokens")
+        max_tokens = params.max_tokens
+        if max_tokens is None:
+            max_tokens = min(self.max_model_len - longest, self._room(lengths))
         if longest + max_tokens > self.max_model_len:
             raise InvalidRequest(
                 f"the prompt has {_lengths(lengths)} tokens and max_tokens is {max_tokens}, but the context holds "
@@ -457,7 +470,7 @@ class Engine:
                 f"but there are {self.pool.num_pages}; set a smaller max_tokens",
                 "max_tokens",
             )
-        return max_tokens
+        return num_given + max_tokens
 
     def _room(self, lengths: list[int]) -> int:
         """The longest reply that the cache can hold beside these prompts; 1 at least."""

@@ -38,7 +38,7 @@ class Settings:
 
     @classmethod
     def of(cls, sequences: Seq[Sequence], positions: Seq[int], device: torch.device) -> "Settings":
-        """positions: how many tokens of each reply come before the one to draw."""
+        """positions: how many tokens of each reply come before the one to draw; negative where it is given."""
         params = [sequence.params for sequence in sequences]
         aligned = [sequence.prompt.base is not None for sequence in sequences]
         nuclei = []

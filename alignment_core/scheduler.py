@@ -109,7 +109,7 @@ class Scheduler:
             self.running.append(sequence)
             self.num_tokens_admitted += sum(len(branch.tokens) for branch in sequence.branches)
             self._schedule(sequence, step)
-        if may_draft and self.num_speculative_tokens:
+        if may_draft:
             for sequence in step.drawing:
                 self._speculate(sequence, step)
         return step
@@ -159,16 +159,18 @@ class Scheduler:
             step.num_tokens += sum(row.num_tokens for row in rows)
 
     def _speculate(self, sequence: Sequence, step: Step) -> None:
-        """Lengthen a decoding sequence's rows by drafts, as far as they cost next to nothing."""
-        rows = step.rows[sequence]
+        """Lengthen a decoding sequence's rows by drafts, or by tokens that are given, as far as they cost next to
+        nothing.
+        """
+        rows, given = step.rows[sequence], sequence.remaining_given
         most = min(
-            self.num_speculative_tokens,
+            len(given) or self.num_speculative_tokens,
             (min(SPECULATIVE_BATCH, self.max_num_batched_tokens) - step.num_tokens) // len(rows),
             sequence.max_tokens - len(sequence.output_ids) - 1,
         )
-        if most < 1 or sequence.follows_reply or any(row.num_tokens > 1 for row in rows):
+        if most < 1 or any(row.num_tokens > 1 for row in rows) or (sequence.follows_reply and not given):
             return
-        drafts = tuple(sequence.lookup.draft(most))
+        drafts = given[:most] or tuple(sequence.lookup.draft(most))
         if drafts and all(self.pool.allocate(row.branch, row.end + len(drafts)) for row in rows):
             step.rows[sequence] = [Row(row.branch, row.start, row.end + len(drafts), drafts) for row in rows]
             step.num_tokens += len(rows) * len(drafts)

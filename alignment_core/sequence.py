@@ -99,7 +99,7 @@ class SamplingParams:
         _require(self.top_k >= 0, "top_k", "≥ 0", self.top_k)
         _require(0 <= self.min_p <= 1, "min_p", "in [0, 1]", self.min_p)
         _require(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer", self.seed)
-        _require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "≥ 1", self.max_tokens)
+        _require(self.max_tokens is None or self.max_tokens >= 0, "max_tokens", "≥ 0", self.max_tokens)
         _require(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings", len(self.stop))
         _require(all(self.stop), "stop", "free of empty strings", self.stop)
         _require(self.min_tokens >= 0, "min_tokens", "≥ 0", self.min_tokens)
@@ -137,12 +137,14 @@ class Prompt:
     principled: k ≥ 1 branches, mixed with `weights` (which sum to 1) and extrapolated by `ratios`.
     base: the branch without any principle; None when every ratio is 0, as there is no direction then.
     A plain request is one principled branch with weight 1 and ratio 0.
+    given: what the reply begins with, whatever would have been drawn; for the log-probabilities of a text.
     """
 
     principled: tuple[tuple[int, ...], ...]
     weights: tuple[float, ...] = (1.0,)
     ratios: tuple[float, ...] = (0.0,)
     base: tuple[int, ...] | None = None
+    given: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         assert len(self.principled) == len(self.weights) == len(self.ratios) > 0
@@ -252,12 +254,16 @@ class Sequence:
     def __post_init__(self) -> None:
         self.branches = [Branch(list(ids)) for ids in self.prompt.branches]
         self.lookup = PromptLookup(self.branches[0].tokens)
-        self.seen.update(*self.prompt.principled)
+        self.seen.update(*self.prompt.principled, self.prompt.given)
 
     @property
     def follows_reply(self) -> bool:
         """Whether the next draw depends on more of the reply than the branches' contexts tell the model."""
-        return self.params.penalises or self.matcher is not None
+        return self.params.penalises or self.matcher is not None or bool(self.remaining_given)
+
+    @property
+    def remaining_given(self) -> tuple[int, ...]:
+        return self.prompt.given[len(self.output_ids) :]
 
     @property
     def is_decoding(self) -> bool:
@@ -266,8 +272,13 @@ class Sequence:
 
     @property
     def num_drawn(self) -> int:
-        """Tokens of the reply, the one that is being drawn included."""
+        """Tokens after the prompt, the one that is being drawn included."""
         return len(self.branches[0].tokens) - len(self.prompt.principled[0])
+
+    @property
+    def num_replied(self) -> int:
+        """Tokens that were not given; negative as long as more are to be."""
+        return len(self.output_ids) - len(self.prompt.given)
 
     def expect(self, place: int) -> None:
         """The step that has been launched draws the next token: until it is known, −1 − place stands for it."""
@@ -280,13 +291,14 @@ class Sequence:
             place = len(prompt) + len(self.output_ids)
             branch.tokens[place : place + 1] = [token_id]
         self.output_ids.append(token_id)
-        self.counts[token_id] += 1
-        self.seen.add(token_id)
+        if self.num_replied > 0:
+            self.counts[token_id] += 1
+            self.seen.add(token_id)
 
     def usage(self) -> Usage:
         return Usage(
-            prompt_tokens=len(self.prompt.principled[0]),
-            completion_tokens=len(self.output_ids),
+            prompt_tokens=len(self.prompt.principled[0]) + len(self.prompt.given),
+            completion_tokens=max(self.num_replied, 0),
             branches=len(self.branches),
             branch_tokens_computed=self.num_tokens_computed,
             prefix_cached_tokens=self.num_tokens_cached,

@@ -191,3 +191,54 @@ def test_what_can_not_be(tiny, params, n, param):
 def test_what_is_out_of_range(params):
     with pytest.raises(InvalidRequest):
         SamplingParams(**params)
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"static": True}, {"page_size": 3, "num_pages": 70}, {"num_speculative_tokens": 4}], ids=str
+)
+@pytest.mark.parametrize("max_tokens", [0, 5])
+def test_a_given_text_is_scored_and_goes_on(tiny, config, max_tokens):
+    """Log-probabilities of text that nobody drew, aligned and not, beside replies that are drawn."""
+    loaded, oracle = tiny
+    engine = make_engine(loaded, **{"num_pages": 400} | config)
+    given = tuple((11 * i) % 280 + 7 for i in range(70))
+    prompts_given = [replace(aligned(ratio, 12, shift), given=given) for shift, ratio in enumerate([0, 2.0, 0.5])]
+    params = replace(GREEDY, max_tokens=max_tokens, logprobs=2)
+    requests = [(prompt, params) for prompt in prompts_given] + [(aligned(2.0, 30, 9), GREEDY)]
+    *replies, other = run_all(engine, requests)
+    judged(oracle, requests[-1][0], other)
+    for prompt, outputs in zip(prompts_given, replies, strict=True):
+        ids = token_ids(outputs)
+        assert tuple(ids[:70]) == given
+        assert outputs[-1].usage.completion_tokens == max_tokens == len(ids) - 70
+        assert outputs[-1].usage.prompt_tokens == len(prompt.principled[0]) + 70
+        assert outputs[-1].finish_reason == "length"
+        setting = Setting(prompt.ratios, prompt.weights)
+        reports = [report for output in outputs for report in output.logprobs]
+        rows = [oracle.logits([*branch, *ids])[len(branch) - 1 :] for branch in prompt.branches]
+        for position, report in enumerate(reports):
+            principled, base = [rows[0][position]], rows[1][position] if prompt.base else None
+            z = oracle.aligned(principled, base, prompt, ids[:position], setting).log_softmax(-1)
+            assert report.logprob == pytest.approx(float(z[ids[position]]), abs=2e-4)
+            if position >= 70:
+                assert z[ids[position]] >= z.max() - 1e-4
+    if prompts_given[1].base:
+        outside = [report.logprob == -float("inf") for output in replies[1] for report in output.logprobs]
+        assert any(outside)
+    if config.get("num_pages") == 70:
+        assert engine.scheduler.num_preemptions
+    steps = engine.runner.num_forwards
+    assert steps < 70  # many positions a step
+    assert engine.pool.num_free == engine.pool.num_pages
+
+
+def test_what_is_given_does_not_move_the_draws(tiny):
+    loaded, _ = tiny
+    prompt = aligned(2.0, 20)
+    engine = make_engine(loaded, num_pages=400)
+    params = SamplingParams(seed=5, max_tokens=8, ignore_eos=True, presence_penalty=1.0)
+    (free,) = run_all(engine, [(prompt, params)])
+    shorter = replace(prompt, principled=(prompt.principled[0][:-4],), base=prompt.base[:-4], given=prompt.base[-4:])
+    (scored,) = run_all(engine, [(shorter, params)])
+    assert token_ids(scored)[4:] == token_ids(free)
+    assert "".join(o.text for o in scored) == "".join(o.text for o in free)
