@@ -85,6 +85,7 @@ class PromptBuilder:
         self._any_special = _any_of(text for text, (_, token) in self._added.items() if token.special)
         self._has_system_role = self._probe_system_role()
         self._trims = self._probe_trimming()
+        self._vocab_size = max(tokenizer.get_vocab().values()) + 1
         longest = max(len(token) for token in tokenizer.get_vocab())  # bytes or characters: no token is longer
         self._max_characters = max_tokens and max_tokens * longest
 
@@ -124,6 +125,40 @@ class PromptBuilder:
                 break
         return prompt
 
+    def text_ids(self, text: str | Sequence[int]) -> tuple[int, ...]:
+        """Token ids of a text without any template; control tokens in it are control tokens. Raises InvalidRequest."""
+        ids: Sequence[int]
+        if isinstance(text, str):
+            self._refuse_what_is_far_too_long([text], [])
+            ids = self._tokenizer.encode(text)
+        else:
+            ids = text
+            if any(id >= self._vocab_size for id in ids):
+                raise InvalidRequest(f"the vocabulary has no token {max(ids)}", "prompt")
+        if not ids:
+            raise InvalidRequest("prompt must not be empty", "prompt")
+        return tuple(ids)
+
+    def build_text(
+        self, text: str | Sequence[int], principles: Sequence[Principle] = (), scores: bool = False
+    ) -> Prompt:
+        """Token ids of every branch of a text that goes on: a principle is a line before it.
+
+        scores: all tokens but the first are given instead, so that their log-probabilities are reported.
+        """
+        ids = self.text_ids(text)
+        self._refuse_principles(principles)
+        start = 1 if ids[0] == self._tokenizer.bos_token_id else 0
+        end = 1 if scores else len(ids)
+        base, given = ids[:end], ids[end:]
+
+        def principled(principle: Principle) -> tuple[int, ...]:
+            line = self._encode_text(principle.text + "\n", is_first=True)
+            return (*base[:start], *line, *base[start:])
+
+        principles = [principle for principle in principles if principle.weight > 0]
+        return replace(_mixed(base, [principled(principle) for principle in principles], principles), given=given)
+
     @cached_property
     def variables(self) -> frozenset[str]:
         """What the chat template knows beside the messages, for `Rendering.variables`."""
@@ -151,10 +186,7 @@ class PromptBuilder:
     def _refuse(self, messages: Sequence[Message], principles: Sequence[Principle], rendering: Rendering) -> None:
         if not messages:
             raise InvalidRequest("messages must not be empty", "messages")
-        if len(principles) > MAX_PRINCIPLES:
-            raise InvalidRequest(
-                f"there may be {MAX_PRINCIPLES} principles at most, got {len(principles)}", "principle"
-            )
+        self._refuse_principles(principles)
         if rendering.continues and messages[-1]["role"] != "assistant":
             raise InvalidRequest("the last message must be the assistant's to be continued", "continue_final_message")
         for name in rendering.variables:
@@ -173,22 +205,12 @@ class PromptBuilder:
         escapes: "_Escapes",
         rendering: Rendering,
     ) -> Prompt:
-        if not principles:
-            return Prompt(principled=(base,))
         texts = [escapes.apply(self._any_added, principle.text) for principle in principles]
-        total = sum(principle.weight for principle in principles)
-        if not total < float("inf"):
-            raise InvalidRequest("the weights of the principles are too large", "principle")
-        ratios = tuple(principle.ratio for principle in principles)
-        return Prompt(
-            principled=tuple(
-                self._encode(self._with_principle(messages, text, placement, rendering), escapes, rendering)
-                for text in texts
-            ),
-            weights=tuple(principle.weight / total for principle in principles),
-            ratios=ratios,
-            base=base if any(ratios) else None,
-        )
+        principled = [
+            self._encode(self._with_principle(messages, text, placement, rendering), escapes, rendering)
+            for text in texts
+        ]
+        return _mixed(base, principled, principles)
 
     def _with_principle(
         self, messages: list[dict[str, Any]], text: str, placement: Placement, rendering: Rendering
@@ -212,6 +234,12 @@ class PromptBuilder:
         else:
             system = self._default_system_text(rendering)
         return [{"role": "system", "content": f"{system}\n\n{text}" if system else text}, *messages]
+
+    def _refuse_principles(self, principles: Sequence[Principle]) -> None:
+        if len(principles) > MAX_PRINCIPLES:
+            raise InvalidRequest(
+                f"there may be {MAX_PRINCIPLES} principles at most, got {len(principles)}", "principle"
+            )
 
     def _refuse_what_is_far_too_long(self, contents: list[str], principles: list[str]) -> None:
         length = sum(map(len, contents)) + max(map(len, principles), default=0)
@@ -328,6 +356,22 @@ class _Generation(jinja2.ext.Extension):
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
         next(parser.stream)
         return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
+
+
+def _mixed(base: tuple[int, ...], principled: Sequence[tuple[int, ...]], principles: Sequence[Principle]) -> Prompt:
+    """The branches of a prompt whose base branch is `base`. Raises InvalidRequest."""
+    if not principles:
+        return Prompt(principled=(base,))
+    total = sum(principle.weight for principle in principles)
+    if not total < float("inf"):
+        raise InvalidRequest("the weights of the principles are too large", "principle")
+    ratios = tuple(principle.ratio for principle in principles)
+    return Prompt(
+        principled=tuple(principled),
+        weights=tuple(principle.weight / total for principle in principles),
+        ratios=ratios,
+        base=base if any(ratios) else None,
+    )
 
 
 class _Escapes:

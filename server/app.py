@@ -11,8 +11,9 @@ from sse_starlette.sse import AppStatus
 
 from alignment_core import Engine
 from server import metrics
+from server.models import load_presets
 from server.protocol.errors import HANDLERS
-from server.routes import chat, models
+from server.routes import chat, completions, models, tokens
 from server.settings import Settings
 
 
@@ -34,10 +35,13 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     app = FastAPI(title="linalign", lifespan=lifespan, exception_handlers=HANDLERS)
     app.state.engine = engine
     app.state.settings = settings
+    app.state.presets = load_presets(settings.presets)
     app.state.registry = metrics.registry_of(engine)
     app.state.started = int(time.time())
     app.state.fingerprint = _fingerprint(engine, settings)
     app.include_router(chat.router)
+    app.include_router(completions.router)
+    app.include_router(tokens.router)
     app.include_router(models.router)
     app.include_router(metrics.router)
     return app

@@ -65,6 +65,7 @@ class Settings(BaseSettings):
     )
     tensor_parallel_size: int = Field(1, ge=1, description="processes that hold a part of every layer each, a GPU each")
     default_alignment_ratio: float = Field(2.0, ge=0, le=20, description="for requests that name none")
+    presets: Path | None = Field(None, description="YAML file of presets; those of configs/presets.yaml by default")
     shutdown_timeout: int = Field(30, ge=0, description="seconds that running requests get on SIGTERM")
     trust_remote_code: CliImplicitFlag[bool] = Field(
         False, description="run Python code that a checkpoint brings along"

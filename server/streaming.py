@@ -92,7 +92,9 @@ def event_stream(events: AsyncIterator[ServerSentEvent], replies: Sequence[Repli
 class ChatCompletion:
     """OpenAI's objects of one chat completion."""
 
-    def __init__(self, engine: Engine, fingerprint: str, prompt: Prompt, parser: Callable[[], ReplyParser]) -> None:
+    def __init__(
+        self, engine: Engine, model: str, fingerprint: str, prompt: Prompt, parser: Callable[[], ReplyParser]
+    ) -> None:
         """parser: makes one for each choice."""
         self._parser = parser
         self._token_bytes = engine.token_bytes
@@ -100,7 +102,7 @@ class ChatCompletion:
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": engine.model_id,
+            "model": model,
             "system_fingerprint": fingerprint,
         }
 

@@ -81,10 +81,39 @@ class StructuredOutputs(Schema):
 ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
 
 
-class GenerationRequest(Schema):
-    """Fields of /v1/chat/completions and /v1/completions. Ours are flat at the top level (`extra_body` in the SDKs)."""
+class Preset(Schema):
+    """What a name of the model may stand for."""
+
+    description: str | None = None
+    principle: Text | Annotated[list[PrincipleItem], Field(min_length=1, max_length=MAX_PRINCIPLES)] | None = None
+    alignment_ratio: Ratio | None = None
+    alignment_top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    alignment_temperature: Annotated[float, Field(gt=0)] | None = None
+    principle_placement: Literal["system", "user"] | None = None
+
+
+class AlignmentFields(Schema):
+    """What is ours."""
 
     model: str
+    principle: Text | Annotated[list[PrincipleItem], Field(min_length=1, max_length=MAX_PRINCIPLES)] | None = None
+    alignment_ratio: Ratio | None = None
+    alignment_top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    alignment_temperature: Annotated[float, Field(gt=0)] | None = None
+
+    def principles(self, default_ratio: float) -> list[Principle]:
+        ratio = default_ratio if self.alignment_ratio is None else self.alignment_ratio
+        if isinstance(self.principle, str):
+            return [Principle(self.principle, ratio=ratio)]
+        return [
+            Principle(item.text, item.weight, ratio if item.ratio is None else item.ratio)
+            for item in self.principle or ()
+        ]
+
+
+class GenerationRequest(AlignmentFields):
+    """Fields of /v1/chat/completions and /v1/completions. Ours are flat at the top level (`extra_body` in the SDKs)."""
+
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -107,11 +136,6 @@ class GenerationRequest(Schema):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="an identifier of the end user; no effect on the reply")
-
-    principle: Text | Annotated[list[PrincipleItem], Field(min_length=1, max_length=MAX_PRINCIPLES)] | None = None
-    alignment_ratio: Ratio | None = None
-    alignment_top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    alignment_temperature: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -172,15 +196,6 @@ class GenerationRequest(Schema):
             case JsonSchemaFormat(json_schema=asked):
                 return Structure("json_schema", json.dumps(asked.schema_), "response_format")
         return None
-
-    def principles(self, default_ratio: float) -> list[Principle]:
-        ratio = default_ratio if self.alignment_ratio is None else self.alignment_ratio
-        if isinstance(self.principle, str):
-            return [Principle(self.principle, ratio=ratio)]
-        return [
-            Principle(item.text, item.weight, ratio if item.ratio is None else item.ratio)
-            for item in self.principle or ()
-        ]
 
 
 def _equal(value: Any, neutral: Any) -> bool:

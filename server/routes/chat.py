@@ -7,8 +7,8 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from alignment_core import Engine
+from server.models import serving
 from server.protocol.chat import ChatCompletionRequest
-from server.protocol.errors import ModelNotFound
 from server.streaming import ChatCompletion, Replies, event_stream, gather
 from server.tool_calls import ReplyParser, call_format, demanded, marks_are_special
 
@@ -19,15 +19,13 @@ router = APIRouter()
 async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response | dict[str, Any]:
     state = request.app.state
     engine: Engine = state.engine
-    if body.model != engine.model_id:
-        raise ModelNotFound(body.model)
+    body = serving(body, state)
     principles = body.principles(state.settings.default_alignment_ratio)
     messages = [message.rendered() for message in body.messages]
     placement = body.principle_placement or "system"
     prompt = await asyncio.to_thread(engine.prompts.build, messages, principles, placement, body.rendering())
     replies = await Replies.of(engine, prompt, body.sampling_params(**_for_tools(body, engine)), body.n or 1)
-    parse = _parser(body, engine)
-    completion = ChatCompletion(engine, state.fingerprint, prompt, parse)
+    completion = ChatCompletion(engine, body.model, state.fingerprint, prompt, _parser(body, engine))
     if body.stream:
         options = body.stream_options
         usage, continuous = (options.include_usage, options.continuous_usage_stats) if options else (False, False)

@@ -10,21 +10,35 @@ from server.protocol.errors import ModelNotFound, error_response
 router = APIRouter()
 
 
-def _model(request: Request) -> dict[str, Any]:
+def _models(request: Request) -> list[dict[str, Any]]:
     state = request.app.state
-    return {"id": state.engine.model_id, "object": "model", "created": state.started, "owned_by": "linalign"}
+    model = {"object": "model", "created": state.started, "owned_by": "linalign"}
+    model |= {"max_model_len": state.engine.max_model_len}
+    own = {"id": state.engine.model_id, **model}
+    presets = [
+        {
+            "id": f"{state.engine.model_id}:{name}",
+            **model,
+            "parent": state.engine.model_id,
+            "preset": preset.model_dump(exclude_none=True),
+        }
+        for name, preset in state.presets.items()
+    ]
+    return [own, *presets]
 
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> dict[str, Any]:
-    return {"object": "list", "data": [_model(request)]}
+    """The model itself, then the model with each preset."""
+    return {"object": "list", "data": _models(request)}
 
 
 @router.get("/v1/models/{id:path}")
 async def retrieve_model(id: str, request: Request) -> dict[str, Any]:
-    if id != request.app.state.engine.model_id:
-        raise ModelNotFound(id)
-    return _model(request)
+    for model in _models(request):
+        if model["id"] == id:
+            return model
+    raise ModelNotFound(id)
 
 
 @router.head("/health", include_in_schema=False, response_model=None)

@@ -103,7 +103,7 @@ def test_several_principles_and_placement(client):
 
 
 def test_models_and_version(client, url):
-    assert [model.id for model in client.models.list()] == ["smollm2"]
+    assert client.models.list().data[0].id == "smollm2"
     assert client.models.retrieve("smollm2").id == "smollm2"
     assert httpx.get(url + "/version").json() == {"version": "0.1.0"}
 

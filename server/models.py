@@ -1,0 +1,44 @@
+"""The names under which the model is served: its own, and one for each preset."""
+
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from starlette.datastructures import State
+
+from server.protocol.errors import ModelNotFound
+from server.protocol.generation import AlignmentFields, Preset
+
+SHIPPED = Path(__file__).parent.parent / "configs" / "presets.yaml"
+
+Body = TypeVar("Body", bound=AlignmentFields)
+
+
+def load_presets(file: Path | None) -> dict[str, Preset]:
+    """Presets by name; those that come with linalign where no file is given. Raises ValueError."""
+    file = file or SHIPPED
+    try:
+        content = yaml.safe_load(file.read_text())
+        return TypeAdapter(dict[str, Preset]).validate_python(content or {})
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:
+        raise ValueError(f"the presets of {file} can't be used: {error}") from error
+
+
+def preset_of(model: str, state: State) -> Preset:
+    """What the name of a model asks for. Raises ModelNotFound."""
+    if model == state.engine.model_id:
+        return Preset()
+    name = model.removeprefix(f"{state.engine.model_id}:")
+    if name == model or name not in state.presets:
+        raise ModelNotFound(model)
+    preset: Preset = state.presets[name]
+    return preset
+
+
+def serving(body: Body, state: State) -> Body:
+    """The request with what its preset says beside its own fields. Raises ModelNotFound."""
+    preset = preset_of(body.model, state)
+    given = {name for name in body.model_fields_set if getattr(body, name) is not None}
+    names = (preset.model_fields_set - given) & set(type(body).model_fields)
+    return body.model_copy(update={name: getattr(preset, name) for name in names})

@@ -1,0 +1,52 @@
+"""The schema of /v1/completions: text goes on, without any chat template."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from alignment_core import SamplingParams
+from alignment_core.sequence import MAX_LOGPROBS
+from server.protocol.generation import GenerationRequest, Text, TokenId
+
+MAX_PROMPTS = 256
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+
+class CompletionRequest(GenerationRequest):
+    """OpenAI's request with the alignment fields. A principle stands before the prompt, as text of its own line."""
+
+    prompt: (
+        Text
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    max_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="0 with echo and logprobs: nothing new")
+    echo: bool | None = Field(None, description="begin with the prompt; with logprobs, with its log-probabilities")
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    best_of: Literal[1] | None = None
+
+    @classmethod
+    def unsupported(cls) -> dict[str, Any]:
+        return {"suffix": "", "alignment_trace": False, "store": False}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "CompletionRequest":
+        if self.max_tokens == 0 and not self.scores:
+            raise ValueError("max_tokens 0 needs echo: true and logprobs")
+        return self
+
+    @property
+    def scores(self) -> bool:
+        """Whether the prompt's own log-probabilities are asked for."""
+        return bool(self.echo) and self.logprobs is not None
+
+    def prompts(self) -> list[str | list[int]]:
+        """One or several, each as text or as token ids."""
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
+    def sampling_params(self, **more: Any) -> SamplingParams:
+        max_tokens = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        return super().sampling_params(max_tokens=max_tokens, logprobs=self.logprobs, **more)

@@ -1,0 +1,201 @@
+"""POST /v1/completions."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from sse_starlette import JSONServerSentEvent, ServerSentEvent
+
+from alignment_core import Engine, EngineDead, Output, Prompt, Usage
+from alignment_core.sequence import TokenLogprob
+from server.models import serving
+from server.protocol.completions import CompletionRequest
+from server.streaming import IMPOSSIBLE, Replies, event_stream, failure, gather, usage_object
+
+router = APIRouter()
+
+
+@router.post("/v1/completions", response_model=None)
+async def create_completion(body: CompletionRequest, request: Request) -> Response | dict[str, Any]:
+    state = request.app.state
+    engine: Engine = state.engine
+    body = serving(body, state)
+    principles = body.principles(state.settings.default_alignment_ratio)
+    prompts = [
+        await asyncio.to_thread(engine.prompts.build_text, text, principles, body.scores) for text in body.prompts()
+    ]
+    params = body.sampling_params()
+    replies: list[Replies] = []
+    try:
+        for prompt in prompts:
+            replies += [await Replies.of(engine, prompt, params, body.n or 1)]
+    except BaseException:
+        for one in replies:
+            one.abort()
+        raise
+    completion = TextCompletion(engine, state.fingerprint, body, prompts)
+    if body.stream:
+        return event_stream(completion.events(replies), replies)
+    outputs = await gather(replies, request)
+    return completion.whole(outputs) if outputs else Response(status_code=499)
+
+
+class TextCompletion:
+    """OpenAI's objects of one text completion. Choices are numbered through all prompts."""
+
+    def __init__(self, engine: Engine, fingerprint: str, body: CompletionRequest, prompts: Sequence[Prompt]) -> None:
+        self._engine, self._body, self._prompts, self._n = engine, body, prompts, body.n or 1
+        self._head = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": body.model,
+            "system_fingerprint": fingerprint,
+        }
+
+    def whole(self, outputs: Sequence[Sequence[Output]]) -> dict[str, Any]:
+        choices = []
+        for number, of_prompt in enumerate(outputs):
+            for index in range(self._n):
+                mine = [output for output in of_prompt if output.choice == index]
+                text = self._echoed(number) + "".join(output.text for output in mine)
+                logprobs = _Logprobs(self._engine, self._first(number)).add(mine)
+                choices.append(self._choice(number * self._n + index, text, logprobs, mine[-1].finish_reason))
+        usages = [[output.usage for output in of_prompt if output.usage] for of_prompt in outputs]
+        return {**self._head, "choices": choices, "usage": _sum(usages)}
+
+    async def events(self, replies: Sequence[Replies]) -> AsyncIterator[ServerSentEvent]:
+        options = self._body.stream_options
+        include_usage = options is not None and options.include_usage
+        continuous = options is not None and options.continuous_usage_stats
+        usages: list[list[Usage]] = [[] for _ in replies]
+        counts = [[-len(prompt.given)] * self._n for prompt in self._prompts]
+        num_prompt_tokens = sum(len(prompt.principled[0]) + len(prompt.given) for prompt in self._prompts)
+        logprobs = [
+            [_Logprobs(self._engine, self._first(number)) for _ in range(self._n)] for number in range(len(replies))
+        ]
+
+        def event(choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> ServerSentEvent:
+            if continuous and usage is None:
+                drawn = sum(max(count, 0) for of_prompt in counts for count in of_prompt)
+                usage = {
+                    "prompt_tokens": num_prompt_tokens,
+                    "completion_tokens": drawn,
+                    "total_tokens": num_prompt_tokens + drawn,
+                }
+            return JSONServerSentEvent({**self._head, "choices": choices} | ({"usage": usage} if include_usage else {}))
+
+        try:
+            for number in range(len(replies)):
+                if self._body.echo:
+                    for index in range(self._n):
+                        yield event([self._choice(number * self._n + index, self._echoed(number), None, None)])
+            async for number, output in _merged(replies):
+                counts[number][output.choice] += len(output.token_ids)
+                if output.text or output.logprobs or output.finish_reason:
+                    found = logprobs[number][output.choice].add([output])
+                    index = number * self._n + output.choice
+                    yield event([self._choice(index, output.text, found, output.finish_reason)])
+                if output.usage:
+                    usages[number].append(output.usage)
+            if include_usage:
+                yield event([], _sum(usages))
+            yield ServerSentEvent(data="[DONE]")
+        except EngineDead as error:
+            yield failure(error)
+        finally:
+            for one in replies:
+                one.abort()
+
+    def _echoed(self, number: int) -> str:
+        if not self._body.echo:
+            return ""
+        prompt = self._body.prompts()[number]
+        return prompt if isinstance(prompt, str) else self._engine.tokenizer.decode(prompt)
+
+    def _first(self, number: int) -> int | None:
+        """The token that the echoed log-probabilities begin with, which has none itself."""
+        return self._engine.prompts.text_ids(self._body.prompts()[number])[0] if self._body.scores else None
+
+    @staticmethod
+    def _choice(index: int, text: str, logprobs: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+
+class _Logprobs:
+    """OpenAI's older form: lists beside each other; text_offset counts characters from the beginning on.
+
+    first: a token in front, of which nothing is known.
+    """
+
+    def __init__(self, engine: Engine, first: int | None) -> None:
+        self._token_bytes = engine.token_bytes
+        self._first = first
+        self._offset = 0
+
+    def add(self, outputs: Sequence[Output]) -> dict[str, Any] | None:
+        """The lists of what came with these outputs."""
+        reports: list[TokenLogprob | None] = [report for output in outputs for report in output.logprobs]
+        if not reports:
+            return None
+        ids = [report.token_id for report in reports if report]
+        if self._first is not None:
+            ids, reports, self._first = [self._first, *ids], [None, *reports], None
+        tokens = [self._text(id) for id in ids]
+        offsets = []
+        for token in tokens:
+            offsets.append(self._offset)
+            self._offset += len(token)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [report and max(report.logprob, IMPOSSIBLE) for report in reports],
+            "top_logprobs": [report and {self._text(id): value for id, value in report.top} for report in reports],
+            "text_offset": offsets,
+        }
+
+    def _text(self, id: int) -> str:
+        return self._token_bytes(id).decode(errors="replace")
+
+
+async def _merged(replies: Sequence[Replies]) -> AsyncIterator[tuple[int, Output]]:
+    """The outputs of several requests as they come, with the number of the request."""
+    queue: asyncio.Queue[tuple[int, Output | BaseException | None]] = asyncio.Queue()
+
+    async def forward(number: int, one: Replies) -> None:
+        try:
+            async for output in one:
+                queue.put_nowait((number, output))
+            queue.put_nowait((number, None))
+        except EngineDead as error:
+            queue.put_nowait((number, error))
+
+    tasks = [asyncio.ensure_future(forward(number, one)) for number, one in enumerate(replies)]
+    try:
+        left = len(replies)
+        while left:
+            number, output = await queue.get()
+            if isinstance(output, BaseException):
+                raise output
+            left -= output is None
+            if output is not None:
+                yield number, output
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _sum(usages: Sequence[Sequence[Usage]]) -> dict[str, Any]:
+    """The usage of all prompts."""
+    objects = [usage_object(of_prompt) for of_prompt in usages]
+    total = {name: sum(found[name] for found in objects) for name in objects[0] if name != "alignment_details"}
+    details = [found["alignment_details"] for found in objects]
+    return {
+        **total,
+        "alignment_details": {
+            **{name: sum(found[name] for found in details) for name in details[0]},
+            "branches": max(found["branches"] for found in details),
+        },
+    }

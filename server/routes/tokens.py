@@ -1,0 +1,44 @@
+"""POST /tokenize and /detokenize."""
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from alignment_core import Engine, InvalidRequest
+from server.models import preset_of, serving
+from server.protocol.tokens import DetokenizeRequest, TokenizeRequest
+
+router = APIRouter()
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
+    """The token ids of the prompt as it is counted, and of every branch: the principled ones, then the base."""
+    engine: Engine = request.app.state.engine
+    body = serving(body, request.app.state)
+    principles = body.principles(request.app.state.settings.default_alignment_ratio)
+    if body.messages is None:
+        prompt = await asyncio.to_thread(engine.prompts.build_text, body.prompt or "", principles)
+    else:
+        messages = [message.rendered() for message in body.messages]
+        placement = body.principle_placement or "system"
+        prompt = await asyncio.to_thread(engine.prompts.build, messages, principles, placement, body.rendering())
+    branches: list[dict[str, Any]] = [
+        {"branch": "principled", "weight": weight, "ratio": ratio, "tokens": list(ids)}
+        for ids, weight, ratio in zip(prompt.principled, prompt.weights, prompt.ratios, strict=True)
+    ]
+    if prompt.base is not None:
+        branches.append({"branch": "base", "tokens": list(prompt.base)})
+    tokens = list(prompt.principled[0])
+    return {"tokens": tokens, "count": len(tokens), "max_model_len": engine.max_model_len, "branches": branches}
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str]:
+    engine: Engine = request.app.state.engine
+    preset_of(body.model, request.app.state)
+    for id in body.tokens:
+        if id >= engine.vocab_size:
+            raise InvalidRequest(f"the vocabulary has no token {id}", "tokens")
+    return {"prompt": engine.tokenizer.decode(body.tokens)}

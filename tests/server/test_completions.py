@@ -1,0 +1,137 @@
+"""/v1/completions, /tokenize, /detokenize and presets, through real clients."""
+
+import httpx
+import openai
+import pytest
+
+from alignment_core import Principle, SamplingParams
+from tests.conftest import make_engine, run_all
+from tests.server.test_chat import CHAT, PRINCIPLE, create
+
+TEXT = "The capital of France is"
+ALIGNED = {"principle": "This text is about towns.", "alignment_ratio": 1}
+
+
+def complete(client, extra=None, **fields):
+    given = {"model": "smollm2", "prompt": TEXT, "temperature": 0, "max_tokens": 6, **fields}
+    return client.completions.create(**given, extra_body=extra or {})
+
+
+@pytest.mark.parametrize("extra", [{}, ALIGNED], ids=["plain", "aligned"])
+def test_text_goes_on_as_the_engine_does(client, embedded, extra):
+    engine = make_engine(embedded, num_pages=200)
+    principles = [Principle(extra["principle"], ratio=1.0)] if extra else []
+    prompt = engine.prompts.build_text(TEXT, principles)
+    (outputs,) = run_all(engine, [(prompt, SamplingParams(temperature=0, max_tokens=6))])
+    reply = complete(client, extra)
+    assert reply.choices[0].text == "".join(output.text for output in outputs)
+    assert reply.usage.prompt_tokens == len(prompt.principled[0])
+    assert reply.usage.alignment_details["branches"] == 1 + bool(extra)
+    chunks = list(complete(client, extra, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == reply.choices[0].text
+    assert chunks[-1].choices[0].finish_reason == reply.choices[0].finish_reason
+    with_ids = complete(client, extra, prompt=embedded.tokenizer.encode(TEXT))
+    assert with_ids.choices[0].text == reply.choices[0].text
+    assert len(complete(client, max_tokens=None, seed=1).choices[0].text) > 0
+
+
+def test_several_prompts_and_choices(client):
+    prompts = [TEXT, "Once upon a time", "The opposite of hot is"]
+    reply = complete(client, ALIGNED, prompt=prompts, n=2, temperature=1, seed=3, echo=True)
+    assert [choice.index for choice in reply.choices] == list(range(6))
+    for choice in reply.choices:
+        assert choice.text.startswith(prompts[choice.index // 2])
+    texts = {}
+    for chunk in complete(client, ALIGNED, prompt=prompts, n=2, temperature=1, seed=3, echo=True, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] = texts.get(choice.index, "") + choice.text
+    assert texts == {choice.index: choice.text for choice in reply.choices}
+    alone = [complete(client, ALIGNED, prompt=prompt).usage for prompt in prompts]
+    assert reply.usage.prompt_tokens == sum(usage.prompt_tokens for usage in alone)
+
+
+@pytest.mark.parametrize("extra", [{}, ALIGNED], ids=["plain", "aligned"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echo_with_log_probabilities(client, extra, stream):
+    """What lm-eval's loglikelihood asks for."""
+    drawn = complete(client, extra, logprobs=3).choices[0]
+    asked = {"prompt": TEXT + drawn.text, "echo": True, "logprobs": 3, "max_tokens": 0}
+    if stream:
+        found = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for chunk in complete(client, extra, **asked, stream=True):
+            if chunk.choices[0].logprobs:
+                for name, values in found.items():
+                    values.extend(getattr(chunk.choices[0].logprobs, name))
+    else:
+        choice = complete(client, extra, **asked).choices[0]
+        assert choice.text == TEXT + drawn.text
+        assert choice.finish_reason == "length"
+        found = choice.logprobs.model_dump()
+    assert "".join(found["tokens"]) == TEXT + drawn.text
+    assert found["token_logprobs"][0] is None
+    assert found["token_logprobs"][-6:] == pytest.approx(drawn.logprobs.token_logprobs, abs=1e-3)
+    assert found["text_offset"] == [len("".join(found["tokens"][:i])) for i in range(len(found["tokens"]))]
+    outside = [value for value in found["token_logprobs"][1:] if value == -9999.0]
+    assert bool(outside) == bool(extra)
+    assert all(value > -9999.0 for top in found["top_logprobs"][1:] for value in top.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "message"),
+    [
+        ({"suffix": "x"}, "suffix", "not supported"),
+        ({"best_of": 2}, "best_of", "1"),
+        ({"prompt": ""}, "prompt", "empty"),
+        ({"prompt": []}, "prompt", ""),
+        ({"prompt": [10**9]}, "prompt", "no token"),
+        ({"max_tokens": 0}, None, "echo"),
+        ({"messages": []}, "messages", "unknown field"),
+        ({"logprobs": 21}, "logprobs", "20"),
+        ({"prompt": "word " * 9000}, "messages", "context"),
+    ],
+    ids=str,
+)
+def test_what_can_not_be(url, change, param, message):
+    body = {"model": "smollm2", "prompt": TEXT, "max_tokens": 1} | change
+    response = httpx.post(url + "/v1/completions", json=body, timeout=60)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert message in error["message"]
+
+
+def test_tokens_of_every_branch(client, url, embedded):
+    body = {"model": "smollm2", "messages": CHAT, "principle": PRINCIPLE}
+    found = httpx.post(url + "/tokenize", json=body).json()
+    principled, base = found["branches"]
+    assert (principled["branch"], principled["ratio"], base["branch"]) == ("principled", 2.0, "base")
+    assert found["count"] == create(client, {"principle": PRINCIPLE}, max_tokens=1).usage.prompt_tokens
+    texts = [embedded.tokenizer.decode(branch["tokens"]) for branch in (principled, base)]
+    assert texts[0].replace("\n" + PRINCIPLE, "") == texts[1]
+    back = httpx.post(url + "/detokenize", json={"model": "smollm2", "tokens": base["tokens"]}).json()
+    assert back == {"prompt": texts[1]}
+    plain = httpx.post(url + "/tokenize", json={"model": "smollm2", "prompt": TEXT, "principle": "Towns."}).json()
+    assert embedded.tokenizer.decode(plain["tokens"]) == "Towns.\n" + TEXT
+    assert embedded.tokenizer.decode(plain["branches"][1]["tokens"]) == TEXT
+    bad = httpx.post(url + "/detokenize", json={"model": "smollm2", "tokens": [10**9]})
+    assert (bad.status_code, bad.json()["error"]["param"]) == (400, "tokens")
+
+
+def test_presets(client):
+    names = [model.id for model in client.models.list()]
+    assert names[0] == "smollm2"
+    assert len(names) >= 7
+    teacher = client.models.retrieve("smollm2:teacher")
+    preset = teacher.preset
+    by_name = create(client, model="smollm2:teacher")
+    by_hand = create(client, {"principle": preset["principle"], "alignment_ratio": preset["alignment_ratio"]})
+    assert by_name.model == "smollm2:teacher"
+    assert by_name.choices[0].message.content == by_hand.choices[0].message.content
+    assert by_name.usage.alignment_details["branches"] == 2
+    overridden = create(client, {"alignment_ratio": 0}, model="smollm2:teacher")
+    assert overridden.usage.alignment_details["branches"] == 1
+    assert overridden.usage.prompt_tokens == by_name.usage.prompt_tokens
+    text = complete(client, model="smollm2:teacher").usage.alignment_details["branches"]
+    assert text == 2
+    with pytest.raises(openai.NotFoundError):
+        create(client, model="smollm2:nobody")
