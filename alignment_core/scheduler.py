@@ -137,6 +137,8 @@ class Scheduler:
             num_cached = self.pool.adopt(branch)
             sequence.num_tokens_cached += num_cached
             self.num_tokens_cached += num_cached
+            if branch is sequence.branches[0] and not sequence.num_drawn:
+                sequence.num_prompt_cached += num_cached
             num_tokens = min(branch.remaining, budget)
             if num_tokens == branch.remaining and budget - num_tokens < later:
                 num_tokens -= 1  # nothing is drawn without the later branches: leave the token to them

@@ -174,9 +174,13 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a request took: the user's view of it, and the work behind."""
+    """What a request took: the user's view of it, and the work behind.
+
+    prompt_cached_tokens: of the first principled branch, from what others have computed.
+    """
 
     prompt_tokens: int
+    prompt_cached_tokens: int
     completion_tokens: int
     branches: int
     branch_tokens_computed: int
@@ -245,6 +249,7 @@ class Sequence:
     output_ids: list[int] = field(default_factory=list)
     num_tokens_computed: int = 0
     num_tokens_cached: int = 0
+    num_prompt_cached: int = 0
     last_turn: int = 0
     ended: bool = False
     counts: Counter[int] = field(default_factory=Counter)
@@ -298,6 +303,7 @@ class Sequence:
     def usage(self) -> Usage:
         return Usage(
             prompt_tokens=len(self.prompt.principled[0]) + len(self.prompt.given),
+            prompt_cached_tokens=self.num_prompt_cached,
             completion_tokens=max(self.num_replied, 0),
             branches=len(self.branches),
             branch_tokens_computed=self.num_tokens_computed,

@@ -13,7 +13,7 @@ from alignment_core import Engine
 from server import metrics
 from server.models import load_presets
 from server.protocol.errors import HANDLERS
-from server.routes import chat, completions, models, tokens
+from server.routes import chat, completions, models, responses, tokens
 from server.settings import Settings
 
 
@@ -41,6 +41,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     app.state.fingerprint = _fingerprint(engine, settings)
     app.include_router(chat.router)
     app.include_router(completions.router)
+    app.include_router(responses.router)
     app.include_router(tokens.router)
     app.include_router(models.router)
     app.include_router(metrics.router)

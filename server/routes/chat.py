@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from starlette.datastructures import State
 
-from alignment_core import Engine
+from alignment_core import Engine, Prompt
 from server.models import serving
 from server.protocol.chat import ChatCompletionRequest
 from server.streaming import ChatCompletion, Replies, event_stream, gather
@@ -18,20 +19,32 @@ router = APIRouter()
 @router.post("/v1/chat/completions", response_model=None)
 async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response | dict[str, Any]:
     state = request.app.state
-    engine: Engine = state.engine
     body = serving(body, state)
-    principles = body.principles(state.settings.default_alignment_ratio)
-    messages = [message.rendered() for message in body.messages]
-    placement = body.principle_placement or "system"
-    prompt = await asyncio.to_thread(engine.prompts.build, messages, principles, placement, body.rendering())
-    replies = await Replies.of(engine, prompt, body.sampling_params(**_for_tools(body, engine)), body.n or 1)
-    completion = ChatCompletion(engine, body.model, state.fingerprint, prompt, _parser(body, engine))
+    replies, prompt, parser = await begin(body, state)
+    completion = ChatCompletion(state.engine, body.model, state.fingerprint, prompt, parser)
     if body.stream:
         options = body.stream_options
         usage, continuous = (options.include_usage, options.continuous_usage_stats) if options else (False, False)
         return event_stream(completion.events(replies, usage, continuous), [replies])
     outputs = await gather([replies], request)
     return completion.whole(outputs[0], replies.n) if outputs else Response(status_code=499)
+
+
+async def begin(body: ChatCompletionRequest, state: State) -> tuple[Replies, Prompt, Callable[[], ReplyParser]]:
+    """Submit a chat. Its replies, its prompt, and what makes a parser for each reply.
+
+    Raises InvalidRequest, EngineDead.
+    """
+    engine: Engine = state.engine
+    principles = body.principles(state.settings.default_alignment_ratio)
+    messages = [message.rendered() for message in body.messages]
+    placement = body.principle_placement or "system"
+    rendering = body.rendering()
+    prompt = await asyncio.to_thread(engine.prompts.build, messages, principles, placement, rendering)
+    params = body.sampling_params(**_for_tools(body, engine))
+    begun = "" if rendering.continues else engine.prompts.generation_prompt(rendering)
+    replies = await Replies.of(engine, prompt, params, body.n or 1)
+    return replies, prompt, lambda: ReplyParser(engine.tokenizer, begun, rendering.tools)
 
 
 def _for_tools(body: ChatCompletionRequest, engine: Engine) -> dict[str, Any]:
@@ -49,9 +62,3 @@ def _for_tools(body: ChatCompletionRequest, engine: Engine) -> dict[str, Any]:
     if marks_are_special(engine.tokenizer):
         more["skip_special_tokens"] = False
     return more
-
-
-def _parser(body: ChatCompletionRequest, engine: Engine) -> Callable[[], ReplyParser]:
-    rendering = body.rendering()
-    begun = "" if rendering.continues else engine.prompts.generation_prompt(rendering)
-    return lambda: ReplyParser(engine.tokenizer, begun, rendering.tools)

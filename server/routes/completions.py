@@ -190,10 +190,12 @@ async def _merged(replies: Sequence[Replies]) -> AsyncIterator[tuple[int, Output
 def _sum(usages: Sequence[Sequence[Usage]]) -> dict[str, Any]:
     """The usage of all prompts."""
     objects = [usage_object(of_prompt) for of_prompt in usages]
-    total = {name: sum(found[name] for found in objects) for name in objects[0] if name != "alignment_details"}
+    total = {name: sum(found[name] for found in objects) for name in objects[0] if name.endswith("_tokens")}
+    cached = sum(found["prompt_tokens_details"]["cached_tokens"] for found in objects)
     details = [found["alignment_details"] for found in objects]
     return {
         **total,
+        "prompt_tokens_details": {"cached_tokens": cached},
         "alignment_details": {
             **{name: sum(found[name] for found in details) for name in details[0]},
             "branches": max(found["branches"] for found in details),

@@ -1,0 +1,200 @@
+"""The schema of /v1/responses: what of it can be said as a chat completion, which is what it becomes."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
+
+from alignment_core.sequence import MAX_LOGPROBS
+from server.protocol.chat import ChatCompletionRequest, Function
+from server.protocol.generation import AlignmentFields, Schema, Text, TextFormat
+
+
+class InputText(Schema):
+    type: Literal["input_text", "output_text", "text"]
+    text: Text
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    logprobs: list[Any] | None = Field(None, description="of an output that comes back; not looked at")
+
+
+class InputMessage(Schema):
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Annotated[list[InputText], Field(min_length=1)]
+    id: str | None = Field(None, description="of an output that comes back, as is status")
+    status: str | None = None
+
+    def as_chat(self) -> dict[str, Any]:
+        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        return {"role": self.role, "content": content}
+
+
+class FunctionCallItem(Schema):
+    type: Literal["function_call"]
+    call_id: Text
+    name: Text
+    arguments: Text
+    id: str | None = None
+    status: str | None = None
+
+    def as_chat(self) -> dict[str, Any]:
+        function = {"name": self.name, "arguments": self.arguments}
+        call = {"id": self.call_id, "type": "function", "function": function}
+        return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
+class FunctionCallOutput(Schema):
+    type: Literal["function_call_output"]
+    call_id: Text
+    output: Text
+    id: str | None = None
+    status: str | None = None
+
+    def as_chat(self) -> dict[str, Any]:
+        return {"role": "tool", "tool_call_id": self.call_id, "content": self.output}
+
+
+class ReasoningText(Schema):
+    type: Literal["reasoning_text"]
+    text: Text
+
+
+class ReasoningItem(Schema):
+    type: Literal["reasoning"]
+    id: str | None = None
+    summary: Annotated[list[Any], Field(max_length=0)] | None = None
+    content: list[ReasoningText] | None = None
+    status: str | None = None
+
+    def as_chat(self) -> dict[str, Any]:
+        text = "".join(part.text for part in self.content or ())
+        return {"role": "assistant", "content": None, "reasoning_content": text}
+
+
+class FunctionTool(Function):
+    type: Literal["function"]
+
+
+class FunctionChoice(Schema):
+    type: Literal["function"]
+    name: str
+
+
+class JsonObjectText(Schema):
+    type: Literal["json_object"]
+
+
+class JsonSchemaText(Schema):
+    type: Literal["json_schema"]
+    name: Text
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+    description: Text | None = None
+
+
+class TextOptions(Schema):
+    format: Annotated[TextFormat | JsonObjectText | JsonSchemaText, Field(discriminator="type")] | None = None
+
+
+class Reasoning(Schema):
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+
+
+class ResponsesRequest(AlignmentFields):
+    """OpenAI's request with the alignment fields flat at the top level. Nothing is stored."""
+
+    input: (
+        Text
+        | Annotated[list[InputMessage | FunctionCallItem | FunctionCallOutput | ReasoningItem], Field(min_length=1)]
+    )
+    instructions: Text | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    text: TextOptions | None = None
+    tools: list[FunctionTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning: Reasoning | None = None
+    stream: bool | None = None
+    store: bool | None = Field(None, description="nothing is stored, which the response says")
+    metadata: dict[str, str] | None = Field(None, description="returned as it came")
+    user: str | None = None
+    previous_response_id: str | None = None
+    truncation: Literal["disabled"] | None = None
+    include: Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=1)] | None = None
+    background: Literal[False] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    principle_placement: Literal["system", "user"] | None = None
+    _chat: ChatCompletionRequest = PrivateAttr()
+
+    @model_validator(mode="after")
+    def _as_chat(self) -> "ResponsesRequest":
+        if self.previous_response_id is not None:
+            raise ValueError("previous_response_id: this server stores no responses; send the whole input")
+        try:
+            self._chat = ChatCompletionRequest.model_validate(self._chat_fields())
+        except ValidationError as error:
+            raise ValueError("; ".join(problem["msg"] for problem in error.errors())) from error
+        return self
+
+    @property
+    def chat(self) -> ChatCompletionRequest:
+        """The chat completion that this is."""
+        return self._chat
+
+    def _chat_fields(self) -> dict[str, Any]:
+        fields = {
+            name: getattr(self, name)
+            for name in (*AlignmentFields.model_fields, "temperature", "top_p", "parallel_tool_calls", "stream", "seed")
+        }
+        if isinstance(self.principle, list):
+            fields["principle"] = [item.model_dump() for item in self.principle]
+        if self.tools is not None:
+            fields["tools"] = [
+                {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
+                for tool in self.tools
+            ]
+        choice = self.tool_choice
+        if isinstance(choice, FunctionChoice):
+            fields["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
+        elif choice is not None:
+            fields["tool_choice"] = choice
+        if self.text and self.text.format:
+            fields["response_format"] = _chat_format(self.text.format)
+        if self.include or self.top_logprobs is not None:
+            fields |= {"logprobs": True, "top_logprobs": self.top_logprobs or 0}
+        if self.reasoning and self.reasoning.effort is not None:
+            fields["reasoning_effort"] = self.reasoning.effort
+        more = {
+            "messages": self._messages(),
+            "max_completion_tokens": self.max_output_tokens,
+            "principle_placement": self.principle_placement,
+        }
+        return {name: value for name, value in (fields | more).items() if value is not None}
+
+    def _messages(self) -> list[dict[str, Any]]:
+        messages: list[dict[str, Any]] = []
+        if self.instructions is not None:
+            messages.append({"role": "system", "content": self.instructions})
+        if isinstance(self.input, str):
+            return [*messages, {"role": "user", "content": self.input}]
+        for item in self.input:
+            message = item.as_chat()
+            last = messages[-1] if messages else {}
+            if message["role"] == last.get("role") == "assistant" and last.get("content") is None:
+                # what one reply was made of: reasoning, text, calls
+                calls = [*last.get("tool_calls", []), *message.pop("tool_calls", [])]
+                messages[-1] = last | {name: value for name, value in message.items() if value is not None}
+                if calls:
+                    messages[-1]["tool_calls"] = calls
+            else:
+                messages.append(message)
+        return messages
+
+
+def _chat_format(format: TextFormat | JsonObjectText | JsonSchemaText) -> dict[str, Any]:
+    if isinstance(format, JsonSchemaText):
+        schema = format.model_dump(by_alias=True, exclude={"type"}, exclude_none=True)
+        return {"type": "json_schema", "json_schema": schema}
+    return {"type": format.type}

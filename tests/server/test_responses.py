@@ -1,0 +1,118 @@
+"""/v1/responses through OpenAI's SDK."""
+
+import json
+
+import httpx
+import jsonschema
+import openai
+import pytest
+from openai.types.responses import Response
+
+from tests.server.test_chat import CHAT, PRINCIPLE, create
+from tests.server.test_fields import WEATHER, Plant
+
+ALIGNED = {"principle": PRINCIPLE, "alignment_ratio": 2}
+TOOL = {"type": "function", **WEATHER["function"]}
+
+
+def respond(client, extra=None, **fields):
+    given = {"model": "smollm2", "input": CHAT[0]["content"], "temperature": 0, "max_output_tokens": 24, **fields}
+    return client.responses.create(**given, extra_body=extra or {})
+
+
+def test_it_is_the_chat_completion(client):
+    chat = create(client, ALIGNED).choices[0].message.content
+    response = respond(client, ALIGNED)
+    assert response.output_text == chat
+    assert response.status == ("completed" if response.usage.output_tokens < 24 else "incomplete")
+    assert response.usage.alignment_details["branches"] == 2
+    assert response.store is False
+    assert respond(client, ALIGNED, input=CHAT).output_text == chat
+    parts = [{"role": "user", "content": [{"type": "input_text", "text": CHAT[0]["content"]}]}]
+    assert respond(client, ALIGNED, input=parts).output_text == chat
+    instructed = respond(client, ALIGNED, instructions="You are a mayor.")
+    system = [{"role": "system", "content": "You are a mayor."}, *CHAT]
+    assert instructed.output_text == create(client, ALIGNED, messages=system).choices[0].message.content
+    assert respond(client, model="smollm2:teacher").usage.alignment_details["branches"] == 2
+    short = respond(client, ALIGNED, max_output_tokens=3)
+    assert (short.status, short.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+
+
+def test_events_are_those_of_the_sdk(client):
+    whole = respond(client, ALIGNED, top_logprobs=2)
+    events = list(respond(client, ALIGNED, stream=True, top_logprobs=2))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    kinds = [event.type for event in events]
+    assert kinds[:4] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+    ]
+    assert kinds[-4:] == [
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        f"response.{whole.status}",
+    ]
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == whole.output_text
+    last = events[-1].response
+    assert last.output_text == whole.output_text
+    assert last.usage == whole.usage.model_copy(
+        update={
+            "alignment_details": last.usage.alignment_details,
+            "input_tokens_details": last.usage.input_tokens_details,
+        }
+    )
+    found = [token.token for token in last.output[0].content[0].logprobs]
+    assert "".join(found) == whole.output_text
+    with client.responses.stream(model="smollm2", input="Say yes.", max_output_tokens=8) as stream:
+        assert stream.until_done() is stream
+
+
+def test_the_object_is_openais(url):
+    body = {"model": "smollm2", "input": "Say yes.", "max_output_tokens": 4, **ALIGNED}
+    Response.model_validate(httpx.post(url + "/v1/responses", json=body, timeout=60).json())
+
+
+def test_structured_output(client):
+    parsed = client.responses.parse(
+        model="smollm2", input=CHAT, text_format=Plant, max_output_tokens=200, temperature=0, extra_body=ALIGNED
+    )
+    assert isinstance(parsed.output_parsed, Plant)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tool_loop(client, stream):
+    asked = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False, "max_output_tokens": 100}
+    first = respond(client, ALIGNED, stream=stream, **asked)
+    if stream:
+        events = list(first)
+        deltas = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
+        first = events[-1].response
+        assert "".join(deltas) == first.output[0].arguments
+        assert len(deltas) > 1
+    (call,) = first.output
+    assert (call.type, call.name, first.status) == ("function_call", "get_sunshine", "completed")
+    jsonschema.validate(json.loads(call.arguments), WEATHER["function"]["parameters"])
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "2473 hours"}
+    second = respond(client, ALIGNED, input=[*CHAT, call.model_dump(exclude_none=True), result], tools=[TOOL])
+    assert second.output_text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"previous_response_id": "resp_1"}, "stores no responses"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0"),
+        ({"background": True}, "False"),
+        ({"max_output_tokens": 0}, "greater"),
+        ({"tool_choice": "required"}, "no such function"),
+        ({"input": []}, "at least 1"),
+        ({"input": [{"type": "function_call", "call_id": "1", "name": "x", "arguments": "{"}]}, "JSON object"),
+    ],
+    ids=str,
+)
+def test_what_can_not_be(client, change, message):
+    with pytest.raises(openai.BadRequestError, match=message):
+        respond(client, **change)
