@@ -57,7 +57,7 @@ class SamplingParams:
     model's own end-of-sequence ids, which ignore_eos leaves out. min_tokens: before so many nothing but
     max_tokens ends it.
     presence_penalty, frequency_penalty: [-2, 2], subtracted from the logits of tokens that the reply has,
-    once and as often as it has them. repetition_penalty: > 0, divides the positive and multiplies the
+    once and as often as it has them. repetition_penalty: [0.01, 10], divides the positive and multiplies the
     negative logits of tokens that the prompt or the reply has (Keskar et al., "CTRL", 2019). logit_bias:
     token id to what is added to its logit, [-100, 100]. All of these are edits of the principled logits,
     DESIGN section 2.1.
@@ -107,7 +107,7 @@ class SamplingParams:
             _require(self.min_tokens <= self.max_tokens, "min_tokens", "at most max_tokens", self.min_tokens)
         for name in ("presence_penalty", "frequency_penalty"):
             _require(-2 <= getattr(self, name) <= 2, name, "in [-2, 2]", getattr(self, name))
-        _require(0 < self.repetition_penalty <= 10, "repetition_penalty", "in (0, 10]", self.repetition_penalty)
+        _require(0.01 <= self.repetition_penalty <= 10, "repetition_penalty", "in [0.01, 10]", self.repetition_penalty)
         _require(len(self.logit_bias) <= MAX_BIASES, "logit_bias", f"at most {MAX_BIASES} tokens", len(self.logit_bias))
         for bias in self.logit_bias.values():
             _require(-100 <= bias <= 100, "logit_bias", "in [-100, 100]", bias)

@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from typing import Any
 
 from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
@@ -12,9 +13,11 @@ from sse_starlette.sse import AppStatus
 from alignment_core import Engine
 from server import metrics
 from server.models import load_presets
-from server.protocol.errors import HANDLERS
+from server.protocol.errors import HANDLERS, ErrorResponse
 from server.routes import chat, completions, models, responses, tokens
 from server.settings import Settings
+
+ERRORS: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorResponse, "description": "An error"}}
 
 
 def _fingerprint(engine: Engine, settings: Settings) -> str:
@@ -32,7 +35,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
             yield
 
     AppStatus.enable_automatic_graceful_drain = False  # streams have as much time to end as other replies
-    app = FastAPI(title="linalign", lifespan=lifespan, exception_handlers=HANDLERS)
+    app = FastAPI(title="linalign", lifespan=lifespan, exception_handlers=HANDLERS, responses=ERRORS)
     app.state.engine = engine
     app.state.settings = settings
     app.state.presets = load_presets(settings.presets)
@@ -45,4 +48,12 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     app.include_router(tokens.router)
     app.include_router(models.router)
     app.include_router(metrics.router)
+    _name_models(app.openapi(), [engine.model_id, *(f"{engine.model_id}:{name}" for name in app.state.presets)])
     return app
+
+
+def _name_models(schema: dict[str, Any], names: list[str]) -> None:
+    """Tell in the OpenAPI schema which models there are."""
+    for component in schema["components"]["schemas"].values():
+        if "model" in component.get("properties", {}):
+            component["properties"]["model"]["enum"] = names

@@ -17,6 +17,11 @@ from server.tool_calls import Delta, ReplyParser, message_of
 IMPOSSIBLE = -9999.0  # the log-probability of what can't be drawn, as JSON has no −inf
 
 
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The whole reply, or its events", "content": {"text/event-stream": {}}}
+}
+
+
 class Replies:
     """A request on its way: iterate over the outputs of its choices, and `abort` when nobody listens any more."""
 

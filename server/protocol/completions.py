@@ -1,6 +1,6 @@
 """The schema of /v1/completions: text goes on, without any chat template."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -24,11 +24,10 @@ class CompletionRequest(GenerationRequest):
     max_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="0 with echo and logprobs: nothing new")
     echo: bool | None = Field(None, description="begin with the prompt; with logprobs, with its log-probabilities")
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    best_of: Literal[1] | None = None
 
     @classmethod
     def unsupported(cls) -> dict[str, Any]:
-        return {"suffix": "", "alignment_trace": False, "store": False}
+        return {"suffix": "", "best_of": 1, "alignment_trace": False, "store": False}
 
     @model_validator(mode="after")
     def _consistent(self) -> "CompletionRequest":

@@ -6,11 +6,25 @@ from typing import Any
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from alignment_core import EngineDead, InvalidRequest
 from server.protocol.generation import Schema
 from server.settings import nearest
+
+
+class ErrorObject(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """What every request gets that can't be served."""
+
+    error: ErrorObject
 
 
 def error_response(

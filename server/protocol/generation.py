@@ -1,6 +1,7 @@
 """What requests for text have in common: how it is drawn, aligned, ended and delivered."""
 
 import json
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -101,6 +102,24 @@ class AlignmentFields(Schema):
     alignment_top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     alignment_temperature: Annotated[float, Field(gt=0)] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _neutral_values_of_unsupported_fields(cls, body: Any) -> Any:
+        """Clients send defaults of fields that can't be had here: those are fine, all else is an error."""
+        if not isinstance(body, dict):
+            return body
+        for name, neutral in cls.unsupported().items():
+            if name in body:
+                if body[name] is not None and not _equal(body[name], neutral):
+                    raise PydanticCustomError("unsupported_field", "{param} is not supported", {"param": name})
+                body = {key: value for key, value in body.items() if key != name}
+        return body
+
+    @classmethod
+    def unsupported(cls) -> dict[str, Any]:
+        """Fields that are known but can't be had, with the value that asks for nothing."""
+        return {}
+
     def principles(self, default_ratio: float) -> list[Principle]:
         ratio = default_ratio if self.alignment_ratio is None else self.alignment_ratio
         if isinstance(self.principle, str):
@@ -127,7 +146,7 @@ class GenerationRequest(AlignmentFields):
     ignore_eos: bool | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]+$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
         Field(None, description="token ids to what is added to their logits")
     )
@@ -136,24 +155,6 @@ class GenerationRequest(AlignmentFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="an identifier of the end user; no effect on the reply")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _neutral_values_of_unsupported_fields(cls, body: Any) -> Any:
-        """Clients send defaults of fields that can't be had here: those are fine, all else is an error."""
-        if not isinstance(body, dict):
-            return body
-        for name, neutral in cls.unsupported().items():
-            if name in body:
-                if body[name] is not None and not _equal(body[name], neutral):
-                    raise PydanticCustomError("unsupported_field", "{param} is not supported", {"param": name})
-                body = {key: value for key, value in body.items() if key != name}
-        return body
-
-    @classmethod
-    def unsupported(cls) -> dict[str, Any]:
-        """Fields that are known but can't be had, with the value that asks for nothing."""
-        return {}
 
     @model_validator(mode="after")
     def _consistent_delivery(self) -> "GenerationRequest":
@@ -175,8 +176,8 @@ class GenerationRequest(AlignmentFields):
             "seed": self.seed,
             "max_tokens": self.max_tokens,
             "min_tokens": self.min_tokens,
-            "stop": (self.stop,) if isinstance(self.stop, str) else self.stop and tuple(self.stop),
-            "stop_token_ids": self.stop_token_ids and frozenset(self.stop_token_ids),
+            "stop": (self.stop,) if isinstance(self.stop, str) else _or_none(tuple, self.stop),
+            "stop_token_ids": _or_none(frozenset, self.stop_token_ids),
             "ignore_eos": self.ignore_eos,
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
@@ -196,6 +197,10 @@ class GenerationRequest(AlignmentFields):
             case JsonSchemaFormat(json_schema=asked):
                 return Structure("json_schema", json.dumps(asked.schema_), "response_format")
         return None
+
+
+def _or_none(make: Callable[[Any], Any], value: Any) -> Any:
+    return None if value is None else make(value)
 
 
 def _equal(value: Any, neutral: Any) -> bool:

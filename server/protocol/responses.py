@@ -121,12 +121,14 @@ class ResponsesRequest(AlignmentFields):
     metadata: dict[str, str] | None = Field(None, description="returned as it came")
     user: str | None = None
     previous_response_id: str | None = None
-    truncation: Literal["disabled"] | None = None
     include: Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=1)] | None = None
-    background: Literal[False] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     principle_placement: Literal["system", "user"] | None = None
     _chat: ChatCompletionRequest = PrivateAttr()
+
+    @classmethod
+    def unsupported(cls) -> dict[str, Any]:
+        return UNSUPPORTED
 
     @model_validator(mode="after")
     def _as_chat(self) -> "ResponsesRequest":
@@ -191,6 +193,20 @@ class ResponsesRequest(AlignmentFields):
             else:
                 messages.append(message)
         return messages
+
+
+UNSUPPORTED: dict[str, Any] = {
+    "background": False,
+    "truncation": "disabled",
+    "conversation": None,
+    "prompt": None,
+    "max_tool_calls": None,
+    "service_tier": "auto",
+    "prompt_cache_key": None,
+    "safety_identifier": None,
+    "context_management": None,
+    "stream_options": None,
+}
 
 
 def _chat_format(format: TextFormat | JsonObjectText | JsonSchemaText) -> dict[str, Any]:

@@ -10,13 +10,13 @@ from starlette.datastructures import State
 from alignment_core import Engine, Prompt
 from server.models import serving
 from server.protocol.chat import ChatCompletionRequest
-from server.streaming import ChatCompletion, Replies, event_stream, gather
+from server.streaming import STREAMED, ChatCompletion, Replies, event_stream, gather
 from server.tool_calls import ReplyParser, call_format, demanded, marks_are_special
 
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", response_model=None)
+@router.post("/v1/chat/completions", response_model=None, responses=STREAMED)
 async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response | dict[str, Any]:
     state = request.app.state
     body = serving(body, state)

@@ -13,12 +13,12 @@ from alignment_core import Engine, EngineDead, Output, Prompt, Usage
 from alignment_core.sequence import TokenLogprob
 from server.models import serving
 from server.protocol.completions import CompletionRequest
-from server.streaming import IMPOSSIBLE, Replies, event_stream, failure, gather, usage_object
+from server.streaming import IMPOSSIBLE, STREAMED, Replies, event_stream, failure, gather, usage_object
 
 router = APIRouter()
 
 
-@router.post("/v1/completions", response_model=None)
+@router.post("/v1/completions", response_model=None, responses=STREAMED)
 async def create_completion(body: CompletionRequest, request: Request) -> Response | dict[str, Any]:
     state = request.app.state
     engine: Engine = state.engine

@@ -12,14 +12,14 @@ from alignment_core import Engine, EngineDead, Output
 from server.models import serving
 from server.protocol.responses import ResponsesRequest
 from server.routes.chat import begin
-from server.streaming import Replies, event_stream, gather, logprob_object, usage_object
+from server.streaming import STREAMED, Replies, event_stream, gather, logprob_object, usage_object
 from server.tool_calls import Delta, ReplyParser
 
 router = APIRouter()
 Event = dict[str, Any]
 
 
-@router.post("/v1/responses", response_model=None)
+@router.post("/v1/responses", response_model=None, responses=STREAMED)
 async def create_response(body: ResponsesRequest, request: Request) -> Response | dict[str, Any]:
     state = request.app.state
     engine: Engine = state.engine
