@@ -17,11 +17,17 @@ serve: setup
 	.venv/bin/pip install --progress-bar on -e ".[cuda]"
 	touch $@
 
-test: setup .venv/.cuda
+.venv/clients/.ready: tests/clients/requirements.txt
+	$(PYTHON) -m venv .venv/clients
+	.venv/clients/bin/pip install --progress-bar on -r tests/clients/requirements.txt
+	npm install --silent --no-audit --no-fund --prefix .venv/clients openai@7.57.0
+	touch $@
+
+test: setup .venv/.cuda .venv/clients/.ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	HF_HUB_OFFLINE=1 .venv/bin/pytest $(ARGS)
 
-quick: setup .venv/.cuda
+quick: setup .venv/.cuda .venv/clients/.ready
 	HF_HUB_OFFLINE=1 .venv/bin/pytest -m "not slow" $(ARGS)
