@@ -86,7 +86,7 @@ def test_the_llm_command_line(api, client, tmp_path):
 
 
 def likelihood(client, model, context, text):
-    asked = {"model": model, "echo": True, "logprobs": 1, "max_tokens": 0}
+    asked = {"model": model, "echo": True, "logprobs": 1, "max_tokens": 0, "temperature": 0}
     whole, before = (client.completions.create(prompt=prompt, **asked) for prompt in (context + text, context))
     return sum(whole.choices[0].logprobs.token_logprobs[len(before.choices[0].logprobs.tokens) :])
 
