@@ -5,8 +5,10 @@ Where `sampling` sorts the few tokens that matter, this looks for the threshold 
 find, bit by bit: a float's bits, read as an integer, are in the order of the floats.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import astuple, dataclass, fields
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -176,7 +178,7 @@ def leading(x: Tensor, weight: Tensor, limit: Tensor) -> Tensor:
 def _threshold(keys: Tensor, weight: Tensor, limit: Tensor) -> Tensor:
     """The least key of each line above which the weight is below its limit; [S] int32."""
     low = torch.full((len(keys),), -(1 << 31), dtype=torch.int64, device=keys.device)
-    weights_above = _compiled_weights_above if keys.is_cuda else _weights_above
+    weights_above = _compiled_weights_above() if keys.is_cuda else _weights_above
     for shift in range(32 - DIGIT, -1, -DIGIT):
         above = weights_above(keys, weight, low, 1 << shift)
         low = low + ((above >= limit).sum(dim=0) << shift)
@@ -189,7 +191,9 @@ def _weights_above(keys: Tensor, weight: Tensor, low: Tensor, width: int) -> Ten
     return torch.stack([torch.where(keys > end, weight, 0).sum(dim=-1) for end in ends])
 
 
-_compiled_weights_above = torch.compile(_weights_above, dynamic=True)  # one pass over memory
+@cache
+def _compiled_weights_above() -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
+    return torch.compile(_weights_above, dynamic=True)  # one pass over memory
 
 
 def _share(top_p: Tensor, mass: Tensor) -> Tensor:

@@ -213,6 +213,9 @@ UNSUPPORTED: dict[str, Any] = {
     "service_tier": "auto",
     "verbosity": None,
     "prompt_cache_key": None,
+    "prompt_cache_options": None,
+    "prompt_cache_retention": None,
     "safety_identifier": None,
+    "moderation": None,
     "best_of": 1,
 }

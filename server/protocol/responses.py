@@ -203,7 +203,13 @@ UNSUPPORTED: dict[str, Any] = {
     "max_tool_calls": None,
     "service_tier": "auto",
     "prompt_cache_key": None,
+    "prompt_cache_options": None,
+    "prompt_cache_retention": None,
     "safety_identifier": None,
+    "moderation": None,
+    "image": None,
+    "access_programs": None,
+    "background_options": None,
     "context_management": None,
     "stream_options": None,
 }
