@@ -16,7 +16,14 @@ ROWS = 128  # a step of fewer takes hardly any longer on a GPU, which reads the 
 
 
 def run_in_blocks(model: nn.Module) -> None:
-    """Let every linear layer and norm of the model see ROWS rows at a time."""
+    """Let every linear layer and norm of the model see ROWS rows at a time.
+
+    Raises ValueError for a model with other layers that have matrices.
+    """
+    for name, module in model.named_modules():
+        matrices = [part for part in module.parameters(recurse=False) if part.dim() > 1]
+        if matrices and not isinstance(module, nn.Linear | nn.Embedding):
+            raise ValueError(f"batch_invariant is for models of linear layers; {name} is a {type(module).__name__}")
     for module in model.modules():
         if isinstance(module, nn.Linear) or type(module).__name__.endswith("Norm"):
             module.forward = in_blocks(module.forward)
@@ -29,6 +36,6 @@ def in_blocks(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
         rows = x.flatten(0, -2)
         padded = pad(rows, (0, 0, 0, -len(rows) % ROWS))
         out = torch.cat([forward(block) for block in torch.split(padded, ROWS)])
-        return out[: len(rows)].view(*x.shape[:-1], -1)
+        return out[: len(rows)].view(*x.shape[:-1], out.shape[-1])
 
     return blocked

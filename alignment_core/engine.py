@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from alignment_core.attention.paged_batch import to_host
 from alignment_core.cpu.native import release_threads
 from alignment_core.detokenizer import TextStream, TokenBytes
 from alignment_core.grammars import Grammars
@@ -37,7 +38,7 @@ from alignment_core.sequence import (
     Stats,
     TokenLogprob,
 )
-from alignment_core.static_sampling import StaticSampler
+from alignment_core.static_sampling import StaticSampler, draw_everything
 
 log = logging.getLogger(__name__)
 
@@ -90,12 +91,10 @@ class Flight:
 
     def __init__(self, step: Step, tokens: Tensor, logprobs: Logprobs | None = None) -> None:
         self.step = step
-        self._logprobs = logprobs
-        self._host = tokens.clone()  # the next step draws to the same place
+        self._host = to_host(tokens)  # the next step draws to the same place
+        self._logprobs = logprobs.to_host() if logprobs else None
         self._arrived = None
         if tokens.is_cuda:
-            self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            self._host.copy_(tokens, non_blocking=True)
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
 
@@ -355,6 +354,9 @@ class Engine:
         return flight is not None
 
     def _loop(self) -> None:
+        device = self.runner.model.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # it is a thread's own
         try:
             while not self._stopping:
                 if not self.step():
@@ -496,7 +498,7 @@ def _num_pages(runner: ModelRunner, config: EngineConfig, max_model_len: int, ma
     least = 2 * -(-max_model_len // runner.page_size)
     if runner.model.device.type == "cuda":
         num_rows = max(runner.config.max_rows, 1)
-        taken = runner.activation_bytes(max_num_batched_tokens, num_rows)
+        taken = runner.activation_bytes(max_num_batched_tokens, num_rows, draw_everything)
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(runner.model.device)
         budget = int((free - taken) * config.gpu_memory_utilization)

@@ -90,6 +90,10 @@ def load(
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise LoadingError(f"there is no CUDA device for --device {device}")
+    if where.index is not None:
+        if where.index >= torch.cuda.device_count():
+            raise LoadingError(f"there is no {device}: this machine has {torch.cuda.device_count()} CUDA devices")
+        torch.cuda.set_device(where)  # graphs, streams and Triton go to the current one
     if dtype == "auto":
         torch_dtype: torch.dtype | str = torch.float32 if where.type == "cpu" else "auto"
     else:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,8 +87,8 @@ class ModelRunner:
         self._make_pool(1)
         self._check()
         if config.batch_invariant and model.device.type == "cuda":
-            if self.backend == sdpa.NAME:
-                raise ValueError("batch_invariant needs Triton on CUDA")
+            if self.backend == sdpa.NAME or has_outliers(model):
+                raise ValueError("batch_invariant needs Triton, and weights that bitsandbytes has not made 8 bits")
             run_in_blocks(model)
         elif self.captures:
             compile_layers(model)
@@ -95,7 +96,7 @@ class ModelRunner:
     @property
     def captures(self) -> bool:
         """Whether decode steps become CUDA graphs: not where the attention or the model looks at what a step has."""
-        looks = self.backend == sdpa.NAME or scales_by_length(_text_config(self.model))
+        looks = self.backend == sdpa.NAME or scales_by_length(_text_config(self.model)) or has_outliers(self.model)
         return self.model.device.type == "cuda" and not looks and not self.config.eager
 
     def allocate(self, num_pages: int) -> None:
@@ -191,8 +192,10 @@ class ModelRunner:
         num_kv_heads, head_dim = _kv_heads_and_dim(self.model)
         return 2 * len(self._keys) * self.page_size * num_kv_heads * head_dim * self.kv_dtype.itemsize
 
-    def activation_bytes(self, num_tokens: int, num_wanted: int) -> int:
-        """Bytes of CUDA memory that a step takes beside weights and pool, at most."""
+    def activation_bytes(self, num_tokens: int, num_wanted: int, draw: Callable[[Tensor], object]) -> int:
+        """Bytes of CUDA memory that a step takes beside weights and pool, at most: its forward pass, its logits,
+        and what it draws, twice, as graphs keep memory of their own.
+        """
         num_pages = -(-num_tokens // self.page_size)
         row = Row(Branch(tokens=[0] * num_tokens, pages=[0] * num_pages), 0, num_tokens)
         plan = Plan.of([row], [(row, -1)] * num_wanted, self.page_size)
@@ -200,16 +203,24 @@ class ModelRunner:
             self.followers.tell(plan)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        self.run(plan)
+        logits = self.run(plan)
+        forward: int = torch.cuda.max_memory_allocated() - before
+        before = torch.cuda.memory_allocated()
+        draw(logits)
+        drawing: int = torch.cuda.max_memory_allocated() - before
         self.num_forwards = 0
-        most: int = torch.cuda.max_memory_allocated()
-        return most - before
+        return forward + logits.nbytes + 2 * drawing
 
 
 def scales_by_length(config: Any) -> bool:
     """Whether transformers computes the rotary embedding by the longest sequence of a batch."""
     rope = getattr(config, "rope_parameters", None) or {}
     return rope.get("rope_type") in ("dynamic", "longrope")
+
+
+def has_outliers(model: PreTrainedModel) -> bool:
+    """Whether bitsandbytes looks for outliers in the activations of each step (LLM.int8)."""
+    return bool(getattr(model, "is_loaded_in_8bit", False))
 
 
 def compile_layers(model: PreTrainedModel) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from alignment_core.alignment import Mixing, direction, log_totals, plausible_floor, plausible_set, principled_logits
+from alignment_core.attention.paged_batch import to_host
 from alignment_core.cpu import vocabulary
 from alignment_core.edits import edit
 from alignment_core.sequence import Sequence, TokenLogprob
@@ -178,6 +179,9 @@ class Logprobs:
     drawn: Tensor
     top_ids: Tensor
     top: Tensor
+
+    def to_host(self) -> "Logprobs":
+        return Logprobs(self.wanted, to_host(self.drawn), to_host(self.top_ids), to_host(self.top))
 
     def reports(self, tokens: Seq[int]) -> list[tuple[TokenLogprob, ...]]:
         """One for each of `tokens`, on the host, empty where nobody wants it."""

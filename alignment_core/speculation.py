@@ -25,21 +25,24 @@ class PromptLookup:
         self._num_indexed = 0
         self._length = 4
         self._misses = 0
-        self._pause = 0
+        self._resume = 0  # tokens before the next draft
+        self._has_promised = False
 
     def promises(self) -> bool:
         """Whether the tokens before the newest one have stood elsewhere, so that a draft is worth waiting for it."""
-        if self._pause:
-            self._pause -= 1
+        if len(self._tokens) < self._resume:
             return False
-        return self._match(len(self._tokens) - 1) is not None
+        self._has_promised = self._match(len(self._tokens) - 1) is not None
+        return self._has_promised
 
     def draft(self, most: int) -> list[int]:
         """Up to `most` tokens that followed the newest ones where they last stood; none where they are new."""
-        if self._pause:
-            self._pause -= 1
+        if len(self._tokens) < self._resume:
             return []
         start = self._match(len(self._tokens))
+        if start is None and self._has_promised:
+            self.learn(0, 0)  # waiting for the newest token was in vain
+        self._has_promised = False
         return [] if start is None else self._continuation(start, min(most, self._length))
 
     def learn(self, num_drafted: int, num_accepted: int) -> None:
@@ -50,7 +53,7 @@ class PromptLookup:
         else:
             self._misses += 1
             self._length = 1
-            self._pause = min(2**self._misses, LONGEST_PAUSE) - 1
+            self._resume = len(self._tokens) + min(2**self._misses, LONGEST_PAUSE) - 1
 
     def _continuation(self, start: int, length: int) -> list[int]:
         text = self._tokens[start : start + length]

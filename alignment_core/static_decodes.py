@@ -48,13 +48,13 @@ class StaticDecodes:
         """Float32 logits [rows, V] of a plan that `is_decode`; valid until the next run."""
         size = padded_size(len(plan.num_queries))
         page_size = self._keys[0].shape[1]
-        plan = plan.padded(size, self._page_table.shape[1], self._spare_page, page_size)
+        plan = plan.padded(size, self._spare_page, page_size)
         for place, array in (
             (self._token_ids, plan.token_ids),
             (self._slots, plan.slots),
             (self._position, plan.position),
             (self._contexts, np.array(plan.context_lens, np.int32)),
-            (self._page_table, plan.page_table),
+            (self._page_table[:, : plan.page_table.shape[1]], plan.page_table),  # nobody reads beyond a context
         ):
             place[:size].copy_(to_device(array, place.device))
         self._graphs.run(("forward", size), lambda: self._step(size, plan))
@@ -67,7 +67,7 @@ class StaticDecodes:
         row = Row(Branch(tokens=[0], pages=[self._spare_page]), 0, 1)
         plan = Plan.of([row], [(row, -1)], page_size)
         for size in reversed(padded_sizes(len(self._logits))):
-            self.run(plan.padded(size, self._page_table.shape[1], self._spare_page, page_size))
+            self.run(plan.padded(size, self._spare_page, page_size))
 
     def _step(self, size: int, plan: Plan) -> None:
         """plan: for its lists alone, which the backends that graphs hold do not look at."""

@@ -5,10 +5,11 @@ Where `sampling` sorts the few tokens that matter, this looks for the threshold 
 find, bit by bit: a float's bits, read as an integer, are in the order of the floats.
 """
 
+import itertools
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import astuple, dataclass, fields
-from functools import cache
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from alignment_core.sampling import Settings, inverse_transform, sample
 from alignment_core.sequence import Sequence
 
 DIGIT = 4  # bits that one pass over the vocabulary finds
+Draw = Callable[..., Tensor]
+WeightsAbove = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -61,44 +64,72 @@ PREPARED = (
 class StaticSampler:
     """Draws on the device that the runner is on, from `runner.logits` to `runner.drawn`: as CUDA graphs, one for
     each padded number of sequences and each set of filters.
+
+    how: as `draw`.
     """
 
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(self, runner: ModelRunner, how: Draw | None = None) -> None:
         self._runner = runner
+        self._draw: Draw = how or (compiled_draw() if runner.captures else draw)
         most = len(runner.drawn)
-        self._sizes = [most] if runner.config.batch_invariant else padded_sizes(most)
-        self._asked = torch.zeros(len(NOBODY), len(runner.drawn), dtype=torch.float64, device=runner.drawn.device)
-        self._draw = torch.compile(draw, dynamic=True) if runner.captures else draw
+        self._sizes = [most]
+        if not runner.config.batch_invariant:
+            self._sizes = padded_sizes(most)[1:]  # torch compiles size 1 as a case of its own
+        self._asked = torch.zeros(len(NOBODY), most, dtype=torch.float64, device=runner.drawn.device)
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> Tensor:
         """As `sampling.sample`; the result is valid until the next draw."""
-        runner, host = self._runner, torch.device("cpu")
-        if any(sequence.params.edits for sequence in sequences):  # of any number of tokens: no fixed shape holds them
-            return runner.drawn[: len(sequences)].copy_(sample(logits, sequences, positions))
+        fits = logits.data_ptr() == self._runner.logits.data_ptr()
+        usual = [i for i, sequence in enumerate(sequences) if fits and _is_usual(sequence)]
+        tokens = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
+        if usual:
+            tokens[usual] = self._of_usual(sequences, positions, usual)
+        for lines in self._groups([i for i in range(len(sequences)) if i not in set(usual)]):
+            ends = list(itertools.accumulate(len(sequence.branches) for sequence in sequences))
+            rows = [row for i in lines for row in range(ends[i] - len(sequences[i].branches), ends[i])]
+            tokens[lines] = sample(logits[rows], [sequences[i] for i in lines], [positions[i] for i in lines])
+        return self._runner.drawn[: len(sequences)].copy_(tokens)
+
+    def _groups(self, lines: list[int]) -> list[list[int]]:
+        """What is drawn together: in batch-invariant mode nothing."""
+        if self._runner.config.batch_invariant:
+            return [[line] for line in lines]
+        return [lines] if lines else []
+
+    def _of_usual(self, sequences: Seq[Sequence], positions: Seq[int], lines: list[int]) -> Tensor:
+        host = torch.device("cpu")
         prompts = [sequence.prompt for sequence in sequences]
-        mixing = Mixing.plan([(p.weights, p.ratios, p.base is not None) for p in prompts], host)
-        settings = Settings.of(sequences, positions, host)
+        mixing = Mixing.plan([(p.weights, p.ratios, p.base is not None) for p in prompts], host)[torch.tensor(lines)]
+        settings = Settings.of([sequences[i] for i in lines], [positions[i] for i in lines], host)
         filters = Filters.of(settings).prepared
-        drawn = runner.drawn[: len(sequences)]
-        if mixing.principled.shape[1] > 1 or logits.data_ptr() != runner.logits.data_ptr():
-            device = logits.device
-            return drawn.copy_(draw(logits, mixing.to(device), settings.to(device), filters))
-        size = next(size for size in self._sizes if size >= len(sequences))
-        self._asked[:, :size].copy_(to_device(_pack(mixing, settings, size).numpy(), drawn.device))
-        runner.graphs.run(("draw", size, filters), lambda: self._step(size, filters))
-        return drawn
+        size = next(size for size in self._sizes if size >= len(lines))
+        self._asked[:, :size].copy_(to_device(_pack(mixing, settings, size).numpy(), self._asked.device))
+        self._runner.graphs.run(("draw", size, filters), lambda: self._step(size, filters))
+        return self._runner.drawn[: len(lines)]
 
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Compile and capture all that `sample` may run, so that no request has to wait for it."""
         for filters in PREPARED:
+            self._step(self._sizes[0], filters)  # the most sequences are as many as rows, which torch takes for a rule
             for size in reversed(self._sizes):
                 self._runner.graphs.run(("draw", size, filters), lambda: self._step(size, filters))  # noqa: B023
 
     def _step(self, size: int, filters: Filters) -> None:
         mixing, settings = _unpack(self._asked[:, :size])
         self._runner.drawn[:size].copy_(self._draw(self._runner.logits, mixing, settings, filters))
+
+
+def _is_usual(sequence: Sequence) -> bool:
+    """Whether a fixed shape holds all that the sequence asks for: edits are of any number of tokens."""
+    return len(sequence.prompt.principled) == 1 and not sequence.params.edits
+
+
+def draw_everything(logits: Tensor) -> None:
+    """The most that a step may draw from so many rows, for its memory."""
+    packed = torch.tensor(NOBODY, dtype=torch.float64, device=logits.device)[:, None].repeat(1, len(logits))
+    draw(logits.float(), *_unpack(packed), PREPARED[-1])
 
 
 # What the lines that only fill a step up ask for, in the order of _pack: the best token of row 0.
@@ -131,21 +162,28 @@ def _unpack(packed: Tensor) -> tuple[Mixing, Settings]:
     return mixing, settings
 
 
-def draw(logits: Tensor, mixing: Mixing, settings: Settings, filters: Filters) -> Tensor:
+def draw(
+    logits: Tensor,
+    mixing: Mixing,
+    settings: Settings,
+    filters: Filters,
+    weights_above: "WeightsAbove | None" = None,
+) -> Tensor:
     """One token a sequence, [S] int64: DESIGN sections 2.1 to 2.5.
 
-    logits: [rows, V] float32.
+    logits: [rows, V] float32. weights_above: as `_weights_above`.
     """
+    weights_above = weights_above or _weights_above
     y = principled_logits(logits, mixing)
     z = y + direction(logits, mixing)
     if filters.nucleus:
         best = y.amax(dim=-1, keepdim=True)
         mass = ((y - best) / settings.nucleus_temperature[:, None]).exp()
-        kept = leading(y, mass, _share(settings.nucleus_top_p, mass))
+        kept = leading(y, mass, _share(settings.nucleus_top_p, mass), weights_above)
         z = z.masked_fill(~kept, -torch.inf)
     if filters.top_k:
         limit = torch.where(settings.top_k > 0, settings.top_k.float(), torch.inf)
-        kept = leading(z, torch.ones_like(z), limit)
+        kept = leading(z, torch.ones_like(z), limit, weights_above)
         z = z.masked_fill(~kept, -torch.inf)
     best, first = z.max(dim=-1, keepdim=True)
     if not filters.random:
@@ -154,19 +192,19 @@ def draw(logits: Tensor, mixing: Mixing, settings: Settings, filters: Filters) -
     mass = ((z - best) / torch.where(greedy, 1.0, settings.temperature)[:, None]).exp()
     mass = mass * (mass >= settings.min_p[:, None])
     if filters.top_p:
-        kept = leading(z, mass, _share(settings.top_p, mass))
+        kept = leading(z, mass, _share(settings.top_p, mass), weights_above)
         mass = mass * kept
     return torch.where(greedy, first.squeeze(1), inverse_transform(mass, settings.uniform))
 
 
-def leading(x: Tensor, weight: Tensor, limit: Tensor) -> Tensor:
+def leading(x: Tensor, weight: Tensor, limit: Tensor, weights_above: WeightsAbove) -> Tensor:
     """[S, V] bool: in falling order of x, ties by token id, those before which there is less than `limit`.
 
     x: [S, V] float32; weight: [S, V] float32, ≥ 0, the same where x is the same. limit: [S] > 0.
     """
     bits = (x + 0.0).view(torch.int32)  # −0.0 is 0.0
     keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    threshold: Tensor = _threshold(keys, weight, limit)[:, None]
+    threshold: Tensor = _threshold(keys, weight, limit, weights_above)[:, None]
     above = torch.where(keys > threshold, weight, 0).sum(dim=-1, keepdim=True)
     tied = keys == threshold
     each = torch.where(tied, weight, 0).amax(dim=-1, keepdim=True)
@@ -175,10 +213,9 @@ def leading(x: Tensor, weight: Tensor, limit: Tensor) -> Tensor:
 
 
 @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]  # unrolled it takes minutes
-def _threshold(keys: Tensor, weight: Tensor, limit: Tensor) -> Tensor:
+def _threshold(keys: Tensor, weight: Tensor, limit: Tensor, weights_above: WeightsAbove) -> Tensor:
     """The least key of each line above which the weight is below its limit; [S] int32."""
     low = torch.full((len(keys),), -(1 << 31), dtype=torch.int64, device=keys.device)
-    weights_above = _compiled_weights_above() if keys.is_cuda else _weights_above
     for shift in range(32 - DIGIT, -1, -DIGIT):
         above = weights_above(keys, weight, low, 1 << shift)
         low = low + ((above >= limit).sum(dim=0) << shift)
@@ -191,9 +228,10 @@ def _weights_above(keys: Tensor, weight: Tensor, low: Tensor, width: int) -> Ten
     return torch.stack([torch.where(keys > end, weight, 0).sum(dim=-1) for end in ends])
 
 
-@cache
-def _compiled_weights_above() -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
-    return torch.compile(_weights_above, dynamic=True)  # one pass over memory
+def compiled_draw(backend: str = "inductor") -> Draw:
+    """`draw` in few kernels."""
+    weights_above = torch.compile(_weights_above, dynamic=True, backend=backend)  # one pass over memory
+    return partial(torch.compile(draw, dynamic=True, backend=backend), weights_above=weights_above)
 
 
 def _share(top_p: Tensor, mass: Tensor) -> Tensor:

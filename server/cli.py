@@ -5,8 +5,14 @@ import gc
 import logging
 import signal
 import sys
+from dataclasses import fields
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
+
+if TYPE_CHECKING:
+    from alignment_core import EngineConfig
+    from server.settings import Settings
 
 COMMANDS = {
     "serve": "an OpenAI-compatible server",
@@ -32,6 +38,15 @@ def main() -> None:
         bench.main(args)
 
 
+def engine_config(settings: "Settings") -> "EngineConfig":
+    """Every setting that the engine knows by the same name."""
+    from alignment_core import EngineConfig
+
+    names = [field.name for field in fields(EngineConfig)]
+    given = settings.model_dump()
+    return EngineConfig(**{name: given[name] for name in names if name in given})
+
+
 def serve(args: list[str]) -> None:
     from server.settings import load_settings
 
@@ -47,7 +62,7 @@ def serve(args: list[str]) -> None:
     gc.disable()  # a start makes a million objects that stay: looking for garbage among them takes a second
     import uvicorn
 
-    from alignment_core import Engine, EngineConfig, LoadingError, load
+    from alignment_core import Engine, LoadingError, load
     from server.app import create_app
 
     try:
@@ -59,17 +74,9 @@ def serve(args: list[str]) -> None:
             trust_remote_code=settings.trust_remote_code,
             tensor_parallel_size=settings.tensor_parallel_size,
         )
-        config = EngineConfig(
-            max_model_len=settings.max_model_len,
-            max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            gpu_memory_utilization=settings.gpu_memory_utilization,
-            num_speculative_tokens=settings.num_speculative_tokens,
-            kv_cache_dtype=settings.kv_cache_dtype,
-            batch_invariant=settings.batch_invariant,
-            enforce_eager=settings.enforce_eager,
-        )
+        config = engine_config(settings)
         engine = Engine(loaded, config)
+        app = create_app(engine, settings)
     except (LoadingError, ValueError) as error:
         sys.exit(f"linalign serve: {error}")
     gc.collect()
@@ -78,7 +85,7 @@ def serve(args: list[str]) -> None:
     # uvicorn raises the signal again once it has shut down in order; that is no failure.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     uvicorn.run(
-        create_app(engine, settings),
+        app,
         host=settings.host,
         port=settings.port,
         log_config=None,

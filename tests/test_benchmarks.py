@@ -20,6 +20,6 @@ def test_gpu(tmp_path):
         "64 aligned, row tokens/s of transformers' continuous batching"
     }
     assert all(row["met"] is None for row in rows.values() if row["value"] is None)
-    assert rows["float32 greedy tokens that differ from the CPU oracle's"]["met"]
+    assert rows["float32 greedy replies that differ from the CPU oracle's"]["met"]
     assert rows["batch-invariant, greedy tokens that differ alone and in a crowd"]["met"]
     assert rows["bfloat16, mean KL to float32, nats"]["met"]

@@ -69,14 +69,10 @@ class Plan:
         num_rows = len(self.num_queries)
         return len(self.token_ids) == num_rows and np.array_equal(self.wanted, np.arange(num_rows))
 
-    def padded(self, num_rows: int, num_pages: int, spare_page: int, page_size: int) -> "Plan":
-        """The same decodes and, up to `num_rows`, some of a token that nobody has, in a page that nobody holds.
-
-        The page table becomes `num_pages` wide.
-        """
+    def padded(self, num_rows: int, spare_page: int, page_size: int) -> "Plan":
+        """The same decodes and, up to `num_rows`, some of a token that nobody has, in a page that nobody holds."""
         more = num_rows - len(self.num_queries)
-        table = np.full((num_rows, num_pages), spare_page, np.int32)
-        table[: len(self.page_table), : self.page_table.shape[1]] = self.page_table
+        table = np.pad(self.page_table, ((0, more), (0, 0)), constant_values=spare_page)
         return Plan(
             token_ids=np.pad(self.token_ids, (0, more)),
             row=np.arange(num_rows, dtype=np.int32),
@@ -157,3 +153,11 @@ def to_device(array: "np.ndarray[Any, Any]", device: torch.device) -> Tensor:
     """A copy that the host does not wait for."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy on the host; on CUDA it is there once the stream has come so far."""
+    if not tensor.is_cuda:
+        return tensor.clone()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)

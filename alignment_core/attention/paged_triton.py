@@ -126,7 +126,7 @@ def keys_of_a_block(padded_dim: int, itemsize: int) -> int:
     return min(64, max(16, BLOCK_BYTES // (padded_dim * itemsize)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _attend_kernel(
     queries,
     keys,

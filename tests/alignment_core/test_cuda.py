@@ -77,10 +77,10 @@ def test_padding_changes_no_row_and_writes_to_nobodys_page():
     rows = [Row(Branch(tokens=[5, 6, 7], pages=[3]), 2, 3), Row(Branch(tokens=[8] * 9, pages=[1, 0]), 8, 9)]
     plan = Plan.of(rows, [(row, -1) for row in rows], page_size=8)
     assert plan.is_decode
-    padded = plan.padded(4, 3, spare_page=7, page_size=8)
+    padded = plan.padded(4, spare_page=7, page_size=8)
     assert padded.token_ids.tolist() == [7, 8, 0, 0]
     assert padded.slots.tolist() == [26, 0, 56, 56]
-    assert padded.page_table.tolist() == [[3, 0, 7], [1, 0, 7], [7, 7, 7], [7, 7, 7]]
+    assert padded.page_table.tolist() == [[3, 0], [1, 0], [7, 7], [7, 7]]
     assert padded.context_lens == [3, 9, 1, 1]
     assert not Plan.of([Row(Branch(tokens=[5, 6, 7], pages=[3]), 1, 3)], [], 8).is_decode
 
@@ -108,6 +108,28 @@ def test_blocks_make_a_row_independent_of_its_company(tokenizer):
         judge(oracle, aligned(2.0), outputs[0])
         seen.append(torch.stack(logits[:12]))
     assert torch.equal(*seen)
+
+
+@pytest.mark.usefixtures("on_triton")
+def test_blocks_of_nothing(tokenizer):
+    """A chunk of a prompt wants no logits."""
+    loaded, oracle = tiny_pair(tokenizer, kernels=False, vocab_size=300)
+    run_in_blocks(loaded.model)
+    engine = make_engine(loaded, num_pages=100, max_num_batched_tokens=20)
+    prompt, params = aligned(2.0, 40), replace(GREEDY, max_tokens=3)
+    (outputs,) = run_all(engine, [(prompt, params)])
+    assert engine.runner.num_forwards > 5
+    judge(oracle, prompt, outputs)
+
+
+def test_blocks_are_for_linear_layers():
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = torch.nn.Parameter(torch.zeros(2, 3, 4))
+
+    with pytest.raises(ValueError, match="Odd"):
+        run_in_blocks(torch.nn.Sequential(Odd()))
 
 
 @pytest.mark.parametrize("rows", [1, ROWS, ROWS + 1])
@@ -168,8 +190,9 @@ def test_the_pool_is_sized_from_what_weights_and_a_full_step_leave(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 5000))
     profiled = []
 
-    def activation_bytes(*step):
-        profiled.append(step)
+    def activation_bytes(num_tokens, num_wanted, draw):
+        profiled.append((num_tokens, num_wanted))
+        draw(torch.randn(num_wanted, 50))
         return 200
 
     runner = SimpleNamespace(

@@ -47,7 +47,8 @@ def test_a_match_that_runs_into_the_end_repeats_its_period():
 
 
 def test_drafts_grow_while_they_are_right_and_pause_while_they_are_wrong():
-    lookup = PromptLookup([5] * 10)
+    tokens = [5] * 10
+    lookup = PromptLookup(tokens)
     assert len(lookup.draft(64)) == 4
     lookup.learn(4, 4)
     assert len(lookup.draft(64)) == 8
@@ -55,7 +56,27 @@ def test_drafts_grow_while_they_are_right_and_pause_while_they_are_wrong():
     assert len(lookup.draft(64)) == 3
     for pause in (1, 3, 7, 15, 31, 31):
         lookup.learn(1, 0)
-        assert [len(lookup.draft(64)) for _ in range(pause + 1)] == [0] * pause + [1]
+        lengths = []
+        for _ in range(pause + 1):
+            assert lookup.promises() == (len(lengths) == pause)
+            lengths.append(len(lookup.draft(64)))
+            tokens.append(5)
+        assert lengths == [0] * pause + [1]
+
+
+def test_a_promise_without_a_draft_is_a_miss():
+    tokens = [1, 2, 3, 4, 9, 1, 2, 3]
+    lookup = PromptLookup(tokens)
+    tokens.append(-1)  # being drawn
+    assert lookup.promises()  # 1 2 3 has stood before
+    tokens[-1] = 8  # after which nothing has
+    assert lookup.draft(8) == []
+    tokens += [1, 2, -1]
+    assert lookup.promises()
+    tokens[-1] = 7
+    assert lookup.draft(8) == []
+    tokens += [1, 2]
+    assert not lookup.promises()  # it pauses
 
 
 @pytest.mark.parametrize(

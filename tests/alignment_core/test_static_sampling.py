@@ -1,14 +1,26 @@
 """The draw in fixed shapes against the one that looks at what it has."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from alignment_core import SamplingParams
+from alignment_core import Prompt, SamplingParams, model_runner, static_sampling
 from alignment_core.alignment import Mixing, principled_logits
+from alignment_core.cuda_graphs import Graphs
+from alignment_core.model_runner import ModelRunner
 from alignment_core.sampling import choose
-from alignment_core.static_sampling import Filters, StaticSampler, draw, leading
+from alignment_core.static_sampling import (
+    PREPARED,
+    Filters,
+    StaticSampler,
+    _weights_above,
+    compiled_draw,
+    draw,
+    leading,
+)
 from tests.alignment_core.test_alignment import CPU, settings
-from tests.alignment_core.test_engine import aligned
+from tests.alignment_core.test_engine import GREEDY, aligned, judge
 from tests.conftest import make_engine, run_all
 
 CASES = [
@@ -83,13 +95,14 @@ def test_filters_that_nobody_asks_for_are_left_out():
     assert Filters.of(mixed) == Filters(nucleus=True, top_k=True, top_p=True, random=False)
 
 
-def test_no_request_waits_for_a_capture(tiny):
-    """Whatever is run for requests was run at the start, by the same names."""
+def test_no_request_waits_for_a_capture(tiny, monkeypatch):
+    """Whatever is run for requests was run when the engine was made, by the same names."""
+    names, run = [], Graphs.run
+    monkeypatch.setattr(Graphs, "run", lambda self, name, function: (names.append(name), run(self, name, function)))
+    monkeypatch.setattr(ModelRunner, "captures", True)  # as if on a GPU
+    monkeypatch.setattr(model_runner, "compile_layers", lambda _: None)
+    monkeypatch.setattr(static_sampling, "compiled_draw", lambda: draw)
     engine = make_engine(tiny[0], num_pages=100, static=True, max_num_seqs=5)
-    names, run = [], engine.runner.graphs.run
-    engine.runner.graphs.run = lambda name, function: (names.append(name), run(name, function))
-    StaticSampler(engine.runner).warm_up()
-    engine.runner._static.warm_up()
     warm = set(names)
     names.clear()
     for params in [SamplingParams(max_tokens=3, temperature=t, top_k=k) for t in (0, 1) for k in (0, 4)]:
@@ -98,6 +111,38 @@ def test_no_request_waits_for_a_capture(tiny):
     assert {name[0] for name in names} == {"draw", "forward"}
     assert len(set(names)) > 10
     assert set(names) <= warm
+
+
+def test_it_compiles_once_for_each_set_of_filters(tiny):
+    """Beyond a few times torch would give up, and say so in a log only."""
+    engine = make_engine(tiny[0], num_pages=100, static=True, max_num_seqs=70)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    sampler = StaticSampler(engine.runner, compiled_draw("eager"))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        sampler.warm_up()
+    assert torch._dynamo.utils.counters["frames"]["ok"] >= len(PREPARED)
+    assert not torch._dynamo.utils.counters["recompile_limit"]
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_unusual_sequences_are_drawn_beside_usual_ones(tiny, batch_invariant):
+    """Edits and several principles, in a crowd whose other tokens come from fixed shapes."""
+    loaded, oracle = tiny
+    one, two = (aligned(2.0, extra=extra).principled[0] for extra in (9, 4))
+    several = Prompt((one, two), (0.5, 0.5), (2.0, 1.0), aligned(2.0).base)
+    requests = [
+        (aligned(2.0, 20), GREEDY),
+        (several, GREEDY),
+        (aligned(0, 25), replace(GREEDY, presence_penalty=1.0)),
+        (aligned(5.0, 31), GREEDY),
+        (aligned(2.0, 22, 3), replace(GREEDY, repetition_penalty=1.5)),
+    ]
+    settings = [{}, {}, {"presence": 1.0}, {}, {"repetition": 1.5}]
+    engine = make_engine(loaded, num_pages=300, static=True, batch_invariant=batch_invariant)
+    for (prompt, _), outputs, setting in zip(requests, run_all(engine, requests), settings, strict=True):
+        assert len(judge(oracle, prompt, outputs, **setting)) == 12
+    assert engine.runner.graphs.num_runs > 20
 
 
 def test_several_principles():
@@ -115,7 +160,7 @@ def test_leading_against_sorting():
     x[:, 3] = -0.0
     weight = x.exp()
     limit = torch.rand(50) * weight.sum(dim=-1)
-    kept = leading(x, weight, limit)
+    kept = leading(x, weight, limit, _weights_above)
     for line in range(50):
         order = torch.sort(x[line], descending=True, stable=True).indices
         before = weight[line][order].double().cumsum(0) - weight[line][order]

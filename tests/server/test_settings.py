@@ -1,5 +1,11 @@
+import subprocess
+import sys
+from dataclasses import fields
+
 import pytest
 
+from alignment_core import EngineConfig
+from server.cli import engine_config
 from server.settings import load_settings
 
 
@@ -44,3 +50,32 @@ def test_nothing_is_silently_ignored(tmp_path, monkeypatch):
     monkeypatch.setenv("LINALIGN_API_KEYS", "secret")
     with pytest.raises(ValueError, match="LINALIGN_API_KEYS"):
         load_settings([])
+
+
+def test_the_engine_gets_what_it_knows():
+    changed = {
+        "max_model_len": 100,
+        "max_num_seqs": 3,
+        "max_num_batched_tokens": 50,
+        "gpu_memory_utilization": 0.5,
+        "num_speculative_tokens": 4,
+        "kv_cache_dtype": "fp8",
+        "batch_invariant": True,
+        "enforce_eager": True,
+    }
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in changed.items()]
+    config = engine_config(load_settings(flags))
+    ours = {field.name for field in fields(EngineConfig)} - set(changed)
+    assert all(getattr(config, name) == value for name, value in changed.items())
+    assert all(getattr(config, name) == getattr(EngineConfig(), name) for name in ours)
+
+
+@pytest.mark.parametrize("content", ["teacher: 1", "teacher: {principal: x}", "[", "teacher: {alignment_ratio: 30}"])
+def test_presets_that_can_not_be_are_an_error_at_the_start(tmp_path, content):
+    file = tmp_path / "presets.yaml"
+    file.write_text(content)
+    command = [sys.executable, "-c", "from server.cli import main; main()", "serve", "--presets", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "linalign serve: the presets of" in done.stderr
+    assert "Traceback" not in done.stderr
