@@ -12,7 +12,7 @@ from sse_starlette.sse import AppStatus
 
 from alignment_core import Engine
 from server import metrics
-from server.models import load_presets
+from server.presets import load_presets
 from server.protocol.errors import HANDLERS, ErrorResponse
 from server.routes import chat, completions, models, responses, tokens
 from server.settings import Settings

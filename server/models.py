@@ -1,28 +1,13 @@
 """The names under which the model is served: its own, and one for each preset."""
 
-from pathlib import Path
 from typing import TypeVar
 
-import yaml
-from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import State
 
 from server.protocol.errors import ModelNotFound
 from server.protocol.generation import AlignmentFields, Preset
 
-SHIPPED = Path(__file__).parent.parent / "configs" / "presets.yaml"
-
 Body = TypeVar("Body", bound=AlignmentFields)
-
-
-def load_presets(file: Path | None) -> dict[str, Preset]:
-    """Presets by name; those that come with linalign where no file is given. Raises ValueError."""
-    file = file or SHIPPED
-    try:
-        content = yaml.safe_load(file.read_text())
-        return TypeAdapter(dict[str, Preset]).validate_python(content or {})
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:
-        raise ValueError(f"the presets of {file} can't be used: {error}") from error
 
 
 def preset_of(model: str, state: State) -> Preset:

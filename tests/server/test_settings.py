@@ -63,7 +63,7 @@ def test_the_engine_gets_what_it_knows():
         "batch_invariant": True,
         "enforce_eager": True,
     }
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in changed.items()]
+    flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in changed.items()]
     config = engine_config(load_settings(flags))
     ours = {field.name for field in fields(EngineConfig)} - set(changed)
     assert all(getattr(config, name) == value for name, value in changed.items())
