@@ -1,0 +1,177 @@
+"""Every two features together, in few cases, judged by the oracle: greedy and seeded draws alike."""
+
+import itertools
+import math
+import random
+from dataclasses import replace
+
+import pytest
+
+from alignment_core import Prompt, SamplingParams
+from alignment_core.sampling import uniform
+from alignment_core.sequence import Structure
+from tests.alignment_core.test_grammars import allowed_by
+from tests.conftest import make_engine, tiny_pair
+from tests.oracle import NEAR_TIE, Setting
+
+FEATURES = {
+    "principles": [0, 1, 2],
+    "n": [1, 3],
+    "logprobs": [None, 3],
+    "structure": [None, Structure("regex", "[a-z]{4,9} [0-9]+(,[0-9]+)*")],
+    "penalties": [False, True],
+    "stop": [False, True],
+    "temperature": [0.0, 0.9],
+    "min_tokens": [0, 6],
+    "prefix_hit": [False, True],
+    "num_pages": [2000, 40],
+    "abort": [False, True],
+    "static": [False, True],
+    "speculation": [0, 4],
+    "chunks": [None, 9],
+}
+
+
+def pairwise(features):
+    """Cases in which every value of a feature meets every value of every other."""
+    chance = random.Random(1)
+    names = list(features)
+    left = {
+        frozenset({(a, i), (b, j)})
+        for a, b in itertools.combinations(names, 2)
+        for i in range(len(features[a]))
+        for j in range(len(features[b]))
+    }
+    while left:
+        candidates = []
+        for _ in range(50):
+            pair = dict(chance.choice(sorted(map(sorted, left))))
+            case = {name: pair.get(name, chance.randrange(len(features[name]))) for name in names}
+            met = {frozenset(two) for two in itertools.combinations(case.items(), 2)} & left
+            candidates.append((len(met), sorted(case.items()), met))
+        _, case, met = max(candidates, key=lambda candidate: candidate[:2])
+        left -= met
+        yield {name: features[name][i] for name, i in case}
+
+
+CASES = list(pairwise(FEATURES))
+
+
+def test_every_two_meet():
+    assert len(CASES) < 30
+    for a, b in itertools.combinations(FEATURES, 2):
+        for x, y in itertools.product(FEATURES[a], FEATURES[b]):
+            assert any(case[a] == x and case[b] == y for case in CASES)
+
+
+@pytest.fixture(scope="module")
+def wide(tokenizer):
+    return tiny_pair(tokenizer)
+
+
+def prompt_of(num_principles):
+    ids = tuple((37 * i) % 20_000 + 300 for i in range(30))
+    principled = tuple((*ids[:5], *range(1000 * k, 1000 * k + 4 + k), *ids[5:]) for k in range(1, num_principles + 1))
+    match num_principles:
+        case 0:
+            return Prompt((ids,))
+        case 1:
+            return Prompt(principled, (1.0,), (2.0,), ids)
+    return Prompt(principled, (0.25, 0.75), (1.0, 3.0), ids)
+
+
+@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
+def test_two_features(wide, case):
+    loaded, oracle = wide
+    engine = make_engine(
+        loaded,
+        page_size=4,
+        num_pages=case["num_pages"],
+        static=case["static"],
+        num_speculative_tokens=case["speculation"],
+        max_num_batched_tokens=case["chunks"],
+    )
+    prompt = prompt_of(case["principles"])
+    edits = {"presence_penalty": 1.0, "repetition_penalty": 1.3} if case["penalties"] else {}
+    params = SamplingParams(
+        temperature=case["temperature"],
+        seed=5,
+        max_tokens=12,
+        min_tokens=case["min_tokens"],
+        structure=case["structure"],
+        logprobs=case["logprobs"],
+        stop=("e", "4") if case["stop"] else (),
+        **edits,
+    )
+    if case["prefix_hit"]:
+        run(engine, [(prompt, SamplingParams(max_tokens=1), 1)])
+    company = [(replace(prompt_of(1), ratios=(0.5,)), SamplingParams(temperature=0, max_tokens=15), 1)]
+    ended = [(prompt_of(1), SamplingParams(temperature=0, max_tokens=30, ignore_eos=True), 1)] if case["abort"] else []
+    (choices, others, *_), cached = run(engine, [(prompt, params, case["n"]), *company, *ended], aborted=len(ended))
+
+    setting = Setting(
+        prompt.ratios,
+        prompt.weights,
+        temperature=case["temperature"],
+        presence=1.0 if edits else 0.0,
+        repetition=1.3 if edits else 1.0,
+        min_tokens=case["min_tokens"],
+        stop_ids=tuple(engine.eos_token_ids),
+        allowed=allowed_by(engine, case["structure"]) if case["structure"] else None,
+    )
+    ties = sum(judge(oracle, prompt, choices[i], setting, i) for i in range(case["n"]))
+    assert ties <= 1
+    assert oracle.check_greedy(company[0][0], Setting((0.5,)), ids_of(others[0])) <= 1
+    for outputs in choices.values():
+        text, last = "".join(output.text for output in outputs), outputs[-1]
+        reports = [report for output in outputs for report in output.logprobs]
+        assert bool(reports) == (case["logprobs"] is not None)
+        if case["stop"] and case["min_tokens"] == 0:
+            assert not set(text) & {"e", "4"}
+        assert last.finish_reason == ("length" if last.usage.completion_tokens == 12 and not stopped(last) else "stop")
+        assert last.usage.completion_tokens >= min(case["min_tokens"], 4)
+    if case["prefix_hit"]:
+        assert cached >= len(prompt.principled[0]) // 4 * 4
+    assert engine.pool.num_free == engine.pool.num_pages
+
+
+def stopped(last):
+    return last.finish_reason == "stop"
+
+
+def ids_of(outputs):
+    return [token for output in outputs for token in output.token_ids]
+
+
+def run(engine, requests, aborted=0):
+    """The outputs of every request by choice, the last `aborted` ones being ended on the way; cached prompt tokens."""
+    collected = [{} for _ in requests]
+    request_ids = [
+        engine.submit(prompt, params, lambda o, into=into: into.setdefault(o.choice, []).append(o), n)
+        for (prompt, params, n), into in zip(requests, collected, strict=True)
+    ]
+    for _ in range(6 if aborted else 0):
+        engine.step()
+    for request_id in request_ids[len(request_ids) - aborted :]:
+        engine.abort(request_id)
+    while engine.step():
+        pass
+    return collected, collected[0][0][-1].usage.prefix_cached_tokens
+
+
+def judge(oracle, prompt, outputs, setting, choice):
+    """How many tokens are others than the oracle's, each at a near tie; a draw is inverted by the same number."""
+    ids = ids_of(outputs)
+    if setting.temperature == 0:
+        return oracle.check_greedy(prompt, setting, ids)
+    ties = 0
+    for position, token in enumerate(ids):
+        z = oracle.next_logits(prompt, ids[:position], setting)
+        cumulative = (z / setting.temperature).softmax(-1).cumsum(-1)
+        number = uniform(5, choice, position) * float(cumulative[-1])
+        expected = int((cumulative <= number).sum())
+        if token != expected:
+            edges = [float(cumulative[token]), float(cumulative[token - 1]) if token else 0.0]
+            assert min(math.fabs(edge - number) for edge in edges) < NEAR_TIE, (position, token, expected)
+            ties += 1
+    return ties
