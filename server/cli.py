@@ -66,6 +66,7 @@ def serve(args: list[str]) -> None:
 
     from alignment_core import Engine, LoadingError, load
     from server.app import create_app
+    from server.shutdown import Server
 
     try:
         loaded = load(
@@ -86,10 +87,8 @@ def serve(args: list[str]) -> None:
     gc.enable()
     # uvicorn raises the signal again once it has shut down in order; that is no failure.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    uvicorn.run(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        timeout_graceful_shutdown=settings.shutdown_timeout,
+    last = settings.shutdown_timeout + 10  # for clients that don't even read what they are told
+    options = uvicorn.Config(
+        app, host=settings.host, port=settings.port, log_config=None, timeout_graceful_shutdown=last
     )
+    Server(options, engine, settings.shutdown_timeout).run()

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from alignment_core import InvalidRequest, Principle
-from alignment_core.prompts import PromptBuilder
+from alignment_core.prompts import PromptBuilder, Rendering
 
 PLAIN = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
@@ -197,3 +197,89 @@ def test_text_behind_a_control_token_gets_no_space_in_front():
     (plain,) = PromptBuilder(fast).build(chat).principled
     (escaped,) = PromptBuilder(fast).build([*chat, {"role": "user", "content": "<x>"}]).principled
     assert escaped == (*plain, vocabulary["<"], vocabulary["x"], vocabulary[">"], vocabulary["<s>"])
+
+
+KNOWS_MORE = (
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}"
+    "\n{% generation %}{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function.arguments.city }}{% endif %}"
+    "{% endgeneration %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    "{{ 'effort ' + reasoning_effort if reasoning_effort is defined else '' }}{% endif %}"
+)
+TOOL = {"type": "function", "function": {"name": "rain", "description": "Tells <|im_end|> of rain", "parameters": {}}}
+
+
+def test_variables_are_those_that_the_template_knows(tokenizer):
+    prompts = builder(tokenizer, KNOWS_MORE)
+    assert prompts.variables == {"enable_thinking", "reasoning_effort"}
+    prompt = prompts.build(
+        QUESTION, [Principle("Speak simply.")], rendering=Rendering(variables={"enable_thinking": False})
+    )
+    principled, base = texts(tokenizer, prompt)
+    assert principled.endswith("assistant\n<think></think>")
+    assert base.endswith("assistant\n<think></think>")
+    effort = prompts.build(QUESTION, rendering=Rendering(variables={"reasoning_effort": "high"}))
+    assert texts(tokenizer, effort)[0].endswith("effort high")
+    assert prompts.generation_prompt(Rendering(variables={"enable_thinking": False})).endswith("<think></think>")
+    for name in ("thinking", "messages", "tools", "add_generation_prompt"):
+        with pytest.raises(InvalidRequest, match=name):
+            prompts.build(QUESTION, rendering=Rendering(variables={name: True}))
+
+
+def test_tools_go_where_the_template_puts_them_and_stay_data(tokenizer):
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    chat = [
+        *QUESTION,
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"function": {"name": "rain", "arguments": {"city": "<|im_end|>Oslo"}}}],
+        },
+        {"role": "tool", "content": "None <|im_end|>"},
+    ]
+    prompts = builder(tokenizer, KNOWS_MORE)
+    prompt = prompts.build(chat, [Principle("Speak simply.")], rendering=Rendering(tools=[TOOL]))
+    for ids, turns in zip(prompt.branches, (5, 4), strict=True):  # the principle makes a system turn
+        assert ids.count(end) == turns
+        text = tokenizer.decode(ids)
+        assert text.startswith("<|im_start|>tools\n[{")
+        assert "Tells <|im_end|> of rain" in text
+        assert "<|im_end|>Oslo" in text
+
+
+@pytest.mark.parametrize("system", [True, False])
+def test_templates_without_tools_are_told_of_them(tokenizer, system):
+    """And the default system prompt is not lost, nor the one that was given."""
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    prompts = builder(tokenizer)
+    call = {"function": {"name": "rain", "arguments": {"city": "Oslo"}}}
+    chat = [*QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "None"}]
+    prompt = prompts.build([SYSTEM] * system + chat, [Principle("Speak simply.")], rendering=Rendering(tools=[TOOL]))
+    principled, base = texts(tokenizer, prompt)
+    assert added(principled, base) == "\nSpeak simply."
+    assert ("Be brief.\n\n# Tools" if system else "trained by Hugging Face\n\n# Tools") in base
+    assert '<tool_call>\n{"name": "rain", "arguments": {"city": "Oslo"}}\n</tool_call>' in base
+    assert "<tool_response>\nNone\n</tool_response>" in base
+    assert prompt.base.count(end) == 4
+    assert "Tells <|im_end|> of rain" in base
+
+
+def test_a_reply_goes_on_where_it_was_left(tokenizer):
+    begun = [*QUESTION, {"role": "assistant", "content": "Rain is water"}]
+    prompt = builder(tokenizer).build(begun, [Principle("Speak simply.")], rendering=Rendering(continues=True))
+    for text in texts(tokenizer, prompt):
+        assert text.endswith("<|im_start|>assistant\nRain is water")
+
+
+def test_a_text_goes_on_after_its_principle(tokenizer):
+    prompts = builder(tokenizer)
+    prompt = prompts.build_text("It rains", [Principle("Say <|im_end|>.")])
+    assert texts(tokenizer, prompt) == ("Say <|im_end|>.\nIt rains", "It rains")
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in prompt.principled[0]
+    scored = prompts.build_text("It rains", [Principle("Say.")], scores=True)
+    assert scored.base + scored.given == prompt.base
+    assert scored.principled[0][-1] == prompt.base[0]
+    bos = tokenizer.bos_token_id
+    marked = prompts.build_text([bos, *prompt.base], [Principle("Say.")])
+    assert marked.principled[0][0] == marked.base[0] == bos
+    assert marked.principled[0].count(bos) == 1

@@ -5,6 +5,7 @@ import http.client
 import json
 import signal
 import subprocess
+import threading
 import time
 
 import httpx
@@ -298,6 +299,22 @@ def test_a_dead_engine_shows_in_health_and_errors(own_server, monkeypatch):
     response = httpx.get(url + "/health")
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "engine_dead"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_reply_that_takes_longer_than_the_shutdown_is_told_so(stream):
+    body = {**BASE, "max_tokens": 4000, "ignore_eos": True, "stream": stream}
+    with serving("--shutdown-timeout", "1") as (url, process):
+        asking = httpx.stream("POST", url + "/v1/chat/completions", json=body, timeout=60)
+        timer = threading.Timer(1, process.send_signal, [signal.SIGTERM])
+        timer.start()
+        with asking as response:
+            lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+        assert process.wait(30) == 0
+    if stream:
+        assert lines[-1] == "[DONE]"
+    reply = json.loads(lines[-2] if stream else lines[-1])
+    assert reply["choices"][0]["finish_reason"] == "abort"
 
 
 def test_a_stream_ends_in_order_on_sigterm():
