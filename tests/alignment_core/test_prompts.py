@@ -201,7 +201,8 @@ def test_text_behind_a_control_token_gets_no_space_in_front():
 
 KNOWS_MORE = (
     "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}"
-    "<|im_start|>{{ m.role }}\n{% generation %}{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function.arguments.city }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{% generation %}{{ m.content }}"
+    "{% if m.tool_calls %}{{ m.tool_calls[0].function.arguments.city }}{% endif %}"
     "{% endgeneration %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
     "{{ 'effort ' + reasoning_effort if reasoning_effort is defined else '' }}{% endif %}"
