@@ -88,10 +88,18 @@ def _known_fields() -> list[str]:
     return sorted({name for schema in schemas for name in schema.model_fields})
 
 
-async def on_invalid_request(_: Request, error: Exception) -> JSONResponse:
+# What the engine calls messages and max_tokens, by path.
+NAMES = {
+    "/v1/completions": {"messages": "prompt"},
+    "/v1/responses": {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format"},
+}
+
+
+async def on_invalid_request(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, InvalidRequest)
     code = "context_length_exceeded" if "context holds" in str(error) else "invalid_value"
-    return error_response(400, str(error), error.param, code)
+    param = NAMES.get(request.url.path, {}).get(error.param or "", error.param)
+    return error_response(400, str(error), param, code)
 
 
 async def on_model_not_found(_: Request, error: Exception) -> JSONResponse:

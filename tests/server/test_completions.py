@@ -87,7 +87,7 @@ def test_an_echo_with_log_probabilities(client, extra, stream):
         ({"max_tokens": 0}, None, "echo"),
         ({"messages": []}, "messages", "unknown field"),
         ({"logprobs": 21}, "logprobs", "20"),
-        ({"prompt": "word " * 9000}, "messages", "context"),
+        ({"prompt": "word " * 9000}, "prompt", "context"),
     ],
     ids=str,
 )
