@@ -107,11 +107,12 @@ def test_greedy_replies_equal_the_oracle(few_words, config):
     [{"temperature": 0.2}, {"temperature": 0.3, "top_p": 0.7}, {"temperature": 0.4, "top_k": 4, "min_p": 0.1}],
     ids=str,
 )
-def test_seeded_replies_are_the_same_with_and_without(few_words, params):
+@pytest.mark.parametrize("config", [{}, {"static": True}, {"static": True, "page_size": 3, "num_pages": 90}], ids=str)
+def test_seeded_replies_are_the_same_with_and_without(few_words, params, config):
     loaded, _ = few_words
     wanted = [(prompt, replace(LONG, seed=seed, **params)) for seed, prompt in enumerate(prompts())]
     without = run_all(make_engine(loaded, num_pages=600), wanted)
-    engine = make_engine(loaded, num_pages=600, num_speculative_tokens=8)
+    engine = make_engine(loaded, **{"num_pages": 600, "num_speculative_tokens": 8} | config)
     assert [token_ids(o) for o in run_all(engine, wanted)] == [token_ids(o) for o in without]
     assert engine.stats().num_tokens_accepted > 20
 
