@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy import stats
 
-from alignment_core import sampling
+from alignment_core import Prompt, sampling
 from alignment_core.alignment import Mixing, direction, log_totals, plausible_set, principled_logits
 from alignment_core.cpu import vocabulary
 from alignment_core.sampling import Settings, choose, draw, uniform
@@ -48,9 +48,9 @@ def test_mixing_equals_the_formula(ratios):
     logits = torch.randn(k + 1, 50) * 5
     mixing = Mixing.plan([(weights, ratios, True)], CPU)
     z = principled_logits(logits, mixing) + everywhere(logits, mixing)
-    expected = Oracle.aligned(
-        None, list(logits[:k].double()), logits[k].double(), Setting(ratios, weights, top_p=float("inf"))
-    )
+    setting, prompt = Setting(ratios, weights, top_p=float("inf")), Prompt(((1,),) * k, weights, ratios, (1,))
+    oracle = object.__new__(Oracle)  # of logits that are there already
+    expected = oracle.aligned(list(logits[:k].double()), logits[k].double(), prompt, [], setting)
     torch.testing.assert_close(z[0].double(), expected, atol=1e-4, rtol=0)
 
 
