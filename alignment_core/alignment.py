@@ -7,7 +7,7 @@ nucleus mask of the authors' implementation.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,9 +31,6 @@ class Mixing:
     def __getitem__(self, index: Tensor | slice) -> "Mixing":
         """The mixing of some of the sequences."""
         return Mixing(self.principled[index], self.weights[index], self.ratios[index], self.base[index])
-
-    def to(self, device: torch.device) -> "Mixing":
-        return Mixing(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     @classmethod
     def plan(cls, sequences: Sequence[tuple[Sequence[float], Sequence[float], bool]], device: torch.device) -> "Mixing":

@@ -35,6 +35,8 @@ def _edit(y: Tensor, sequence: Sequence, position: int) -> None:
         y[_ids(list(sequence.counts), y)] -= params.presence_penalty + params.frequency_penalty * times
     if params.logit_bias:
         y[_ids(list(params.logit_bias), y)] += torch.tensor(list(params.logit_bias.values()), device=y.device)
+    if sequence.matcher is None and position >= params.min_tokens:
+        return
     forbidden = torch.zeros(len(y), dtype=torch.bool)
     if sequence.matcher is not None:
         allowed = np.frombuffer(sequence.matcher.compute_bitmask(), np.uint8)

@@ -1,5 +1,6 @@
 """From the logits of a step's rows to one token a sequence."""
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields
 
@@ -63,9 +64,6 @@ class Settings:
             uniform=torch.tensor([uniform(*numbers) for numbers in counter], dtype=torch.float64, device=device),
         )
 
-    def to(self, device: torch.device) -> "Settings":
-        return Settings(*(getattr(self, field.name).to(device) for field in fields(self)))
-
     def __getitem__(self, index: Tensor | slice) -> "Settings":
         return Settings(*(getattr(self, field.name)[index] for field in fields(self)))
 
@@ -102,19 +100,29 @@ def choose(logits: Tensor, y: Tensor, mixing: Mixing, settings: Settings) -> Ten
 
     logits: [rows, V] float32. y: [S, V] float32, the edited principled logits.
     """
+    chosen = torch.empty(len(y), dtype=torch.int64, device=y.device)
+    for index, tokens, z in candidates(logits, y, mixing, settings):
+        place = draw(z, settings[index])
+        chosen[index] = tokens.gather(1, place[:, None]).squeeze(1)
+    return chosen
+
+
+def candidates(
+    logits: Tensor, y: Tensor, mixing: Mixing, settings: Settings
+) -> Iterator[tuple[Tensor | slice, Tensor, Tensor]]:
+    """The tokens that can be drawn and their mixed logits, for some of the lines at a time.
+
+    logits, y: as for `choose`. Yields an index of lines, and for those [N, K] int64 and float32, see `narrow`.
+    """
     totals_of = vocabulary.log_totals if vocabulary.has_kernels(y) else log_totals
     best, totals = totals_of(y, settings.nucleus_temperature)
     bounds = floor(y, best, totals, settings)
     narrowed = bounds > -torch.inf
-    chosen = torch.empty(len(y), dtype=torch.int64, device=y.device)
     for group in (narrowed, ~narrowed):  # so that few candidates stay few
         if group.any():
             index = _lines(group)
-            tokens, candidates = narrow(y[index], bounds[index])
-            z = mixed_logits(logits, tokens, candidates, totals[index], mixing[index], settings[index])
-            place = draw(z, settings[index])
-            chosen[index] = tokens.gather(1, place[:, None]).squeeze(1)
-    return chosen
+            tokens, of_tokens = narrow(y[index], bounds[index])
+            yield index, tokens, mixed_logits(logits, tokens, of_tokens, totals[index], mixing[index], settings[index])
 
 
 def mixed_logits(
@@ -204,26 +212,37 @@ def log_probabilities(logits: Tensor, sequences: Seq[Sequence], positions: Seq[i
     logits, sequences, positions: as for `sample`; tokens: [S] int64, what it drew.
     """
     wanted = [sequence.params.logprobs for sequence in sequences]
-    if all(most is None for most in wanted):
-        return None
     chosen = [i for i, most in enumerate(wanted) if most is not None]
-    index = torch.tensor(chosen, device=logits.device)
-    prompts = [sequence.prompt for sequence in sequences]
-    mixing = Mixing.plan([(p.weights, p.ratios, p.base is not None) for p in prompts], logits.device)[index]
-    settings = Settings.of([sequences[i] for i in chosen], [positions[i] for i in chosen], logits.device)
-    y = principled_logits(logits, mixing)
-    z = y.clone()
-    if settings.aligned.any():
-        edit(y, [sequences[i] for i in chosen], [positions[i] for i in chosen])
-        kept = plausible_set(
-            y, log_totals(y, settings.nucleus_temperature)[1], settings.nucleus_top_p, settings.nucleus_temperature
-        )
-        of_aligned = (y + direction(logits, mixing)).masked_fill(~kept, -torch.inf)
-        z = torch.where(settings.aligned[:, None], of_aligned, z)
-    z = z.log_softmax(dim=-1)
+    if not chosen:
+        return None
     most = max(most for most in wanted if most is not None)
-    top, top_ids = torch.sort(z, dim=-1, descending=True, stable=True)
-    return Logprobs(wanted, z.gather(1, tokens[index, None]).squeeze(1), top_ids[:, :most], top[:, :most])
+    prompts = [sequence.prompt for sequence in sequences]
+    mixing = Mixing.plan([(p.weights, p.ratios, p.base is not None) for p in prompts], logits.device)
+    settings = Settings.of(sequences, positions, logits.device)
+    plain = [i for i in chosen if prompts[i].base is None]
+    aligned = [i for i in chosen if prompts[i].base is not None]
+    drawn = torch.empty(len(sequences), device=logits.device)
+    top_ids = torch.zeros(len(sequences), most, dtype=torch.int64, device=logits.device)
+    top = torch.full(top_ids.shape, -torch.inf, device=logits.device)
+
+    def report(index: Tensor, ids: Tensor, z: Tensor) -> None:
+        z = z.log_softmax(dim=-1)
+        drawn[index] = torch.where(ids == tokens[index, None], z, -torch.inf).amax(dim=-1)
+        place = z.topk(min(most, z.shape[1])).indices.sort().values  # ties in order of token id
+        values, order = z.gather(1, place).sort(descending=True, stable=True)
+        top[index, : place.shape[1]], top_ids[index, : place.shape[1]] = values, ids.gather(1, place.gather(1, order))
+
+    if plain:
+        index = torch.tensor(plain, device=logits.device)
+        z = principled_logits(logits, mixing[index])
+        report(index, torch.arange(z.shape[1], device=z.device).expand(z.shape), z)
+    if aligned:
+        index = torch.tensor(aligned, device=logits.device)
+        y = principled_logits(logits, mixing[index])
+        edit(y, [sequences[i] for i in aligned], [positions[i] for i in aligned])
+        for lines, ids, z in candidates(logits, y, mixing[index], settings[index]):
+            report(index[lines], ids, z)
+    return Logprobs(wanted, drawn[chosen], top_ids[chosen], top[chosen])
 
 
 def draw(z: Tensor, settings: Settings) -> Tensor:

@@ -259,7 +259,8 @@ class Sequence:
     def __post_init__(self) -> None:
         self.branches = [Branch(list(ids)) for ids in self.prompt.branches]
         self.lookup = PromptLookup(self.branches[0].tokens)
-        self.seen.update(*self.prompt.principled, self.prompt.given)
+        if self.params.repetition_penalty != 1:
+            self.seen.update(*self.prompt.principled, self.prompt.given)
 
     @property
     def follows_reply(self) -> bool:

@@ -79,23 +79,24 @@ class StaticSampler:
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> Tensor:
-        """As `sampling.sample`; the result is valid until the next draw."""
+        """As `sampling.sample`; the result is valid until the next draw. The host waits for unusual sequences only."""
         fits = logits.data_ptr() == self._runner.logits.data_ptr()
-        usual = [i for i, sequence in enumerate(sequences) if fits and _is_usual(sequence)]
+        is_usual = [fits and _is_usual(sequence) for sequence in sequences]
+        usual = [i for i, is_one in enumerate(is_usual) if is_one]
+        if len(usual) == len(sequences):
+            return self._of_usual(sequences, positions, usual)
         tokens = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
         if usual:
             tokens[usual] = self._of_usual(sequences, positions, usual)
-        for lines in self._groups([i for i in range(len(sequences)) if i not in set(usual)]):
-            ends = list(itertools.accumulate(len(sequence.branches) for sequence in sequences))
+        ends = list(itertools.accumulate(len(sequence.branches) for sequence in sequences))
+        for lines in self._groups([i for i, is_one in enumerate(is_usual) if not is_one]):
             rows = [row for i in lines for row in range(ends[i] - len(sequences[i].branches), ends[i])]
             tokens[lines] = sample(logits[rows], [sequences[i] for i in lines], [positions[i] for i in lines])
         return self._runner.drawn[: len(sequences)].copy_(tokens)
 
-    def _groups(self, lines: list[int]) -> list[list[int]]:
+    def _groups(self, unusual: list[int]) -> list[list[int]]:
         """What is drawn together: in batch-invariant mode nothing."""
-        if self._runner.config.batch_invariant:
-            return [[line] for line in lines]
-        return [lines] if lines else []
+        return [[line] for line in unusual] if self._runner.config.batch_invariant else [unusual]
 
     def _of_usual(self, sequences: Seq[Sequence], positions: Seq[int], lines: list[int]) -> Tensor:
         host = torch.device("cpu")
@@ -162,18 +163,23 @@ def _unpack(packed: Tensor) -> tuple[Mixing, Settings]:
     return mixing, settings
 
 
+def _weights_above(keys: Tensor, weight: Tensor, low: Tensor, width: int) -> Tensor:
+    """The weight above the last key of each part but the last, parts being `width` keys from `low` on; [parts, S]."""
+    ends = [(low + part * width - 1).int()[:, None] for part in range(1, 1 << DIGIT)]
+    return torch.stack([torch.where(keys > end, weight, 0).sum(dim=-1) for end in ends])
+
+
 def draw(
     logits: Tensor,
     mixing: Mixing,
     settings: Settings,
     filters: Filters,
-    weights_above: "WeightsAbove | None" = None,
+    weights_above: WeightsAbove = _weights_above,
 ) -> Tensor:
     """One token a sequence, [S] int64: DESIGN sections 2.1 to 2.5.
 
     logits: [rows, V] float32. weights_above: as `_weights_above`.
     """
-    weights_above = weights_above or _weights_above
     y = principled_logits(logits, mixing)
     z = y + direction(logits, mixing)
     if filters.nucleus:
@@ -220,12 +226,6 @@ def _threshold(keys: Tensor, weight: Tensor, limit: Tensor, weights_above: Weigh
         above = weights_above(keys, weight, low, 1 << shift)
         low = low + ((above >= limit).sum(dim=0) << shift)
     return low.int()
-
-
-def _weights_above(keys: Tensor, weight: Tensor, low: Tensor, width: int) -> Tensor:
-    """The weight above the last key of each part but the last, parts being `width` keys from `low` on; [parts, S]."""
-    ends = [(low + part * width - 1).int()[:, None] for part in range(1, 1 << DIGIT)]
-    return torch.stack([torch.where(keys > end, weight, 0).sum(dim=-1) for end in ends])
 
 
 def compiled_draw(backend: str = "inductor") -> Draw:

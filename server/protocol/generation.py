@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 
 from alignment_core import Principle, SamplingParams
-from alignment_core.sequence import MAX_LOGPROBS, MAX_PRINCIPLES, MAX_RATIO, MAX_STOP_STRINGS, Structure
+from alignment_core.sequence import MAX_PRINCIPLES, MAX_RATIO, MAX_STOP_STRINGS, Structure
 
 
 def _encodable(text: str) -> str:
@@ -82,25 +82,26 @@ class StructuredOutputs(Schema):
 ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
 
 
-class Preset(Schema):
+class Alignment(Schema):
+    """What is ours."""
+
+    principle: Text | Annotated[list[PrincipleItem], Field(min_length=1, max_length=MAX_PRINCIPLES)] | None = None
+    alignment_ratio: Ratio | None = None
+    alignment_top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    alignment_temperature: Annotated[float, Field(gt=0)] | None = None
+
+
+class Preset(Alignment):
     """What a name of the model may stand for."""
 
     description: str | None = None
-    principle: Text | Annotated[list[PrincipleItem], Field(min_length=1, max_length=MAX_PRINCIPLES)] | None = None
-    alignment_ratio: Ratio | None = None
-    alignment_top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    alignment_temperature: Annotated[float, Field(gt=0)] | None = None
     principle_placement: Literal["system", "user"] | None = None
 
 
-class AlignmentFields(Schema):
-    """What is ours."""
+class AlignmentFields(Alignment):
+    """A request's."""
 
     model: str
-    principle: Text | Annotated[list[PrincipleItem], Field(min_length=1, max_length=MAX_PRINCIPLES)] | None = None
-    alignment_ratio: Ratio | None = None
-    alignment_top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    alignment_temperature: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -205,6 +206,3 @@ def _or_none(make: Callable[[Any], Any], value: Any) -> Any:
 
 def _equal(value: Any, neutral: Any) -> bool:
     return type(value) in (type(neutral), int) and bool(value == neutral)
-
-
-__all__ = ["MAX_LOGPROBS", "GenerationRequest", "PrincipleItem", "Schema", "StreamOptions", "Text"]

@@ -6,7 +6,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from alignment_core.sequence import MAX_LOGPROBS
 from server.protocol.chat import ChatCompletionRequest, Function
-from server.protocol.generation import AlignmentFields, Schema, Text, TextFormat
+from server.protocol.generation import AlignmentFields, JsonObjectFormat, Schema, Text, TextFormat
 
 
 class InputText(Schema):
@@ -79,10 +79,6 @@ class FunctionChoice(Schema):
     name: str
 
 
-class JsonObjectText(Schema):
-    type: Literal["json_object"]
-
-
 class JsonSchemaText(Schema):
     type: Literal["json_schema"]
     name: Text
@@ -92,7 +88,7 @@ class JsonSchemaText(Schema):
 
 
 class TextOptions(Schema):
-    format: Annotated[TextFormat | JsonObjectText | JsonSchemaText, Field(discriminator="type")] | None = None
+    format: Annotated[TextFormat | JsonObjectFormat | JsonSchemaText, Field(discriminator="type")] | None = None
 
 
 class Reasoning(Schema):
@@ -215,7 +211,7 @@ UNSUPPORTED: dict[str, Any] = {
 }
 
 
-def _chat_format(format: TextFormat | JsonObjectText | JsonSchemaText) -> dict[str, Any]:
+def _chat_format(format: TextFormat | JsonObjectFormat | JsonSchemaText) -> dict[str, Any]:
     if isinstance(format, JsonSchemaText):
         schema = format.model_dump(by_alias=True, exclude={"type"}, exclude_none=True)
         return {"type": "json_schema", "json_schema": schema}

@@ -40,9 +40,13 @@ async def begin(body: ChatCompletionRequest, state: State) -> tuple[Replies, Pro
     messages = [message.rendered() for message in body.messages]
     placement = body.principle_placement or "system"
     rendering = body.rendering()
-    prompt = await asyncio.to_thread(engine.prompts.build, messages, principles, placement, rendering)
+
+    def build() -> tuple[Prompt, str]:
+        prompt = engine.prompts.build(messages, principles, placement, rendering)
+        return prompt, "" if rendering.continues else engine.prompts.generation_prompt(rendering)
+
+    prompt, begun = await asyncio.to_thread(build)
     params = body.sampling_params(**_for_tools(body, engine))
-    begun = "" if rendering.continues else engine.prompts.generation_prompt(rendering)
     replies = await Replies.of(engine, prompt, params, body.n or 1)
     return replies, prompt, lambda: ReplyParser(engine.tokenizer, begun, rendering.tools)
 

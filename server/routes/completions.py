@@ -24,9 +24,12 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     engine: Engine = state.engine
     body = serving(body, state)
     principles = body.principles(state.settings.default_alignment_ratio)
-    prompts = [
-        await asyncio.to_thread(engine.prompts.build_text, text, principles, body.scores) for text in body.prompts()
-    ]
+
+    def build() -> tuple[list[tuple[int, ...]], list[Prompt]]:
+        texts = [engine.prompts.text_ids(text) for text in body.prompts()]
+        return texts, [engine.prompts.build_text(ids, principles, body.scores) for ids in texts]
+
+    texts, prompts = await asyncio.to_thread(build)
     params = body.sampling_params()
     replies: list[Replies] = []
     try:
@@ -36,7 +39,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         for one in replies:
             one.abort()
         raise
-    completion = TextCompletion(engine, state.fingerprint, body, prompts)
+    completion = TextCompletion(engine, state.fingerprint, body, texts, prompts)
     if body.stream:
         return event_stream(completion.events(replies), replies)
     outputs = await gather(replies, request)
@@ -46,8 +49,16 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
 class TextCompletion:
     """OpenAI's objects of one text completion. Choices are numbered through all prompts."""
 
-    def __init__(self, engine: Engine, fingerprint: str, body: CompletionRequest, prompts: Sequence[Prompt]) -> None:
-        self._engine, self._body, self._prompts, self._n = engine, body, prompts, body.n or 1
+    def __init__(
+        self,
+        engine: Engine,
+        fingerprint: str,
+        body: CompletionRequest,
+        texts: Sequence[tuple[int, ...]],
+        prompts: Sequence[Prompt],
+    ) -> None:
+        """texts: the token ids of what came, without any principle."""
+        self._engine, self._body, self._texts, self._prompts, self._n = engine, body, texts, prompts, body.n or 1
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -118,7 +129,7 @@ class TextCompletion:
 
     def _first(self, number: int) -> int | None:
         """The token that the echoed log-probabilities begin with, which has none itself."""
-        return self._engine.prompts.text_ids(self._body.prompts()[number])[0] if self._body.scores else None
+        return self._texts[number][0] if self._body.scores else None
 
     @staticmethod
     def _choice(index: int, text: str, logprobs: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:

@@ -37,7 +37,6 @@ class ModelResponse:
 
     def __init__(self, engine: Engine, body: ResponsesRequest, parser: ReplyParser) -> None:
         self._token_bytes, self._parser = engine.token_bytes, parser
-        self._wants_logprobs = body.chat.logprobs
         self._items = _Items()
         tools = [tool.model_dump(exclude_none=True) | {"strict": tool.strict} for tool in body.tools or ()]
         choice = body.tool_choice or "auto"
@@ -62,9 +61,7 @@ class ModelResponse:
             "text": {"format": {"type": "text"}}
             if body.text is None or body.text.format is None
             else body.text.model_dump(by_alias=True, exclude_none=True),
-            "tool_choice": choice.model_dump()
-            if choice is not None and not isinstance(choice, str)
-            else choice or "auto",
+            "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
             "tools": tools,
             "truncation": "disabled",
             "usage": None,

@@ -95,6 +95,17 @@ def test_filters_that_nobody_asks_for_are_left_out():
     assert Filters.of(mixed) == Filters(nucleus=True, top_k=True, top_p=True, random=False)
 
 
+def test_usual_steps_never_leave_the_device(tiny, monkeypatch):
+    """What is drawn stays where the graph puts it: no index from the host, no general draw."""
+    monkeypatch.setattr(static_sampling, "sample", None)  # the general draw
+    engine = make_engine(tiny[0], num_pages=100, static=True)
+    draw_step, drawn = engine._sample, []
+    monkeypatch.setattr(engine, "_sample", lambda *step: drawn.append(draw_step(*step)) or drawn[-1])
+    run_all(engine, [(aligned(2.0), GREEDY), (aligned(0), SamplingParams(max_tokens=5, seed=1))])
+    assert len(drawn) > 3
+    assert {tokens.data_ptr() for tokens in drawn} == {engine.runner.drawn.data_ptr()}
+
+
 def test_no_request_waits_for_a_capture(tiny, monkeypatch):
     """Whatever is run for requests was run when the engine was made, by the same names."""
     names, run = [], Graphs.run

@@ -20,9 +20,10 @@ CLIENTS = ROOT / ".venv" / "clients"
 HERE = ROOT / "tests" / "clients"
 
 
-def run(*command, **environment):
+def run(*command, cwd=None, **environment):
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", **environment}
-    done = subprocess.run([str(part) for part in command], env=env, capture_output=True, text=True, timeout=600)
+    command = [str(part) for part in command]
+    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -115,7 +116,7 @@ def test_lm_eval(api, client, embedded, tmp_path, model):
     assert "exact_match,none" in results["opposites"]
 
 
-def test_schemathesis_finds_nothing():
+def test_schemathesis_finds_nothing(tmp_path):
     """Valid and invalid requests by the hundreds, from /openapi.json: no 5xx, nothing that breaks the schema.
 
     positive_data_acceptance is left out: that messages fit the context, say, no schema can tell.
@@ -124,4 +125,5 @@ def test_schemathesis_finds_nothing():
         run(
             CLIENTS / "bin/schemathesis", "run", url + "/openapi.json", "--mode", "all", "--max-examples", 5,
             "--request-timeout", 60, "--generation-deterministic", "--exclude-checks", "positive_data_acceptance",
+            cwd=tmp_path,
         )  # fmt: skip
