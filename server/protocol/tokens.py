@@ -10,7 +10,7 @@ from server.protocol.generation import AlignmentFields, Schema, Text, TokenId
 
 
 class TokenizeRequest(AlignmentFields):
-    """A chat or a text, and what aligns it."""
+    """A chat or a text, and what aligns it; alignment_top_p and alignment_temperature change no token."""
 
     prompt: Text | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None

@@ -1,6 +1,8 @@
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from alignment_core.detokenizer import TextStream
+from alignment_core.detokenizer import TextStream, TokenBytes
 
 
 def stream(decode, ids, stop=()):
@@ -70,3 +72,35 @@ def test_real_tokens(tokenizer):
     parts, rest, _ = stream(lambda ids: tokenizer.decode(ids), ids)
     assert "".join(parts) + rest == text
     assert "\ufffd" not in "".join(parts)
+
+
+def sentencepiece():
+    """As Llama 2's and Gemma's: "▁" for spaces, a token for each byte that the vocabulary has no character of."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "h", "i", "▁h", "▁hi"]
+    inner = Tokenizer(
+        models.BPE(
+            {piece: id for id, piece in enumerate(pieces)},
+            [("▁", "h"), ("▁h", "i")],
+            unk_token="<unk>",
+            byte_fallback=True,
+        )
+    )
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    inner.add_special_tokens(["<s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda tokenizer: tokenizer, lambda _: sentencepiece()], ids=["bytes", "sentencepiece"]
+)
+def test_the_bytes_of_tokens_are_those_of_the_text(make, tokenizer):
+    tokenizer = make(tokenizer)
+    text = " hi hi 🙂 é"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    of = TokenBytes(tokenizer)
+    assert b"".join(map(of, ids)) == text.encode()
+    assert any(len(of(id)) == 1 and of(id) >= b"\x80" for id in ids), "no token was part of a character"
+    special = next(iter(tokenizer.added_tokens_decoder))
+    assert of(special).decode() == tokenizer.added_tokens_decoder[special].content
+    assert of(len(tokenizer) + 5) == b""
