@@ -100,7 +100,7 @@ def test_the_bytes_of_tokens_are_those_of_the_text(make, tokenizer):
     ids = tokenizer.encode(text, add_special_tokens=False)
     of = TokenBytes(tokenizer)
     assert b"".join(map(of, ids)) == text.encode()
-    assert any(len(of(id)) == 1 and of(id) >= b"\x80" for id in ids), "no token was part of a character"
+    assert any("\ufffd" in of(id).decode(errors="replace") for id in ids), "no token was part of a character"
     special = next(iter(tokenizer.added_tokens_decoder))
     assert of(special).decode() == tokenizer.added_tokens_decoder[special].content
     assert of(len(tokenizer) + 5) == b""
