@@ -182,7 +182,7 @@ class Engine:
         params: SamplingParams | None = None,
         placement: Placement = "system",
     ) -> Iterator[Output]:
-        """Answer a chat, output by output as tokens are drawn. Raises InvalidRequest, EngineDead.
+        """Answer a chat, output by output as tokens are drawn. Raises InvalidRequest, EngineDead, on the way too.
 
         principle: one text, extrapolated by `ratio`, or several Principles with ratios of their own.
         The request is aborted when nobody holds the iterator any more.
@@ -198,6 +198,8 @@ class Engine:
     def _outputs(self, outputs: "queue.SimpleQueue[Output]") -> Iterator[Output]:
         while True:
             output = outputs.get()
+            if output.error is not None:
+                raise output.error
             if output.finish_reason == "error":
                 raise EngineDead("the engine failed during this request") from self.error
             yield output
@@ -396,14 +398,14 @@ class Engine:
             sequence.matcher.consume_token(token)
             ended = sequence.matcher.is_stopped()
         reason: FinishReason | None = None
-        if sequence.matcher is not None and sequence.matcher.is_error():
-            log.error("Structured output failed: %s", sequence.matcher.get_error())
-            reason = "abort"
+        error = None
+        if sequence.params.structure and sequence.matcher and sequence.matcher.is_error():
+            reason, error = "error", self.grammars.failure(sequence.params.structure, sequence.matcher)
         elif ended or sequence.text.stopped:
             reason = "stop"
         elif len(sequence.output_ids) >= sequence.max_tokens:
             reason = "length"
-        news = Output(text, (token,), reason, None, sequence.choice, () if is_stop else logprobs)
+        news = Output(text, (token,), reason, None, sequence.choice, () if is_stop else logprobs, error)
         if reason:
             self._finish(sequence, reason, news)
         else:

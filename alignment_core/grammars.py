@@ -4,7 +4,10 @@ Why llguidance: docs/decisions/0010.
 """
 
 import json
+import os
+import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
@@ -22,12 +25,16 @@ STRICT: "JsonCompileOptions" = {"lenient": False, "coerce_one_of": False}
 
 
 class Grammars:
-    """Matchers for one tokenizer's vocabulary; safe from any thread."""
+    """Matchers for one tokenizer's vocabulary; safe from any thread.
+
+    pool: where callers should wait for one, so that what takes long holds nobody else up.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
         self._tokenizer, self._vocab_size, self._eos_token_ids = tokenizer, vocab_size, sorted(eos_token_ids)
         self._lock = threading.Lock()
         self._compiled = lru_cache(maxsize=MOST_CACHED)(self._compile)
+        self.pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 4), thread_name_prefix="grammars")
 
     def matcher(self, structure: Structure) -> "LLMatcher":
         """A fresh matcher. Raises InvalidRequest for what the library can't parse or would not enforce."""
@@ -37,13 +44,20 @@ class Grammars:
         import llguidance
 
         try:
-            grammar = _grammar(structure)
+            grammar = _behind(structure.after, _grammar(structure)) if structure.after else _grammar(structure)
         except (TypeError, ValueError) as error:
             raise InvalidRequest(f"{structure.param} can't be used: {error}", structure.param) from error
         matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0)
-        if matcher.is_error():
-            raise InvalidRequest(f"{structure.param} can't be used: {matcher.get_error()}", structure.param)
+        begun = matcher.deep_copy()
+        begun.compute_bitmask()  # some limits are met at the first token only
+        if begun.is_error():
+            raise self.failure(structure, begun)
         return matcher
+
+    @staticmethod
+    def failure(structure: Structure, matcher: "LLMatcher") -> InvalidRequest:
+        """What to tell a client whose structure is beyond the library's limits."""
+        return InvalidRequest(f"{structure.param} can't be used: {matcher.get_error()}", structure.param)
 
     @property
     def _vocabulary(self) -> "LLTokenizer":
@@ -65,8 +79,27 @@ def _grammar(structure: Structure) -> str:
             schema = json.loads(structure.text)
             return LLMatcher.grammar_from_json_schema(schema, PLAIN_JSON, STRICT)
         case "choice":
-            return grammar_from("choice", structure.text)
+            return grammar_from("regex", "|".join(map(_escaped, json.loads(structure.text))))
         case "regex":
             return grammar_from("regex", structure.text)
         case "grammar":
             return grammar_from("grammar", structure.text)
+
+
+def _behind(mark: str, grammar: str) -> str:
+    """Anything up to a mark, then the grammar, as llguidance's lists of grammars."""
+    is_lark = not grammar.lstrip().startswith("{")
+    body, *others = [{"lark_grammar": grammar}] if is_lark else json.loads(grammar)["grammars"]
+    rules = [
+        "start: before /[ \\n]{0,4}/ @body",
+        f"before{'' if mark.startswith('<[') else '[lazy]'}: ANY {mark}",
+        "ANY: /(.|\\n)*/",
+    ]
+    return json.dumps(
+        {"grammars": [{"name": "all", "lark_grammar": "\n".join(rules)}, {**body, "name": "body"}, *others]}
+    )
+
+
+def _escaped(text: str) -> str:
+    """A regular expression for the text itself, in Rust's syntax."""
+    return re.sub(r"[\\.+*?()|\[\]{}^$#&\-~/]", r"\\\g<0>", text)

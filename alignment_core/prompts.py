@@ -191,7 +191,8 @@ class PromptBuilder:
             raise InvalidRequest("the last message must be the assistant's to be continued", "continue_final_message")
         for name in rendering.variables:
             if name not in self.variables:
-                raise InvalidRequest(f"this model's chat template does not know {name}", name)
+                param = f"chat_template_kwargs.{name}"
+                raise InvalidRequest(f"this model's chat template does not know {name}", param)
         self._refuse_what_is_far_too_long(
             [message["content"] or "" for message in messages], [principle.text for principle in principles]
         )

@@ -39,12 +39,14 @@ class Structure:
     """What a reply must look like.
 
     text: a JSON schema; a regular expression that matches all of it; a JSON list of strings to choose from;
-    a grammar in Lark or GBNF. param: the name of the request's field, for error messages.
+    a grammar in Lark or GBNF. param: the name of the request's field, for error messages. after: a mark, in
+    Lark, up to which the reply may be anything.
     """
 
     kind: Literal["json_schema", "regex", "choice", "grammar"]
     text: str
     param: str = "structured_outputs"
+    after: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +219,10 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One step's news of a choice. Its last one has a finish_reason and the usage."""
+    """One step's news of a choice. Its last one has a finish_reason and the usage.
+
+    error: with the finish_reason "error", why this request can't be served; None where the engine itself failed.
+    """
 
     text: str
     token_ids: tuple[int, ...] = ()
@@ -225,6 +230,7 @@ class Output:
     usage: Usage | None = None
     choice: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
+    error: InvalidRequest | None = None
 
 
 @dataclass(slots=True, eq=False)

@@ -1,16 +1,17 @@
 """From the engine's thread to the event loop, and from outputs to OpenAI's objects."""
 
 import asyncio
+import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from sse_starlette import EventSourceResponse, JSONServerSentEvent, ServerSentEvent
+from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import Request
 from starlette.types import Message
 
-from alignment_core import Engine, EngineDead, Output, Prompt, SamplingParams, Usage
+from alignment_core import Engine, EngineDead, InvalidRequest, Output, Prompt, SamplingParams, Usage
 from alignment_core.sequence import TokenLogprob
 from server.tool_calls import Delta, ReplyParser, message_of
 
@@ -23,7 +24,10 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 
 
 class Replies:
-    """A request on its way: iterate over the outputs of its choices, and `abort` when nobody listens any more."""
+    """A request on its way: iterate over the outputs of its choices, and `abort` when nobody listens any more.
+
+    Raises EngineDead, and InvalidRequest for what turns out on the way.
+    """
 
     def __init__(self, engine: Engine, n: int) -> None:
         self.n = n
@@ -39,7 +43,8 @@ class Replies:
         def on_output(output: Output) -> None:
             loop.call_soon_threadsafe(replies._queue.put_nowait, output)
 
-        submit = asyncio.ensure_future(asyncio.to_thread(engine.submit, prompt, params, on_output, n))
+        pool = engine.grammars.pool if params.structure else None
+        submit = asyncio.ensure_future(loop.run_in_executor(pool, engine.submit, prompt, params, on_output, n))
         try:
             replies._request_id = await asyncio.shield(submit)
         except asyncio.CancelledError:  # the client left meanwhile
@@ -47,18 +52,29 @@ class Replies:
             raise
         return replies
 
+    @classmethod
+    def of_nothing(cls, engine: Engine, prompt: Prompt, n: int) -> "Replies":
+        """For a request that asks for no token at all."""
+        replies = cls(engine, n)
+        usage = Usage(len(prompt.principled[0]), 0, 0, len(prompt.branches), 0, 0)
+        for choice in range(n):
+            replies._queue.put_nowait(Output("", (), "length", usage, choice))
+        return replies
+
     async def __aiter__(self) -> AsyncIterator[Output]:
         left = self.n
         while left:
             output = await self._queue.get()
+            if output.error is not None:
+                raise output.error
             if output.finish_reason == "error":
                 raise EngineDead("the engine failed during this request")
             left -= output.finish_reason is not None
             yield output
 
     def abort(self) -> None:
-        assert self._request_id is not None
-        self._engine.abort(self._request_id)
+        if self._request_id is not None:
+            self._engine.abort(self._request_id)
 
 
 async def gather(replies: Sequence[Replies], request: Request) -> list[list[Output]] | None:
@@ -77,6 +93,7 @@ async def gather(replies: Sequence[Replies], request: Request) -> list[list[Outp
             one.abort()
         leaving.cancel()
         collecting.cancel()
+        await asyncio.wait((collecting,))
 
 
 async def _disconnect(request: Request) -> None:
@@ -84,7 +101,18 @@ async def _disconnect(request: Request) -> None:
         pass
 
 
-def event_stream(events: AsyncIterator[ServerSentEvent], replies: Sequence[Replies]) -> EventSourceResponse:
+class Event(ServerSentEvent):
+    """With OpenAI's line ends."""
+
+    def __init__(self, data: Any, event: str | None = None) -> None:
+        text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+        super().__init__(text, event=event, sep="\n")
+
+
+DONE = Event("[DONE]")
+
+
+def event_stream(events: AsyncIterator[Event], replies: Sequence[Replies]) -> EventSourceResponse:
     """A response that ends the replies when its client goes."""
 
     async def on_leave(_: Message) -> None:
@@ -126,13 +154,13 @@ class ChatCompletion:
             "logprobs": self._logprobs([report for output in outputs for report in output.logprobs]),
         }
 
-    async def events(self, replies: Replies, include_usage: bool, continuous: bool) -> AsyncIterator[ServerSentEvent]:
+    async def events(self, replies: Replies, include_usage: bool, continuous: bool) -> AsyncIterator[Event]:
         parsers = [self._parser() for _ in range(replies.n)]
         calls = [False] * replies.n
         usages: list[Usage] = []
         num_drawn = 0
 
-        def chunk(index: int, delta: Delta, reason: str | None = None, logprobs: Any = None) -> ServerSentEvent:
+        def chunk(index: int, delta: Delta, reason: str | None = None, logprobs: Any = None) -> Event:
             choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
             usage: dict[str, Any] = {"usage": None} if include_usage else {}
             if continuous:
@@ -156,14 +184,14 @@ class ChatCompletion:
                     usages.append(output.usage)
             if include_usage:
                 yield self._event(choices=[], usage=usage_object(usages))
-            yield ServerSentEvent(data="[DONE]")
-        except EngineDead as error:
+            yield DONE
+        except (EngineDead, InvalidRequest) as error:
             yield failure(error)
         finally:
             replies.abort()
 
-    def _event(self, **fields: Any) -> ServerSentEvent:
-        return JSONServerSentEvent({**self._head, "object": "chat.completion.chunk", **fields})
+    def _event(self, **fields: Any) -> Event:
+        return Event({**self._head, "object": "chat.completion.chunk", **fields})
 
     def _logprobs(self, reports: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if not reports:
@@ -189,10 +217,12 @@ def logprob_object(report: TokenLogprob, token_bytes: Callable[[int], bytes]) ->
     return {**one(report.token_id, report.logprob), "top_logprobs": [one(*pair) for pair in report.top]}
 
 
-def failure(error: EngineDead) -> ServerSentEvent:
-    """The last event of a stream whose engine has died."""
-    message = {"message": str(error), "type": "server_error", "param": None, "code": "engine_dead"}
-    return JSONServerSentEvent({"error": message})
+def failure(error: EngineDead | InvalidRequest) -> Event:
+    """The last event of a stream that can't go on."""
+    told = {"message": str(error), "type": "server_error", "param": None, "code": "engine_dead"}
+    if isinstance(error, InvalidRequest):
+        told |= {"type": "invalid_request_error", "param": error.param, "code": "invalid_value"}
+    return Event({"error": told})
 
 
 def usage_object(usages: Sequence[Usage]) -> dict[str, Any]:

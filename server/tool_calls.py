@@ -1,10 +1,10 @@
-"""Reasoning and tool calls in replies: what models mark, found as the text arrives, and demanded by a grammar.
+"""Reasoning and tool calls in replies: what models mark, found as the text arrives.
 
 transformers' ResponseParser finds the marked regions, by the tokenizer's own response template where it has one.
 """
 
 import json
-import re
+import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +13,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_parsing import ResponseParser
 
-from alignment_core import InvalidRequest
-from alignment_core.sequence import Structure
-
 Delta = dict[str, Any]
 VERBATIM = {"strip": False}
-JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +53,25 @@ def call_format(tokenizer: PreTrainedTokenizerBase) -> CallFormat:
 class ReplyParser:
     """One reply's text in, the deltas of its message out.
 
-    begun: what the template has written of the reply already. tools: those that may be called.
+    begun: what the template has written of the reply already. tools: those that may be called. most_calls: those
+    after so many are dropped.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, begun: str, tools: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        begun: str,
+        tools: Sequence[Mapping[str, Any]],
+        most_calls: float = math.inf,
+    ) -> None:
         self._format = call_format(tokenizer)
         own = getattr(tokenizer, "response_template", None)
         self._is_own = own is not None
         if not self._is_own:
-            begun = begun[min((place for mark in THINKING if (place := begun.rfind(mark)) >= 0), default=len(begun)) :]
+            begun = begun[_thinking_begins(begun) :]
         self._parser = ResponseParser(own or _template(tokenizer, self._format, bool(tools)), begun, tools=list(tools))
-        self._num_calls = 0
+        self._num_calls, self._most_calls = 0, most_calls
+        self._ended = False
         self._scanner: _CallScanner | None = None
         self._raw = ""
         self._marked = any(event["field"] != "content" for event in self._parser.initial_events)
@@ -77,13 +81,15 @@ class ReplyParser:
         return self._deltas(self._parser.feed(text))
 
     def finish(self) -> list[Delta]:
+        self._ended = True
         try:
             return self._deltas(self._parser.finalize()[1])
         except ValueError:  # a region of the tokenizer's own template that is not what it should be
             return []
 
     def _deltas(self, events: list[dict[str, Any]]) -> list[Delta]:
-        return [delta for event in events for delta in self._of(event)]
+        deltas = [delta for event in events for delta in self._of(event)]
+        return [delta for delta in deltas if all(c["index"] < self._most_calls for c in delta.get("tool_calls", ()))]
 
     def _of(self, event: dict[str, Any]) -> list[Delta]:
         field, kind = event["field"], event["type"]
@@ -109,7 +115,8 @@ class ReplyParser:
             return self._scanner.feed(event["text"])
         if self._scanner.num_calls == self._num_calls:  # not a call after all
             region = self._format.region
-            return [{"content": f"{region.get('open', '')}{self._raw}{region.get('close', '')}"}]
+            close = "" if self._ended else region.get("close", "")
+            return [{"content": f"{region.get('open', '')}{self._raw}{close}"}]
         self._num_calls = self._scanner.num_calls
         return []
 
@@ -125,6 +132,17 @@ class ReplyParser:
                 deltas += [_begin(self._num_calls, function["name"], self._format), _more(self._num_calls, arguments)]
                 self._num_calls += 1
         return deltas
+
+
+def _thinking_begins(begun: str) -> int:
+    """Where in what a template has written the last mark of reasoning is; its end if there is none."""
+    return min((place for mark in THINKING if (place := begun.rfind(mark)) >= 0), default=len(begun))
+
+
+def end_of_thinking(begun: str) -> str:
+    """The mark that ends the reasoning in which the template leaves the reply, or nothing."""
+    thoughts = begun[_thinking_begins(begun) :]
+    return next((end for mark, end in THINKING.items() if thoughts.startswith(mark) and end not in thoughts), "")
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, form: CallFormat, has_tools: bool) -> dict[str, Any]:
@@ -273,32 +291,6 @@ def message_of(deltas: Sequence[Delta]) -> dict[str, Any]:
     elif message["content"] is None:
         message["content"] = ""
     return message
-
-
-def demanded(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Mapping[str, Any]], parallel: bool) -> Structure:
-    """The replies that call at least one of the tools and say nothing else."""
-    form = call_format(tokenizer)
-    if getattr(tokenizer, "response_template", None) and "<tool_call>" not in str(tokenizer.chat_template):
-        raise InvalidRequest("this model writes calls in a way that can't be demanded; use 'auto'", "tool_choice")
-    rules = []
-    for index, tool in enumerate(tools):
-        function = tool["function"]
-        schema = {"type": "object", **(function.get("parameters") or {}), "x-guidance": JSON_OPTIONS}
-        head = f'{{"name": {json.dumps(function["name"])}, "{form.arguments}": '
-        rules.append(f"call_{index}: {json.dumps(head)} arguments_{index} {json.dumps('}')}")
-        rules.append(f"arguments_{index}: %json {json.dumps(schema)}")
-    call = "(" + " | ".join(f"call_{index}" for index in range(len(tools))) + ")"
-    more = f" ({json.dumps(form.separator)} {call})*" if parallel else ""
-    parts = [_literal(form.begin, tokenizer), call + more, json.dumps(form.end) if form.end else ""]
-    return Structure("grammar", "\n".join([f"start: {' '.join(filter(None, parts))}", *rules]), "tools")
-
-
-def _literal(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Lark for a text whose control tokens are to be the tokens themselves."""
-    added = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    pattern = "|".join(map(re.escape, added)) or "(?!)"
-    pieces = re.split(f"({pattern})", text)
-    return " ".join(f"<[{added[piece]}]>" if piece in added else json.dumps(piece) for piece in pieces if piece)
 
 
 def marks_are_special(tokenizer: PreTrainedTokenizerBase) -> bool:

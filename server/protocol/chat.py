@@ -1,31 +1,32 @@
 """The schema of /v1/chat/completions. Any field that is not here is an error."""
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from alignment_core import SamplingParams
 from alignment_core.prompts import Rendering
 from alignment_core.sequence import MAX_LOGPROBS
-from server.protocol.generation import GenerationRequest, Schema, Text
+from server.protocol.generation import AlignmentFields, GenerationRequest, Schema, refused
 
 
 class TextPart(Schema):
     type: Literal["text"]
-    text: Text
+    text: str
 
 
-Content = Text | Annotated[list[TextPart], Field(min_length=1)]
+Content = str | Annotated[list[TextPart], Field(min_length=1)]
 
 
 class FunctionCall(Schema):
-    name: Text
-    arguments: Text = Field(description="a JSON object, as a string")
+    name: str
+    arguments: str = Field(description="a JSON object, as a string")
 
     @model_validator(mode="after")
     def _is_an_object(self) -> "FunctionCall":
         try:
-            if isinstance(json.loads(self.arguments), dict):
+            if isinstance(json.loads(self.arguments or "{}"), dict):
                 return self
         except ValueError:
             pass
@@ -33,13 +34,14 @@ class FunctionCall(Schema):
 
 
 class ToolCall(Schema):
-    id: Text
+    id: str
     type: Literal["function"] = "function"
     function: FunctionCall
+    index: int | None = Field(None, description="left over from a stream; no effect")
 
 
 class _Message(Schema):
-    name: Text | None = None
+    name: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -74,7 +76,7 @@ class UserMessage(_Message):
 class AssistantMessage(_Message):
     role: Literal["assistant"]
     content: Content | None = None
-    reasoning_content: Text | None = None
+    reasoning_content: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
@@ -92,7 +94,7 @@ class AssistantMessage(_Message):
                 {
                     "id": call.id,
                     "type": "function",
-                    "function": {"name": call.function.name, "arguments": json.loads(call.function.arguments)},
+                    "function": {"name": call.function.name, "arguments": json.loads(call.function.arguments or "{}")},
                 }
                 for call in self.tool_calls
             ]
@@ -102,7 +104,7 @@ class AssistantMessage(_Message):
 class ToolMessage(_Message):
     role: Literal["tool"]
     content: Content
-    tool_call_id: Text
+    tool_call_id: str
 
     def rendered(self) -> dict[str, Any]:
         return {**super().rendered(), "tool_call_id": self.tool_call_id}
@@ -113,11 +115,15 @@ Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage
 
 class Function(Schema):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
-    description: Text | None = None
+    description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = Field(
-        None, description="arguments of calls that tool_choice demands always keep to the schema"
-    )
+    strict: bool | None = Field(None, description="calls keep to the schema; those that tool_choice demands always do")
+
+    @model_validator(mode="after")
+    def _takes_an_object(self) -> Self:
+        if self.parameters is not None and self.parameters.get("type", "object") != "object":
+            raise ValueError("parameters must be the schema of an object")
+        return self
 
 
 class Tool(Schema):
@@ -134,14 +140,10 @@ class NamedTool(Schema):
     function: FunctionName
 
 
-class ChatCompletionRequest(GenerationRequest):
-    """OpenAI's request with the alignment fields flat at the top level (`extra_body` in the SDKs)."""
+class ChatFields(AlignmentFields):
+    """What a chat template makes a prompt of."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    metadata: dict[str, str] | None = Field(None, description="the client's own notes; no effect on the reply")
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
     principle_placement: Literal["system", "user"] | None = None
     chat_template_kwargs: dict[str, str | bool | int | float] | None = Field(
         None, description="variables of the model's chat template, those that it knows"
@@ -151,23 +153,17 @@ class ChatCompletionRequest(GenerationRequest):
     )
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: bool | None = None
     continue_final_message: bool | None = Field(None, description="go on with the last, the assistant's message")
-
-    @classmethod
-    def unsupported(cls) -> dict[str, Any]:
-        return UNSUPPORTED
+    add_generation_prompt: bool | None = Field(None, description="false goes with continue_final_message alone")
 
     @model_validator(mode="after")
-    def _consistent(self) -> "ChatCompletionRequest":
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("max_tokens and max_completion_tokens are the same thing: give one")
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
+    def _continues_or_begins(self) -> Self:
+        if self.add_generation_prompt is not None and self.add_generation_prompt == bool(self.continue_final_message):
+            raise refused(
+                "add_generation_prompt", "add_generation_prompt must be the contrary of continue_final_message"
+            )
         if self.demands_call and not self.callable_tools():
-            raise ValueError("tool_choice demands a call, but tools has no such function")
-        if self.callable_tools() and (self.structured_outputs or self.structure_of_format()):
-            raise ValueError("tools exclude response_format and structured_outputs, unless tool_choice is 'none'")
+            raise refused("tool_choice", "tool_choice demands a call, but tools has no such function")
         return self
 
     @property
@@ -183,15 +179,44 @@ class ChatCompletionRequest(GenerationRequest):
             tools = [tool for tool in tools if tool["function"]["name"] == self.tool_choice.function.name]
         return tools
 
-    def sampling_params(self, **more: Any) -> Any:
-        most = (self.top_logprobs or 0) if self.logprobs else None
-        return super().sampling_params(max_tokens=self.max_completion_tokens or self.max_tokens, logprobs=most, **more)
-
     def rendering(self) -> Rendering:
         variables: dict[str, Any] = dict(self.chat_template_kwargs or {})
         if self.reasoning_effort is not None:
             variables["reasoning_effort"] = self.reasoning_effort
-        return Rendering(self.callable_tools(), variables, bool(self.continue_final_message))
+        tools = self.callable_tools()
+        for tool in tools:
+            tool["function"].pop("strict", None)  # the model has no part in it
+        return Rendering(tools, variables, bool(self.continue_final_message))
+
+
+class ChatCompletionRequest(GenerationRequest, ChatFields):
+    """OpenAI's request with the alignment fields flat at the top level (`extra_body` in the SDKs)."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    metadata: dict[str, str] | None = Field(None, description="the client's own notes; no effect on the reply")
+    parallel_tool_calls: bool | None = Field(None, description="false keeps the first call alone")
+
+    @classmethod
+    def unsupported(cls) -> dict[str, Any]:
+        return UNSUPPORTED
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise refused("max_tokens", "max_tokens and max_completion_tokens are the same thing: give one")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise refused("top_logprobs", "top_logprobs needs logprobs: true")
+        if self.callable_tools() and self.structure():
+            name = "structured_outputs" if self.structured_outputs else "response_format"
+            raise refused(name, f"tools exclude {name}, unless tool_choice is 'none'")
+        return self
+
+    def sampling_params(self, **more: Any) -> SamplingParams:
+        most = (self.top_logprobs or 0) if self.logprobs else None
+        return super().sampling_params(max_tokens=self.max_completion_tokens or self.max_tokens, logprobs=most, **more)
 
 
 def _joined(content: str | list[TextPart] | None) -> str:
@@ -203,7 +228,6 @@ def _joined(content: str | list[TextPart] | None) -> str:
 UNSUPPORTED: dict[str, Any] = {
     "store": False,
     "alignment_trace": False,
-    "add_generation_prompt": True,
     "modalities": ["text"],
     "audio": None,
     "prediction": None,

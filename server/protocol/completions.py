@@ -2,25 +2,36 @@
 
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from alignment_core import SamplingParams
 from alignment_core.sequence import MAX_LOGPROBS
-from server.protocol.generation import GenerationRequest, Text, TokenId
+from server.protocol.generation import GenerationRequest, TokenId, refused
 
 MAX_PROMPTS = 256
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 
+def _kind(prompt: Any) -> str:
+    if isinstance(prompt, list) and prompt:
+        return {int: "token ids", list: "lists of token ids"}.get(type(prompt[0]), "several texts")
+    return "one text"
+
+
+Ids = Annotated[list[TokenId], Field(min_length=1)]
+Prompts = Annotated[
+    Annotated[str, Tag("one text")]
+    | Annotated[list[TokenId], Tag("token ids")]
+    | Annotated[list[str], Field(max_length=MAX_PROMPTS), Tag("several texts")]
+    | Annotated[list[Ids], Field(max_length=MAX_PROMPTS), Tag("lists of token ids")],
+    Discriminator(_kind),
+]
+
+
 class CompletionRequest(GenerationRequest):
     """OpenAI's request with the alignment fields. A principle stands before the prompt, as text of its own line."""
 
-    prompt: (
-        Text
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
-    )
+    prompt: Prompts
     max_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="0 with echo and logprobs: nothing new")
     echo: bool | None = Field(None, description="begin with the prompt; with logprobs, with its log-probabilities")
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -31,8 +42,8 @@ class CompletionRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _consistent(self) -> "CompletionRequest":
-        if self.max_tokens == 0 and not self.scores:
-            raise ValueError("max_tokens 0 needs echo: true and logprobs")
+        if self.max_tokens == 0 and not self.echo:
+            raise refused("max_tokens", "max_tokens 0 needs echo: true")
         return self
 
     @property

@@ -1,6 +1,6 @@
 """OpenAI's error shape, for every way a request can fail."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import Request
@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 
 from alignment_core import EngineDead, InvalidRequest
 from server.protocol.generation import Schema
+from server.protocol.responses import RESPONSE_NAMES
 from server.settings import nearest
 
 
@@ -40,14 +41,13 @@ class ModelNotFound(Exception):
         super().__init__(f"The model {model!r} does not exist")
 
 
-async def on_validation_error(_: Request, error: Exception) -> JSONResponse:
+async def on_validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    # Of a union's complaints, the one that got furthest: the deepest, and best not that of a wrong type.
-    first = max(error.errors(), key=lambda e: (len(e["loc"]), e["type"] not in ("string_type", "list_type")))
+    first = max(error.errors(), key=_rank)
     if first["type"] == "json_invalid":
         return error_response(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
-    if first["type"] == "unsupported_field":
-        return error_response(400, first["msg"], first["ctx"]["param"], "unsupported_field")
+    if "param" in first.get("ctx", {}):  # see `refused`
+        return error_response(400, first["msg"], first["ctx"]["param"], first["type"])
     if first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type", "dict_type"):
         return error_response(400, "the body must be a JSON object, sent as Content-Type: application/json")
     *above, name = first["loc"][1:] or ("",)
@@ -60,10 +60,21 @@ async def on_validation_error(_: Request, error: Exception) -> JSONResponse:
             path.append(first["ctx"]["discriminator"].strip("'"))
     param = ".".join(str(part) for part in path) if path else None
     if first["type"] == "extra_forbidden":
-        message = f"unknown field {name!r}{nearest(str(name), _known_fields())}"
-        return error_response(400, message, param, "unknown_field")
+        known = _known_fields()
+        where = ".".join(map(str, path[:-1])) or request.url.path
+        hint = f": {where} has no such field" if name in known else nearest(str(name), known)
+        return error_response(400, f"unknown field {name!r}{hint}", param, "unknown_field")
     message = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
     return error_response(400, f"{param}: {message}" if param else message, param, "invalid_value")
+
+
+def _rank(problem: Mapping[str, Any]) -> tuple[bool, bool, int, bool]:
+    """Of a union's complaints, the one that got furthest: a wrong type, a misspelt field, the deepest of the others,
+    best not that of a member that is no string or list.
+    """
+    place, kind = problem["loc"], problem["type"]
+    is_wrong_type = kind == "literal_error" and place[-1] == "type"
+    return is_wrong_type, kind == "extra_forbidden", len(place), kind not in ("string_type", "list_type")
 
 
 def _fields(location: Sequence[str | int]) -> list[str | int]:
@@ -88,10 +99,10 @@ def _known_fields() -> list[str]:
     return sorted({name for schema in schemas for name in schema.model_fields})
 
 
-# What the engine calls messages and max_tokens, by path.
 NAMES = {
     "/v1/completions": {"messages": "prompt"},
-    "/v1/responses": {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format"},
+    "/v1/chat/completions": {"chat_template_kwargs.reasoning_effort": "reasoning_effort"},
+    "/v1/responses": RESPONSE_NAMES,
 }
 
 

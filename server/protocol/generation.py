@@ -1,23 +1,39 @@
 """What requests for text have in common: how it is drawn, aligned, ended and delivered."""
 
 import json
+import math
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from alignment_core import Principle, SamplingParams
 from alignment_core.sequence import MAX_PRINCIPLES, MAX_RATIO, MAX_STOP_STRINGS, Structure
 
 
-def _encodable(text: str) -> str:
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("the text must be valid Unicode: it has half a surrogate pair")
-    return text
+def refused(param: str, message: str, kind: str = "invalid_value") -> PydanticCustomError:
+    """What validators of whole bodies raise: it tells which field is at fault."""
+    return PydanticCustomError(kind, "{message}", {"message": message, "param": param})
 
 
-Text = Annotated[str, AfterValidator(_encodable)]
+def _refuse_what_text_cannot_hold(body: dict[str, Any]) -> None:
+    """Half a surrogate pair and numbers that are none, which Python's JSON lets pass, anywhere."""
+    pending: list[tuple[str, Any]] = list(body.items())
+    while pending:
+        path, value = pending.pop()
+        if isinstance(value, dict):
+            pending += [(f"{path}.{key}", item) for key, item in value.items()]
+        elif isinstance(value, list):
+            pending += [(f"{path}.{index}", item) for index, item in enumerate(value)]
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise refused(path, f"{path}: must be a finite number")
+        text = path + value if isinstance(value, str) else path
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            path = path.encode(errors="replace").decode()
+            raise refused(path, f"{path}: the text must be valid Unicode: it has half a surrogate pair")
+
+
 Ratio = Annotated[float, Field(ge=0, le=MAX_RATIO)]
 TokenId = Annotated[int, Field(ge=0)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -28,7 +44,7 @@ class Schema(BaseModel):
 
 
 class PrincipleItem(Schema):
-    text: Annotated[Text, Field(min_length=1)]
+    text: Annotated[str, Field(min_length=1)]
     weight: Annotated[float, Field(ge=0)] = 1.0
     ratio: Ratio | None = None
 
@@ -36,6 +52,7 @@ class PrincipleItem(Schema):
 class StreamOptions(Schema):
     include_usage: bool = False
     continuous_usage_stats: bool = Field(False, description="usage in every chunk; needs include_usage")
+    include_obfuscation: Literal[False] | None = Field(None, description="there is none")
 
 
 class TextFormat(Schema):
@@ -47,10 +64,10 @@ class JsonObjectFormat(Schema):
 
 
 class JsonSchema(Schema):
-    name: Text
+    name: str
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool | None = Field(None, description="schemas are always kept to the letter")
-    description: Text | None = None
+    description: str | None = None
 
 
 class JsonSchemaFormat(Schema):
@@ -61,9 +78,9 @@ class JsonSchemaFormat(Schema):
 class StructuredOutputs(Schema):
     """Exactly one of them."""
 
-    regex: Text | None = None
-    choice: Annotated[list[Text], Field(min_length=1)] | None = None
-    grammar: Text | None = Field(None, description="Lark or GBNF")
+    regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    grammar: str | None = Field(None, description="Lark or GBNF")
 
     @model_validator(mode="after")
     def _just_one(self) -> "StructuredOutputs":
@@ -85,7 +102,7 @@ ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Fie
 class Alignment(Schema):
     """What is ours."""
 
-    principle: Text | Annotated[list[PrincipleItem], Field(min_length=1, max_length=MAX_PRINCIPLES)] | None = None
+    principle: str | Annotated[list[PrincipleItem], Field(min_length=1, max_length=MAX_PRINCIPLES)] | None = None
     alignment_ratio: Ratio | None = None
     alignment_top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     alignment_temperature: Annotated[float, Field(gt=0)] | None = None
@@ -109,10 +126,11 @@ class AlignmentFields(Alignment):
         """Clients send defaults of fields that can't be had here: those are fine, all else is an error."""
         if not isinstance(body, dict):
             return body
+        _refuse_what_text_cannot_hold(body)
         for name, neutral in cls.unsupported().items():
             if name in body:
                 if body[name] is not None and not _equal(body[name], neutral):
-                    raise PydanticCustomError("unsupported_field", "{param} is not supported", {"param": name})
+                    raise refused(name, f"{name} is not supported", "unsupported_field")
                 body = {key: value for key, value in body.items() if key != name}
         return body
 
@@ -141,16 +159,16 @@ class GenerationRequest(AlignmentFields):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="a structure that is complete ends sooner")
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOP_STRINGS)] | None = None
     stop_token_ids: list[TokenId] | None = None
     ignore_eos: bool | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
-    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]+$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
-        Field(None, description="token ids to what is added to their logits")
-    )
+    logit_bias: (
+        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None
+    ) = Field(None, description="token ids to what is added to their logits")
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     stream: bool | None = None
@@ -160,11 +178,12 @@ class GenerationRequest(AlignmentFields):
     @model_validator(mode="after")
     def _consistent_delivery(self) -> "GenerationRequest":
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream: true")
+            raise refused("stream_options", "stream_options needs stream: true")
         if self.stream_options and self.stream_options.continuous_usage_stats and not self.stream_options.include_usage:
-            raise ValueError("continuous_usage_stats needs include_usage: true")
-        if self.structured_outputs is not None and self.structure_of_format() is not None:
-            raise ValueError("structured_outputs and response_format exclude each other")
+            name = "stream_options.continuous_usage_stats"
+            raise refused(name, f"{name} needs include_usage: true")
+        if self.structured_outputs is not None and not isinstance(self.response_format, TextFormat | None):
+            raise refused("structured_outputs", "structured_outputs and response_format exclude each other")
         return self
 
     def sampling_params(self, **more: Any) -> SamplingParams:
@@ -184,14 +203,16 @@ class GenerationRequest(AlignmentFields):
             "frequency_penalty": self.frequency_penalty,
             "repetition_penalty": self.repetition_penalty,
             "logit_bias": self.logit_bias and {int(id): bias for id, bias in self.logit_bias.items()},
-            "structure": self.structured_outputs.structure() if self.structured_outputs else self.structure_of_format(),
+            "structure": self.structure(),
             "alignment_top_p": self.alignment_top_p,
             "alignment_temperature": self.alignment_temperature,
             **more,
         }
         return SamplingParams(**{name: value for name, value in given.items() if value is not None})
 
-    def structure_of_format(self) -> Structure | None:
+    def structure(self) -> Structure | None:
+        if self.structured_outputs:
+            return self.structured_outputs.structure()
         match self.response_format:
             case JsonObjectFormat():
                 return Structure("json_schema", '{"type": "object"}', "response_format")

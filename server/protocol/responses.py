@@ -2,39 +2,50 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, ValidationError, model_validator
+from pydantic import Discriminator, Field, PrivateAttr, Tag, ValidationError, model_validator
 
 from alignment_core.sequence import MAX_LOGPROBS
 from server.protocol.chat import ChatCompletionRequest, Function
-from server.protocol.generation import AlignmentFields, JsonObjectFormat, Schema, Text, TextFormat
+from server.protocol.generation import AlignmentFields, JsonObjectFormat, Schema, TextFormat, refused
+
+
+class _Item(Schema):
+    id: str | None = Field(None, description="of an output that comes back, as is status")
+    status: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_is_empty(cls, item: Any) -> Any:
+        """The SDKs' own objects, given back, have more fields, all of them empty."""
+        if not isinstance(item, dict):
+            return item
+        return {key: value for key, value in item.items() if key in cls.model_fields or value is not None}
 
 
 class InputText(Schema):
     type: Literal["input_text", "output_text", "text"]
-    text: Text
+    text: str
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
     logprobs: list[Any] | None = Field(None, description="of an output that comes back; not looked at")
 
 
-class InputMessage(Schema):
+Content = str | Annotated[list[InputText], Field(min_length=1)]
+
+
+class InputMessage(_Item):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[InputText], Field(min_length=1)]
-    id: str | None = Field(None, description="of an output that comes back, as is status")
-    status: str | None = None
+    content: Content
 
     def as_chat(self) -> dict[str, Any]:
-        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        return {"role": self.role, "content": content}
+        return {"role": self.role, "content": _joined(self.content)}
 
 
-class FunctionCallItem(Schema):
+class FunctionCallItem(_Item):
     type: Literal["function_call"]
-    call_id: Text
-    name: Text
-    arguments: Text
-    id: str | None = None
-    status: str | None = None
+    call_id: str
+    name: str
+    arguments: str
 
     def as_chat(self) -> dict[str, Any]:
         function = {"name": self.name, "arguments": self.arguments}
@@ -42,32 +53,46 @@ class FunctionCallItem(Schema):
         return {"role": "assistant", "content": None, "tool_calls": [call]}
 
 
-class FunctionCallOutput(Schema):
+class FunctionCallOutput(_Item):
     type: Literal["function_call_output"]
-    call_id: Text
-    output: Text
-    id: str | None = None
-    status: str | None = None
+    call_id: str
+    output: Content
 
     def as_chat(self) -> dict[str, Any]:
-        return {"role": "tool", "tool_call_id": self.call_id, "content": self.output}
+        return {"role": "tool", "tool_call_id": self.call_id, "content": _joined(self.output)}
 
 
 class ReasoningText(Schema):
     type: Literal["reasoning_text"]
-    text: Text
+    text: str
 
 
-class ReasoningItem(Schema):
+class ReasoningItem(_Item):
     type: Literal["reasoning"]
-    id: str | None = None
     summary: Annotated[list[Any], Field(max_length=0)] | None = None
     content: list[ReasoningText] | None = None
-    status: str | None = None
 
     def as_chat(self) -> dict[str, Any]:
         text = "".join(part.text for part in self.content or ())
         return {"role": "assistant", "content": None, "reasoning_content": text}
+
+
+def _joined(content: str | list[InputText]) -> str:
+    return content if isinstance(content, str) else "\n".join(part.text for part in content)
+
+
+def _type(item: Any) -> Any:
+    kind = item.get("type", "message") if isinstance(item, dict) else "message"
+    return f"{kind} item"
+
+
+Item = Annotated[
+    Annotated[InputMessage, Tag("message item")]
+    | Annotated[FunctionCallItem, Tag("function_call item")]
+    | Annotated[FunctionCallOutput, Tag("function_call_output item")]
+    | Annotated[ReasoningItem, Tag("reasoning item")],
+    Discriminator(_type, custom_error_type="invalid_item", custom_error_message="there is no item of this type"),
+]
 
 
 class FunctionTool(Function):
@@ -81,13 +106,14 @@ class FunctionChoice(Schema):
 
 class JsonSchemaText(Schema):
     type: Literal["json_schema"]
-    name: Text
+    name: str
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None
-    description: Text | None = None
+    description: str | None = None
 
 
 class TextOptions(Schema):
+    verbosity: Literal["medium"] | None = None
     format: Annotated[TextFormat | JsonObjectFormat | JsonSchemaText, Field(discriminator="type")] | None = None
 
 
@@ -98,11 +124,8 @@ class Reasoning(Schema):
 class ResponsesRequest(AlignmentFields):
     """OpenAI's request with the alignment fields flat at the top level. Nothing is stored."""
 
-    input: (
-        Text
-        | Annotated[list[InputMessage | FunctionCallItem | FunctionCallOutput | ReasoningItem], Field(min_length=1)]
-    )
-    instructions: Text | None = None
+    input: str | Annotated[list[Item], Field(min_length=1)]
+    instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -129,11 +152,14 @@ class ResponsesRequest(AlignmentFields):
     @model_validator(mode="after")
     def _as_chat(self) -> "ResponsesRequest":
         if self.previous_response_id is not None:
-            raise ValueError("previous_response_id: this server stores no responses; send the whole input")
+            raise refused("previous_response_id", "this server stores no responses; send the whole input")
         try:
             self._chat = ChatCompletionRequest.model_validate(self._chat_fields())
         except ValidationError as error:
-            raise ValueError("; ".join(problem["msg"] for problem in error.errors())) from error
+            first = error.errors()[0]
+            path = ".".join(str(part) for part in first["loc"])
+            param = first.get("ctx", {}).get("param", path)
+            raise refused(RESPONSE_NAMES.get(param, param), first["msg"]) from error
         return self
 
     @property
@@ -180,7 +206,8 @@ class ResponsesRequest(AlignmentFields):
         for item in self.input:
             message = item.as_chat()
             last = messages[-1] if messages else {}
-            if message["role"] == last.get("role") == "assistant" and last.get("content") is None:
+            is_more = last.get("content") is None or message["content"] is None
+            if message["role"] == last.get("role") == "assistant" and is_more:
                 # what one reply was made of: reasoning, text, calls
                 calls = [*last.get("tool_calls", []), *message.pop("tool_calls", [])]
                 messages[-1] = last | {name: value for name, value in message.items() if value is not None}
@@ -188,9 +215,18 @@ class ResponsesRequest(AlignmentFields):
                     messages[-1]["tool_calls"] = calls
             else:
                 messages.append(message)
-        return messages
+        return [m for m in messages if m["content"] is not None or "tool_calls" in m]  # thoughts that led nowhere
 
 
+# Fields of the chat completion by their names here.
+RESPONSE_NAMES = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+    "chat_template_kwargs.reasoning_effort": "reasoning.effort",
+}
 UNSUPPORTED: dict[str, Any] = {
     "background": False,
     "truncation": "disabled",

@@ -1,7 +1,9 @@
 """POST /v1/chat/completions."""
 
 import asyncio
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -11,7 +13,8 @@ from alignment_core import Engine, Prompt
 from server.models import serving
 from server.protocol.chat import ChatCompletionRequest
 from server.streaming import STREAMED, ChatCompletion, Replies, event_stream, gather
-from server.tool_calls import ReplyParser, call_format, demanded, marks_are_special
+from server.tool_calls import ReplyParser, end_of_thinking, marks_are_special
+from server.tool_grammars import demanded, kept_to, literal
 
 router = APIRouter()
 
@@ -46,23 +49,22 @@ async def begin(body: ChatCompletionRequest, state: State) -> tuple[Replies, Pro
         return prompt, "" if rendering.continues else engine.prompts.generation_prompt(rendering)
 
     prompt, begun = await asyncio.to_thread(build)
-    params = body.sampling_params(**_for_tools(body, engine))
+    params = body.sampling_params(**_for_tools(body, engine, literal(end_of_thinking(begun), engine.tokenizer)))
+    most_calls = 1 if body.parallel_tool_calls is False else math.inf
     replies = await Replies.of(engine, prompt, params, body.n or 1)
-    return replies, prompt, lambda: ReplyParser(engine.tokenizer, begun, rendering.tools)
+    return replies, prompt, lambda: ReplyParser(engine.tokenizer, begun, rendering.tools, most_calls)
 
 
-def _for_tools(body: ChatCompletionRequest, engine: Engine) -> dict[str, Any]:
-    """What tools change in how a reply is drawn."""
-    tools = body.callable_tools()
-    if not tools:
-        return {}
-    parallel = body.parallel_tool_calls is not False
+def _for_tools(body: ChatCompletionRequest, engine: Engine, after: str) -> dict[str, Any]:
+    """What tools and reasoning change in how a reply is drawn. after: ends the reasoning that has begun, in Lark."""
+    tools, parallel = body.callable_tools(), body.parallel_tool_calls is not False
     more: dict[str, Any] = {}
     if body.demands_call:
-        more["structure"] = demanded(engine.tokenizer, tools, parallel and body.tool_choice == "required")
-    elif not parallel and (end := call_format(engine.tokenizer).end.strip()):
-        given = [body.stop] if isinstance(body.stop, str) else body.stop or []
-        more["stop"] = (*given, end)
-    if marks_are_special(engine.tokenizer):
+        more["structure"] = demanded(engine.tokenizer, tools, parallel and body.tool_choice == "required", after)
+    elif any(tool["function"].get("strict") for tool in tools):
+        more["structure"] = kept_to(engine.tokenizer, tools, parallel, after)
+    elif after and (structure := body.structure()):
+        more["structure"] = replace(structure, after=after)
+    if tools and marks_are_special(engine.tokenizer):
         more["skip_special_tokens"] = False
     return more

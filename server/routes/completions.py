@@ -1,19 +1,19 @@
 """POST /v1/completions."""
 
 import asyncio
+import codecs
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from sse_starlette import JSONServerSentEvent, ServerSentEvent
 
-from alignment_core import Engine, EngineDead, Output, Prompt, Usage
+from alignment_core import Engine, EngineDead, InvalidRequest, Output, Prompt, Usage
 from alignment_core.sequence import TokenLogprob
 from server.models import serving
 from server.protocol.completions import CompletionRequest
-from server.streaming import IMPOSSIBLE, STREAMED, Replies, event_stream, failure, gather, usage_object
+from server.streaming import DONE, IMPOSSIBLE, STREAMED, Event, Replies, event_stream, failure, gather, usage_object
 
 router = APIRouter()
 
@@ -34,7 +34,10 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     replies: list[Replies] = []
     try:
         for prompt in prompts:
-            replies += [await Replies.of(engine, prompt, params, body.n or 1)]
+            if params.max_tokens or prompt.given:
+                replies += [await Replies.of(engine, prompt, params, body.n or 1)]
+            else:
+                replies += [Replies.of_nothing(engine, prompt, body.n or 1)]
     except BaseException:
         for one in replies:
             one.abort()
@@ -78,7 +81,7 @@ class TextCompletion:
         usages = [[output.usage for output in of_prompt if output.usage] for of_prompt in outputs]
         return {**self._head, "choices": choices, "usage": _sum(usages)}
 
-    async def events(self, replies: Sequence[Replies]) -> AsyncIterator[ServerSentEvent]:
+    async def events(self, replies: Sequence[Replies]) -> AsyncIterator[Event]:
         options = self._body.stream_options
         include_usage = options is not None and options.include_usage
         continuous = options is not None and options.continuous_usage_stats
@@ -89,7 +92,7 @@ class TextCompletion:
             [_Logprobs(self._engine, self._first(number)) for _ in range(self._n)] for number in range(len(replies))
         ]
 
-        def event(choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> ServerSentEvent:
+        def event(choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> Event:
             if continuous and usage is None:
                 drawn = sum(max(count, 0) for of_prompt in counts for count in of_prompt)
                 usage = {
@@ -97,7 +100,7 @@ class TextCompletion:
                     "completion_tokens": drawn,
                     "total_tokens": num_prompt_tokens + drawn,
                 }
-            return JSONServerSentEvent({**self._head, "choices": choices} | ({"usage": usage} if include_usage else {}))
+            return Event({**self._head, "choices": choices} | ({"usage": usage} if include_usage else {}))
 
         try:
             for number in range(len(replies)):
@@ -114,8 +117,8 @@ class TextCompletion:
                     usages[number].append(output.usage)
             if include_usage:
                 yield event([], _sum(usages))
-            yield ServerSentEvent(data="[DONE]")
-        except EngineDead as error:
+            yield DONE
+        except (EngineDead, InvalidRequest) as error:
             yield failure(error)
         finally:
             for one in replies:
@@ -145,30 +148,40 @@ class _Logprobs:
     def __init__(self, engine: Engine, first: int | None) -> None:
         self._token_bytes = engine.token_bytes
         self._first = first
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
     def add(self, outputs: Sequence[Output]) -> dict[str, Any] | None:
         """The lists of what came with these outputs."""
         reports: list[TokenLogprob | None] = [report for output in outputs for report in output.logprobs]
-        if not reports:
-            return None
         ids = [report.token_id for report in reports if report]
         if self._first is not None:
             ids, reports, self._first = [self._first, *ids], [None, *reports], None
-        tokens = [self._text(id) for id in ids]
+        if not reports:
+            return None
         offsets = []
-        for token in tokens:
+        for id in ids:
             offsets.append(self._offset)
-            self._offset += len(token)
+            self._offset += len(self._decoder.decode(self._token_bytes(id)))
         return {
-            "tokens": tokens,
+            "tokens": [self._name(id) for id in ids],
             "token_logprobs": [report and max(report.logprob, IMPOSSIBLE) for report in reports],
-            "top_logprobs": [report and {self._text(id): value for id, value in report.top} for report in reports],
+            "top_logprobs": [report and self._top(report) for report in reports],
             "text_offset": offsets,
         }
 
-    def _text(self, id: int) -> str:
-        return self._token_bytes(id).decode(errors="replace")
+    def _top(self, report: TokenLogprob) -> dict[str, float]:
+        """The drawn token is there too, unless it could not be drawn."""
+        pairs = [(report.token_id, report.logprob)] if report.logprob > IMPOSSIBLE else []
+        return {self._name(id): value for id, value in (*report.top, *pairs)}
+
+    def _name(self, id: int) -> str:
+        """A token's text; part of a character as OpenAI writes it."""
+        content = self._token_bytes(id)
+        try:
+            return content.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
 
 async def _merged(replies: Sequence[Replies]) -> AsyncIterator[tuple[int, Output]]:
@@ -180,7 +193,7 @@ async def _merged(replies: Sequence[Replies]) -> AsyncIterator[tuple[int, Output
             async for output in one:
                 queue.put_nowait((number, output))
             queue.put_nowait((number, None))
-        except EngineDead as error:
+        except (EngineDead, InvalidRequest) as error:
             queue.put_nowait((number, error))
 
     tasks = [asyncio.ensure_future(forward(number, one)) for number, one in enumerate(replies)]

@@ -6,17 +6,16 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from sse_starlette import JSONServerSentEvent, ServerSentEvent
 
-from alignment_core import Engine, EngineDead, Output
+from alignment_core import Engine, EngineDead, InvalidRequest, Output
 from server.models import serving
 from server.protocol.responses import ResponsesRequest
 from server.routes.chat import begin
-from server.streaming import STREAMED, Replies, event_stream, gather, logprob_object, usage_object
+from server.streaming import STREAMED, Event, Replies, event_stream, gather, logprob_object, usage_object
 from server.tool_calls import Delta, ReplyParser
 
 router = APIRouter()
-Event = dict[str, Any]
+News = dict[str, Any]
 
 
 @router.post("/v1/responses", response_model=None, responses=STREAMED)
@@ -38,6 +37,7 @@ class ModelResponse:
     def __init__(self, engine: Engine, body: ResponsesRequest, parser: ReplyParser) -> None:
         self._token_bytes, self._parser = engine.token_bytes, parser
         self._items = _Items()
+        self._pending: list[dict[str, Any]] = []  # log-probabilities of tokens whose text is still to come
         tools = [tool.model_dump(exclude_none=True) | {"strict": tool.strict} for tool in body.tools or ()]
         choice = body.tool_choice or "auto"
         self._num_reasoned = 0
@@ -72,13 +72,13 @@ class ModelResponse:
             self._take(output)
         return self._response
 
-    async def events(self, replies: Replies) -> AsyncIterator[ServerSentEvent]:
+    async def events(self, replies: Replies) -> AsyncIterator[Event]:
         number = 0
 
-        def sent(event: Event) -> ServerSentEvent:
+        def sent(event: News) -> Event:
             nonlocal number
             number += 1
-            return JSONServerSentEvent({**event, "sequence_number": number - 1}, event=event["type"])
+            return Event({**event, "sequence_number": number - 1}, event["type"])
 
         try:
             for kind in ("response.created", "response.in_progress"):
@@ -88,24 +88,25 @@ class ModelResponse:
                     yield sent(event)
             status = self._response["status"]
             yield sent({"type": f"response.{status}", "response": self._response})
-        except EngineDead as error:
-            failed = {"status": "failed", "error": {"code": "server_error", "message": str(error)}}
+        except (EngineDead, InvalidRequest) as error:
+            code = "server_error" if isinstance(error, EngineDead) else "invalid_prompt"
+            failed = {"status": "failed", "error": {"code": code, "message": str(error)}}
             yield sent({"type": "response.failed", "response": self._response | failed})
         finally:
             replies.abort()
 
-    def _take(self, output: Output) -> list[Event]:
-        logprobs = [logprob_object(report, self._token_bytes) for report in output.logprobs]
+    def _take(self, output: Output) -> list[News]:
+        self._pending += [logprob_object(report, self._token_bytes) for report in output.logprobs]
         events = []
         deltas = self._parser.feed(output.text) + (self._parser.finish() if output.finish_reason else [])
         if any("reasoning_content" in delta for delta in deltas):
             self._num_reasoned += len(output.token_ids)
         for delta in deltas:
-            events += self._items.take(delta, logprobs)
-            logprobs = []
+            events += self._items.take(delta, self._pending if "content" in delta else [])
+            self._pending = []
         if output.finish_reason:
             status = "completed" if output.finish_reason == "stop" else "incomplete"
-            events += self._items.close(status)
+            events += self._items.close(status, self._pending)
             self._response["status"] = status
             if status == "incomplete":
                 reason = "max_output_tokens" if output.finish_reason == "length" else "abort"
@@ -137,7 +138,7 @@ class _Items:
         self.done: list[dict[str, Any]] = []
         self._open: dict[str, Any] | None = None
 
-    def take(self, delta: Delta, logprobs: list[dict[str, Any]]) -> list[Event]:
+    def take(self, delta: Delta, logprobs: list[dict[str, Any]]) -> list[News]:
         if "tool_calls" in delta:
             (call,) = delta["tool_calls"]
             events = self._open_call(call) if "id" in call else []
@@ -147,8 +148,8 @@ class _Items:
         events = [] if self._open is not None and self._open["type"] == kind else self._open_text(kind)
         return events + self._text_grows(text, logprobs)
 
-    def close(self, status: str = "completed") -> list[Event]:
-        """End the open item, if there is any."""
+    def close(self, status: str = "completed", logprobs: Sequence[dict[str, Any]] = ()) -> list[News]:
+        """End the open item, if there is any. logprobs: of tokens at its end that have no text."""
         item, self._open = self._open, None
         if item is None:
             return []
@@ -160,6 +161,7 @@ class _Items:
             (part,) = item["content"]
             ends = [{"type": f"response.{part['type']}.done", **place, "content_index": 0, "text": part["text"]}]
             if part["type"] == "output_text":
+                part["logprobs"] = [*part["logprobs"], *logprobs]
                 ends[0]["logprobs"] = part["logprobs"]
             ends.append({"type": "response.content_part.done", **place, "content_index": 0, "part": part})
         ends.append({"type": "response.output_item.done", "output_index": place["output_index"], "item": item})
@@ -169,13 +171,13 @@ class _Items:
     def _place(self, item: dict[str, Any]) -> dict[str, Any]:
         return {"item_id": item["id"], "output_index": len(self.done)}
 
-    def _begin(self, item: dict[str, Any]) -> list[Event]:
+    def _begin(self, item: dict[str, Any]) -> list[News]:
         events = self.close()
         self._open = item
         shown = {**item, "content": []} if "content" in item else dict(item)
         return [*events, {"type": "response.output_item.added", "output_index": len(self.done), "item": shown}]
 
-    def _open_call(self, call: dict[str, Any]) -> list[Event]:
+    def _open_call(self, call: dict[str, Any]) -> list[News]:
         item = {
             "id": f"fc_{uuid.uuid4().hex}",
             "type": "function_call",
@@ -186,13 +188,13 @@ class _Items:
         }
         return self._begin(item)
 
-    def _call_grows(self, text: str) -> list[Event]:
+    def _call_grows(self, text: str) -> list[News]:
         if not text or self._open is None:
             return []
         self._open["arguments"] += text
         return [{"type": "response.function_call_arguments.delta", **self._place(self._open), "delta": text}]
 
-    def _open_text(self, kind: str) -> list[Event]:
+    def _open_text(self, kind: str) -> list[News]:
         item: dict[str, Any]
         if kind == "message":
             part: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
@@ -205,7 +207,7 @@ class _Items:
         added = {"type": "response.content_part.added", **self._place(item), "content_index": 0, "part": dict(part)}
         return [*events, added]
 
-    def _text_grows(self, text: str, logprobs: list[dict[str, Any]]) -> list[Event]:
+    def _text_grows(self, text: str, logprobs: list[dict[str, Any]]) -> list[News]:
         assert self._open is not None
         (part,) = self._open["content"]
         part["text"] += text

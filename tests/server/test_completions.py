@@ -84,8 +84,13 @@ def test_an_echo_with_log_probabilities(client, extra, stream):
         ({"prompt": ""}, "prompt", "empty"),
         ({"prompt": []}, "prompt", ""),
         ({"prompt": [10**9]}, "prompt", "no token"),
-        ({"max_tokens": 0}, None, "echo"),
-        ({"messages": []}, "messages", "unknown field"),
+        ({"max_tokens": 0}, "max_tokens", "echo"),
+        ({"messages": []}, "messages", "/v1/completions has no such field"),
+        ({"propmt": "x"}, "propmt", "did you mean prompt?"),
+        ({"prompt": ["a"] * 300}, "prompt", "256"),
+        ({"prompt": [[1], []]}, "prompt.1", "at least 1"),
+        ({"prompt": ["a", 1]}, "prompt.1", "string"),
+        pytest.param({"logit_bias": {"9" * 5000: 1}}, "logit_bias", "pattern", id="a bias of many digits"),
         ({"logprobs": 21}, "logprobs", "20"),
         ({"prompt": "word " * 9000}, "prompt", "context"),
     ],
@@ -96,7 +101,7 @@ def test_what_can_not_be(url, change, param, message):
     response = httpx.post(url + "/v1/completions", json=body, timeout=60)
     assert response.status_code == 400, response.text
     error = response.json()["error"]
-    assert error["param"] == param
+    assert error["param"].startswith(param)
     assert message in error["message"]
 
 
@@ -135,3 +140,47 @@ def test_presets(client):
     assert text == 2
     with pytest.raises(openai.NotFoundError):
         create(client, model="smollm2:nobody")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_parts_of_characters_have_names_and_places(client, stream):
+    text = "The 🦄🎉漢 café 🦄🎉漢 café"
+    asked = {"prompt": text, "echo": True, "logprobs": 5, "max_tokens": 0}
+    chunks = complete(client, **asked, stream=True) if stream else [complete(client, **asked)]
+    parts = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]
+    tokens, offsets, values, tops = (
+        [value for part in parts for value in getattr(part, name)]
+        for name in ("tokens", "text_offset", "token_logprobs", "top_logprobs")
+    )
+    named = [token for token in tokens if token.startswith("bytes:")]
+    assert named, "no token was part of a character"
+    content = b"".join(
+        bytes.fromhex(token.removeprefix("bytes:").replace("\\x", "")) if token in named else token.encode()
+        for token in tokens
+    )
+    assert content.decode() == text
+    for token, offset in zip(tokens, offsets, strict=True):
+        assert token in named or text[offset:].startswith(token)
+    for token, value, top in zip(tokens[1:], values[1:], tops[1:], strict=True):
+        assert top[token] == value
+        assert len(top) in (5, 6)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_prompts_that_leave_nothing_to_do(client, stream):
+    """Beside one that is scored, a prompt of a single token; and an echo without any log-probability."""
+    for asked in ({"prompt": ["The sky is", "ab"], "logprobs": 1}, {"prompt": ["The sky is", "ab"]}):
+        texts, logprobs, reasons = {0: "", 1: ""}, {}, {}
+        asked = {**asked, "echo": True, "max_tokens": 0}
+        for chunk in complete(client, **asked, stream=True) if stream else [complete(client, **asked)]:
+            for choice in chunk.choices:
+                texts[choice.index] += choice.text
+                logprobs[choice.index] = choice.logprobs or logprobs.get(choice.index)
+                reasons[choice.index] = choice.finish_reason
+        assert texts == {0: "The sky is", 1: "ab"}
+        assert reasons == {0: "length", 1: "length"}
+        if "logprobs" in asked:
+            assert (logprobs[1].tokens, logprobs[1].token_logprobs) == (["ab"], [None])
+            assert logprobs[0].token_logprobs[-1] < 0
+        else:
+            assert logprobs == {0: None, 1: None}

@@ -95,8 +95,10 @@ VALUES = {
     "verbosity": "low",
     "web_search_options": {},
 }
+BEGUN = [*CHAT, {"role": "assistant", "content": "Yes,"}]
 NEEDS = {
-    "continue_final_message": {"messages": [*CHAT, {"role": "assistant", "content": "Yes,"}]},
+    "add_generation_prompt": {"messages": BEGUN, "continue_final_message": True},
+    "continue_final_message": {"messages": BEGUN},
     "stream_options": {"stream": True},
     "principle_placement": {"principle": "Be kind."},
     "alignment_ratio": {"principle": "Be kind."},
@@ -104,8 +106,9 @@ NEEDS = {
     "alignment_temperature": {"principle": "Be kind."},
 }
 NEEDS_IN_CHAT = {"top_logprobs": {"logprobs": True}, "tool_choice": {"tools": [WEATHER]}}
-NAMED_AS = {"chat_template_kwargs": "enable_thinking", "reasoning": "reasoning_effort"}
+NAMED_AS = {"chat_template_kwargs": "enable_thinking", "reasoning": "reasoning.effort"}
 NOTES = {
+    "add_generation_prompt": "the contrary of `continue_final_message`",
     "chat_template_kwargs": "variables that the model's template knows; the embedded model's knows none",
     "reasoning_effort": "for templates that know it; the embedded model's doesn't",
     "reasoning": "for templates that know `reasoning_effort`; the embedded model's doesn't",

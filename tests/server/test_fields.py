@@ -5,6 +5,7 @@ import math
 
 import httpx
 import jsonschema
+import openai
 import pytest
 from pydantic import BaseModel
 
@@ -181,6 +182,55 @@ def test_a_tool_loop(client, choice):
         reasons.append(chunk.choices[0].finish_reason)
     assert arguments == call.function.arguments
     assert reasons[-1] == "tool_calls"
+
+
+def test_strict_tools_leave_text_free(client):
+    strict = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}
+    free = create(client, ALIGNED, tools=[WEATHER], max_tokens=40).choices[0].message
+    kept = create(client, ALIGNED, tools=[strict], max_tokens=40).choices[0].message
+    assert kept.content == free.content != ""
+
+
+def test_a_tool_without_parameters_takes_none(client):
+    tool = {"type": "function", "function": {"name": "stop_all"}}
+    reply = create(client, ALIGNED, tools=[tool], tool_choice="required", parallel_tool_calls=False, max_tokens=60)
+    (call,) = reply.choices[0].message.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == ("stop_all", {})
+
+
+def test_a_call_that_is_cut_off_is_text_as_it_was_written(client):
+    reply = create(client, ALIGNED, tools=[WEATHER], tool_choice="required", max_tokens=9).choices[0]
+    assert reply.finish_reason == "length"
+    assert reply.message.content.startswith("<tool_call>")
+    assert "</tool_call>" not in reply.message.content
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_structure_beyond_the_limits_fails_alone(client, stream):
+    """What the library only finds on the way is the request's own error; a choice of thousands is no such thing."""
+    many = {"structured_outputs": {"choice": [str(number) for number in range(5000)]}}
+    assert 0 <= int(create(client, {**ALIGNED, **many}).choices[0].message.content) < 5000
+    bomb = {"structured_outputs": {"regex": "(a{1000}){1000}"}}
+    with pytest.raises(openai.APIError, match="structured_outputs can't be used"):
+        list(create(client, {**ALIGNED, **bomb}, stream=stream, max_tokens=1000))
+    assert create(client, ALIGNED, max_tokens=2).choices[0].message.content
+
+
+def test_the_mark_of_a_continued_message(client):
+    """vLLM's clients send both fields."""
+    begun = [*CHAT, {"role": "assistant", "content": "From the wind, because"}]
+    one, both = (
+        create(client, {**ALIGNED, "continue_final_message": True, **more}, messages=begun, max_tokens=5)
+        for more in ({}, {"add_generation_prompt": False})
+    )
+    assert one.choices[0].message.content == both.choices[0].message.content
+
+
+def test_lines_end_as_openais_do(url):
+    body = {"model": "smollm2", "messages": CHAT, "max_tokens": 2, "stream": True}
+    content = httpx.post(url + "/v1/chat/completions", json=body, timeout=60).content
+    assert content.endswith(b"\n\ndata: [DONE]\n\n")
+    assert b"\r" not in content
 
 
 def test_tools_are_told_to_the_model_unless_they_may_not_be_called(client):

@@ -8,7 +8,8 @@ import openai
 import pytest
 from openai.types.responses import Response
 
-from tests.server.test_chat import CHAT, PRINCIPLE, create
+from server.protocol.responses import ResponsesRequest
+from tests.server.test_chat import CHAT, JSON, PRINCIPLE, create
 from tests.server.test_fields import WEATHER, Plant
 
 ALIGNED = {"principle": PRINCIPLE, "alignment_ratio": 2}
@@ -104,6 +105,9 @@ def test_a_tool_loop(client, stream):
     ("change", "message"),
     [
         ({"previous_response_id": "resp_1"}, "stores no responses"),
+        ({"input": [{"type": "image"}]}, "no item of this type"),
+        ({"input": [{"type": "function_call", "call_id": "1", "nmae": "x", "arguments": "{}"}]}, "did you mean name"),
+        ({"text": {"format": {"type": "json_schema", "name": "x", "schemaa": {}}}}, "'schemaa'; did you mean schema"),
         ({"tools": [{"type": "web_search"}]}, "tools.0"),
         ({"background": True}, "not supported"),
         ({"max_output_tokens": 0}, "greater"),
@@ -116,3 +120,63 @@ def test_a_tool_loop(client, stream):
 def test_what_can_not_be(client, change, message):
     with pytest.raises(openai.BadRequestError, match=message):
         respond(client, **change)
+
+
+def test_errors_name_the_field_by_its_name_here(url):
+    body = {"model": "smollm2", "input": "Hi."}
+    for change, param in [
+        ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
+        ({"max_output_tokens": 10**6}, "max_output_tokens"),
+        ({"previous_response_id": "x"}, "previous_response_id"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"metadata": {"a": "\ud800"}}, "metadata.a"),
+    ]:
+        content = json.dumps(body | change)
+        response = httpx.post(url + "/v1/responses", content=content, headers=JSON, timeout=60)
+        error = response.json()["error"]
+        assert error["param"] == param
+        assert not error["message"].startswith("Value error")
+
+
+def test_what_comes_back_goes_in_again(client):
+    """The SDK's objects as dictionaries, empty fields included; results in parts; a thought that led nowhere."""
+    asked = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False, "max_output_tokens": 100}
+    call = respond(client, ALIGNED, **asked).output[0].model_dump()
+    said = respond(client, ALIGNED).output[0].model_dump()
+    result = {
+        "type": "function_call_output",
+        "call_id": call["call_id"],
+        "output": [{"type": "input_text", "text": "7"}],
+    }
+    thought = {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]}
+    assert respond(client, ALIGNED, input=[*CHAT, said, call, result, thought], tools=[TOOL]).output_text
+
+
+def test_text_and_its_calls_are_one_message():
+    items = [
+        {"role": "user", "content": "Hi."},
+        {"role": "assistant", "content": "Let me see."},
+        {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "1", "output": "7"},
+    ]
+    messages = ResponsesRequest.model_validate({"model": "m", "input": items}).chat.messages
+    assert [message.role for message in messages] == ["user", "assistant", "tool"]
+    assert (messages[1].content, len(messages[1].tool_calls)) == ("Let me see.", 1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_token_has_its_log_probability(client, stream):
+    """Those without a character of their own too."""
+    text = "é漢🎉🦄"
+    schema = {"type": "json_schema", "name": "x", "schema": {"const": text}}
+    asked = {
+        "text": {"format": schema},
+        "top_logprobs": 2,
+        "include": ["message.output_text.logprobs"],
+        "stream": stream,
+    }
+    response = respond(client, ALIGNED, **asked)
+    if stream:
+        response = list(response)[-1].response
+    found = response.output[0].content[0].logprobs
+    assert bytes(byte for token in found for byte in token.bytes).decode() == response.output_text == f'"{text}"'

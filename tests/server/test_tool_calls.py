@@ -5,8 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from alignment_core import SamplingParams
-from server.tool_calls import HERMES, LLAMA, MISTRAL, ReplyParser, call_format, demanded, message_of
+from alignment_core import InvalidRequest, SamplingParams
+from alignment_core.grammars import Grammars
+from alignment_core.sequence import Structure
+from server.tool_calls import HERMES, LLAMA, MISTRAL, ReplyParser, call_format, end_of_thinking, message_of
+from server.tool_grammars import demanded, kept_to
 from tests.alignment_core.test_engine import aligned
 from tests.conftest import make_engine, run_all, tiny_pair
 
@@ -38,6 +41,11 @@ TEMPLATES = {
 
 def tokenizer_of(family, **more):
     return SimpleNamespace(chat_template=TEMPLATES[family], added_tokens_decoder={}, **more)
+
+
+@pytest.fixture(scope="module")
+def grammars(embedded):
+    return Grammars(embedded.tokenizer, embedded.model.config.vocab_size, embedded.eos_token_ids)
 
 
 REPLIES = [
@@ -189,3 +197,77 @@ def test_a_demanded_call_keeps_to_its_schema(wide, family, parallel):
         assert len(message["tool_calls"]) == 1 or parallel
     assert seen <= {"weather", "flights"}
     assert seen
+
+
+CALL = '{{"name": "weather", "{}": {{"city": "{}", "days": 3}}}}'
+FREE = {
+    "qwen": ["Hello <b>", "", f"Well.\n<tool_call>\n{CALL.format('arguments', 'Rome')}\n</tool_call>\nSo."],
+    "llama": ["Hello {", "", CALL.format("parameters", "Rome")],
+    "mistral": ["Hello [", "", f"[TOOL_CALLS][{CALL.format('arguments', 'Rome')}]"],
+}
+
+
+def accepts(grammars, tokenizer, structure, text):
+    matcher, ids = grammars.matcher(structure), tokenizer.encode(text, add_special_tokens=False)
+    return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+
+@pytest.mark.parametrize("family", FREE)
+def test_calls_of_strict_tools_keep_to_their_schemas(family, grammars, tokenizer):
+    tools = [
+        {**tool, "function": {**tool["function"], "strict": name}}
+        for tool, name in zip(TOOLS, (True, False), strict=True)
+    ]
+    structure = kept_to(tokenizer_of(family), tools, True)
+    *texts, call = FREE[family]
+    for text in (*texts, call, call.replace("weather", "flights").replace("Rome", "Paris")):
+        assert accepts(grammars, tokenizer, structure, text), text
+    for text in (call.replace("Rome", "Paris"), call.replace("weather", "rain")):
+        assert not accepts(grammars, tokenizer, structure, text), text
+    alone = kept_to(tokenizer_of(family), tools, False)
+    assert accepts(grammars, tokenizer, alone, call)
+    second = {"qwen": f"\n{call}", "llama": f"; {call}", "mistral": call.removeprefix("[TOOL_CALLS][")}[family]
+    both = f"{call[:-1]}, {second}" if family == "mistral" else call + second
+    assert accepts(grammars, tokenizer, structure, both), both
+    assert accepts(grammars, tokenizer, alone, both) == (family == "qwen")  # whose second call the parser drops
+
+
+def test_a_model_that_calls_in_a_way_of_its_own_is_not_kept_to_a_schema():
+    own = tokenizer_of("none", response_template={"fields": {}})
+    for make in (demanded, kept_to):
+        with pytest.raises(InvalidRequest, match="writes calls in a way"):
+            make(own, TOOLS, True)
+
+
+@pytest.mark.parametrize("family", FREE)
+def test_later_calls_are_dropped_where_one_is_asked_for(family):
+    text = {
+        "qwen": '<tool_call>{"name": "a", "arguments": {"l": [1]}}</tool_call><tool_call>{"name": "b"}</tool_call>',
+        "llama": '{"name": "a", "parameters": {"l": [1]}}; {"name": "b", "parameters": {}}',
+        "mistral": '[TOOL_CALLS][{"name": "a", "arguments": {"l": [1]}}, {"name": "b", "arguments": {}}]',
+    }[family]
+    parser = ReplyParser(tokenizer_of(family), "", TOOLS, 1)
+    deltas = [delta for character in text for delta in parser.feed(character)] + parser.finish()
+    (call,) = message_of(deltas)["tool_calls"]
+    assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == ("a", {"l": [1]})
+
+
+def test_a_structure_begins_where_the_reasoning_ends(grammars, tokenizer):
+    mark = end_of_thinking("<|im_start|>assistant\n<think>\n")
+    assert mark == "</think>"
+    assert end_of_thinking("<|im_start|>assistant\n<think>\n\n</think>\n\n") == end_of_thinking("assistant\n") == ""
+    after = json.dumps(mark)
+    asked = [
+        (Structure("json_schema", '{"type": "integer"}', after=after), "7"),
+        (Structure("regex", "a+b", after=after), "aab"),
+        (Structure("choice", '["yes", "n.o"]', after=after), "n.o"),
+        (Structure("grammar", 'start: "x" "y"', after=after), "xy"),
+        (
+            demanded(tokenizer_of("qwen"), TOOLS, False, after),
+            FREE["qwen"][2].removeprefix("Well.\n").removesuffix("\nSo."),
+        ),
+    ]
+    for structure, text in asked:
+        assert accepts(grammars, tokenizer, structure, f"Hm {{1}}\n</think>\n\n{text}"), structure
+        assert not accepts(grammars, tokenizer, structure, text)
+        assert not accepts(grammars, tokenizer, structure, f"Hm\n</think>\n\n{text}!")
