@@ -1,4 +1,4 @@
-"""Linear Alignment as pure functions on tensors: DESIGN section 2.
+"""Linear Alignment and its neighbours as pure functions on tensors: DESIGN section 2, docs/methods.md.
 
 Gao et al., "Linear Alignment: A Closed-form Solution for Aligning Human Preferences without Tuning
 and Feedback", ICML 2024, arXiv 2401.11458: extrapolating the logits along the direction that a
@@ -6,11 +6,97 @@ principle induces is the closed form of one policy-optimisation step. The plausi
 nucleus mask of the authors' implementation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Method = Literal["linear", "context_steering", "cfg", "opad", "amulet", "adaptive"]
+Coefficients = tuple[float, ...]  # c_i in z = Σ w_i z_i + Σ c_i (z_i − z_b), one for each principled branch
+
+# Amulet's published constants beside α, which is the ratio.
+AMULET_LAMBDA, AMULET_ETA, AMULET_STEPS = 2.0, 10.0, 60
+ADAPTIVE_SCALE = 20.0
+
+
+def linear(weights: Sequence[float], ratios: Sequence[float]) -> Coefficients:
+    """Linear Alignment, and classifier-free guidance of scale 1 + r (Sanchez et al., arXiv 2306.17806)."""
+    return tuple(weight * ratio for weight, ratio in zip(weights, ratios, strict=True))
+
+
+def context_steering(weights: Sequence[float], ratios: Sequence[float]) -> Coefficients:
+    """CoS (He et al., ICLR 2025): one context is extrapolated by r; of several, each is added r_i times to the base."""
+    if len(ratios) == 1:
+        return tuple(ratios)
+    return tuple(ratio - weight for weight, ratio in zip(weights, ratios, strict=True))
+
+
+def amulet(weights: Sequence[float], ratios: Sequence[float]) -> Coefficients:
+    """Amulet (Zhang et al., ICLR 2025) with α = r: their loop over the policy of every token in closed form.
+
+    Each of its steps is linear in the log-probabilities, so it is L_c + a_t (L_c − L_u) with
+    a_t (λ + 1/ηt) = α (1 + mean of a_0 … a_{t−1}) + a_{t−1}/ηt and a_0 = 0: a number that no token changes.
+    """
+
+    def last(alpha: float) -> float:
+        a = total = 0.0
+        for t in range(1, AMULET_STEPS + 1):
+            total += a
+            inertia = 1 / (AMULET_ETA * t)
+            a = (alpha * (1 + total / t) + inertia * a) / (AMULET_LAMBDA + inertia)
+        return a
+
+    return linear(weights, [last(ratio) for ratio in ratios])
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A method: its coefficients, from weights and ratios, and the plausible set's mass where a request names none
+    (1: none, as published).
+    """
+
+    coefficients: Callable[[Sequence[float], Sequence[float]], Coefficients]
+    top_p: float
+
+
+METHODS: dict[Method, Rule] = {
+    "linear": Rule(linear, 0.8),
+    "context_steering": Rule(context_steering, 1.0),
+    "cfg": Rule(linear, 1.0),
+    "opad": Rule(linear, 1.0),  # and what `opad` adds
+    "amulet": Rule(amulet, 1.0),
+    "adaptive": Rule(linear, 0.8),  # of which `adaptive` takes away
+}
+
+
+def opad(now: Tensor, before: Tensor | None) -> Tensor:
+    """OPAD (Zhu et al., ICLR 2025): what is to be added to the direction, all [V], at this step.
+
+    before: the direction at the step before. At the first token, where there is none, the direction has no effect.
+    """
+    return -now if before is None else before
+
+
+def adaptive(coefficients: Tensor, weights: Tensor, principled: Tensor, base: Tensor) -> Tensor:
+    """No token's ratio is greater than ADAPTIVE_SCALE × the Jensen-Shannon divergence (nats) of the two policies:
+    the idea of AdaCAD (Wang et al., NAACL 2025), where they agree there is nothing to amplify.
+
+    coefficients, weights: [k]; principled, base: logits, [V].
+    """
+    log_p, log_q = principled.log_softmax(dim=-1), base.log_softmax(dim=-1)
+    log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0))
+    divergence = (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum() / 2
+    return torch.minimum(coefficients, weights * ADAPTIVE_SCALE * divergence)
+
+
+def starts_from_base(coefficients: Sequence[float]) -> bool:
+    """Whether the reply moves away from its principles: their guidance scale, 1 + Σ c_i, is negative.
+
+    The plausible set is then the base policy's.
+    """
+    return 1 + sum(coefficients) < 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,39 +105,54 @@ class Mixing:
 
     principled: [S, k] int64, row numbers; sequences with fewer branches repeat a row at weight 0.
     weights: [S, k] float32, each line sums to 1.
-    ratios: [S, k] float32.
+    coefficients: [S, k] float32.
     base: [S] int64, row numbers; the first principled row where there is no base branch.
+    addition: [S, V] float32, what is added to the direction beside; None for nothing.
     """
 
     principled: Tensor
     weights: Tensor
-    ratios: Tensor
+    coefficients: Tensor
     base: Tensor
+    addition: Tensor | None = None
 
     def __getitem__(self, index: Tensor | slice) -> "Mixing":
         """The mixing of some of the sequences."""
-        return Mixing(self.principled[index], self.weights[index], self.ratios[index], self.base[index])
+        return Mixing(
+            self.principled[index],
+            self.weights[index],
+            self.coefficients[index],
+            self.base[index],
+            None if self.addition is None else self.addition[index],
+        )
 
     @classmethod
-    def plan(cls, sequences: Sequence[tuple[Sequence[float], Sequence[float], bool]], device: torch.device) -> "Mixing":
+    def plan(
+        cls,
+        sequences: Sequence[tuple[Sequence[float], Sequence[float], bool]],
+        device: torch.device,
+        may_turn: bool = True,
+    ) -> "Mixing":
         """Number the rows in order: each sequence's principled branches, then its base branch if it has one.
 
-        sequences: (weights, ratios, has a base branch) of each.
+        sequences: (weights, coefficients, has a base branch) of each. may_turn: where a sequence starts from its
+        base, it is mixed from there: z_b + Σ (w_i + c_i)(z_i − z_b), which is the same.
         """
-        k = max(len(weights) for weights, _, _ in sequences)
-        principled, all_weights, all_ratios, base = [], [], [], []
-        row = 0
-        for weights, ratios, has_base in sequences:
-            padding = k - len(weights)
-            principled.append([*range(row, row + len(weights)), *[row] * padding])
-            all_weights.append([*weights, *[0.0] * padding])
-            all_ratios.append([*ratios, *[0.0] * padding])
-            base.append(row + len(weights) if has_base else row)
+        row, lines, base = 0, [], []
+        for weights, coefficients, has_base in sequences:
+            line = [(row + i, *pair) for i, pair in enumerate(zip(weights, coefficients, strict=True))]
             row += len(weights) + has_base
+            base.append(row - 1 if has_base else line[0][0])
+            if may_turn and starts_from_base(coefficients):
+                line = [(base[-1], 1.0, 0.0), *((place, 0.0, w + c) for place, w, c in line)]
+            lines.append(line)
+        k = max(map(len, lines))
+        padded = [[*line, *[(line[0][0], 0.0, 0.0)] * (k - len(line))] for line in lines]
+        principled, all_weights, all_coefficients = zip(*(zip(*line, strict=True) for line in padded), strict=True)
         return cls(
             principled=torch.tensor(principled, device=device),
             weights=torch.tensor(all_weights, dtype=torch.float32, device=device),
-            ratios=torch.tensor(all_ratios, dtype=torch.float32, device=device),
+            coefficients=torch.tensor(all_coefficients, dtype=torch.float32, device=device),
             base=torch.tensor(base, device=device),
         )
 
@@ -71,7 +172,7 @@ def principled_logits(logits: Tensor, mixing: Mixing) -> Tensor:
 
 
 def direction(logits: Tensor, mixing: Mixing, tokens: Tensor | None = None) -> Tensor:
-    """Σ w_i r_i (z_i − z_b), to be added to the edited z_p (section 2.2 and 2.3).
+    """Σ c_i (z_i − z_b), to be added to the edited z_p (section 2.2 and 2.3, where c_i = w_i r_i).
 
     logits: [rows, V] float32, never edited, so that no −inf meets another. tokens: [S, K] int64,
     where to compute it; None means all V. Returns [S, K] float32; exactly 0 for a sequence without a
@@ -81,11 +182,12 @@ def direction(logits: Tensor, mixing: Mixing, tokens: Tensor | None = None) -> T
     def of(rows: Tensor) -> Tensor:
         return logits[rows] if tokens is None else logits[rows[:, None], tokens]
 
-    coefficients = mixing.weights * mixing.ratios
     base = of(mixing.base)
     total = torch.zeros_like(base)
     for i in range(mixing.principled.shape[1]):
-        total += coefficients[:, i, None] * (of(mixing.principled[:, i]) - base)
+        total += mixing.coefficients[:, i, None] * (of(mixing.principled[:, i]) - base)
+    if mixing.addition is not None:
+        total += mixing.addition if tokens is None else mixing.addition.gather(1, tokens)
     return total
 
 

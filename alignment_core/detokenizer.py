@@ -8,6 +8,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 REPLACEMENT = "\ufffd"
 MAX_TOKENS_PER_CHARACTER = 4  # UTF-8 needs at most four bytes, and a token carries at least one
+NUM_BEFORE = 8  # tokens that may change how those after them are written
 
 
 class TextStream:
@@ -15,14 +16,19 @@ class TextStream:
 
     A token's text can depend on the token before it (leading spaces, joined bytes), so what is new
     is the difference between decoding a short window with and without the newest tokens.
+
+    before: the tokens of the text that this one goes on with.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], stop: tuple[str, ...] = (), before: Sequence[int] = ()
+    ) -> None:
         self.stopped = False
         self._decode = decode
         self._stop = stop
-        self._window: list[int] = []
-        self._num_shown = 0  # leading tokens of the window whose text is out already
+        window = list(before[-NUM_BEFORE:])
+        self._window = [] if decode(window).endswith(REPLACEMENT) else window
+        self._num_shown = len(self._window)  # leading tokens of the window whose text is out already
         self._held = ""  # text that may turn out to begin a stop string
 
     def add(self, token_id: int, may_stop: bool = True) -> str:

@@ -35,16 +35,16 @@ def _edit(y: Tensor, sequence: Sequence, position: int) -> None:
         y[_ids(list(sequence.counts), y)] -= params.presence_penalty + params.frequency_penalty * times
     if params.logit_bias:
         y[_ids(list(params.logit_bias), y)] += torch.tensor(list(params.logit_bias.values()), device=y.device)
-    if sequence.matcher is None and position >= params.min_tokens:
+    unwanted = sequence.unwanted_ends(position)
+    if sequence.matcher is None and not unwanted:
         return
     forbidden = torch.zeros(len(y), dtype=torch.bool)
     if sequence.matcher is not None:
         allowed = np.frombuffer(sequence.matcher.compute_bitmask(), np.uint8)
         forbidden = torch.from_numpy(np.unpackbits(allowed, count=len(y), bitorder="little") == 0)
-    if position < params.min_tokens:
-        early = forbidden.clone()
-        early[list(sequence.stop_token_ids)] = True
-        forbidden = forbidden if early.all() else early  # a structure that is complete ends
+    unended = forbidden.clone()
+    unended[list(unwanted)] = True
+    forbidden = forbidden if unended.all() else unended  # a structure that is complete ends
     y.masked_fill_(forbidden.to(y.device), -torch.inf)
 
 

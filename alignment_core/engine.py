@@ -221,6 +221,7 @@ class Engine:
         max_tokens = self._max_tokens(prompt, params)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         request_id = next(self._ids)
+        decode = partial(self._decode, skip_special_tokens=params.skip_special_tokens)
         choices = [
             Sequence(
                 request_id=request_id,
@@ -229,7 +230,10 @@ class Engine:
                 seed=seed,
                 max_tokens=max_tokens,
                 stop_token_ids=params.stop_token_ids | (frozenset() if params.ignore_eos else self.eos_token_ids),
-                text=TextStream(partial(self._decode, skip_special_tokens=params.skip_special_tokens), params.stop),
+                eos_token_ids=self.eos_token_ids,
+                text=TextStream(
+                    decode, params.stop, (*prompt.principled[0], *prompt.given) if prompt.continues else ()
+                ),
                 on_output=on_output,
                 choice=choice,
                 matcher=self.grammars.matcher(params.structure) if params.structure else None,
@@ -393,7 +397,8 @@ class Engine:
         is_given = sequence.num_replied <= 0
         may_stop = not is_given and sequence.num_replied > sequence.params.min_tokens
         is_stop = ended = may_stop and token in sequence.stop_token_ids
-        text = "" if is_stop or is_given else sequence.text.add(token, may_stop)
+        is_end = is_stop or (sequence.matcher is not None and token in sequence.eos_token_ids)
+        text = "" if is_end or is_given else sequence.text.add(token, may_stop)
         if sequence.matcher is not None and not is_stop and not is_given:
             sequence.matcher.consume_token(token)
             ended = sequence.matcher.is_stopped()

@@ -3,13 +3,14 @@
 Why llguidance: docs/decisions/0010.
 """
 
+import itertools
 import json
 import os
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,7 +21,13 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 MOST_CACHED = 128
-PLAIN_JSON: "JsonCompileOptions" = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+MAX_LENGTH, MAX_REFERENCES, MAX_DEPTH = 1 << 19, 500, 100  # beyond, llguidance may overflow its stack
+PLAIN_JSON: "JsonCompileOptions" = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "json_allowed_escapes": 'bfnrt\\"',  # with \\u a key could be spelled so that no rule about it is seen to apply
+}
 STRICT: "JsonCompileOptions" = {"lenient": False, "coerce_one_of": False}
 
 
@@ -43,6 +50,7 @@ class Grammars:
     def _compile(self, structure: Structure) -> "LLMatcher":
         import llguidance
 
+        _refuse_bombs(structure)
         try:
             grammar = _behind(structure.after, _grammar(structure)) if structure.after else _grammar(structure)
         except (TypeError, ValueError) as error:
@@ -71,18 +79,48 @@ class Grammars:
         return from_tokenizer(self._tokenizer, self._vocab_size, self._eos_token_ids)
 
 
+def _refuse_bombs(structure: Structure) -> None:
+    text = structure.text
+    brackets = itertools.accumulate(1 if c in "[{(" else -1 if c in "]})" else 0 for c in text)
+    for size, most, what in (
+        (len(text), MAX_LENGTH, "characters"),
+        (text.count("$ref"), MAX_REFERENCES, "references"),
+        (max(brackets, default=0), MAX_DEPTH, "levels"),
+    ):
+        if size > most:
+            raise InvalidRequest(f"{structure.param} has {size} {what}, more than {most}", structure.param)
+
+
+def _refuse_counting_of_names(schema: Any) -> None:
+    """minProperties counts a name that comes twice twice, unless the names are known. Raises ValueError."""
+    if isinstance(schema, list):
+        for item in schema:
+            _refuse_counting_of_names(item)
+    elif isinstance(schema, dict):
+        least, required = schema.get("minProperties"), schema.get("required")
+        if isinstance(least, int) and least > max(1, len(required) if isinstance(required, list) else 0):
+            raise ValueError("minProperties beyond the required ones is not implemented")
+        for item in schema.values():
+            _refuse_counting_of_names(item)
+
+
 def _grammar(structure: Structure) -> str:
     from llguidance import LLMatcher, grammar_from
 
     match structure.kind:
         case "json_schema":
             schema = json.loads(structure.text)
+            _refuse_counting_of_names(schema)
             return LLMatcher.grammar_from_json_schema(schema, PLAIN_JSON, STRICT)
         case "choice":
             return grammar_from("regex", "|".join(map(_escaped, json.loads(structure.text))))
         case "regex":
             return grammar_from("regex", structure.text)
+        case "lark":
+            return structure.text
         case "grammar":
+            if "%json" in structure.text:
+                raise ValueError("a grammar can't hold JSON schemas; use response_format")
             return grammar_from("grammar", structure.text)
 
 

@@ -21,7 +21,8 @@ from jinja2.meta import find_undeclared_variables
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from alignment_core.sequence import MAX_PRINCIPLES, MAX_RATIO, InvalidRequest, Prompt
+from alignment_core.alignment import METHODS, Method
+from alignment_core.sequence import MAX_PRINCIPLES, MAX_RATIO, MIN_RATIO, InvalidRequest, Prompt
 
 Placement = Literal["system", "user"]
 Message = Mapping[str, Any]  # {"role": …, "content": …}, and what the template's own messages may have beside
@@ -52,8 +53,9 @@ class Principle:
     def __post_init__(self) -> None:
         if not self.text.strip():
             raise InvalidRequest("principle must not be empty", "principle")
-        if not 0 <= self.ratio <= MAX_RATIO:
-            raise InvalidRequest(f"alignment_ratio must be in [0, {MAX_RATIO:g}], got {self.ratio}", "alignment_ratio")
+        if not MIN_RATIO <= self.ratio <= MAX_RATIO:
+            limits = f"[{MIN_RATIO:g}, {MAX_RATIO:g}]"
+            raise InvalidRequest(f"alignment_ratio must be in {limits}, got {self.ratio}", "alignment_ratio")
         if not 0 <= self.weight < float("inf"):
             raise InvalidRequest(f"weight must be a finite number ≥ 0, got {self.weight}", "principle")
 
@@ -83,6 +85,7 @@ class PromptBuilder:
         self._added = {token.content: (id, token) for id, token in added.items()}
         self._any_added = _any_of(self._added)
         self._any_special = _any_of(text for text, (_, token) in self._added.items() if token.special)
+        self._begins_with_bos = tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
         self._has_system_role = self._probe_system_role()
         self._trims = self._probe_trimming()
         self._vocab_size = max(tokenizer.get_vocab().values()) + 1
@@ -95,16 +98,20 @@ class PromptBuilder:
         principles: Sequence[Principle] = (),
         placement: Placement = "system",
         rendering: Rendering | None = None,
+        method: Method = "linear",
     ) -> Prompt:
-        """Token ids of every branch. Principles of weight 0 take no part."""
+        """Token ids of every branch. Principles of weight 0 take no part beside others."""
         rendering = rendering or Rendering()
         self._refuse(messages, principles, rendering)
         escapes = _Escapes()
         # A reply of the model may hold tokens such as <think>; nobody's text may end a turn.
         safe: list[dict[str, Any]] = [
-            escapes.apply_to_all(
-                self._any_special if message["role"] == "assistant" else self._any_added, dict(message)
-            )
+            {
+                **escapes.apply_to_all(
+                    self._any_special if message["role"] == "assistant" else self._any_added, dict(message)
+                ),
+                "role": message["role"],
+            }
             for message in messages
         ]
         rendering = replace(
@@ -112,18 +119,16 @@ class PromptBuilder:
             tools=escapes.apply_to_all(self._any_added, list(rendering.tools)),
             variables=escapes.apply_to_all(self._any_added, dict(rendering.variables)),
         )
-        if not self.knows_tools:
-            safe = _without_tool_messages(safe)
-            if rendering.tools:
-                safe = self._with_tools_as_text(safe, rendering)
+        if rendering.tools and not self.knows_tools:
+            safe = self._with_tools_as_text(safe, rendering)
             rendering = replace(rendering, tools=())
         principles = [principle for principle in principles if principle.weight > 0]
         for _ in range(3):  # templates may show the time, which must be the same for all branches
             base = self._encode(safe, escapes, rendering)
-            prompt = self._branches(base, safe, principles, placement, escapes, rendering)
+            prompt = self._branches(base, safe, principles, placement, escapes, rendering, method)
             if not principles or self._encode(safe, escapes, rendering) == base:
                 break
-        return prompt
+        return replace(prompt, continues=rendering.continues)
 
     def text_ids(self, text: str | Sequence[int]) -> tuple[int, ...]:
         """Token ids of a text without any template; control tokens in it are control tokens. Raises InvalidRequest."""
@@ -140,7 +145,11 @@ class PromptBuilder:
         return tuple(ids)
 
     def build_text(
-        self, text: str | Sequence[int], principles: Sequence[Principle] = (), scores: bool = False
+        self,
+        text: str | Sequence[int],
+        principles: Sequence[Principle] = (),
+        scores: bool = False,
+        method: Method = "linear",
     ) -> Prompt:
         """Token ids of every branch of a text that goes on: a principle is a line before it.
 
@@ -148,7 +157,7 @@ class PromptBuilder:
         """
         ids = self.text_ids(text)
         self._refuse_principles(principles)
-        start = 1 if ids[0] == self._tokenizer.bos_token_id else 0
+        start = 1 if self._begins_with_bos and ids[0] == self._tokenizer.bos_token_id else 0
         end = 1 if scores else len(ids)
         base, given = ids[:end], ids[end:]
 
@@ -157,7 +166,9 @@ class PromptBuilder:
             return (*base[:start], *line, *base[start:])
 
         principles = [principle for principle in principles if principle.weight > 0]
-        return replace(_mixed(base, [principled(principle) for principle in principles], principles), given=given)
+        return replace(
+            _mixed(base, [principled(principle) for principle in principles], principles, method), given=given
+        )
 
     @cached_property
     def variables(self) -> frozenset[str]:
@@ -205,13 +216,14 @@ class PromptBuilder:
         placement: Placement,
         escapes: "_Escapes",
         rendering: Rendering,
+        method: Method,
     ) -> Prompt:
         texts = [escapes.apply(self._any_added, principle.text) for principle in principles]
         principled = [
             self._encode(self._with_principle(messages, text, placement, rendering), escapes, rendering)
             for text in texts
         ]
-        return _mixed(base, principled, principles)
+        return _mixed(base, principled, principles, method)
 
     def _with_principle(
         self, messages: list[dict[str, Any]], text: str, placement: Placement, rendering: Rendering
@@ -237,6 +249,8 @@ class PromptBuilder:
         return [{"role": "system", "content": f"{system}\n\n{text}" if system else text}, *messages]
 
     def _refuse_principles(self, principles: Sequence[Principle]) -> None:
+        if principles and not any(principle.weight for principle in principles):
+            raise InvalidRequest("one of the principles must have a weight above 0", "principle")
         if len(principles) > MAX_PRINCIPLES:
             raise InvalidRequest(
                 f"there may be {MAX_PRINCIPLES} principles at most, got {len(principles)}", "principle"
@@ -280,6 +294,8 @@ class PromptBuilder:
             return False
 
     def _encode(self, messages: list[dict[str, Any]], escapes: "_Escapes", rendering: Rendering) -> tuple[int, ...]:
+        if not self.knows_tools:
+            messages = _without_tool_messages(messages)
         if not self._has_system_role:
             messages = _without_system_role(messages)
         rendered = self._render(messages, rendering)
@@ -359,7 +375,9 @@ class _Generation(jinja2.ext.Extension):
         return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
 
 
-def _mixed(base: tuple[int, ...], principled: Sequence[tuple[int, ...]], principles: Sequence[Principle]) -> Prompt:
+def _mixed(
+    base: tuple[int, ...], principled: Sequence[tuple[int, ...]], principles: Sequence[Principle], method: Method
+) -> Prompt:
     """The branches of a prompt whose base branch is `base`. Raises InvalidRequest."""
     if not principles:
         return Prompt(principled=(base,))
@@ -367,12 +385,9 @@ def _mixed(base: tuple[int, ...], principled: Sequence[tuple[int, ...]], princip
     if not total < float("inf"):
         raise InvalidRequest("the weights of the principles are too large", "principle")
     ratios = tuple(principle.ratio for principle in principles)
-    return Prompt(
-        principled=tuple(principled),
-        weights=tuple(principle.weight / total for principle in principles),
-        ratios=ratios,
-        base=base if any(ratios) else None,
-    )
+    weights = tuple(principle.weight / total for principle in principles)
+    needs_base = any(METHODS[method].coefficients(weights, ratios))
+    return Prompt(tuple(principled), weights, ratios, base if needs_base else None, method=method)
 
 
 class _Escapes:
@@ -390,17 +405,14 @@ class _Escapes:
         return pattern.sub(self._stand_in, text)
 
     def apply_to_all(self, pattern: re.Pattern[str], value: Any) -> Any:
-        """The same for every string inside lists and dictionaries, roles excepted."""
+        """The same for every string inside lists and dictionaries."""
         match value:
             case str():
                 return self.apply(pattern, value)
             case list():
                 return [self.apply_to_all(pattern, item) for item in value]
             case dict():
-                return {
-                    self.apply(pattern, key): item if key == "role" else self.apply_to_all(pattern, item)
-                    for key, item in value.items()
-                }
+                return {self.apply(pattern, key): self.apply_to_all(pattern, item) for key, item in value.items()}
         return value
 
     def undo(self, text: str) -> str:

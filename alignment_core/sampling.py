@@ -1,18 +1,29 @@
 """From the logits of a step's rows to one token a sequence."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from alignment_core.alignment import Mixing, direction, log_totals, plausible_floor, plausible_set, principled_logits
+from alignment_core.alignment import (
+    METHODS,
+    Mixing,
+    adaptive,
+    direction,
+    log_totals,
+    opad,
+    plausible_floor,
+    plausible_set,
+    principled_logits,
+    starts_from_base,
+)
 from alignment_core.attention.paged_batch import to_host
 from alignment_core.cpu import vocabulary
 from alignment_core.edits import edit
-from alignment_core.sequence import Sequence, TokenLogprob
+from alignment_core.sequence import Sequence, TokenLogprob, Trace
 
 BLOCK = 128
 MASK64 = (1 << 64) - 1
@@ -44,14 +55,17 @@ class Settings:
         params = [sequence.params for sequence in sequences]
         aligned = [sequence.prompt.base is not None for sequence in sequences]
         nuclei = []
-        for p, is_aligned in zip(params, aligned, strict=True):
+        for sequence, p, is_aligned in zip(sequences, params, aligned, strict=True):
             if is_aligned:
-                nuclei.append((p.alignment_top_p, p.plausible_temperature, p.top_p))
+                top_p = METHODS[sequence.prompt.method].top_p if p.alignment_top_p is None else p.alignment_top_p
+                nuclei.append((top_p, p.plausible_temperature, p.top_p))
             elif p.temperature > 0 and p.top_k == 0 and p.min_p == 0:
                 nuclei.append((p.top_p, p.temperature, 1.0))
             else:
                 nuclei.append((1.0, 1.0, p.top_p))
-        nucleus_top_p, nucleus_temperature, top_p = torch.tensor(nuclei, dtype=torch.float32, device=device).unbind(1)
+        nucleus_top_p, nucleus_temperature, of_mixed = torch.tensor(nuclei, dtype=torch.float32, device=device).unbind(
+            1
+        )
         counter = [(s.seed, s.choice, position) for s, position in zip(sequences, positions, strict=True)]
         return cls(
             aligned=torch.tensor(aligned, device=device),
@@ -60,7 +74,7 @@ class Settings:
             temperature=torch.tensor([float(p.temperature) for p in params], device=device),
             top_k=torch.tensor([min(p.top_k, 1 << 62) for p in params], device=device),
             min_p=torch.tensor([float(p.min_p) for p in params], device=device),
-            top_p=top_p,
+            top_p=of_mixed,
             uniform=torch.tensor([uniform(*numbers) for numbers in counter], dtype=torch.float64, device=device),
         )
 
@@ -74,8 +88,7 @@ def sample(logits: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> Ten
     logits: [rows, V] float32; each sequence's branches in order (principled, then base), in the
     order of `sequences`. positions: see `Settings.of`.
     """
-    prompts = [sequence.prompt for sequence in sequences]
-    mixing = Mixing.plan([(p.weights, p.ratios, p.base is not None) for p in prompts], logits.device)
+    mixing = mixing_of(logits, sequences, positions)
     settings = Settings.of(sequences, positions, logits.device)
     y = principled_logits(logits, mixing)
     edit(y, sequences, positions)
@@ -88,6 +101,34 @@ def sample(logits: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> Ten
         index = _lines(~decided)
         tokens[index] = choose(logits, y[index], mixing[index], settings[index])
     return tokens
+
+
+def plan(sequences: Seq[Sequence], device: torch.device, may_turn: bool = True) -> Mixing:
+    """How the rows of these sequences are mixed, as far as no logit is needed to tell: see `Mixing.plan`."""
+    prompts = [sequence.prompt for sequence in sequences]
+    return Mixing.plan([(p.weights, p.coefficients, p.base is not None) for p in prompts], device, may_turn)
+
+
+def mixing_of(logits: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> Mixing:
+    """How the rows of logits, [rows, V], are mixed: see `sample`."""
+    mixing, row = plan(sequences, logits.device), 0
+    additions = torch.zeros(0)
+    for line, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
+        rows, prompt = logits[row : row + len(sequence.branches)], sequence.prompt
+        row += len(rows)
+        if prompt.base is None or not prompt.follows_logits:
+            continue
+        weights, coefficients = torch.tensor([prompt.weights, prompt.coefficients], device=logits.device)
+        if prompt.method == "adaptive":
+            limited = adaptive(coefficients, weights, weights @ rows[:-1], rows[-1])
+            away = int(starts_from_base(prompt.coefficients))
+            mixing.coefficients[line, away : away + len(weights)] = limited + away * weights
+        else:
+            now = sequence.directions[position] = coefficients @ (rows[:-1] - rows[-1])
+            if not len(additions):
+                additions = torch.zeros(len(sequences), logits.shape[1], device=logits.device)
+            additions[line] = opad(now, sequence.directions.get(position - 1))
+    return replace(mixing, addition=additions) if len(additions) else mixing
 
 
 def _lines(mask: Tensor) -> Tensor | slice:
@@ -176,33 +217,84 @@ def narrow(y: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True, slots=True)
-class Logprobs:
-    """Log-probabilities of drawn tokens and of the best alternatives, on the device.
-
-    wanted: [S] how many alternatives each of the drawn tokens' requests wants, None for no report at all.
-    The other fields have a line for each token with a report: drawn: [N] float32; top_ids, top: [N, most].
+class Opinions:
+    """What policies make of S tokens. drawn: their log-probabilities, [S] float32. top_ids, top: the best tokens and
+    theirs, [S, most] int64 and float32, −inf where there are no more.
     """
 
-    wanted: Seq[int | None]
     drawn: Tensor
     top_ids: Tensor
     top: Tensor
 
+    @classmethod
+    def none(cls, num_tokens: int, most: int, device: torch.device) -> "Opinions":
+        ids = torch.zeros(num_tokens, most, dtype=torch.int64, device=device)
+        return cls(torch.zeros(num_tokens, device=device), ids, torch.zeros(ids.shape, device=device))
+
+    def put(self, index: Tensor, z: Tensor, drawn: Tensor, ids: Tensor | None = None) -> None:
+        """Fill in the lines `index`. z: [N, K] float32, log-probabilities of the tokens `ids`, [N, K], or of all;
+        drawn: [N] int64.
+        """
+        most = self.top.shape[1]
+        place = z.topk(min(most, z.shape[1])).indices.sort().values  # ties in order of token id
+        top, order = z.gather(1, place).sort(descending=True, stable=True)
+        place = place.gather(1, order)
+        if ids is None:
+            self.drawn[index] = z.gather(1, drawn[:, None]).squeeze(1)
+        else:
+            self.drawn[index] = torch.where(ids == drawn[:, None], z, -torch.inf).amax(dim=-1)
+            place = ids.gather(1, place)
+        missing = (0, most - top.shape[1])
+        self.top_ids[index], self.top[index] = pad(place, missing), pad(top, missing, value=-torch.inf)
+
+    def to_host(self) -> "Opinions":
+        return Opinions(to_host(self.drawn), to_host(self.top_ids), to_host(self.top))
+
+    def reports(self, tokens: Seq[int], wanted: Seq[int]) -> list[TokenLogprob]:
+        """On the host. wanted: how many of the best for each."""
+        reports = []
+        for token, most, drawn, *best in zip(
+            tokens, wanted, self.drawn.tolist(), self.top_ids.tolist(), self.top.tolist(), strict=True
+        ):
+            top = [(id, value) for id, value in zip(*best, strict=True) if value > -torch.inf]
+            reports.append(TokenLogprob(token, drawn, tuple(top[:most])))
+        return reports
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log-probabilities of the S tokens that a step drew.
+
+    wanted: how many alternatives each of them is to have, None for no report at all; traced: which are to have a
+    trace. drawn_from: by the policies that they were drawn from; principled, base: by those. num_plausible: [S]
+    int64; kl: [S] float32. A line that nobody wants is 0.
+    """
+
+    wanted: Seq[int | None]
+    traced: Seq[bool]
+    drawn_from: Opinions
+    principled: Opinions
+    base: Opinions
+    num_plausible: Tensor
+    kl: Tensor
+
     def to_host(self) -> "Logprobs":
-        return Logprobs(self.wanted, to_host(self.drawn), to_host(self.top_ids), to_host(self.top))
+        names = ("drawn_from", "principled", "base")
+        opinions = {name: getattr(self, name).to_host() for name in names}
+        return replace(self, **opinions, num_plausible=to_host(self.num_plausible), kl=to_host(self.kl))
 
     def reports(self, tokens: Seq[int]) -> list[tuple[TokenLogprob, ...]]:
         """One for each of `tokens`, on the host, empty where nobody wants it."""
-        lines = zip(self.drawn.tolist(), self.top_ids.tolist(), self.top.tolist(), strict=True)
-        reports: list[tuple[TokenLogprob, ...]] = []
-        for token, most in zip(tokens, self.wanted, strict=True):
-            if most is None:
-                reports.append(())
-                continue
-            drawn, ids, values = next(lines)
-            top = [(id, value) for id, value in zip(ids, values, strict=True) if value > -torch.inf][:most]
-            reports.append((TokenLogprob(token, drawn, tuple(top)),))
-        return reports
+        most = [n or 0 for n in self.wanted]
+        found = self.drawn_from.reports(tokens, most)
+        if any(self.traced):
+            policies = (self.principled.reports(tokens, most), self.base.reports(tokens, most))
+            traces = zip(*policies, self.num_plausible.tolist(), self.kl.tolist(), strict=True)
+            found = [
+                replace(report, trace=Trace(*trace)) if is_traced else report
+                for report, is_traced, trace in zip(found, self.traced, traces, strict=True)
+            ]
+        return [() if n is None else (report,) for n, report in zip(self.wanted, found, strict=True)]
 
 
 def log_probabilities(logits: Tensor, sequences: Seq[Sequence], positions: Seq[int], tokens: Tensor) -> Logprobs | None:
@@ -211,38 +303,43 @@ def log_probabilities(logits: Tensor, sequences: Seq[Sequence], positions: Seq[i
 
     logits, sequences, positions: as for `sample`; tokens: [S] int64, what it drew.
     """
-    wanted = [sequence.params.logprobs for sequence in sequences]
-    chosen = [i for i, most in enumerate(wanted) if most is not None]
-    if not chosen:
+    wanted = [sequence.params.num_reported for sequence in sequences]
+    if all(n is None for n in wanted):
         return None
-    most = max(most for most in wanted if most is not None)
-    prompts = [sequence.prompt for sequence in sequences]
-    mixing = Mixing.plan([(p.weights, p.ratios, p.base is not None) for p in prompts], logits.device)
-    settings = Settings.of(sequences, positions, logits.device)
-    plain = [i for i in chosen if prompts[i].base is None]
-    aligned = [i for i in chosen if prompts[i].base is not None]
-    drawn = torch.empty(len(sequences), device=logits.device)
-    top_ids = torch.zeros(len(sequences), most, dtype=torch.int64, device=logits.device)
-    top = torch.full(top_ids.shape, -torch.inf, device=logits.device)
+    traced = [sequence.params.trace and sequence.prompt.base is not None for sequence in sequences]
+    device, most = logits.device, max(n for n in wanted if n is not None)
+    drawn_from, principled, base = (Opinions.none(len(sequences), most, device) for _ in range(3))
+    num_plausible = torch.zeros(len(sequences), dtype=torch.int64, device=device)
+    kl = torch.zeros(len(sequences), device=device)
+    unturned = plan(sequences, device, may_turn=False)
 
-    def report(index: Tensor, ids: Tensor, z: Tensor) -> None:
-        z = z.log_softmax(dim=-1)
-        drawn[index] = torch.where(ids == tokens[index, None], z, -torch.inf).amax(dim=-1)
-        place = z.topk(min(most, z.shape[1])).indices.sort().values  # ties in order of token id
-        values, order = z.gather(1, place).sort(descending=True, stable=True)
-        top[index, : place.shape[1]], top_ids[index, : place.shape[1]] = values, ids.gather(1, place.gather(1, order))
+    def lines(chosen: Iterable[bool]) -> Tensor:
+        return torch.tensor([i for i, is_one in enumerate(chosen) if is_one], dtype=torch.int64, device=device)
 
-    if plain:
-        index = torch.tensor(plain, device=logits.device)
-        z = principled_logits(logits, mixing[index])
-        report(index, torch.arange(z.shape[1], device=z.device).expand(z.shape), z)
-    if aligned:
-        index = torch.tensor(aligned, device=logits.device)
-        y = principled_logits(logits, mixing[index])
-        edit(y, [sequences[i] for i in aligned], [positions[i] for i in aligned])
-        for lines, ids, z in candidates(logits, y, mixing[index], settings[index]):
-            report(index[lines], ids, z)
-    return Logprobs(wanted, drawn[chosen], top_ids[chosen], top[chosen])
+    def has(is_aligned: bool) -> Tensor:
+        return lines(
+            n is not None and (sequence.prompt.base is not None) == is_aligned
+            for n, sequence in zip(wanted, sequences, strict=True)
+        )
+
+    if len(index := has(is_aligned=False)):
+        drawn_from.put(index, principled_logits(logits, unturned[index]).log_softmax(dim=-1), tokens[index])
+    if len(index := has(is_aligned=True)):
+        mixing, settings = mixing_of(logits, sequences, positions)[index], Settings.of(sequences, positions, device)
+        y = principled_logits(logits, mixing)
+        edit(y, [sequences[i] for i in index.tolist()], [positions[i] for i in index.tolist()])
+        for some, ids, z in candidates(logits, y, mixing, settings[index]):
+            z = z.log_softmax(dim=-1)
+            drawn_from.put(index[some], z, tokens[index[some]], ids)
+            if any(traced):
+                of_base = logits[mixing.base[some]].log_softmax(dim=-1).gather(1, ids)
+                possible = z > -torch.inf
+                num_plausible[index[some]] = possible.sum(dim=-1)
+                kl[index[some]] = torch.where(possible, z.exp() * (z - of_base), 0).sum(dim=-1)
+    if len(index := lines(traced)):
+        principled.put(index, principled_logits(logits, unturned[index]).log_softmax(dim=-1), tokens[index])
+        base.put(index, logits[unturned.base[index]].log_softmax(dim=-1), tokens[index])
+    return Logprobs(wanted, traced, drawn_from, principled, base, num_plausible, kl)
 
 
 def draw(z: Tensor, settings: Settings) -> Tensor:

@@ -137,7 +137,7 @@ class Scheduler:
             num_cached = self.pool.adopt(branch)
             sequence.num_tokens_cached += num_cached
             self.num_tokens_cached += num_cached
-            if branch is sequence.branches[0] and not sequence.num_drawn:
+            if branch is sequence.branches[0] and not (sequence.num_drawn or sequence.was_preempted):
                 sequence.num_prompt_cached += num_cached
             num_tokens = min(branch.remaining, budget)
             if num_tokens == branch.remaining and budget - num_tokens < later:
@@ -189,6 +189,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._release(sequence)
+        sequence.was_preempted = True
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
 

@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from torch import Tensor
+
+from alignment_core.alignment import METHODS, Coefficients, Method
 from alignment_core.detokenizer import TextStream
 from alignment_core.speculation import PromptLookup
 
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
-MAX_RATIO = 20.0
+MIN_RATIO, MAX_RATIO = -10.0, 20.0
 MAX_STOP_STRINGS = 16
 MAX_PRINCIPLES = 16
 MAX_LOGPROBS = 20
@@ -39,11 +42,11 @@ class Structure:
     """What a reply must look like.
 
     text: a JSON schema; a regular expression that matches all of it; a JSON list of strings to choose from;
-    a grammar in Lark or GBNF. param: the name of the request's field, for error messages. after: a mark, in
-    Lark, up to which the reply may be anything.
+    a grammar in Lark or GBNF; "lark": in llguidance's own form, which may hold JSON schemas. param: the name of
+    the request's field, for error messages. after: a mark, in Lark, up to which the reply may be anything.
     """
 
-    kind: Literal["json_schema", "regex", "choice", "grammar"]
+    kind: Literal["json_schema", "regex", "choice", "grammar", "lark"]
     text: str
     param: str = "structured_outputs"
     after: str = ""
@@ -65,9 +68,10 @@ class SamplingParams:
     DESIGN section 2.1.
     skip_special_tokens: leave control tokens out of the text.
     structure: what the reply must look like; tokens that would break it are edited out.
-    logprobs: how many alternatives to report with every token; None reports nothing.
-    alignment_top_p, alignment_temperature: the plausible set, DESIGN section 2.4; a temperature of
-    None means max(temperature, 0.5).
+    logprobs: how many alternatives to report with every token; None reports nothing. trace: report what
+    the principled and the base policy make of it too.
+    alignment_top_p, alignment_temperature: the plausible set, DESIGN section 2.4; None means the method's
+    own mass, and a temperature of max(temperature, 0.5).
     """
 
     temperature: float = 1.0
@@ -87,16 +91,17 @@ class SamplingParams:
     skip_special_tokens: bool = True
     structure: Structure | None = None
     logprobs: int | None = None
-    alignment_top_p: float = 0.8
+    trace: bool = False
+    alignment_top_p: float | None = None
     alignment_temperature: float | None = None
 
     def __post_init__(self) -> None:
-        t_p = self.alignment_temperature
+        mass, t_p = self.alignment_top_p, self.alignment_temperature
         for name in ("top_k", "seed", "max_tokens", "min_tokens", "logprobs"):
             value = getattr(self, name)
             _require(value is None or isinstance(value, int), name, "a whole number", value)
         _require(isinstance(self.stop, tuple), "stop", "a tuple of strings", self.stop)
-        _require(0 <= self.temperature < math.inf, "temperature", "a finite number ≥ 0", self.temperature)
+        _require(0 <= self.temperature < 1e30, "temperature", "in [0, 1e30)", self.temperature)
         _require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
         _require(self.top_k >= 0, "top_k", "≥ 0", self.top_k)
         _require(0 <= self.min_p <= 1, "min_p", "in [0, 1]", self.min_p)
@@ -115,7 +120,7 @@ class SamplingParams:
             _require(-100 <= bias <= 100, "logit_bias", "in [-100, 100]", bias)
         most = self.logprobs or 0
         _require(0 <= most <= MAX_LOGPROBS, "top_logprobs", f"in [0, {MAX_LOGPROBS}]", self.logprobs)
-        _require(0 < self.alignment_top_p <= 1, "alignment_top_p", "in (0, 1]", self.alignment_top_p)
+        _require(mass is None or 0 < mass <= 1, "alignment_top_p", "in (0, 1]", mass)
         _require(t_p is None or 0 < t_p < math.inf, "alignment_temperature", "a finite number > 0", t_p)
 
     @property
@@ -127,6 +132,11 @@ class SamplingParams:
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
     @property
+    def num_reported(self) -> int | None:
+        """Alternatives that the report of a token has; None where there is no report."""
+        return 0 if self.trace and self.logprobs is None else self.logprobs
+
+    @property
     def edits(self) -> bool:
         """Whether the principled logits are changed at all."""
         return bool(self.penalises or self.logit_bias or self.min_tokens or self.structure)
@@ -136,10 +146,11 @@ class SamplingParams:
 class Prompt:
     """The token ids of every branch of a request.
 
-    principled: k ≥ 1 branches, mixed with `weights` (which sum to 1) and extrapolated by `ratios`.
-    base: the branch without any principle; None when every ratio is 0, as there is no direction then.
-    A plain request is one principled branch with weight 1 and ratio 0.
+    principled: k ≥ 1 branches, mixed with `weights` (which sum to 1) and extrapolated by `ratios`, which a
+    method makes `coefficients` of. base: the branch without any principle; None when every coefficient is 0,
+    as there is no direction then. A plain request is one principled branch with weight 1 and ratio 0.
     given: what the reply begins with, whatever would have been drawn; for the log-probabilities of a text.
+    continues: the reply goes on with the prompt's text.
     """
 
     principled: tuple[tuple[int, ...], ...]
@@ -147,11 +158,20 @@ class Prompt:
     ratios: tuple[float, ...] = (0.0,)
     base: tuple[int, ...] | None = None
     given: tuple[int, ...] = ()
+    continues: bool = False
+    method: Method = "linear"
+    coefficients: Coefficients = field(init=False)
 
     def __post_init__(self) -> None:
         assert len(self.principled) == len(self.weights) == len(self.ratios) > 0
         assert math.isclose(sum(self.weights), 1.0)
-        assert (self.base is None) == (not any(self.ratios))
+        object.__setattr__(self, "coefficients", METHODS[self.method].coefficients(self.weights, self.ratios))
+        assert (self.base is None) == (not any(self.coefficients))
+
+    @property
+    def follows_logits(self) -> bool:
+        """Whether the logits themselves tell how they are mixed, or those before them."""
+        return self.method in ("adaptive", "opad")
 
     @property
     def branches(self) -> tuple[tuple[int, ...], ...]:
@@ -210,11 +230,26 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """How probable a token was. top: the most probable tokens with their log-probabilities, best first."""
+    """How probable a policy holds a token. top: the most probable ones with their log-probabilities, best first.
+    trace: of what an aligned reply's policy was made, if asked for.
+    """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    trace: "Trace | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What the two policies make of an aligned token. num_plausible: tokens that could have come. kl: KL(aligned ∥
+    base) at this step, in nats, at temperature 1.
+    """
+
+    principled: TokenLogprob
+    base: TokenLogprob
+    num_plausible: int
+    kl: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,8 +272,8 @@ class Output:
 class Sequence:
     """One choice being generated: its branches, its parameters, and what has been drawn so far.
 
-    matcher: where the reply is in its structure. counts: how often the reply has each token. seen: the
-    tokens of reply and principled prompts.
+    matcher: where the reply is in its structure. directions: OPAD's latest, by position. counts: how often the
+    reply has each token. seen: the tokens of reply and principled prompts.
     """
 
     request_id: int
@@ -247,6 +282,7 @@ class Sequence:
     seed: int
     max_tokens: int
     stop_token_ids: frozenset[int]
+    eos_token_ids: frozenset[int]
     text: TextStream
     on_output: Callable[[Output], None]
     choice: int = 0
@@ -257,16 +293,24 @@ class Sequence:
     num_tokens_cached: int = 0
     num_prompt_cached: int = 0
     last_turn: int = 0
+    was_preempted: bool = False
     ended: bool = False
     counts: Counter[int] = field(default_factory=Counter)
     seen: set[int] = field(default_factory=set)
     lookup: PromptLookup = field(init=False)
+    directions: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.branches = [Branch(list(ids)) for ids in self.prompt.branches]
         self.lookup = PromptLookup(self.branches[0].tokens)
         if self.params.repetition_penalty != 1:
             self.seen.update(*self.prompt.principled, self.prompt.given)
+
+    def unwanted_ends(self, position: int) -> frozenset[int]:
+        """The tokens that must not come after so many of the reply, if others may."""
+        if position < self.params.min_tokens:
+            return self.stop_token_ids | (self.eos_token_ids if self.matcher is not None else frozenset())
+        return self.eos_token_ids if self.params.ignore_eos and self.matcher is not None else frozenset()
 
     @property
     def follows_reply(self) -> bool:
@@ -303,6 +347,7 @@ class Sequence:
             place = len(prompt) + len(self.output_ids)
             branch.tokens[place : place + 1] = [token_id]
         self.output_ids.append(token_id)
+        self.directions.pop(self.num_replied - 2, None)  # the next draw needs the one before it
         if self.num_replied > 0:
             self.counts[token_id] += 1
             self.seen.add(token_id)

@@ -14,11 +14,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from alignment_core.alignment import Mixing, direction, principled_logits
+from alignment_core.alignment import Mixing, direction, principled_logits, starts_from_base
 from alignment_core.attention.paged_batch import to_device
 from alignment_core.cuda_graphs import padded_sizes
 from alignment_core.model_runner import ModelRunner
-from alignment_core.sampling import Settings, inverse_transform, sample
+from alignment_core.sampling import Settings, inverse_transform, plan, sample
 from alignment_core.sequence import Sequence
 
 DIGIT = 4  # bits that one pass over the vocabulary finds
@@ -100,8 +100,7 @@ class StaticSampler:
 
     def _of_usual(self, sequences: Seq[Sequence], positions: Seq[int], lines: list[int]) -> Tensor:
         host = torch.device("cpu")
-        prompts = [sequence.prompt for sequence in sequences]
-        mixing = Mixing.plan([(p.weights, p.ratios, p.base is not None) for p in prompts], host)[torch.tensor(lines)]
+        mixing = plan(sequences, host)[torch.tensor(lines)]
         settings = Settings.of([sequences[i] for i in lines], [positions[i] for i in lines], host)
         filters = Filters.of(settings).prepared
         size = next(size for size in self._sizes if size >= len(lines))
@@ -123,8 +122,10 @@ class StaticSampler:
 
 
 def _is_usual(sequence: Sequence) -> bool:
-    """Whether a fixed shape holds all that the sequence asks for: edits are of any number of tokens."""
-    return len(sequence.prompt.principled) == 1 and not sequence.params.edits
+    """Whether a fixed shape holds all that the sequence asks for: one principle and one base, no edits."""
+    prompt = sequence.prompt
+    turns = starts_from_base(prompt.coefficients)
+    return len(prompt.principled) == 1 and not (sequence.params.edits or prompt.follows_logits or turns)
 
 
 def draw_everything(logits: Tensor) -> None:
@@ -139,7 +140,7 @@ NOBODY = (0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
 def _pack(mixing: Mixing, settings: Settings, size: int) -> Tensor:
     """[12, size] float64, in which float32 and row numbers are exact: one copy to the device instead of twelve."""
-    lines = [mixing.principled[:, 0], mixing.weights[:, 0], mixing.ratios[:, 0], mixing.base]
+    lines = [mixing.principled[:, 0], mixing.weights[:, 0], mixing.coefficients[:, 0], mixing.base]
     lines += [getattr(settings, field.name) for field in fields(settings)]
     packed = torch.tensor(NOBODY, dtype=torch.float64)[:, None].repeat(1, size)
     packed[:, : len(mixing.base)] = torch.stack([line.double() for line in lines])
@@ -147,9 +148,9 @@ def _pack(mixing: Mixing, settings: Settings, size: int) -> Tensor:
 
 
 def _unpack(packed: Tensor) -> tuple[Mixing, Settings]:
-    principled, weights, ratios, base, aligned, *filters, top_k, min_p, top_p, uniform = packed
+    principled, weights, coefficients, base, aligned, *filters, top_k, min_p, top_p, uniform = packed
     nucleus_top_p, nucleus_temperature, temperature = (line.float() for line in filters)
-    mixing = Mixing(principled.long()[:, None], weights.float()[:, None], ratios.float()[:, None], base.long())
+    mixing = Mixing(principled.long()[:, None], weights.float()[:, None], coefficients.float()[:, None], base.long())
     settings = Settings(
         aligned=aligned.bool(),
         nucleus_top_p=nucleus_top_p,

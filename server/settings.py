@@ -64,7 +64,7 @@ class Settings(BaseSettings):
         None, ge=0, le=64, description="longest draft of prompt lookup, 0 for none; 8 on a GPU, 0 on a CPU"
     )
     tensor_parallel_size: int = Field(1, ge=1, description="processes that hold a part of every layer each, a GPU each")
-    default_alignment_ratio: float = Field(2.0, ge=0, le=20, description="for requests that name none")
+    default_alignment_ratio: float = Field(2.0, ge=-10, le=20, description="for requests that name none")
     presets: Path | None = Field(None, description="YAML file of presets; those of configs/presets.yaml by default")
     shutdown_timeout: int = Field(30, ge=0, description="seconds that running requests get on SIGTERM")
     trust_remote_code: CliImplicitFlag[bool] = Field(

@@ -13,6 +13,7 @@ from starlette.types import Message
 
 from alignment_core import Engine, EngineDead, InvalidRequest, Output, Prompt, SamplingParams, Usage
 from alignment_core.sequence import TokenLogprob
+from server.protocol.chat import ChatCompletionRequest
 from server.tool_calls import Delta, ReplyParser, message_of
 
 IMPOSSIBLE = -9999.0  # the log-probability of what can't be drawn, as JSON has no −inf
@@ -126,16 +127,22 @@ class ChatCompletion:
     """OpenAI's objects of one chat completion."""
 
     def __init__(
-        self, engine: Engine, model: str, fingerprint: str, prompt: Prompt, parser: Callable[[], ReplyParser]
+        self,
+        engine: Engine,
+        body: ChatCompletionRequest,
+        fingerprint: str,
+        prompt: Prompt,
+        parser: Callable[[], ReplyParser],
     ) -> None:
         """parser: makes one for each choice."""
+        self._body = body
         self._parser = parser
         self._token_bytes = engine.token_bytes
         self._num_prompt_tokens = len(prompt.principled[0])
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": model,
+            "model": body.model,
             "system_fingerprint": fingerprint,
         }
 
@@ -151,7 +158,8 @@ class ChatCompletion:
             "index": last.choice,
             "message": message_of(deltas),
             "finish_reason": _finish_reason(last, any("tool_calls" in delta for delta in deltas)),
-            "logprobs": self._logprobs([report for output in outputs for report in output.logprobs]),
+            "logprobs": self._logprobs(outputs),
+            **self._trace(outputs),
         }
 
     async def events(self, replies: Replies, include_usage: bool, continuous: bool) -> AsyncIterator[Event]:
@@ -160,8 +168,11 @@ class ChatCompletion:
         usages: list[Usage] = []
         num_drawn = 0
 
-        def chunk(index: int, delta: Delta, reason: str | None = None, logprobs: Any = None) -> Event:
+        def chunk(index: int, delta: Delta, reason: str | None = None, output: Output | None = None) -> Event:
+            news = [output] if output else []
+            logprobs = self._logprobs(news)
             choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
+            choice |= self._trace(news)
             usage: dict[str, Any] = {"usage": None} if include_usage else {}
             if continuous:
                 usage = {"usage": _counts(self._num_prompt_tokens, num_drawn)}
@@ -171,13 +182,12 @@ class ChatCompletion:
             for index in range(replies.n):
                 yield chunk(index, {"role": "assistant", "content": ""})
             async for output in replies:
-                index, parser, logprobs = output.choice, parsers[output.choice], self._logprobs(output.logprobs)
+                index, parser = output.choice, parsers[output.choice]
                 num_drawn += len(output.token_ids)
                 deltas = parser.feed(output.text) + (parser.finish() if output.finish_reason else [])
-                for delta in deltas or ([{}] if logprobs else []):
+                for number, delta in enumerate(deltas or ([{}] if output.logprobs else [])):
                     calls[index] |= "tool_calls" in delta
-                    yield chunk(index, delta, logprobs=logprobs)
-                    logprobs = None
+                    yield chunk(index, delta, output=None if number else output)
                 if output.finish_reason:
                     yield chunk(index, {}, _finish_reason(output, calls[index]))
                 if output.usage:
@@ -193,10 +203,17 @@ class ChatCompletion:
     def _event(self, **fields: Any) -> Event:
         return Event({**self._head, "object": "chat.completion.chunk", **fields})
 
-    def _logprobs(self, reports: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        if not reports:
+    def _logprobs(self, outputs: Sequence[Output]) -> dict[str, Any] | None:
+        reports = [report for output in outputs for report in output.logprobs]
+        if not reports or not self._body.logprobs:
             return None
         return {"content": [logprob_object(report, self._token_bytes) for report in reports], "refusal": None}
+
+    def _trace(self, outputs: Sequence[Output]) -> dict[str, Any]:
+        if not self._body.alignment_trace:
+            return {}
+        reports = [report for output in outputs for report in output.logprobs]
+        return {"alignment": [trace_of(report, self._token_bytes) for report in reports]}
 
 
 def _finish_reason(last: Output, has_calls: bool) -> str | None:
@@ -215,6 +232,24 @@ def logprob_object(report: TokenLogprob, token_bytes: Callable[[int], bytes]) ->
         }
 
     return {**one(report.token_id, report.logprob), "top_logprobs": [one(*pair) for pair in report.top]}
+
+
+def trace_of(report: TokenLogprob, token_bytes: Callable[[int], bytes]) -> dict[str, Any]:
+    """DESIGN section 6: what the policies made of a token; the best of each policy where log-probabilities are
+    asked for. Without a base branch there is one policy only.
+    """
+    aligned, trace = logprob_object(report, token_bytes), report.trace
+    told = {"token": aligned["token"], "bytes": aligned["bytes"], "logprob": aligned["logprob"]}
+    if trace is None:
+        nothing = {"base_logprob": None, "plausible_tokens": None, "kl": None}
+        return {**told, "principled_logprob": aligned["logprob"], **nothing}
+    principled, base = logprob_object(trace.principled, token_bytes), logprob_object(trace.base, token_bytes)
+    told |= {"principled_logprob": principled["logprob"], "base_logprob": base["logprob"]}
+    told |= {"plausible_tokens": trace.num_plausible, "kl": trace.kl}
+    if report.top:
+        policies = {"aligned": aligned, "principled": principled, "base": base}
+        told["top"] = {name: policy["top_logprobs"] for name, policy in policies.items()}
+    return told
 
 
 def failure(error: EngineDead | InvalidRequest) -> Event:

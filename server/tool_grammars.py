@@ -8,10 +8,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from alignment_core import InvalidRequest
+from alignment_core.grammars import PLAIN_JSON, STRICT
 from alignment_core.sequence import Structure
 from server.tool_calls import HERMES, LLAMA, CallFormat, call_format
 
-JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": False}
+JSON_OPTIONS = {**PLAIN_JSON, **STRICT}
 NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 Tools = Sequence[Mapping[str, Any]]
 
@@ -21,7 +22,7 @@ def demanded(tokenizer: PreTrainedTokenizerBase, tools: Tools, parallel: bool, a
     form = _known_format(tokenizer, "can't be demanded; use 'auto'", "tool_choice")
     parts = [literal(form.begin, tokenizer), _calls(form, tools, parallel), json.dumps(form.end) if form.end else ""]
     rules = [f"start: {' '.join(filter(None, parts))}", *_rules(form, tools, [True] * len(tools))]
-    return Structure("grammar", "\n".join(rules), "tools", after)
+    return Structure("lark", "\n".join(rules), "tools", after)
 
 
 def kept_to(tokenizer: PreTrainedTokenizerBase, tools: Tools, parallel: bool, after: str = "") -> Structure:
@@ -37,7 +38,7 @@ def kept_to(tokenizer: PreTrainedTokenizerBase, tools: Tools, parallel: bool, af
         rules = [f"start: ({block})* TEXT", r"TEXT: /(.|\n)*/"]
         rules.append(f"before{'' if is_token else '[lazy]'}: TEXT {literal(mark, tokenizer)}")
     strict = [bool(tool["function"].get("strict")) for tool in tools]
-    return Structure("grammar", "\n".join([*rules, *_rules(form, tools, strict)]), "tools", after)
+    return Structure("lark", "\n".join([*rules, *_rules(form, tools, strict)]), "tools", after)
 
 
 def _known_format(tokenizer: PreTrainedTokenizerBase, problem: str, param: str) -> CallFormat:

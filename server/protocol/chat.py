@@ -227,7 +227,6 @@ def _joined(content: str | list[TextPart] | None) -> str:
 
 UNSUPPORTED: dict[str, Any] = {
     "store": False,
-    "alignment_trace": False,
     "modalities": ["text"],
     "audio": None,
     "prediction": None,

@@ -38,7 +38,7 @@ class CompletionRequest(GenerationRequest):
 
     @classmethod
     def unsupported(cls) -> dict[str, Any]:
-        return {"suffix": "", "best_of": 1, "alignment_trace": False, "store": False}
+        return {"suffix": "", "best_of": 1, "store": False}
 
     @model_validator(mode="after")
     def _consistent(self) -> "CompletionRequest":
@@ -59,4 +59,9 @@ class CompletionRequest(GenerationRequest):
 
     def sampling_params(self, **more: Any) -> SamplingParams:
         max_tokens = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
-        return super().sampling_params(max_tokens=max_tokens, logprobs=self.logprobs, **more)
+        return super().sampling_params(max_tokens=max_tokens, logprobs=self.logprobs, trace=self.traces, **more)
+
+    @property
+    def traces(self) -> bool:
+        """A text that is scored has a trace unless none is wanted."""
+        return self.scores if self.alignment_trace is None else self.alignment_trace

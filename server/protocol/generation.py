@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from alignment_core import Principle, SamplingParams
-from alignment_core.sequence import MAX_PRINCIPLES, MAX_RATIO, MAX_STOP_STRINGS, Structure
+from alignment_core.alignment import Method
+from alignment_core.sequence import MAX_PRINCIPLES, MAX_RATIO, MAX_STOP_STRINGS, MIN_RATIO, Structure
 
 
 def refused(param: str, message: str, kind: str = "invalid_value") -> PydanticCustomError:
@@ -34,7 +35,7 @@ def _refuse_what_text_cannot_hold(body: dict[str, Any]) -> None:
             raise refused(path, f"{path}: the text must be valid Unicode: it has half a surrogate pair")
 
 
-Ratio = Annotated[float, Field(ge=0, le=MAX_RATIO)]
+Ratio = Annotated[float, Field(ge=MIN_RATIO, le=MAX_RATIO)]
 TokenId = Annotated[int, Field(ge=0)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
@@ -103,6 +104,7 @@ class Alignment(Schema):
     """What is ours."""
 
     principle: str | Annotated[list[PrincipleItem], Field(min_length=1, max_length=MAX_PRINCIPLES)] | None = None
+    alignment_method: Annotated[Method | None, Field(description="how the policies are mixed: docs/methods.md")] = None
     alignment_ratio: Ratio | None = None
     alignment_top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     alignment_temperature: Annotated[float, Field(gt=0)] | None = None
@@ -169,6 +171,7 @@ class GenerationRequest(AlignmentFields):
     logit_bias: (
         dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None
     ) = Field(None, description="token ids to what is added to their logits")
+    alignment_trace: bool | None = Field(None, description="tell of every token what the policies made of it")
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     stream: bool | None = None
@@ -204,6 +207,7 @@ class GenerationRequest(AlignmentFields):
             "repetition_penalty": self.repetition_penalty,
             "logit_bias": self.logit_bias and {int(id): bias for id, bias in self.logit_bias.items()},
             "structure": self.structure(),
+            "trace": self.alignment_trace,
             "alignment_top_p": self.alignment_top_p,
             "alignment_temperature": self.alignment_temperature,
             **more,

@@ -228,6 +228,7 @@ RESPONSE_NAMES = {
     "chat_template_kwargs.reasoning_effort": "reasoning.effort",
 }
 UNSUPPORTED: dict[str, Any] = {
+    "alignment_trace": False,
     "background": False,
     "truncation": "disabled",
     "conversation": None,

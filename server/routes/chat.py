@@ -24,7 +24,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     state = request.app.state
     body = serving(body, state)
     replies, prompt, parser = await begin(body, state)
-    completion = ChatCompletion(state.engine, body.model, state.fingerprint, prompt, parser)
+    completion = ChatCompletion(state.engine, body, state.fingerprint, prompt, parser)
     if body.stream:
         options = body.stream_options
         usage, continuous = (options.include_usage, options.continuous_usage_stats) if options else (False, False)
@@ -45,7 +45,8 @@ async def begin(body: ChatCompletionRequest, state: State) -> tuple[Replies, Pro
     rendering = body.rendering()
 
     def build() -> tuple[Prompt, str]:
-        prompt = engine.prompts.build(messages, principles, placement, rendering)
+        method = body.alignment_method or "linear"
+        prompt = engine.prompts.build(messages, principles, placement, rendering, method)
         return prompt, "" if rendering.continues else engine.prompts.generation_prompt(rendering)
 
     prompt, begun = await asyncio.to_thread(build)

@@ -4,7 +4,7 @@ import asyncio
 import codecs
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -13,7 +13,18 @@ from alignment_core import Engine, EngineDead, InvalidRequest, Output, Prompt, U
 from alignment_core.sequence import TokenLogprob
 from server.models import serving
 from server.protocol.completions import CompletionRequest
-from server.streaming import DONE, IMPOSSIBLE, STREAMED, Event, Replies, event_stream, failure, gather, usage_object
+from server.streaming import (
+    DONE,
+    IMPOSSIBLE,
+    STREAMED,
+    Event,
+    Replies,
+    event_stream,
+    failure,
+    gather,
+    trace_of,
+    usage_object,
+)
 
 router = APIRouter()
 
@@ -27,7 +38,8 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
 
     def build() -> tuple[list[tuple[int, ...]], list[Prompt]]:
         texts = [engine.prompts.text_ids(text) for text in body.prompts()]
-        return texts, [engine.prompts.build_text(ids, principles, body.scores) for ids in texts]
+        method = body.alignment_method or "linear"
+        return texts, [engine.prompts.build_text(ids, principles, body.scores, method) for ids in texts]
 
     texts, prompts = await asyncio.to_thread(build)
     params = body.sampling_params()
@@ -76,8 +88,8 @@ class TextCompletion:
             for index in range(self._n):
                 mine = [output for output in of_prompt if output.choice == index]
                 text = self._echoed(number) + "".join(output.text for output in mine)
-                logprobs = _Logprobs(self._engine, self._first(number)).add(mine)
-                choices.append(self._choice(number * self._n + index, text, logprobs, mine[-1].finish_reason))
+                opinions = self._opinions(number).of(mine)
+                choices.append(self._choice(number * self._n + index, text, mine[-1].finish_reason, opinions))
         usages = [[output.usage for output in of_prompt if output.usage] for of_prompt in outputs]
         return {**self._head, "choices": choices, "usage": _sum(usages)}
 
@@ -88,9 +100,7 @@ class TextCompletion:
         usages: list[list[Usage]] = [[] for _ in replies]
         counts = [[-len(prompt.given)] * self._n for prompt in self._prompts]
         num_prompt_tokens = sum(len(prompt.principled[0]) + len(prompt.given) for prompt in self._prompts)
-        logprobs = [
-            [_Logprobs(self._engine, self._first(number)) for _ in range(self._n)] for number in range(len(replies))
-        ]
+        opinions = [[self._opinions(number) for _ in range(self._n)] for number in range(len(replies))]
 
         def event(choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> Event:
             if continuous and usage is None:
@@ -106,13 +116,13 @@ class TextCompletion:
             for number in range(len(replies)):
                 if self._body.echo:
                     for index in range(self._n):
-                        yield event([self._choice(number * self._n + index, self._echoed(number), None, None)])
+                        yield event([self._choice(number * self._n + index, self._echoed(number), None, {})])
             async for number, output in _merged(replies):
                 counts[number][output.choice] += len(output.token_ids)
                 if output.text or output.logprobs or output.finish_reason:
-                    found = logprobs[number][output.choice].add([output])
+                    found = opinions[number][output.choice].of([output])
                     index = number * self._n + output.choice
-                    yield event([self._choice(index, output.text, found, output.finish_reason)])
+                    yield event([self._choice(index, output.text, output.finish_reason, found)])
                 if output.usage:
                     usages[number].append(output.usage)
             if include_usage:
@@ -130,35 +140,41 @@ class TextCompletion:
         prompt = self._body.prompts()[number]
         return prompt if isinstance(prompt, str) else self._engine.tokenizer.decode(prompt)
 
-    def _first(self, number: int) -> int | None:
-        """The token that the echoed log-probabilities begin with, which has none itself."""
-        return self._texts[number][0] if self._body.scores else None
+    def _opinions(self, number: int) -> "_Opinions":
+        return _Opinions(self._engine, self._body, self._texts[number][0] if self._body.scores else None)
 
     @staticmethod
-    def _choice(index: int, text: str, logprobs: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+    def _choice(index: int, text: str, reason: str | None, opinions: Mapping[str, Any]) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason, **opinions}
 
 
-class _Logprobs:
-    """OpenAI's older form: lists beside each other; text_offset counts characters from the beginning on.
+class _Opinions:
+    """A choice's log-probabilities, in OpenAI's older form, and its trace, as far as they are asked for: lists beside
+    each other; text_offset counts characters from the beginning on.
 
     first: a token in front, of which nothing is known.
     """
 
-    def __init__(self, engine: Engine, first: int | None) -> None:
+    def __init__(self, engine: Engine, body: CompletionRequest, first: int | None) -> None:
         self._token_bytes = engine.token_bytes
-        self._first = first
+        self._body, self._first = body, first
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
-    def add(self, outputs: Sequence[Output]) -> dict[str, Any] | None:
-        """The lists of what came with these outputs."""
+    def of(self, outputs: Sequence[Output]) -> dict[str, Any]:
+        """What came with these outputs."""
         reports: list[TokenLogprob | None] = [report for output in outputs for report in output.logprobs]
         ids = [report.token_id for report in reports if report]
         if self._first is not None:
             ids, reports, self._first = [self._first, *ids], [None, *reports], None
-        if not reports:
-            return None
+        found: dict[str, Any] = {}
+        if reports and self._body.logprobs is not None:
+            found["logprobs"] = self._logprobs(ids, reports)
+        if self._body.traces:
+            found["alignment"] = [report and trace_of(report, self._token_bytes) for report in reports]
+        return found
+
+    def _logprobs(self, ids: Sequence[int], reports: Sequence[TokenLogprob | None]) -> dict[str, Any]:
         offsets = []
         for id in ids:
             offsets.append(self._offset)

@@ -18,12 +18,15 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     engine: Engine = request.app.state.engine
     body = serving(body, request.app.state)
     principles = body.principles(request.app.state.settings.default_alignment_ratio)
+    method = body.alignment_method or "linear"
     if body.messages is None:
-        prompt = await asyncio.to_thread(engine.prompts.build_text, body.prompt or "", principles)
+        prompt = await asyncio.to_thread(engine.prompts.build_text, body.prompt or "", principles, method=method)
     else:
         messages = [message.rendered() for message in body.messages]
         placement = body.principle_placement or "system"
-        prompt = await asyncio.to_thread(engine.prompts.build, messages, principles, placement, body.rendering())
+        prompt = await asyncio.to_thread(
+            engine.prompts.build, messages, principles, placement, body.rendering(), method
+        )
     branches: list[dict[str, Any]] = [
         {"branch": "principled", "weight": weight, "ratio": ratio, "tokens": list(ids)}
         for ids, weight, ratio in zip(prompt.principled, prompt.weights, prompt.ratios, strict=True)

@@ -104,3 +104,15 @@ def test_the_bytes_of_tokens_are_those_of_the_text(make, tokenizer):
     special = next(iter(tokenizer.added_tokens_decoder))
     assert of(special).decode() == tokenizer.added_tokens_decoder[special].content
     assert of(len(tokenizer) + 5) == b""
+
+
+def test_a_text_that_goes_on_keeps_the_space_in_between():
+    """Decoders of this kind take the space off the beginning of a text."""
+    tokenizer = sentencepiece()
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    before, ids = tokenizer.encode("hi", add_special_tokens=False), tokenizer.encode(" hi hi", add_special_tokens=False)
+    for context, expected in ((before, " hi hi"), ((), "hi hi"), ((*before, 1 + 0xF0), "hi hi")):
+        text = TextStream(tokenizer.decode, (), context)
+        assert "".join(map(text.add, ids)) + text.finish() == expected

@@ -218,7 +218,7 @@ def test_a_given_text_is_scored_and_goes_on(tiny, config, max_tokens):
         rows = [oracle.logits([*branch, *ids])[len(branch) - 1 :] for branch in prompt.branches]
         for position, report in enumerate(reports):
             principled, base = [rows[0][position]], rows[1][position] if prompt.base else None
-            z = oracle.aligned(principled, base, prompt, ids[:position], setting).log_softmax(-1)
+            z = oracle.aligned((principled, base), prompt, ids[:position], setting).log_softmax(-1)
             assert report.logprob == pytest.approx(float(z[ids[position]]), abs=2e-4)
             if position >= 70:
                 assert z[ids[position]] >= z.max() - 1e-4

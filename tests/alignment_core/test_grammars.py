@@ -175,3 +175,85 @@ def test_what_would_not_be_enforced_is_refused(wide, structure, message):
     with pytest.raises(InvalidRequest, match=re.escape(message)) as error:
         engine.submit(aligned(2.0), SamplingParams(structure=structure), print)
     assert error.value.param == "structured_outputs"
+
+
+def accepts(engine, structure, text):
+    matcher = engine.grammars.matcher(structure)
+    ids = engine.tokenizer.encode(text, add_special_tokens=False)
+    return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        ({"properties": {"a": {"type": "integer"}}, "required": ["a"]}, r'{"a": 1, "\u0061": "x"}'),
+        ({"patternProperties": {"x": {"type": "integer"}}}, r'{"\u0078": "s"}'),
+    ],
+)
+def test_names_can_not_be_spelled_so_that_no_rule_applies(embedded, schema, text):
+    engine = make_engine(embedded, num_pages=8)
+    structure = Structure("json_schema", json.dumps({"type": "object", **schema}))
+    assert not accepts(engine, structure, text)
+    assert accepts(engine, structure, '{"a": 1, "b": "é\\n"}')
+
+
+BOMBS = {
+    "references": {"$defs": {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(5000)}, "$ref": "#/$defs/a0"},
+    "references to itself": {"$ref": "#"},
+    "counted names": {"type": "object", "minProperties": 2},
+    "size": {"enum": ["x" * 100 + str(i) for i in range(6000)]},
+}
+
+
+@pytest.mark.parametrize("schema", BOMBS.values(), ids=BOMBS)
+def test_schemas_that_can_not_be_served_are_refused(embedded, schema):
+    """In time: some would end the process, some could never be satisfied."""
+    with pytest.raises(InvalidRequest, match="structured_outputs"):
+        make_engine(embedded, num_pages=8).grammars.matcher(Structure("json_schema", json.dumps(schema)))
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [
+        Structure("regex", "(" * 200 + "a" + ")" * 200),
+        Structure("regex", r"[^\x00-\x{10FFFF}]"),
+        Structure("grammar", 'start: %json {"x-guidance": {"lenient": true}, "type": "array", "uniqueItems": true}'),
+        Structure("choice", json.dumps(["a" * 100_000] * 6)),
+    ],
+    ids=["nested", "nothing", "lenient", "long"],
+)
+def test_other_structures_that_can_not_be_served_are_refused(embedded, structure):
+    with pytest.raises(InvalidRequest, match="structured_outputs"):
+        make_engine(embedded, num_pages=8).grammars.matcher(structure)
+
+
+def test_a_structure_that_fails_on_the_way_is_its_requests_own_error(wide):
+    """A schema that nothing ends; the others go on."""
+    loaded, oracle = wide
+    engine = make_engine(loaded, num_pages=200)
+    schema = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"], "additionalProperties": False}
+    failing = replace(GREEDY, structure=Structure("json_schema", json.dumps(schema)))
+    failed, outputs = run_all(engine, [(aligned(2.0), failing), (aligned(2.0), GREEDY)])
+    assert failed[-1].finish_reason == "error"
+    assert isinstance(failed[-1].error, InvalidRequest)
+    assert oracle.check_greedy(aligned(2.0), Setting((2.0,)), token_ids(outputs)) <= 1
+    assert engine.pool.num_free == engine.pool.num_pages
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_a_structure_that_could_end_goes_on_as_asked(wide, ignore_eos):
+    """min_tokens holds ends back that the structure would allow, and so does ignore_eos; an end leaves no text."""
+    loaded, _ = wide
+    engine = make_engine(loaded, num_pages=100)
+    (eos,) = engine.eos_token_ids
+    structure, bias = Structure("regex", "[a-z ]*"), {eos: 100.0}
+    params = SamplingParams(
+        structure=structure, min_tokens=20, max_tokens=40, ignore_eos=ignore_eos, logit_bias=bias, temperature=0
+    )
+    (outputs,) = run_all(engine, [(aligned(2.0), params)])
+    assert len(token_ids(outputs)) == (40 if ignore_eos else 21)
+    assert outputs[-1].finish_reason == ("length" if ignore_eos else "stop")
+    whole = replace(params, structure=Structure("regex", "[a-z]{2}"), min_tokens=0)
+    (outputs,) = run_all(engine, [(aligned(2.0), whole)])
+    assert re.fullmatch("[a-z]{2}", "".join(output.text for output in outputs))
+    assert outputs[-1].finish_reason == "stop"

@@ -3,19 +3,25 @@
 import itertools
 import math
 import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
 from alignment_core import Prompt, SamplingParams
+from alignment_core.alignment import METHODS
 from alignment_core.sampling import uniform
 from alignment_core.sequence import Structure
+from alignment_core.speculation import PromptLookup
 from tests.alignment_core.test_grammars import allowed_by
 from tests.conftest import make_engine, tiny_pair
 from tests.oracle import NEAR_TIE, Setting
 
 FEATURES = {
     "principles": [0, 1, 2],
+    "method": list(METHODS),
+    "ratio": [2.0, -3.0],
+    "top_p": [None, 0.6],
     "n": [1, 3],
     "logprobs": [None, 3],
     "structure": [None, Structure("regex", "[a-z]{4,9} [0-9]+(,[0-9]+)*")],
@@ -26,6 +32,7 @@ FEATURES = {
     "prefix_hit": [False, True],
     "num_pages": [2000, 40],
     "abort": [False, True],
+    "ignore_eos": [False, True],
     "static": [False, True],
     "speculation": [0, 4],
     "chunks": [None, 9],
@@ -69,19 +76,25 @@ def wide(tokenizer):
     return tiny_pair(tokenizer)
 
 
-def prompt_of(num_principles):
+def prompt_of(num_principles, ratio=2.0, method="linear"):
     ids = tuple((37 * i) % 20_000 + 300 for i in range(30))
     principled = tuple((*ids[:5], *range(1000 * k, 1000 * k + 4 + k), *ids[5:]) for k in range(1, num_principles + 1))
     match num_principles:
         case 0:
             return Prompt((ids,))
         case 1:
-            return Prompt(principled, (1.0,), (2.0,), ids)
-    return Prompt(principled, (0.25, 0.75), (1.0, 3.0), ids)
+            return Prompt(principled, (1.0,), (ratio,), ids, method=method)
+    return Prompt(principled, (0.25, 0.75), (ratio / 2, ratio * 1.5), ids, method=method)
+
+
+@pytest.fixture(scope="module")
+def paths():
+    return Counter()
 
 
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
-def test_two_features(wide, case):
+def test_two_features(wide, case, paths, monkeypatch):
+    monkeypatch.setattr(PromptLookup, "draft", lambda self, most: self._tokens[7:9][:most])  # to be turned down
     loaded, oracle = wide
     engine = make_engine(
         loaded,
@@ -91,7 +104,7 @@ def test_two_features(wide, case):
         num_speculative_tokens=case["speculation"],
         max_num_batched_tokens=case["chunks"],
     )
-    prompt = prompt_of(case["principles"])
+    prompt = prompt_of(case["principles"], case["ratio"], case["method"])
     edits = {"presence_penalty": 1.0, "repetition_penalty": 1.3} if case["penalties"] else {}
     params = SamplingParams(
         temperature=case["temperature"],
@@ -100,6 +113,8 @@ def test_two_features(wide, case):
         min_tokens=case["min_tokens"],
         structure=case["structure"],
         logprobs=case["logprobs"],
+        ignore_eos=case["ignore_eos"],
+        alignment_top_p=case["top_p"],
         stop=("e", "4") if case["stop"] else (),
         **edits,
     )
@@ -116,27 +131,63 @@ def test_two_features(wide, case):
         presence=1.0 if edits else 0.0,
         repetition=1.3 if edits else 1.0,
         min_tokens=case["min_tokens"],
-        stop_ids=tuple(engine.eos_token_ids),
-        allowed=allowed_by(engine, case["structure"]) if case["structure"] else None,
+        stop_ids=() if case["ignore_eos"] and not case["structure"] else tuple(engine.eos_token_ids),
+        allowed=allowed_for(engine, params) if case["structure"] else None,
+        method=case["method"],
+        top_p=case["top_p"] or METHODS[case["method"]].top_p,
     )
     ties = sum(judge(oracle, prompt, choices[i], setting, i) for i in range(case["n"]))
     assert ties <= 1
     assert oracle.check_greedy(company[0][0], Setting((0.5,)), ids_of(others[0])) <= 1
-    for outputs in choices.values():
-        text, last = "".join(output.text for output in outputs), outputs[-1]
+    for choice, outputs in choices.items():
+        ids, last = ids_of(outputs), outputs[-1]
+        assert (len(ids), last.finish_reason) == end_of(engine, params, ids), case
+        assert last.usage.completion_tokens == len(ids)
+        if case["stop"] and case["min_tokens"] == 0:
+            assert not set("".join(output.text for output in outputs)) & {"e", "4"}
         reports = [report for output in outputs for report in output.logprobs]
         assert bool(reports) == (case["logprobs"] is not None)
-        if case["stop"] and case["min_tokens"] == 0:
-            assert not set(text) & {"e", "4"}
-        assert last.finish_reason == ("length" if last.usage.completion_tokens == 12 and not stopped(last) else "stop")
-        assert last.usage.completion_tokens >= min(case["min_tokens"], 4)
+        for position in range(choice, len(reports), 5):
+            z = oracle.next_logits(prompt, ids[:position], setting if prompt.base else Setting()).log_softmax(-1)
+            assert reports[position].logprob == pytest.approx(float(z[ids[position]]), abs=1e-3)
+    paths["cases"] += 1
+    paths["preemptions"] += engine.scheduler.num_preemptions
+    paths["drafts"] += engine.stats().num_tokens_drafted
     if case["prefix_hit"]:
         assert cached >= len(prompt.principled[0]) // 4 * 4
     assert engine.pool.num_free == engine.pool.num_pages
 
 
-def stopped(last):
-    return last.finish_reason == "stop"
+def test_all_paths_were_taken(paths):
+    if paths["cases"] < len(CASES):
+        pytest.skip("of the whole file only")
+    assert min(paths["preemptions"], paths["drafts"]) > 0
+
+
+def allowed_for(engine, params):
+    """What the structure allows; with ignore_eos no end, as long as anything else may follow."""
+    allowed = allowed_by(engine, params.structure)
+
+    def wanted(output):
+        ids = allowed(output)
+        return [id for id in ids if not params.ignore_eos or id not in engine.eos_token_ids] or ids
+
+    return wanted
+
+
+def end_of(engine, params, ids):
+    """Where a reply of these tokens ends, and why: the first end that counts, else its length."""
+    matcher = engine.grammars.matcher(params.structure) if params.structure else None
+    for number, token in enumerate(ids, 1):
+        counts, is_eos = number > params.min_tokens, token in engine.eos_token_ids
+        if is_eos and ((counts and not params.ignore_eos) or matcher):
+            return number, "stop"
+        text = engine.tokenizer.decode([token], skip_special_tokens=True)
+        if counts and any(stop in text for stop in params.stop):
+            return number, "stop"
+        if matcher and (not matcher.consume_token(token) or matcher.is_stopped()):
+            return number, "stop"
+    return params.max_tokens, "length"
 
 
 def ids_of(outputs):

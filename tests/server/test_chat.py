@@ -128,7 +128,7 @@ BAD = [
     ({"principle": [{"text": "x", "wieght": 1}]}, 400, "principle.0.wieght", "weight"),
     ({"principle": ""}, 400, "principle", "empty"),
     ({"alignment_ratio": 20.1}, 400, "alignment_ratio", "20"),
-    ({"alignment_ratio": -0.1}, 400, "alignment_ratio", "0"),
+    ({"alignment_ratio": -11}, 400, "alignment_ratio", "-10"),
     ({"alignment_ratio": "2"}, 400, "alignment_ratio", "number"),
     ({"alignment_top_p": 0}, 400, "alignment_top_p", "greater"),
     ({"temperature": float("nan")}, 400, "temperature", "finite"),
@@ -220,7 +220,8 @@ BAD = [
     ({"chat_template_kwargs": {"enable_thinking": True}}, 400, "chat_template_kwargs.enable_thinking", "does not know"),
     ({"reasoning_effort": "low"}, 400, "reasoning_effort", "does not know"),
     ({"store": True}, 400, "store", "not supported"),
-    ({"alignment_trace": True}, 400, "alignment_trace", "not supported"),
+    ({"principle": [{"text": "a", "weight": 0}]}, 400, "principle", "weight above 0"),
+    ({"alignment_method": "x"}, 400, "alignment_method", "linear"),
 ]
 
 
@@ -265,7 +266,6 @@ EXTREMES = [
     {"seed": 2**63 - 1},
     {"messages": [{"role": "user", "content": ""}]},
     {"principle": [{"text": "a", "weight": 1e-320}, {"text": "b", "weight": 1e-320}]},
-    {"principle": [{"text": "a", "weight": 0}]},
     {"principle": [{"text": "a"}] * 16},
     {"principle": [{"text": "be brief"}, {"text": "be nice"}], "max_tokens": None, "stop": ["e", "a", "o", "i"]},
 ]

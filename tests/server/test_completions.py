@@ -76,6 +76,30 @@ def test_an_echo_with_log_probabilities(client, extra, stream):
     assert all(value > -9999.0 for top in found["top_logprobs"][1:] for value in top.values())
 
 
+def test_a_scored_text_is_seen_by_every_policy(url):
+    """What rerankers need: the aligned, the principled and the base log-probability of each token, in one request."""
+    text = TEXT + " Paris, which is old."
+    asked = {"model": "smollm2", "prompt": text, "echo": True, "logprobs": 0, "max_tokens": 0, **ALIGNED}
+
+    def ask(**change):
+        return httpx.post(url + "/v1/completions", json={**asked, **change}, timeout=60).json()["choices"][0]
+
+    choice = ask()
+    first, *steps = choice["alignment"]
+    assert first is None
+    assert len(steps) + 1 == len(choice["logprobs"]["tokens"])
+    base, principled = ask(principle=None), ask(alignment_ratio=0)
+    of_base = base["logprobs"]["token_logprobs"][1:]
+    assert [step["base_logprob"] for step in steps] == pytest.approx(of_base, abs=1e-3)
+    principled = httpx.post(url + "/v1/completions", json={**asked, "alignment_ratio": 0}, timeout=60).json()[
+        "choices"
+    ][0]
+    of_principled = principled["logprobs"]["token_logprobs"][1:]
+    assert [step["principled_logprob"] for step in steps] == pytest.approx(of_principled, abs=1e-3)
+    assert [step["logprob"] for step in steps] == choice["logprobs"]["token_logprobs"][1:]
+    assert "alignment" not in ask(alignment_trace=False)
+
+
 @pytest.mark.parametrize(
     ("change", "param", "message"),
     [

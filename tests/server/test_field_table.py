@@ -24,6 +24,7 @@ TOOL = {"type": "function", **WEATHER["function"]}
 VALUES = {
     "add_generation_prompt": False,
     "access_programs": {"cyber": "standard"},
+    "alignment_method": "cfg",
     "alignment_ratio": 1.5,
     "alignment_temperature": 0.7,
     "alignment_top_p": 0.9,
@@ -101,6 +102,7 @@ NEEDS = {
     "continue_final_message": {"messages": BEGUN},
     "stream_options": {"stream": True},
     "principle_placement": {"principle": "Be kind."},
+    "alignment_method": {"principle": "Be kind."},
     "alignment_ratio": {"principle": "Be kind."},
     "alignment_top_p": {"principle": "Be kind."},
     "alignment_temperature": {"principle": "Be kind."},

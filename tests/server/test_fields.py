@@ -10,6 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from alignment_core import Principle, SamplingParams
+from alignment_core.alignment import METHODS
 from tests.conftest import make_engine, run_all
 from tests.server.test_chat import CHAT, PRINCIPLE, create
 
@@ -214,6 +215,44 @@ def test_a_structure_beyond_the_limits_fails_alone(client, stream):
     with pytest.raises(openai.APIError, match="structured_outputs can't be used"):
         list(create(client, {**ALIGNED, **bomb}, stream=stream, max_tokens=1000))
     assert create(client, ALIGNED, max_tokens=2).choices[0].message.content
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods(client, embedded, method):
+    """A field of any request; so are negative ratios."""
+    engine = make_engine(embedded, num_pages=200)
+    for ratio in (1.5, -3):
+        prompt = engine.prompts.build(CHAT, [Principle(PRINCIPLE, ratio=ratio)], method=method)
+        (outputs,) = run_all(engine, [(prompt, SamplingParams(temperature=0, max_tokens=10))])
+        extra = {"principle": PRINCIPLE, "alignment_ratio": ratio, "alignment_method": method}
+        reply = create(client, extra, max_tokens=10).choices[0].message.content
+        assert reply == "".join(output.text for output in outputs)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_trace_tells_of_every_token(client, stream):
+    traced = {**ALIGNED, "alignment_trace": True}
+    fields = {"logprobs": True, "top_logprobs": 2, "max_tokens": 6, "n": 2, "temperature": 1, "seed": 1}
+    steps = {0: [], 1: []}
+    found = create(client, traced, stream=stream, **fields)
+    texts, logprobs = {0: "", 1: ""}, {0: [], 1: []}
+    for part in found if stream else [found]:
+        for choice in part.choices:
+            steps[choice.index] += choice.alignment
+            texts[choice.index] += (choice.delta if stream else choice.message).content or ""
+            logprobs[choice.index] += choice.logprobs.content if choice.logprobs else []
+    for index, of_choice in steps.items():
+        assert b"".join(bytes(step["bytes"]) for step in of_choice).decode() == texts[index]
+        assert [step["logprob"] for step in of_choice] == [token.logprob for token in logprobs[index]]
+        for step in of_choice:
+            assert step["kl"] > 0
+            assert step["plausible_tokens"] >= len(step["top"]["aligned"]) > 0
+            assert max(step["principled_logprob"], step["base_logprob"]) < 0
+            assert [len(step["top"][policy]) for policy in ("principled", "base")] == [2, 2]
+    (alone,) = create(client, {"alignment_trace": True}, max_tokens=1).choices
+    (step,) = alone.alignment
+    assert alone.logprobs is None
+    assert (step["logprob"], step["base_logprob"], step["kl"]) == (step["principled_logprob"], None, None)
 
 
 def test_the_mark_of_a_continued_message(client):
