@@ -11,15 +11,17 @@ from typing import Any
 
 import httpx
 from pydantic import Field
-from pydantic_settings import BaseSettings, CliApp, CliPositionalArg, SettingsConfigDict
+from pydantic_settings import CliApp, CliPositionalArg, SettingsConfigDict
+
+from server.settings import Arguments
 
 WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
 
 
-class BenchSettings(BaseSettings):
+class BenchSettings(Arguments):
     """Send chats to an OpenAI-compatible server and report latencies and throughput."""
 
-    model_config = SettingsConfigDict(cli_kebab_case=True, cli_prog_name="linalign bench", extra="forbid")
+    model_config = SettingsConfigDict(cli_prog_name="linalign bench")
 
     url: CliPositionalArg[str] = Field("http://127.0.0.1:8000", description="the server, without /v1")
     model: str | None = Field(None, description="the first that the server lists where none is given")

@@ -1,4 +1,4 @@
-"""The command line: linalign serve, linalign bench."""
+"""The command line: linalign serve, linalign bench, linalign eval."""
 
 import argparse
 import gc
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "serve": "an OpenAI-compatible server",
     "bench": "a load test of such a server",
+    "eval": "what principles and ratios do to a model's replies",
 }
 
 
@@ -32,10 +33,14 @@ def main() -> None:
     command, args = parser.parse_args(sys.argv[1:2]).command, sys.argv[2:]
     if command == "serve":
         serve(args)
-    else:
+    elif command == "bench":
         from server import bench
 
         bench.main(args)
+    else:
+        from server import evaluate
+
+        evaluate.main(args)
 
 
 def engine_config(settings: "Settings") -> "EngineConfig":

@@ -72,6 +72,24 @@ class Settings(BaseSettings):
     )
 
 
+class Arguments(BaseSettings):
+    """Settings of a command that come from its command line alone, whatever the environment's variables are called."""
+
+    model_config = SettingsConfigDict(cli_kebab_case=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        del settings_cls, env_settings, dotenv_settings, file_secret_settings
+        return (init_settings,)
+
+
 def nearest(name: str, known: list[str]) -> str:
     """'; did you mean X?' where something known is near, else nothing."""
     found = difflib.get_close_matches(name, known, n=1)

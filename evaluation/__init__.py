@@ -1,0 +1,1 @@
+"""What the ratio does and what it costs, measured through a server's own API: `linalign eval`."""

@@ -1,0 +1,87 @@
+"""Results as they come, in a file of JSON lines: a run that was cut off goes on where it was."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Record = dict[str, Any]
+Job = Callable[[], Awaitable[Record]]
+CLOSE_TO_ZERO = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One way of decoding. method: one of alignment_core's, or "plain" without the principle, or "prompting" with it
+    and without extrapolation.
+    """
+
+    method: str
+    ratio: float
+    temperature: float
+
+    @property
+    def key(self) -> str:
+        return f"{self.method}/{self.ratio:g}/{self.temperature:g}"
+
+    def fields(self, principle: str) -> dict[str, Any]:
+        """The request's. Prompting has a ratio too small to change anything: so its trace knows the base policy."""
+        fields: dict[str, Any] = {"temperature": self.temperature, "alignment_trace": True}
+        if self.method == "plain":
+            return fields
+        fields["principle"] = principle
+        if self.method == "prompting":
+            return {**fields, "alignment_ratio": CLOSE_TO_ZERO, "alignment_top_p": 1}
+        return {**fields, "alignment_method": self.method, "alignment_ratio": self.ratio}
+
+
+def cells(methods: list[str], ratios: list[float], temperatures: list[float]) -> list[Cell]:
+    """Every method at every ratio; ratio 0 is prompting, whatever the method."""
+    found = []
+    for temperature in temperatures:
+        found += [Cell("plain", 0, temperature), Cell("prompting", 0, temperature)]
+        found += [Cell(method, ratio, temperature) for method in methods for ratio in ratios if ratio]
+    return found
+
+
+class Records:
+    """Results by key. A last line that was half written is left out."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._found: dict[str, Record] = {}
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue
+                self._found[record["key"]] = record
+
+    def __getitem__(self, key: str) -> Record:
+        return self._found[key]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._found
+
+    async def collect(self, jobs: Mapping[str, Job], title: str) -> None:
+        """Do what has not been done yet. The first failure ends the run; what is there stays."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns) as progress, self._path.open("a") as file:
+            bar = progress.add_task(title, total=len(jobs), completed=sum(key in self for key in jobs))
+
+            async def do(key: str, job: Job) -> None:
+                record = {"key": key, **await job()}
+                self._found[key] = record
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.flush()
+                progress.advance(bar)
+
+            async with asyncio.TaskGroup() as tasks:
+                for key, job in jobs.items():
+                    if key not in self:
+                        tasks.create_task(do(key, job))

@@ -1,0 +1,57 @@
+"""What is evaluated: a server that takes our fields, somewhere else or in this process."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+
+MOST_AT_ONCE = 64
+
+
+class Target:
+    """One model behind an OpenAI-compatible API. Raises httpx.HTTPError."""
+
+    def __init__(self, client: httpx.AsyncClient, model: str, concurrency: int) -> None:
+        self.model = model
+        self._client = client
+        self._turn = asyncio.Semaphore(concurrency)
+
+    async def chat(self, messages: Sequence[Mapping[str, str]], **fields: Any) -> dict[str, Any]:
+        """The first choice of a chat completion."""
+        body = {"model": self.model, "messages": list(messages), **fields}
+        async with self._turn:
+            response = await self._client.post("/v1/chat/completions", json=body)
+        if response.is_error:
+            raise httpx.HTTPError(f"{response.status_code}: {response.text[:500]}")
+        choice: dict[str, Any] = response.json()["choices"][0]
+        return choice
+
+
+@asynccontextmanager
+async def remote(url: str, model: str | None, api_key: str, concurrency: int) -> AsyncIterator[Target]:
+    """model: the first that the server lists where none is given."""
+    headers = {"Authorization": f"Bearer {api_key}"}
+    limits = httpx.Limits(max_connections=MOST_AT_ONCE)
+    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=1800, limits=limits) as client:
+        if model is None:
+            response = await client.get("/v1/models")
+            response.raise_for_status()
+            model = response.json()["data"][0]["id"]
+        assert model is not None
+        yield Target(client, model, concurrency)
+
+
+@asynccontextmanager
+async def in_process(name: str | None, dtype: str, quantization: Any, concurrency: int) -> AsyncIterator[Target]:
+    """name: as `linalign serve` takes it. The same application, without a socket."""
+    from alignment_core import Engine, EngineConfig, load
+    from server.app import create_app
+    from server.settings import load_settings
+
+    loaded = load(name, dtype=dtype, quantization=quantization)
+    with Engine(loaded, EngineConfig(max_model_len=min(2048, loaded.max_model_len))) as engine:
+        transport = httpx.ASGITransport(create_app(engine, load_settings([])))
+        async with httpx.AsyncClient(transport=transport, base_url="http://linalign", timeout=None) as client:
+            yield Target(client, engine.model_id, concurrency)

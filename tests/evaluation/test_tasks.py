@@ -1,0 +1,143 @@
+"""The tasks on a real server with the embedded model, a few questions each, and what they make of its replies."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import pytest
+
+from evaluation import hh, personal_preference
+from evaluation.records import Cell, cells
+from server.evaluate import main
+
+ANSWERS = [f"answer_{x}" for x in "abcd"] + [f"preference_{x}" for x in "abcd"]
+
+
+def run(task, folder, *args):
+    main([task, "--output", str(folder), *map(str, args)])
+    found = json.loads((folder / "results.json").read_text())["summary"]
+    report = (folder / "report.md").read_text()
+    for line in report.splitlines():
+        if line.startswith("!["):
+            picture = folder / line.split("(")[1].rstrip(")")
+            assert picture.read_bytes().startswith(b"\x89PNG")
+            assert "<svg" in picture.with_suffix(".svg").read_text()
+    return found, report
+
+
+def test_the_questions_are_of_the_published_format():
+    rows = personal_preference.load(None)
+    assert len(rows) >= 80
+    assert all(set(row) == {"question", "domain", *ANSWERS} for row in rows)
+    assert len({row["question"] for row in rows}) == len(rows)
+    assert len({row["domain"] for row in rows}) >= 8
+    items = personal_preference.items(rows, 0)
+    letters = Counter(item.target for item in items)
+    assert min(letters.values()) > len(items) / 4 * 0.75  # no letter is the answer much more often
+    assert items == personal_preference.items(rows, 0) != personal_preference.items(rows, 1)
+    for item, row in zip(items[::4], rows, strict=True):
+        assert item.answers["ABCD".index(item.target)] == row["answer_a"]
+        assert item.preference == row["preference_a"]
+
+
+def test_a_list_is_read_too(tmp_path):
+    rows = personal_preference.load(None)[:3]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert personal_preference.load(str(tmp_path / "rows.json")) == rows
+
+
+def test_cells():
+    found = cells(["linear", "cfg"], [0.0, 2.0], [0.5])
+    assert [(cell.method, cell.ratio) for cell in found] == [
+        ("plain", 0), ("prompting", 0), ("linear", 2), ("cfg", 2),
+    ]  # fmt: skip
+
+
+def test_prompting_is_ratio_zero(client):
+    """A ratio too small to matter, so that there is a trace."""
+    principle = "Speak of the sea."
+    asked = {"model": "smollm2", "messages": [{"role": "user", "content": "How are you?"}], "max_tokens": 16}
+    fields = Cell("prompting", 0, 0.0).fields(principle)
+    temperature = fields.pop("temperature")
+    texts = [
+        client.chat.completions.create(**asked, temperature=temperature, extra_body=extra).choices[0].message.content
+        for extra in (fields, {"principle": principle, "alignment_ratio": 0})
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_personal_preference(url, tmp_path):
+    args = ("--url", url, "--limit", 2, "--methods", "linear", "--ratios", "0,2", "--temperatures", "0,0.5")
+    found, report = run("personal-preference", tmp_path, *args)
+    lines = (tmp_path / "records.jsonl").read_text().splitlines()
+    assert len(lines) == 2 * 4 * 3 * 2  # questions, preferences, cells, temperatures
+    whole = [row for row in found if row["domain"] == "all"]
+    assert [(row["method"], row["ratio"]) for row in whole] == [("plain", 0), ("prompting", 0), ("linear", 2)] * 2
+    greedy = [json.loads(line) for line in lines if "/2/0/" in line]
+    for record in greedy:  # at temperature 0 the letter that is drawn is the most probable one
+        assert record["drawn"] is None or record["drawn"] == max(
+            record["probabilities"], key=record["probabilities"].get
+        )
+    assert "| linear | 2 |" in report
+
+    # Cut off in the middle of a line: what is missing is asked again, nothing else is.
+    (tmp_path / "records.jsonl").write_text("\n".join(lines[:10]) + "\n" + lines[10][:20])
+    again, _ = run("personal-preference", tmp_path, *args)
+    assert again == found
+    keys = [
+        json.loads(line)["key"] for line in (tmp_path / "records.jsonl").read_text().splitlines() if line.endswith("}")
+    ]
+    assert len(keys) == len(set(keys)) == 48
+
+
+def test_follow(url, tmp_path):
+    args = ("--url", url, "--limit", 1, "--methods", "linear,cfg", "--ratios", "0,8", "--temperatures", "0.5")
+    found, report = run("follow", tmp_path, *args)
+    plain, prompting, linear, cfg = found
+    assert (plain["kl"], plain["method"]) == (0.0, "plain")
+    assert 0 < prompting["kl"] < linear["kl"] < cfg["kl"]  # which the plausible set holds back
+    assert plain["perplexity"] < linear["perplexity"] < cfg["perplexity"]
+    for row in found:
+        assert 0 <= row["adherence"][1] <= row["adherence"][0] <= row["adherence"][2] <= 1
+    assert "from which 20%" in report
+
+
+HH = [
+    {"chosen": "\n\nHuman: How do I cook rice?\n\nAssistant: In water.\n\nHuman: How long?\n\nAssistant: Ten minutes.",
+     "rejected": ""},
+    {"chosen": "\n\nHuman: What is\n\na noun?\n\nAssistant: A word.", "rejected": ""},
+]  # fmt: skip
+
+
+def test_hh(url, tmp_path):
+    """The model judges itself, which is no good judge, but one that answers."""
+    file = tmp_path / "hh.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in HH))
+    first, second = hh.load(file)
+    assert [message["role"] for message in first] == ["user", "assistant", "user"]
+    assert second == [{"role": "user", "content": "What is\n\na noun?"}]
+    args = ("--url", url, "--judge-url", url, "--dataset", file, "--methods", "linear", "--ratios", "2")
+    (row,), report = run("hh", tmp_path, *args)
+    assert row["method"] == "linear"
+    assert 0 <= row["score"][0] <= 1
+    assert "preferred to prompting" in report
+    judged = [line for line in (tmp_path / "records.jsonl").read_text().splitlines() if "judged" in line]
+    assert len(judged) == 2
+
+
+def test_hh_needs_a_judge(tmp_path):
+    with pytest.raises(ValueError, match="--judge-url"):
+        run("hh", tmp_path / "out", "--url", "http://127.0.0.1:9")
+
+
+def test_a_server_that_refuses_ends_the_run(url, tmp_path):
+    with pytest.raises(ExceptionGroup) as error:
+        run("follow", tmp_path, "--url", url, "--limit", 1, "--methods", "nonsense", "--ratios", "2")
+    assert error.group_contains(httpx.HTTPError, match="alignment_method")
+
+
+def test_in_this_process(tmp_path):
+    found, _ = run("personal-preference", tmp_path, "--limit", 1, "--methods", "linear", "--ratios", "2")
+    assert [row["method"] for row in found if row["domain"] == "all"] == ["plain", "prompting", "linear"]
+    assert Path(personal_preference.SHIPPED).exists()
