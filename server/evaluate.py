@@ -85,7 +85,7 @@ async def _run(
 
     match settings.task:
         case "personal-preference":
-            rows = personal_preference.load(settings.dataset)[: settings.limit]
+            rows = _some(personal_preference.load(settings.dataset), settings.limit)
             items = personal_preference.items(rows, settings.seed)
             await personal_preference.run(target, records, asked, items)
             return personal_preference.summary(records, asked, items)
@@ -95,12 +95,19 @@ async def _run(
             return follow.summary(records, asked, num_prompts)
     if settings.dataset is None or settings.judge_url is None:
         raise ValueError("hh needs --dataset FILE and --judge-url URL")
-    dialogues = hh.load(Path(settings.dataset))[: settings.limit]
+    dialogues = _some(hh.load(Path(settings.dataset)), settings.limit)
     judge = await stack.enter_async_context(
         remote(settings.judge_url, settings.judge_model, settings.judge_api_key, settings.concurrency)
     )
     await hh.run(target, judge, records, asked, dialogues)
     return hh.summary(records, asked, len(dialogues))
+
+
+def _some(rows: list[Any], limit: int | None) -> list[Any]:
+    """At most so many, from all over the list."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[index * len(rows) // limit] for index in range(limit)]
 
 
 def _numbers(text: str) -> list[float]:

@@ -1,4 +1,4 @@
-"""What the README says is what happens."""
+"""What the README and docs/methods.md say is what happens."""
 
 import re
 import subprocess
@@ -9,8 +9,9 @@ import pytest
 
 from alignment_core import Engine, SamplingParams
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-ROWS = re.findall(r"^\| (\d+) \| (.+) \|$", README, re.MULTILINE)
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+ROWS = re.findall(r"^\| (-?\d+) \| (.+) \|$", README + (ROOT / "docs" / "methods.md").read_text(), re.MULTILINE)
 
 
 QUESTION, PRINCIPLE = "How do I get to work?", "Encourage cycling."
@@ -24,13 +25,13 @@ def reply(ratio):
     return next(text for row, text in ROWS if row == str(ratio))
 
 
-@pytest.mark.parametrize("ratio", [0, 2, 5])
+@pytest.mark.parametrize("ratio", [0, 2, 5, -1, -4])
 def test_the_sample_is_what_the_model_says(embedded, ratio):
     messages = [{"role": "user", "content": QUESTION}]
     params = SamplingParams(temperature=0, max_tokens=48)
     with Engine(embedded) as engine:
         outputs = list(engine.chat(messages, PRINCIPLE, ratio, params))
-    assert "".join(output.text for output in outputs) == reply(ratio)
+    assert "".join(output.text for output in outputs).replace("\n", " ") == reply(ratio)
 
 
 def test_the_curl(url):
