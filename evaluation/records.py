@@ -55,7 +55,10 @@ class Records:
         self._path = path
         self._found: dict[str, Record] = {}
         if path.exists():
-            for line in path.read_text().splitlines():
+            text = path.read_text()
+            if text and not text.endswith("\n"):
+                path.write_text(text[: text.rfind("\n") + 1])
+            for line in text.splitlines():
                 try:
                     record = json.loads(line)
                 except ValueError:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -50,6 +51,8 @@ class EvalSettings(Arguments):
 
 def main(args: list[str]) -> None:
     settings = CliApp.run(EvalSettings, cli_args=args)
+    if settings.task == "hh" and not (settings.dataset and settings.judge_url):
+        sys.exit("linalign eval: hh needs --dataset FILE and --judge-url URL")
     settings.output.mkdir(parents=True, exist_ok=True)
     asyncio.run(evaluate(settings))
 
@@ -93,8 +96,7 @@ async def _run(
             num_prompts = min(settings.limit or len(PROMPTS), len(PROMPTS))
             await follow.run(target, records, asked, num_prompts)
             return follow.summary(records, asked, num_prompts)
-    if settings.dataset is None or settings.judge_url is None:
-        raise ValueError("hh needs --dataset FILE and --judge-url URL")
+    assert settings.dataset and settings.judge_url
     dialogues = _some(hh.load(Path(settings.dataset)), settings.limit)
     judge = await stack.enter_async_context(
         remote(settings.judge_url, settings.judge_model, settings.judge_api_key, settings.concurrency)

@@ -7,11 +7,17 @@ from pathlib import Path
 import httpx
 import pytest
 
-from evaluation import hh, personal_preference
+from evaluation import follow, hh, personal_preference
 from evaluation.records import Cell, cells
 from server.evaluate import main
 
 ANSWERS = [f"answer_{x}" for x in "abcd"] + [f"preference_{x}" for x in "abcd"]
+
+
+@pytest.fixture(autouse=True)
+def short_replies(monkeypatch):
+    monkeypatch.setattr(follow, "MAX_TOKENS", 20)
+    monkeypatch.setattr(hh, "MAX_TOKENS", 20)
 
 
 def run(task, folder, *args):
@@ -127,7 +133,7 @@ def test_hh(url, tmp_path):
 
 
 def test_hh_needs_a_judge(tmp_path):
-    with pytest.raises(ValueError, match="--judge-url"):
+    with pytest.raises(SystemExit, match="--judge-url"):
         run("hh", tmp_path / "out", "--url", "http://127.0.0.1:9")
 
 
