@@ -96,7 +96,8 @@ async def _run(
             num_prompts = min(settings.limit or len(PROMPTS), len(PROMPTS))
             await follow.run(target, records, asked, num_prompts)
             return follow.summary(records, asked, num_prompts)
-    assert settings.dataset and settings.judge_url
+    assert settings.dataset
+    assert settings.judge_url
     dialogues = _some(hh.load(Path(settings.dataset)), settings.limit)
     judge = await stack.enter_async_context(
         remote(settings.judge_url, settings.judge_model, settings.judge_api_key, settings.concurrency)
