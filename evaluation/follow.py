@@ -67,7 +67,7 @@ def summary(records: Records, cells: Sequence[Cell], num_prompts: int) -> list[R
         }
         found.append(
             {
-                "method": cell.method,
+                "method": cell.label,
                 "ratio": cell.ratio,
                 "temperature": cell.temperature,
                 "adherence": interval(followed, [checkable.id for checkable, _ in pairs]),

@@ -86,7 +86,7 @@ def summary(records: Records, cells: Sequence[Cell], num_dialogues: int) -> list
             scores = [records[f"hh/{cell.key}/{number}/judged"]["score"] for number in range(num_dialogues)]
             found.append(
                 {
-                    "method": cell.method,
+                    "method": cell.label,
                     "ratio": cell.ratio,
                     "temperature": cell.temperature,
                     "score": interval(scores),

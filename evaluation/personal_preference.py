@@ -132,7 +132,7 @@ def summary(records: Records, cells: Sequence[Cell], asked: Sequence[Item]) -> l
             best = [float(_best(record["probabilities"]) == record["target"]) for _, record in mine]
             found.append(
                 {
-                    "method": cell.method,
+                    "method": cell.label,
                     "ratio": cell.ratio,
                     "temperature": cell.temperature,
                     "domain": domain,

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,21 @@ CLOSE_TO_ZERO = 1e-9
 @dataclass(frozen=True, slots=True)
 class Cell:
     """One way of decoding. method: one of alignment_core's, or "plain" without the principle, or "prompting" with it
-    and without extrapolation.
+    and without extrapolation. top_p: the plausible set's mass, None for the method's own.
     """
 
     method: str
     ratio: float
     temperature: float
+    top_p: float | None = None
+
+    @property
+    def label(self) -> str:
+        return self.method if self.top_p is None else f"{self.method} {self.top_p:g}"
 
     @property
     def key(self) -> str:
-        return f"{self.method}/{self.ratio:g}/{self.temperature:g}"
+        return f"{self.label}/{self.ratio:g}/{self.temperature:g}"
 
     def fields(self, principle: str) -> dict[str, Any]:
         """The request's. Prompting has a ratio too small to change anything: so its trace knows the base policy."""
@@ -36,15 +41,24 @@ class Cell:
         fields["principle"] = principle
         if self.method == "prompting":
             return {**fields, "alignment_ratio": CLOSE_TO_ZERO, "alignment_top_p": 1}
-        return {**fields, "alignment_method": self.method, "alignment_ratio": self.ratio}
+        fields |= {"alignment_method": self.method, "alignment_ratio": self.ratio}
+        return fields if self.top_p is None else {**fields, "alignment_top_p": self.top_p}
 
 
-def cells(methods: list[str], ratios: list[float], temperatures: list[float]) -> list[Cell]:
-    """Every method at every ratio; ratio 0 is prompting, whatever the method."""
+def cells(
+    methods: list[str], ratios: list[float], temperatures: list[float], top_ps: Sequence[float | None] = (None,)
+) -> list[Cell]:
+    """Every method at every ratio with every plausible set; ratio 0 is prompting, whatever the method."""
     found = []
     for temperature in temperatures:
         found += [Cell("plain", 0, temperature), Cell("prompting", 0, temperature)]
-        found += [Cell(method, ratio, temperature) for method in methods for ratio in ratios if ratio]
+        found += [
+            Cell(method, ratio, temperature, top_p)
+            for method in methods
+            for top_p in top_ps
+            for ratio in ratios
+            if ratio
+        ]
     return found
 
 

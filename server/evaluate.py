@@ -37,6 +37,7 @@ class EvalSettings(Arguments):
     quantization: Literal["auto", "none", "int8", "int4", "fp8"] = "auto"
     methods: str = Field("linear,cfg,opad,amulet,adaptive", description="comma-separated")
     ratios: str = Field("0,0.5,1,2,3,5,8", description="comma-separated; 0 is prompting")
+    alignment_top_ps: str | None = Field(None, description="comma-separated; each method's own where none are")
     temperatures: str = Field("0.5", description="comma-separated; 0 is greedy")
     concurrency: int = Field(16, ge=1, description="requests at once")
     seed: int = Field(0, description="of the order of answers")
@@ -63,7 +64,8 @@ async def evaluate(settings: EvalSettings) -> None:
     from evaluation.report import write
     from evaluation.target import in_process, remote
 
-    asked = cells(settings.methods.split(","), _numbers(settings.ratios), _numbers(settings.temperatures))
+    masses = _numbers(settings.alignment_top_ps) if settings.alignment_top_ps else (None,)
+    asked = cells(settings.methods.split(","), _numbers(settings.ratios), _numbers(settings.temperatures), masses)
     records = Records(settings.output / "records.jsonl")
     async with AsyncExitStack() as stack:
         if settings.url:

@@ -58,6 +58,9 @@ def test_cells():
     assert [(cell.method, cell.ratio) for cell in found] == [
         ("plain", 0), ("prompting", 0), ("linear", 2), ("cfg", 2),
     ]  # fmt: skip
+    wider = cells(["linear"], [2.0], [0.5], [0.9, 1.0])[2:]
+    assert [cell.label for cell in wider] == ["linear 0.9", "linear 1"]
+    assert [cell.fields("P.")["alignment_top_p"] for cell in wider] == [0.9, 1.0]
 
 
 def test_prompting_is_ratio_zero(client):
