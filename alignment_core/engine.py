@@ -24,9 +24,10 @@ from alignment_core.detokenizer import TextStream, TokenBytes
 from alignment_core.grammars import Grammars
 from alignment_core.kv_cache import PagePool
 from alignment_core.loading import LoadedModel, load
+from alignment_core.logprobs import Logprobs, log_probabilities
 from alignment_core.model_runner import ModelRunner, RunnerConfig
 from alignment_core.prompts import DEFAULT_RATIO, Message, Placement, Principle, PromptBuilder
-from alignment_core.sampling import Logprobs, log_probabilities, sample
+from alignment_core.sampling import sample
 from alignment_core.scheduler import SPECULATIVE_BATCH, Scheduler, Step
 from alignment_core.sequence import (
     FinishReason,

@@ -80,28 +80,33 @@ class Grammars:
 
 
 def _refuse_bombs(structure: Structure) -> None:
-    text = structure.text
-    brackets = itertools.accumulate(1 if c in "[{(" else -1 if c in "]})" else 0 for c in text)
+    text, kind = structure.text, structure.kind
+    depth = 0
+    if kind in ("regex", "grammar", "lark"):
+        steps = (1 if character in "[{(" else -1 if character in "]})" else 0 for character in text)
+        depth = max(itertools.accumulate(steps), default=0)
     for size, most, what in (
         (len(text), MAX_LENGTH, "characters"),
         (text.count("$ref"), MAX_REFERENCES, "references"),
-        (max(brackets, default=0), MAX_DEPTH, "levels"),
+        (depth, MAX_DEPTH, "levels"),
     ):
         if size > most:
             raise InvalidRequest(f"{structure.param} has {size} {what}, more than {most}", structure.param)
 
 
-def _refuse_counting_of_names(schema: Any) -> None:
-    """minProperties counts a name that comes twice twice, unless the names are known. Raises ValueError."""
-    if isinstance(schema, list):
-        for item in schema:
-            _refuse_counting_of_names(item)
-    elif isinstance(schema, dict):
+def _refuse_in_schema(schema: Any, depth: int = 0) -> None:
+    """What llguidance would neither enforce nor survive. Raises ValueError.
+
+    minProperties counts a name that comes twice twice, unless the names are known.
+    """
+    if depth > MAX_DEPTH:
+        raise ValueError(f"it has more than {MAX_DEPTH} levels")
+    if isinstance(schema, dict):
         least, required = schema.get("minProperties"), schema.get("required")
         if isinstance(least, int) and least > max(1, len(required) if isinstance(required, list) else 0):
             raise ValueError("minProperties beyond the required ones is not implemented")
-        for item in schema.values():
-            _refuse_counting_of_names(item)
+    for item in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        _refuse_in_schema(item, depth + 1)
 
 
 def _grammar(structure: Structure) -> str:
@@ -110,7 +115,7 @@ def _grammar(structure: Structure) -> str:
     match structure.kind:
         case "json_schema":
             schema = json.loads(structure.text)
-            _refuse_counting_of_names(schema)
+            _refuse_in_schema(schema)
             return LLMatcher.grammar_from_json_schema(schema, PLAIN_JSON, STRICT)
         case "choice":
             return grammar_from("regex", "|".join(map(_escaped, json.loads(structure.text))))

@@ -69,15 +69,10 @@ class Records:
         self._path = path
         self._found: dict[str, Record] = {}
         if path.exists():
-            text = path.read_text()
-            if text and not text.endswith("\n"):
-                path.write_text(text[: text.rfind("\n") + 1])
-            for line in text.splitlines():
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue
-                self._found[record["key"]] = record
+            *lines, half = path.read_text().split("\n")
+            if half:
+                path.write_text("".join(line + "\n" for line in lines))
+            self._found = {record["key"]: record for record in map(json.loads, lines)}
 
     def __getitem__(self, key: str) -> Record:
         return self._found[key]

@@ -7,7 +7,9 @@ from typing import Any
 
 import httpx
 
-MOST_AT_ONCE = 64
+from alignment_core import Engine, EngineConfig, load
+from server.app import create_app
+from server.settings import load_settings
 
 
 class Target:
@@ -33,7 +35,7 @@ class Target:
 async def remote(url: str, model: str | None, api_key: str, concurrency: int) -> AsyncIterator[Target]:
     """model: the first that the server lists where none is given."""
     headers = {"Authorization": f"Bearer {api_key}"}
-    limits = httpx.Limits(max_connections=MOST_AT_ONCE)
+    limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, headers=headers, timeout=1800, limits=limits) as client:
         if model is None:
             response = await client.get("/v1/models")
@@ -46,10 +48,6 @@ async def remote(url: str, model: str | None, api_key: str, concurrency: int) ->
 @asynccontextmanager
 async def in_process(name: str | None, dtype: str, quantization: Any, concurrency: int) -> AsyncIterator[Target]:
     """name: as `linalign serve` takes it. The same application, without a socket."""
-    from alignment_core import Engine, EngineConfig, load
-    from server.app import create_app
-    from server.settings import load_settings
-
     loaded = load(name, dtype=dtype, quantization=quantization)
     with Engine(loaded, EngineConfig(max_model_len=min(2048, loaded.max_model_len))) as engine:
         transport = httpx.ASGITransport(create_app(engine, load_settings([])))

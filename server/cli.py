@@ -38,9 +38,11 @@ def main() -> None:
 
         bench.main(args)
     else:
-        from server import evaluate
-
-        evaluate.main(args)
+        try:
+            from evaluation import command as evaluation
+        except ModuleNotFoundError as error:
+            sys.exit(f"linalign eval needs more: pip install 'linalign[eval]' ({error})")
+        evaluation.main(args)
 
 
 def engine_config(settings: "Settings") -> "EngineConfig":

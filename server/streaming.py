@@ -94,7 +94,7 @@ async def gather(replies: Sequence[Replies], request: Request) -> list[list[Outp
             one.abort()
         leaving.cancel()
         collecting.cancel()
-        await asyncio.wait((collecting,))
+        await asyncio.gather(collecting, return_exceptions=True)  # asks for its exception
 
 
 async def _disconnect(request: Request) -> None:

@@ -50,14 +50,15 @@ async def begin(body: ChatCompletionRequest, state: State) -> tuple[Replies, Pro
         return prompt, "" if rendering.continues else engine.prompts.generation_prompt(rendering)
 
     prompt, begun = await asyncio.to_thread(build)
-    params = body.sampling_params(**_for_tools(body, engine, literal(end_of_thinking(begun), engine.tokenizer)))
+    params = body.sampling_params(**_for_tools(body, engine, end_of_thinking(begun)))
     most_calls = 1 if body.parallel_tool_calls is False else math.inf
     replies = await Replies.of(engine, prompt, params, body.n or 1)
     return replies, prompt, lambda: ReplyParser(engine.tokenizer, begun, rendering.tools, most_calls)
 
 
-def _for_tools(body: ChatCompletionRequest, engine: Engine, after: str) -> dict[str, Any]:
-    """What tools and reasoning change in how a reply is drawn. after: ends the reasoning that has begun, in Lark."""
+def _for_tools(body: ChatCompletionRequest, engine: Engine, mark: str) -> dict[str, Any]:
+    """What tools and reasoning change in how a reply is drawn. mark: ends the reasoning that has begun, if any."""
+    after = mark and literal(mark, engine.tokenizer)
     tools, parallel = body.callable_tools(), body.parallel_tool_calls is not False
     more: dict[str, Any] = {}
     if body.demands_call:

@@ -101,7 +101,8 @@ def test_usual_steps_never_leave_the_device(tiny, monkeypatch):
     engine = make_engine(tiny[0], num_pages=100, static=True)
     draw_step, drawn = engine._sample, []
     monkeypatch.setattr(engine, "_sample", lambda *step: drawn.append(draw_step(*step)) or drawn[-1])
-    run_all(engine, [(aligned(2.0), GREEDY), (aligned(0), SamplingParams(max_tokens=5, seed=1))])
+    methods = [(replace(aligned(2.0), method=method), GREEDY) for method in ("cfg", "context_steering", "amulet")]
+    run_all(engine, [(aligned(2.0), GREEDY), (aligned(0), SamplingParams(max_tokens=5, seed=1)), *methods])
     assert len(drawn) > 3
     assert {tokens.data_ptr() for tokens in drawn} == {engine.runner.drawn.data_ptr()}
 

@@ -1,15 +1,19 @@
 """The tasks on a real server with the embedded model, a few questions each, and what they make of its replies."""
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
 import httpx
 import pytest
+from pydantic_settings import CliApp
 
 from evaluation import follow, hh, personal_preference
+from evaluation.command import EvalSettings, main
 from evaluation.records import Cell, cells
-from server.evaluate import main
+from server import cli
+from server.bench import BenchSettings
 
 ANSWERS = [f"answer_{x}" for x in "abcd"] + [f"preference_{x}" for x in "abcd"]
 
@@ -150,3 +154,20 @@ def test_in_this_process(tmp_path):
     found, _ = run("personal-preference", tmp_path, "--limit", 1, "--methods", "linear", "--ratios", "2")
     assert [row["method"] for row in found if row["domain"] == "all"] == ["plain", "prompting", "linear"]
     assert Path(personal_preference.SHIPPED).exists()
+
+
+def test_without_its_extra_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["linalign", "eval", "follow"])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in [name for name in sys.modules if name.startswith("evaluation")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit, match=r"pip install 'linalign\[eval\]'"):
+        cli.main()
+
+
+def test_the_environment_is_no_command_line(monkeypatch):
+    monkeypatch.setenv("CONCURRENCY", "7")
+    monkeypatch.setenv("MODEL", "another")
+    for settings, args in ((EvalSettings, ["follow", "--output", "x"]), (BenchSettings, [])):
+        found = CliApp.run(settings, cli_args=args)
+        assert (found.concurrency, found.model) == (settings.model_fields["concurrency"].default, None)

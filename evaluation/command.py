@@ -11,9 +11,14 @@ from typing import Any, Literal
 from pydantic import Field
 from pydantic_settings import CliApp, CliPositionalArg, SettingsConfigDict
 
+from evaluation import follow, hh, personal_preference
+from evaluation.checkers import PROMPTS
+from evaluation.records import Cell, Record, Records, cells
+from evaluation.report import write
+from evaluation.target import Target, in_process, remote
 from server.settings import Arguments
 
-TASKS = Literal["personal-preference", "follow", "hh"]
+Task = Literal["personal-preference", "follow", "hh"]
 
 
 class EvalSettings(Arguments):
@@ -26,7 +31,7 @@ class EvalSettings(Arguments):
 
     model_config = SettingsConfigDict(cli_prog_name="linalign eval")
 
-    task: CliPositionalArg[TASKS]
+    task: CliPositionalArg[Task]
     output: Path = Field(description="folder for records.jsonl, results.json, report.md and the figures")
     url: str | None = Field(
         None, description="a server that takes our fields, without /v1; in this process where none is"
@@ -60,10 +65,6 @@ def main(args: list[str]) -> None:
 
 async def evaluate(settings: EvalSettings) -> None:
     """Run what has not been run yet, then write results and report. Raises httpx.HTTPError, LoadingError."""
-    from evaluation.records import Records, cells
-    from evaluation.report import write
-    from evaluation.target import in_process, remote
-
     masses = _numbers(settings.alignment_top_ps) if settings.alignment_top_ps else (None,)
     asked = cells(settings.methods.split(","), _numbers(settings.ratios), _numbers(settings.temperatures), masses)
     records = Records(settings.output / "records.jsonl")
@@ -77,17 +78,13 @@ async def evaluate(settings: EvalSettings) -> None:
         name = target.model
     told = settings.model_dump(mode="json", exclude={"api_key", "judge_api_key", "output"})
     result = {"settings": told, "model": name, "summary": summary}
-    (settings.output / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    (settings.output / "results.json").write_text(json.dumps(result) + "\n")
     write(settings.output, f"{settings.task}: {name}", summary, settings.task)
 
 
 async def _run(
-    settings: EvalSettings, target: Any, records: Any, asked: Sequence[Any], stack: AsyncExitStack
-) -> list[dict[str, Any]]:
-    from evaluation import follow, hh, personal_preference
-    from evaluation.checkers import PROMPTS
-    from evaluation.target import remote
-
+    settings: EvalSettings, target: Target, records: Records, asked: Sequence[Cell], stack: AsyncExitStack
+) -> list[Record]:
     match settings.task:
         case "personal-preference":
             rows = _some(personal_preference.load(settings.dataset), settings.limit)
