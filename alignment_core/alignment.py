@@ -18,7 +18,7 @@ Coefficients = tuple[float, ...]  # c_i in z = Σ w_i z_i + Σ c_i (z_i − z_b)
 
 # Amulet's published constants beside α, which is the ratio.
 AMULET_LAMBDA, AMULET_ETA, AMULET_STEPS = 2.0, 10.0, 60
-ADAPTIVE_SCALE = 20.0
+ADAPTIVE_SCALE = 50.0
 
 
 def linear(weights: Sequence[float], ratios: Sequence[float]) -> Coefficients:

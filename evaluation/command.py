@@ -47,7 +47,9 @@ class EvalSettings(Arguments):
     concurrency: int = Field(16, ge=1, description="requests at once")
     seed: int = Field(0, description="of the order of answers")
     dataset: str | None = Field(
-        None, description="personal-preference: a file, or kkuusou/personal_preference_eval; hh: a file of dialogues"
+        None,
+        description="personal-preference: a file, or kkuusou/personal_preference_eval; hh: a file as HH-RLHF has them; "
+        "our own where none is named",
     )
     limit: int | None = Field(None, ge=1, description="questions, prompts or dialogues at most")
     judge_url: str | None = Field(None, description="hh: any OpenAI-compatible server")
@@ -57,8 +59,8 @@ class EvalSettings(Arguments):
 
 def main(args: list[str]) -> None:
     settings = CliApp.run(EvalSettings, cli_args=args)
-    if settings.task == "hh" and not (settings.dataset and settings.judge_url):
-        sys.exit("linalign eval: hh needs --dataset FILE and --judge-url URL")
+    if settings.task == "hh" and not settings.judge_url:
+        sys.exit("linalign eval: hh needs --judge-url URL")
     settings.output.mkdir(parents=True, exist_ok=True)
     asyncio.run(evaluate(settings))
 
@@ -95,9 +97,8 @@ async def _run(
             num_prompts = min(settings.limit or len(PROMPTS), len(PROMPTS))
             await follow.run(target, records, asked, num_prompts)
             return follow.summary(records, asked, num_prompts)
-    assert settings.dataset
     assert settings.judge_url
-    dialogues = _some(hh.load(Path(settings.dataset)), settings.limit)
+    dialogues = _some(hh.load(Path(settings.dataset or hh.SHIPPED)), settings.limit)
     judge = await stack.enter_async_context(
         remote(settings.judge_url, settings.judge_model, settings.judge_api_key, settings.concurrency)
     )

@@ -11,6 +11,7 @@ from evaluation.records import Record
 
 mpl.rcParams["svg.hashsalt"] = "linalign"  # the same figure is the same file
 COLLAPSED = 0.2  # a share of replies that loop or are empty at which nobody wants them any more
+ABSURD = 10  # times the perplexity of prompted replies: the model itself would hardly say that
 
 
 def write(folder: Path, title: str, summary: Sequence[Record], task: str) -> None:
@@ -109,14 +110,16 @@ def _follow(folder: Path, summary: Sequence[Record]) -> list[str]:
 
 
 def _warnings(rows: Sequence[Record]) -> str:
-    """From which ratio on a method's replies collapse."""
+    """From which ratio on a method's replies collapse, by either sign."""
+    usual = next(row["perplexity"] for row in rows if row["method"] == "prompting")
     lines = []
     for method in dict.fromkeys(row["method"] for row in rows):
-        broken = [row["ratio"] for row in rows if row["method"] == method and row["loops"] + row["empty"] >= COLLAPSED]
-        lines.append([method, f"{min(broken):g}" if broken else "none of these"])
-    return f"Ratios from which {COLLAPSED:.0%} of the replies loop or are empty:\n\n" + _table(
-        ["method", "ratio"], lines
-    )
+        mine = [row for row in rows if row["method"] == method]
+        broken = [row["ratio"] for row in mine if row["loops"] + row["empty"] >= COLLAPSED]
+        absurd = [row["ratio"] for row in mine if row["perplexity"] >= ABSURD * usual]
+        lines.append([method, *(f"{min(ratios):g}" if ratios else "none of these" for ratios in (broken, absurd))])
+    heads = ["method", f"{COLLAPSED:.0%} loop or are empty", f"{ABSURD} times the perplexity of prompting"]
+    return "Ratios from which text collapses:\n\n" + _table(heads, lines)
 
 
 def _hh(folder: Path, summary: Sequence[Record]) -> list[str]:

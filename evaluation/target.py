@@ -49,7 +49,9 @@ async def remote(url: str, model: str | None, api_key: str, concurrency: int) ->
 async def in_process(name: str | None, dtype: str, quantization: Any, concurrency: int) -> AsyncIterator[Target]:
     """name: as `linalign serve` takes it. The same application, without a socket."""
     loaded = load(name, dtype=dtype, quantization=quantization)
-    with Engine(loaded, EngineConfig(max_model_len=min(2048, loaded.max_model_len))) as engine:
+    # Many requests share all but the end of a prompt, and pages of one token are all that they have in common.
+    config = EngineConfig(max_model_len=min(2048, loaded.max_model_len), page_size=1)
+    with Engine(loaded, config) as engine:
         transport = httpx.ASGITransport(create_app(engine, load_settings([])))
         async with httpx.AsyncClient(transport=transport, base_url="http://linalign", timeout=None) as client:
             yield Target(client, engine.model_id, concurrency)
