@@ -1,4 +1,5 @@
-.PHONY: setup serve test quick
+.PHONY: setup serve test quick vendor pictures
+TESTED := .venv/.ready .venv/.cuda .venv/clients/.ready .venv/playground/.ready
 PYTHON ?= python3
 ARGS ?=
 
@@ -20,14 +21,27 @@ serve: setup
 .venv/clients/.ready: tests/clients/requirements.txt
 	$(PYTHON) -m venv .venv/clients
 	.venv/clients/bin/pip install --progress-bar on -r tests/clients/requirements.txt
-	npm install --silent --no-audit --no-fund --prefix .venv/clients openai@7.57.0
+	npm install --silent --no-audit --no-fund --prefix .venv/clients openai@7.57.0 axe-core@4.14.1
 	touch $@
 
-test: setup .venv/.cuda .venv/clients/.ready
+.venv/playground/.ready: server/playground/package.json
+	mkdir -p .venv/playground
+	cp $< .venv/playground
+	npm install --silent --no-audit --no-fund --prefix .venv/playground
+	touch $@
+
+vendor: .venv/playground/.ready # after a version in server/playground/package.json has changed
+	cd server/playground/vendor && find . -type f -exec cp $(CURDIR)/.venv/playground/node_modules/{} {} \;
+
+test: $(TESTED)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	HF_HUB_OFFLINE=1 .venv/bin/pytest $(ARGS)
 
-quick: setup .venv/.cuda .venv/clients/.ready
+quick: $(TESTED)
 	HF_HUB_OFFLINE=1 .venv/bin/pytest -m "not slow" $(ARGS)
+
+pictures: $(TESTED) # the screenshots that the README shows
+	mkdir -p docs/images
+	HF_HUB_OFFLINE=1 PICTURES=docs/images .venv/bin/pytest tests/server/test_playground.py -k picture

@@ -162,7 +162,7 @@ class Engine:
         self._news = threading.Condition()
         self._stopping = False
         self._thread: threading.Thread | None = None
-        self._num_drafted = self._num_accepted = 0
+        self._num_drafted = self._num_accepted = self._num_generated = 0
         self._overlaps = static and loaded.followers is None  # they would have to be told the tokens
         self._in_flight: Flight | None = None
         if on_cpu:
@@ -270,6 +270,7 @@ class Engine:
             num_tokens_cached=scheduler.num_tokens_cached,
             num_tokens_drafted=self._num_drafted,
             num_tokens_accepted=self._num_accepted,
+            num_tokens_generated=self._num_generated,
         )
 
     # The loop
@@ -396,6 +397,7 @@ class Engine:
         """Add a token to the reply; False if the reply ends with it."""
         sequence.append(token)
         is_given = sequence.num_replied <= 0
+        self._num_generated += not is_given
         may_stop = not is_given and sequence.num_replied > sequence.params.min_tokens
         is_stop = ended = may_stop and token in sequence.stop_token_ids
         is_end = is_stop or (sequence.matcher is not None and token in sequence.eos_token_ids)

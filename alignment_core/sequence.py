@@ -215,7 +215,8 @@ class Stats:
 
     num_tokens_admitted: context tokens of all branches at admission. num_tokens_cached: those of them
     (and of what other branches computed meanwhile) that prefix reuse spared. num_tokens_drafted,
-    num_tokens_accepted: of speculation, once a sequence.
+    num_tokens_accepted: of speculation, once a sequence. num_tokens_generated: of all replies, once a
+    sequence, without given text.
     """
 
     num_running: int
@@ -226,6 +227,7 @@ class Stats:
     num_tokens_cached: int
     num_tokens_drafted: int
     num_tokens_accepted: int
+    num_tokens_generated: int
 
 
 @dataclass(frozen=True, slots=True)

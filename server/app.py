@@ -12,9 +12,10 @@ from sse_starlette.sse import AppStatus
 
 from alignment_core import Engine
 from server import metrics
+from server.auth import KeyRequired
 from server.presets import load_presets
 from server.protocol.errors import HANDLERS, ErrorResponse
-from server.routes import chat, completions, models, responses, tokens
+from server.routes import chat, completions, models, playground, responses, tokens
 from server.settings import Settings
 
 ERRORS: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorResponse, "description": "An error"}}
@@ -48,6 +49,10 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     app.include_router(tokens.router)
     app.include_router(models.router)
     app.include_router(metrics.router)
+    app.include_router(playground.router)
+    app.mount("/playground", playground.files)
+    if settings.api_keys:
+        app.add_middleware(KeyRequired, keys=[key.get_secret_value() for key in settings.api_keys])
     _name_models(app.openapi(), [engine.model_id, *(f"{engine.model_id}:{name}" for name in app.state.presets)])
     return app
 

@@ -28,6 +28,7 @@ class EngineCollector(Collector):
         ):
             yield GaugeMetricFamily(f"linalign:{name}", text, value)
         for name, text, value in (
+            ("generation_tokens", "Tokens generated, once a sequence", stats.num_tokens_generated),
             ("num_preemptions", "Sequences preempted", stats.num_preemptions),
             ("prefix_cache_queries", "Context tokens admitted, all branches", stats.num_tokens_admitted),
             ("spec_decode_num_draft_tokens", "Tokens drafted by prompt lookup", stats.num_tokens_drafted),

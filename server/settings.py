@@ -4,15 +4,16 @@ import argparse
 import difflib
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import (
     BaseSettings,
     CliApp,
     CliImplicitFlag,
     CliPositionalArg,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     YamlConfigSettingsSource,
@@ -38,6 +39,10 @@ class Settings(BaseSettings):
     config: Path | None = Field(None, description="YAML file of these settings")
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (),
+        description="comma-separated; where there are any, requests need one (a flag shows in process lists)",
+    )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["auto", "none", "int8", "int4", "fp8"] = Field(
@@ -70,6 +75,15 @@ class Settings(BaseSettings):
     trust_remote_code: CliImplicitFlag[bool] = Field(
         False, description="run Python code that a checkpoint brings along"
     )
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _split_keys(cls, keys: Any) -> Any:
+        """ "a,b", as a variable has them, or a list."""
+        parts = keys.split(",") if isinstance(keys, str) else [part for key in keys for part in str(key).split(",")]
+        if any(not part.strip() for part in parts):
+            raise ValueError("an API key is empty")
+        return [part.strip() for part in parts]
 
 
 class Arguments(BaseSettings):

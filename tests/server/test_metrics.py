@@ -32,6 +32,11 @@ def test_a_second_turn_hits_the_first_ones_prefix_in_both_branches(own_server):
     assert hits > 1.5 * first["usage"]["prompt_tokens"]  # most of both branches
     decoded = 2 * (second["usage"]["completion_tokens"] - 1)  # the last token is never computed
     assert hits + second["usage"]["alignment_details"]["branch_tokens_computed"] == queries + decoded
+    drawn = [reply["usage"]["completion_tokens"] for reply in (first, second)]
+    assert (before["linalign:generation_tokens_total"], after["linalign:generation_tokens_total"]) == (
+        drawn[0],
+        sum(drawn),
+    )
     assert after["linalign:num_requests_running"] == after["linalign:kv_cache_usage_perc"] == 0
 
 

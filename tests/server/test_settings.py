@@ -47,8 +47,8 @@ def test_nothing_is_silently_ignored(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="LINALIGN_PORT"):
         load_settings([])
     monkeypatch.delenv("linalign_prot")
-    monkeypatch.setenv("LINALIGN_API_KEYS", "secret")
-    with pytest.raises(ValueError, match="LINALIGN_API_KEYS"):
+    monkeypatch.setenv("LINALIGN_API_KEYS", "secret,")
+    with pytest.raises(ValueError, match="an API key is empty"):
         load_settings([])
 
 
@@ -79,3 +79,15 @@ def test_presets_that_can_not_be_are_an_error_at_the_start(tmp_path, content):
     assert done.returncode == 1
     assert "linalign serve: the presets of" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("way", ["variable", "flag", "file"])
+def test_api_keys(tmp_path, monkeypatch, way):
+    file = tmp_path / "server.yaml"
+    file.write_text("api_keys: [first-key, second-key]\n" if way == "file" else "")
+    args = ["--config", str(file)] + (["--api-keys", "first-key,second-key"] if way == "flag" else [])
+    if way == "variable":
+        monkeypatch.setenv("LINALIGN_API_KEYS", "first-key, second-key")
+    settings = load_settings(args)
+    assert [key.get_secret_value() for key in settings.api_keys] == ["first-key", "second-key"]
+    assert "first-key" not in repr(settings)

@@ -1,0 +1,124 @@
+// One prompt, three replies side by side: without the principle, prompted, aligned.
+
+import { form } from "./form.js";
+import { markdown } from "./markdown.js";
+import { asCurl, asPython, chatBody } from "./requests.js";
+import { Run } from "./run.js";
+import { guard } from "./vendor/lit-html/directives/guard.js";
+import { html, nothing } from "./vendor/lit-html/lit-html.js";
+
+const SETTLED = 250; // ms after which a slider that rests counts
+
+const COLUMNS = [
+  { title: "Without the principle", ratioOf: () => null },
+  { title: "Principle prompted, ratio 0", ratioOf: () => 0 },
+  { title: "Aligned", ratioOf: (settings) => settings.ratio },
+];
+
+export class Compare {
+  #app;
+  #runs = [];
+  #timer = 0;
+  #shown = null; // code that could not be copied
+
+  constructor(app) {
+    this.#app = app;
+  }
+
+  get running() {
+    return this.#runs.some((run) => run.running);
+  }
+
+  async run() {
+    this.stop();
+    const runs = (this.#runs = COLUMNS.map((column) => new Run(this.#body(column))));
+    this.#app.status = "Three replies are on their way.";
+    await Promise.all(runs.map((run) => run.start(this.#app.api, this.#app.update)));
+    if (runs.every((run) => run.state === "done")) this.#app.status = "All replies are complete.";
+    this.#app.update();
+  }
+
+  stop() {
+    for (const run of this.#runs) run.stop();
+  }
+
+  /** The aligned reply follows the slider. */
+  ratioChanged() {
+    clearTimeout(this.#timer);
+    if (this.#runs.length) this.#timer = setTimeout(() => this.#align(), SETTLED);
+  }
+
+  #align() {
+    this.#runs[2].stop();
+    this.#runs[2] = new Run(this.#body(COLUMNS[2]));
+    this.#runs[2].start(this.#app.api, this.#app.update);
+  }
+
+  #body(column) {
+    const { model, settings } = this.#app;
+    return chatBody(model, settings, [{ role: "user", content: settings.prompt }], column.ratioOf(settings));
+  }
+
+  template() {
+    return html`
+      ${form(this.#app, this)}
+      <div class="columns">${COLUMNS.map((column, index) => this.#column(column, this.#runs[index]))}</div>
+      ${this.#shown ? this.#codeDialog() : nothing}
+    `;
+  }
+
+  #column(column, run) {
+    const ratio = run?.body.alignment_ratio;
+    const title = column === COLUMNS[2] ? `${column.title}, ratio ${ratio ?? this.#app.settings.ratio}` : column.title;
+    return html`<section aria-label=${column.title}>
+      <h2>${title}</h2>
+      ${speed(run)}
+      <div class="reply" aria-busy=${run?.running ?? false}>${reply(run)}</div>
+      <p class="buttons">
+        <button type="button" ?disabled=${!this.#app.model} @click=${() => this.#copy("curl", column)}>Copy as curl</button>
+        <button type="button" ?disabled=${!this.#app.model} @click=${() => this.#copy("Python", column)}>Copy as Python</button>
+      </p>
+    </section>`;
+  }
+
+  async #copy(language, column) {
+    const url = location.origin + location.pathname.replace(/\/$/, "");
+    const code = (language === "curl" ? asCurl : asPython)(this.#body(column), url, this.#app.api.needsKey);
+    try {
+      await navigator.clipboard.writeText(code);
+      this.#app.status = `Copied as ${language}.`;
+    } catch {
+      this.#shown = code; // the clipboard wants https or localhost
+    }
+    this.#app.update();
+  }
+
+  #codeDialog() {
+    const close = () => {
+      this.#shown = null;
+      this.#app.update();
+    };
+    return html`<section class="code" aria-label="Code">
+      <p>The browser does not let this page use the clipboard: copy it from here.</p>
+      <textarea readonly rows="12" aria-label="Code" .value=${this.#shown} @focus=${(event) => event.target.select()}></textarea>
+      <p class="buttons"><button type="button" @click=${close}>Close</button></p>
+    </section>`;
+  }
+}
+
+/** Time to first token, tokens a second, and how it ended. */
+export function speed(run) {
+  if (!run) return html`<p class="speed">–</p>`;
+  const parts = [];
+  if (run.timeToFirst !== null) parts.push(`first token ${Math.round(run.timeToFirst)} ms`);
+  if (run.tokensPerSecond !== null) parts.push(`${run.tokensPerSecond.toFixed(1)} tokens/s`);
+  parts.push(`${run.numTokens} tokens`);
+  if (run.state === "stopped") parts.push("stopped");
+  if (run.finishReason === "length") parts.push("cut off at the limit");
+  return html`<p class="speed">${parts.join(" · ")}</p>`;
+}
+
+export function reply(run) {
+  if (run?.error) return html`<p class="error" role="alert">${run.error}</p>`;
+  return run ? guard([run.text], () => markdown(run.text)) : nothing;
+}

@@ -1,0 +1,119 @@
+// The page: its views, the key, and one render for everything.
+
+import { Api } from "./api.js";
+import { Chat } from "./chat.js";
+import { Compare } from "./compare.js";
+import { Serving } from "./serving.js";
+import { Sweep } from "./sweep.js";
+import { Why } from "./why.js";
+import { html, render } from "./vendor/lit-html/lit-html.js";
+
+const app = {
+  api: new Api(askForKey),
+  model: null,
+  presets: [],
+  status: "", // read out by screen readers
+  settings: {
+    prompt: "How do I get to work?",
+    principles: [{ text: "Encourage cycling.", weight: 1 }],
+    ratio: 2,
+    method: "linear",
+    mass: null, // of the plausible set; the method's own
+    temperature: 0, // so that what differs is the ratio's doing
+    topP: 1,
+    maxTokens: 120,
+    seed: 1,
+  },
+  update,
+};
+
+const VIEWS = {
+  compare: ["Compare", new Compare(app)],
+  why: ["Why this word", new Why(app)],
+  sweep: ["Sweep", new Sweep(app)],
+  chat: ["Chat", new Chat(app)],
+  serving: ["Serving", new Serving(app)],
+};
+
+let current = null; // the name of a view
+let scheduled = false;
+let asking = null; // the promise of a key
+
+function update() {
+  if (scheduled) return;
+  scheduled = true;
+  requestAnimationFrame(() => {
+    scheduled = false;
+    render(page(), document.body);
+  });
+}
+
+function page() {
+  const link = ([name, [title]]) =>
+    html`<a href="#${name}" aria-current=${name === current ? "page" : "false"}>${title}</a>`;
+  const view = VIEWS[current][1];
+  return html`
+    <header>
+      <h1>linalign</h1>
+      <nav aria-label="Views">${Object.entries(VIEWS).map(link)}</nav>
+      <span class="model">${app.model ?? "no model yet"}</span>
+      <span class="status" role="status">${app.status}</span>
+    </header>
+    <main class=${current}>${view.template()}</main>
+    ${keyDialog()}
+  `;
+}
+
+function keyDialog() {
+  return html`<dialog id="key-dialog" aria-labelledby="key-title">
+    <form method="dialog">
+      <h2 id="key-title">This server needs an API key</h2>
+      <p class="error" id="key-refused" hidden>That key was refused.</p>
+      <label>API key <input id="key" type="password" autocomplete="off" required></label>
+      <p>It stays in this page's memory and is gone when you close it.</p>
+      <p class="buttons"><button class="primary" value="use">Use it</button></p>
+    </form>
+  </dialog>`;
+}
+
+/** All requests that wait for a key wait for the same one. */
+function askForKey(isAgain) {
+  asking ??= new Promise((resolve, reject) => {
+    const dialog = document.getElementById("key-dialog");
+    const input = document.getElementById("key");
+    document.getElementById("key-refused").hidden = !isAgain;
+    dialog.addEventListener(
+      "close",
+      () => {
+        const key = dialog.returnValue === "use" ? input.value : "";
+        [input.value, dialog.returnValue, asking] = ["", "", null];
+        key ? resolve(key) : reject(new Error("The server needs an API key."));
+      },
+      { once: true },
+    );
+    dialog.showModal();
+  });
+  return asking;
+}
+
+function show() {
+  const name = location.hash.slice(1);
+  const next = name in VIEWS ? name : "compare";
+  if (next === current) return;
+  VIEWS[current]?.[1].leave?.();
+  current = next;
+  VIEWS[current][1].enter?.();
+  document.title = `${VIEWS[current][0]} · linalign`;
+  update();
+}
+
+addEventListener("hashchange", show);
+document.body.replaceChildren();
+show();
+render(page(), document.body);
+try {
+  Object.assign(app, await app.api.models());
+} catch (error) {
+  app.status = error.message;
+}
+update();

@@ -1,0 +1,67 @@
+// One streamed reply: its text, what the policies made of its tokens, and how fast it came.
+
+export class Run {
+  text = "";
+  trace = []; // one entry a token, where the request has alignment_trace
+  numTokens = 0;
+  state = "waiting"; // running, done, stopped, failed
+  finishReason = null;
+  error = null;
+  #started = 0;
+  #first = 0;
+  #last = 0;
+  #abort = new AbortController();
+
+  constructor(body) {
+    this.body = body;
+  }
+
+  get running() {
+    return this.state === "running";
+  }
+
+  /** Milliseconds to the first token, null before it. */
+  get timeToFirst() {
+    return this.#first ? this.#first - this.#started : null;
+  }
+
+  /** After the first token, which prefill takes; null before the second. */
+  get tokensPerSecond() {
+    return this.numTokens > 1 ? ((this.numTokens - 1) / (this.#last - this.#first)) * 1000 : null;
+  }
+
+  /** changed(): called whenever there is something new. */
+  async start(api, changed) {
+    this.state = "running";
+    this.#started = performance.now();
+    const options = { include_usage: true, continuous_usage_stats: true };
+    const body = { ...this.body, stream: true, stream_options: options };
+    try {
+      for await (const chunk of api.chat(body, this.#abort.signal)) {
+        this.#take(chunk);
+        changed();
+      }
+      this.state = "done";
+    } catch (error) {
+      this.state = this.#abort.signal.aborted ? "stopped" : "failed";
+      this.error = this.state === "failed" ? error.message : null;
+    }
+    changed();
+  }
+
+  stop() {
+    this.#abort.abort();
+  }
+
+  #take({ choices: [choice], usage }) {
+    if (usage && usage.completion_tokens > this.numTokens) {
+      this.#last = performance.now();
+      this.#first ||= this.#last;
+      this.numTokens = usage.completion_tokens;
+    }
+    if (!choice) return;
+    this.text += choice.delta.content ?? "";
+    this.trace.push(...(choice.alignment ?? []));
+    this.finishReason = choice.finish_reason ?? this.finishReason;
+  }
+}

@@ -1,0 +1,85 @@
+// What the server does at the moment, from GET /metrics.
+
+import { lineChart } from "./sweep.js";
+import { html } from "./vendor/lit-html/lit-html.js";
+import uPlot from "./vendor/uplot/dist/uPlot.esm.js";
+
+const EVERY = 1000; // ms
+const SHOWN = 120; // scrapes
+
+export class Serving {
+  #app;
+  #timer = 0;
+  #error = null;
+  #scrapes = []; // {at, metrics}, times in ms
+  #figure = document.createElement("figure");
+  #chart = null;
+
+  constructor(app) {
+    this.#app = app;
+    this.#figure.setAttribute("role", "img");
+    this.#figure.setAttribute("aria-label", "Tokens a second over the last two minutes");
+  }
+
+  enter() {
+    this.#scrapes = [];
+    const scrape = async () => {
+      await this.#scrape();
+      if (timer === this.#timer) timer = this.#timer = setTimeout(scrape, EVERY);
+    };
+    let timer = (this.#timer = setTimeout(scrape));
+  }
+
+  leave() {
+    clearTimeout(this.#timer);
+    this.#timer = 0;
+  }
+
+  async #scrape() {
+    try {
+      const metrics = await this.#app.api.metrics();
+      this.#scrapes = [...this.#scrapes, { at: performance.now(), metrics }].slice(-SHOWN - 1);
+      this.#error = null;
+      this.#draw();
+    } catch (error) {
+      this.#error = error.message;
+    }
+    this.#app.update();
+  }
+
+  /** [seconds before now, tokens a second] of every scrape but the first. */
+  get #rates() {
+    return this.#scrapes.slice(1).map(({ at, metrics }, index) => {
+      const before = this.#scrapes[index];
+      const tokens = metrics.generation_tokens_total - before.metrics.generation_tokens_total;
+      return [(at - this.#scrapes.at(-1).at) / 1000, (1000 * tokens) / (at - before.at)];
+    });
+  }
+
+  #draw() {
+    const rates = this.#rates;
+    const size = { width: Math.min(640, document.body.clientWidth - 40), height: 220 };
+    this.#chart ??= new uPlot(lineChart("Tokens a second", "seconds", size), [[], []], this.#figure);
+    this.#chart.setData([rates.map(([at]) => at), rates.map(([, rate]) => rate)]);
+  }
+
+  template() {
+    const now = this.#scrapes.at(-1)?.metrics;
+    const share = (part, whole) => (whole ? `${((100 * part) / whole).toFixed(1)} %` : "–");
+    const facts = now && [
+      ["Sequences running", now.num_requests_running],
+      ["Sequences waiting", now.num_requests_waiting],
+      ["Tokens a second", this.#rates.at(-1)?.[1].toFixed(1) ?? "–"],
+      ["KV cache in use", share(now.kv_cache_usage_perc, 1)],
+      ["Prompt tokens spared by prefix reuse", share(now.prefix_cache_hits_total, now.prefix_cache_queries_total)],
+      ["Preemptions", now.num_preemptions_total],
+      ["Tokens generated", now.generation_tokens_total.toLocaleString("en")],
+    ];
+    return html`<section aria-label="Serving">
+      <h2>Right now</h2>
+      ${this.#error ? html`<p class="error" role="alert">${this.#error}</p>` : ""}
+      <dl>${facts?.map(([name, value]) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>
+      ${this.#figure}
+    </section>`;
+  }
+}
