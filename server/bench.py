@@ -4,14 +4,19 @@ import asyncio
 import json
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
 import httpx
+from httpx_sse import SSEError, aconnect_sse
 from pydantic import Field
 from pydantic_settings import CliApp, CliPositionalArg, SettingsConfigDict
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from server.settings import Arguments
 
@@ -38,7 +43,7 @@ class BenchSettings(Arguments):
     principle: str | None = Field(None, description="align the replies; for linalign servers")
     alignment_ratio: float | None = None
     seed: int = 0
-    output: Path | None = Field(None, description="write the result as JSON here too")
+    output: Path | None = Field(None, description="write the result, settings included, as JSON here too")
 
 
 @dataclass(slots=True)
@@ -54,25 +59,30 @@ class Measured:
 
 def main(args: list[str]) -> None:
     settings = CliApp.run(BenchSettings, cli_args=args)
-    result = asyncio.run(bench(settings))
-    print(json.dumps(result, indent=2))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task("requests", total=settings.warmup + settings.requests)
+        result = asyncio.run(bench(settings, lambda: progress.advance(bar)))
+    Console().print(table_of(result))
+    for failure in result["failures"]:
+        print(failure)
     if settings.output:
         settings.output.write_text(json.dumps(result) + "\n")
 
 
-async def bench(settings: BenchSettings) -> dict[str, Any]:
-    """Run the load; raises httpx.HTTPError when there is no server."""
+async def bench(settings: BenchSettings, advance: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Run the load; raises httpx.HTTPError when there is no server. advance: called after every request."""
     headers = {"Authorization": f"Bearer {settings.api_key}"}
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=settings.url, headers=headers, timeout=600, limits=limits) as client:
         model = settings.model or await _first_model(client)
         bodies = chats(settings, model)
-        await _all_at(client, bodies[: settings.warmup], settings.concurrency)
+        await _all_at(client, bodies[: settings.warmup], settings.concurrency, advance)
         started = time.perf_counter()
         if settings.request_rate is None:
-            measured = await _all_at(client, bodies[settings.warmup :], settings.concurrency)
+            measured = await _all_at(client, bodies[settings.warmup :], settings.concurrency, advance)
         else:
-            measured = await _arriving(client, bodies[settings.warmup :], settings.request_rate, settings.seed)
+            measured = await _arriving(client, bodies[settings.warmup :], settings.request_rate, settings.seed, advance)
         wall = time.perf_counter() - started
     return {
         "settings": settings.model_dump(mode="json", exclude={"api_key"}),
@@ -96,6 +106,25 @@ def summary(measured: list[Measured], wall: float) -> dict[str, Any]:
         "inter_token_ms": _percentiles(gaps),
         "end_to_end_ms": _percentiles([m.total for m in good]),
     }
+
+
+def table_of(result: dict[str, Any]) -> Table:
+    """The result as a person reads it."""
+    title = (
+        f"{result['model']}: {result['requests']} requests, {len(result['failures'])} failures, {result['wall_s']} s"
+    )
+    caption = f"{result['completion_tokens']} tokens, {result['tokens_per_s']} a second"
+    table = Table(title=title, caption=caption)
+    table.add_column("ms")
+    for name in ("p50", "p90", "p99"):
+        table.add_column(name, justify="right")
+    for title, name in (
+        ("time to first token", "time_to_first_token_ms"),
+        ("between tokens", "inter_token_ms"),
+        ("whole reply", "end_to_end_ms"),
+    ):
+        table.add_row(title, *(f"{value:.1f}" for value in (result[name] or {}).values()))
+    return table
 
 
 def _percentiles(seconds: list[float]) -> dict[str, float] | None:
@@ -129,38 +158,44 @@ async def _first_model(client: httpx.AsyncClient) -> str:
     return model
 
 
-async def _all_at(client: httpx.AsyncClient, bodies: list[dict[str, Any]], concurrency: int) -> list[Measured]:
+async def _all_at(
+    client: httpx.AsyncClient, bodies: list[dict[str, Any]], concurrency: int, advance: Callable[[], None]
+) -> list[Measured]:
     turn = asyncio.Semaphore(concurrency)
 
     async def one(body: dict[str, Any]) -> Measured:
         async with turn:
-            return await _request(client, body)
+            return await _request(client, body, advance)
 
     return list(await asyncio.gather(*map(one, bodies)))
 
 
-async def _arriving(client: httpx.AsyncClient, bodies: list[dict[str, Any]], rate: float, seed: int) -> list[Measured]:
+async def _arriving(
+    client: httpx.AsyncClient, bodies: list[dict[str, Any]], rate: float, seed: int, advance: Callable[[], None]
+) -> list[Measured]:
     chance = random.Random(seed)
     tasks = []
     for body in bodies:
-        tasks.append(asyncio.create_task(_request(client, body)))
+        tasks.append(asyncio.create_task(_request(client, body, advance)))
         await asyncio.sleep(chance.expovariate(rate))
     return list(await asyncio.gather(*tasks))
 
 
-async def _request(client: httpx.AsyncClient, body: dict[str, Any]) -> Measured:
+async def _request(client: httpx.AsyncClient, body: dict[str, Any], advance: Callable[[], None]) -> Measured:
     measured, started = Measured(), time.perf_counter()
     try:
-        async with client.stream("POST", "/v1/chat/completions", json=body) as response:
-            if response.status_code != 200:
-                await response.aread()
-                measured.error = f"{response.status_code}: {response.text[:200]}"
+        async with aconnect_sse(client, "POST", "/v1/chat/completions", json=body) as source:
+            if source.response.status_code != 200:
+                await source.response.aread()
+                measured.error = f"{source.response.status_code}: {source.response.text[:200]}"
                 return measured
-            async for line in response.aiter_lines():
-                if line.startswith("data: ") and line != "data: [DONE]":
-                    _take(json.loads(line[6:]), measured, time.perf_counter() - started)
-    except httpx.HTTPError as error:
+            async for event in source.aiter_sse():
+                if event.data != "[DONE]":
+                    _take(json.loads(event.data), measured, time.perf_counter() - started)
+    except (httpx.HTTPError, SSEError) as error:
         measured.error = repr(error)
+    finally:
+        advance()
     measured.total = time.perf_counter() - started
     return measured
 

@@ -1,4 +1,4 @@
-"""The command line: linalign serve, linalign bench, linalign eval."""
+"""The command line: linalign serve, linalign chat, linalign bench, linalign eval."""
 
 import argparse
 import gc
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "serve": "an OpenAI-compatible server",
+    "chat": "talk with the model of such a server",
     "bench": "a load test of such a server",
     "eval": "what principles and ratios do to a model's replies",
 }
@@ -33,6 +34,10 @@ def main() -> None:
     command, args = parser.parse_args(sys.argv[1:2]).command, sys.argv[2:]
     if command == "serve":
         serve(args)
+    elif command == "chat":
+        from server import chat
+
+        chat.main(args)
     elif command == "bench":
         from server import bench
 

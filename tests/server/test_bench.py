@@ -1,6 +1,7 @@
 """linalign bench against a real server."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -17,9 +18,11 @@ COMMAND = [sys.executable, "-c", "from server.cli import main; main()", "bench"]
 def test_it_measures_a_server(url, tmp_path, load):
     file = tmp_path / "result.json"
     args = ["--requests", "4", "--warmup", "1", "--max-tokens", "5", "--output", str(file), *load]
-    printed = subprocess.run([*COMMAND, url, *args], capture_output=True, text=True, check=True, timeout=120).stdout
-    result = json.loads(printed)
-    assert result == json.loads(file.read_text())
+    done = subprocess.run([*COMMAND, url, *args], capture_output=True, text=True, check=True, timeout=120)
+    result = json.loads(file.read_text())
+    assert "5/5" in done.stderr  # the bar
+    rows = {cells[0].strip(): cells[1:] for cells in re.findall(r"^│(.*)│(.*)│(.*)│(.*)│$", done.stdout, re.M)}
+    assert [float(cell) for cell in rows["whole reply"]] == [round(v, 1) for v in result["end_to_end_ms"].values()]
     assert (result["requests"], result["failures"], result["model"]) == (4, [], "smollm2")
     assert 4 <= result["completion_tokens"] <= 20
     assert result["prompt_tokens"] > 4 * 40
@@ -27,9 +30,12 @@ def test_it_measures_a_server(url, tmp_path, load):
     assert 0 < ttft["p50"] <= total["p50"] <= total["p99"] <= result["wall_s"] * 1e3
 
 
-def test_failures_are_counted_and_not_averaged(url):
-    args = ["--requests", "2", "--warmup", "0", "--max-tokens", "100000"]
-    result = json.loads(subprocess.run([*COMMAND, url, *args], capture_output=True, check=True, timeout=60).stdout)
+def test_failures_are_counted_and_not_averaged(url, tmp_path):
+    file = tmp_path / "result.json"
+    args = ["--requests", "2", "--warmup", "0", "--max-tokens", "100000", "--output", str(file)]
+    printed = subprocess.run([*COMMAND, url, *args], capture_output=True, text=True, check=True, timeout=60).stdout
+    assert printed.count("400: ") == 2
+    result = json.loads(file.read_text())
     assert result["requests"] == 0
     assert len(result["failures"]) == 2
     assert result["failures"][0].startswith("400")

@@ -1,0 +1,253 @@
+"""linalign chat: talk with a server's model in a terminal, under a principle."""
+
+import asyncio
+import contextlib
+import json
+import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+from httpx_sse import aconnect_sse
+from pydantic import Field
+from pydantic_settings import CliApp, CliPositionalArg, SettingsConfigDict
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markdown import Markdown
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from server.settings import Arguments
+
+with contextlib.suppress(ImportError):
+    import readline  # noqa: F401 - the arrow keys bring earlier lines back
+
+HELP = """\
+/principle TEXT   prefer this from now on; without a text: no principle
+/ratio NUMBER     how far to extrapolate from it; without a number: the server's own
+/compare TEXT     three replies side by side: without the principle, prompted, aligned
+/history          the conversation so far
+/new              begin another conversation
+/quit             leave (or Ctrl-D); Ctrl-C stops a reply"""
+
+
+class ChatSettings(Arguments):
+    """Chat with the model of a running server. /help lists what can be typed beside messages."""
+
+    model_config = SettingsConfigDict(cli_prog_name="linalign chat")
+
+    url: CliPositionalArg[str] = Field("http://127.0.0.1:8000", description="the server, without /v1")
+    model: str | None = Field(None, description="the first that the server lists where none is given")
+    api_key: str = "none"
+    principle: str = Field("", description="a preference, in plain words")
+    alignment_ratio: float | None = Field(None, ge=-10, le=20, description="the server's own where none is given")
+    temperature: float | None = Field(None, ge=0, le=2)
+    max_tokens: int | None = Field(None, ge=1)
+
+
+class Refused(Exception):
+    """What the server said instead of a reply."""
+
+
+@dataclass(slots=True)
+class Conversation:
+    principle: str
+    ratio: float | None
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+
+def main(args: list[str]) -> None:
+    settings = CliApp.run(ChatSettings, cli_args=args)
+    console = Console(highlight=False)
+    with httpx.Client(base_url=settings.url, headers=_headers(settings)) as client:
+        try:
+            model = settings.model or _first_model(client)
+        except (httpx.HTTPError, Refused) as error:
+            sys.exit(f"linalign chat: {settings.url}: {error} (`linalign serve` starts a server)")
+    console.print(f"[bold]{model}[/bold] at {settings.url}. /help says what there is.")
+    Chat(settings, model, console).run()
+
+
+def _headers(settings: ChatSettings) -> dict[str, str]:
+    return {"Authorization": f"Bearer {settings.api_key}"}
+
+
+def _first_model(client: httpx.Client) -> str:
+    response = client.get("/v1/models")
+    _raise_for_error(response)
+    model: str = response.json()["data"][0]["id"]
+    return model
+
+
+class Chat:
+    """One conversation after the other, until the input ends."""
+
+    def __init__(self, settings: ChatSettings, model: str, console: Console) -> None:
+        self._settings = settings
+        self._model = model
+        self._console = console
+        self._conversation = Conversation(settings.principle, settings.alignment_ratio)
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/principle": self._set_principle,
+            "/ratio": self._set_ratio,
+            "/compare": self._compare,
+            "/history": self._show_history,
+            "/new": self._begin,
+            "/help": lambda _: self._console.print(HELP, markup=False),
+        }
+
+    def run(self) -> None:
+        while True:
+            try:
+                line = self._console.input("[bold]> [/bold]").strip()
+            except (EOFError, KeyboardInterrupt):
+                self._console.print()
+                return
+            name, _, rest = line.partition(" ")
+            if name == "/quit":
+                return
+            if not name.startswith("/"):
+                self._say(line)
+            elif name in self._commands:
+                self._commands[name](rest.strip())
+            else:
+                self._console.print(f"There is no {name}.\n{HELP}", markup=False)
+
+    def _set_principle(self, text: str) -> None:
+        self._conversation.principle = text
+        self._console.print(f"Principle: {text}" if text else "No principle.", markup=False)
+
+    def _set_ratio(self, text: str) -> None:
+        try:
+            ratio = float(text) if text else None
+        except ValueError:
+            self._console.print(f"{text} is no number.", markup=False)
+            return
+        self._conversation.ratio = ratio
+        self._console.print("Ratio: the server's own." if ratio is None else f"Ratio: {ratio:g}")
+
+    def _show_history(self, _: str) -> None:
+        for message in self._conversation.messages:
+            self._console.print(f"[bold]{message['role']}[/bold]")
+            self._console.print(
+                shown(message["content"]) if message["role"] == "assistant" else message["content"], markup=False
+            )
+
+    def _begin(self, _: str) -> None:
+        self._conversation.messages.clear()
+        self._console.print("A new conversation.")
+
+    def _say(self, text: str) -> None:
+        if not text:
+            return
+        messages = [*self._conversation.messages, {"role": "user", "content": text}]
+        reply = Reply("", self._body(messages, self._conversation.ratio))
+        self._show([reply], lambda: reply.rendered)
+        if reply.text:
+            self._conversation.messages = [*messages, {"role": "assistant", "content": reply.text}]
+
+    def _compare(self, text: str) -> None:
+        """The replies are looked at, not kept."""
+        if not text or not self._conversation.principle:
+            self._console.print("/compare wants a text, and a principle before it.")
+            return
+        messages = [*self._conversation.messages, {"role": "user", "content": text}]
+        ratio = self._conversation.ratio
+        plain = self._body(messages, ratio)
+        for name in ("principle", "alignment_ratio"):
+            plain.pop(name, None)
+        replies = [
+            Reply("without the principle", plain),
+            Reply("prompted, ratio 0", self._body(messages, 0)),
+            Reply("aligned" if ratio is None else f"aligned, ratio {ratio:g}", self._body(messages, ratio)),
+        ]
+
+        def side_by_side() -> Table:
+            grid = Table.grid(expand=True)
+            for _ in replies:
+                grid.add_column(ratio=1)
+            grid.add_row(*(Panel(reply.rendered, title=reply.title) for reply in replies))
+            return grid
+
+        self._show(replies, side_by_side)
+
+    def _body(self, messages: list[dict[str, str]], ratio: float | None) -> dict[str, Any]:
+        settings, principle = self._settings, self._conversation.principle
+        optional = {
+            "principle": principle or None,
+            "alignment_ratio": ratio if principle else None,
+            "temperature": settings.temperature,
+            "max_tokens": settings.max_tokens,
+        }
+        given = {name: value for name, value in optional.items() if value is not None}
+        return {"model": self._model, "messages": messages, "stream": True, **given}
+
+    def _show(self, replies: "list[Reply]", rendered: Callable[[], Any]) -> None:
+        """Stream them at once. Ctrl-C ends them, what is there stays."""
+
+        async def stream() -> None:
+            settings = self._settings
+            async with httpx.AsyncClient(base_url=settings.url, headers=_headers(settings), timeout=600) as client:
+                await asyncio.gather(*(reply.stream(client) for reply in replies))
+
+        with (
+            Live(get_renderable=rendered, console=self._console, vertical_overflow="visible"),
+            contextlib.suppress(KeyboardInterrupt),
+        ):
+            asyncio.run(stream())
+
+
+@dataclass(slots=True)
+class Reply:
+    """One that is on its way. error: why it is not whole."""
+
+    title: str
+    body: dict[str, Any]
+    text: str = ""
+    error: str = ""
+
+    @property
+    def rendered(self) -> Group:
+        parts: list[Markdown | Text] = [shown(self.text)]
+        if self.error:
+            parts.append(Text(self.error, style="red"))
+        return Group(*parts)
+
+    async def stream(self, client: httpx.AsyncClient) -> None:
+        try:
+            async for text in pieces(client, self.body):
+                self.text += text
+        except (httpx.HTTPError, Refused) as error:
+            self.error = str(error) or repr(error)
+
+
+def shown(text: str) -> Markdown:
+    """Without what a terminal would obey."""
+    return Markdown("".join(mark for mark in text if mark.isprintable() or mark in "\n\t"))
+
+
+async def pieces(client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncIterator[str]:
+    """The text of a streamed chat completion as it comes. Raises httpx.HTTPError, Refused."""
+    async with aconnect_sse(client, "POST", "/v1/chat/completions", json=body) as source:
+        if source.response.is_error:
+            await source.response.aread()
+            _raise_for_error(source.response)
+        async for event in source.aiter_sse():
+            if event.data == "[DONE]":
+                return
+            chunk = json.loads(event.data)
+            if "error" in chunk:
+                raise Refused(chunk["error"]["message"])
+            for choice in chunk["choices"]:
+                yield choice["delta"].get("content") or ""
+    raise Refused("the connection was cut off")
+
+
+def _raise_for_error(response: httpx.Response) -> None:
+    """With what the server says, in OpenAI's shape or another."""
+    if response.is_error:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            raise Refused(response.json()["error"]["message"])
+        raise Refused(f"the server answered {response.status_code}")

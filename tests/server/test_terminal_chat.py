@@ -1,0 +1,160 @@
+"""linalign chat in a real terminal (a pty), against a real server."""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pexpect
+import pyte
+import pytest
+from rich.console import Console
+
+from server.chat import shown
+from tests.server.test_chat import CHAT, PRINCIPLE, create
+from tests.serving import free_port
+
+COMMAND = [sys.executable, "-c", "from server.cli import main; main()", "chat"]
+QUESTION = CHAT[0]["content"]
+
+
+class Terminal:
+    """A terminal, 100 columns wide and high enough for everything, with `linalign chat` in it."""
+
+    def __init__(self, *args):
+        self._screen = pyte.Screen(100, 400)
+        self._stream = pyte.Stream(self._screen)
+        self._from = 0
+        self.views = set()  # what was to be seen on the way
+        env = {**os.environ, "TERM": "xterm"}
+        command, *before = COMMAND
+        self.process = pexpect.spawn(
+            command, [*before, *args], env=env, encoding="utf-8", dimensions=(400, 100), timeout=60
+        )
+
+    @property
+    def text(self):
+        """What is to be seen from the line on that was typed last."""
+        return "\n".join(line.rstrip() for line in self._screen.display[self._from :]).rstrip("\n")
+
+    def type(self, keys):
+        self._from = self._screen.cursor.y
+        self.views = set()
+        self.process.send(keys)
+
+    def until(self, pattern):
+        deadline = time.monotonic() + 60
+        while not re.search(pattern, self.text, re.DOTALL):
+            assert time.monotonic() < deadline, self.text
+            with contextlib.suppress(pexpect.TIMEOUT):
+                self._stream.feed(self.process.read_nonblocking(4096, timeout=1))
+            self.views.add(self.text)
+        return self.text
+
+    def ask(self, line):
+        """What is to be seen when the next line can be typed."""
+        self.type(line + "\n")
+        return self.until(r"\n>$")
+
+    def ends(self):
+        self.process.expect(pexpect.EOF)
+        self.process.close()
+        return self.process.exitstatus
+
+
+@pytest.fixture
+def begin(url):
+    """Starts chats that are ended after the test."""
+    begun = []
+
+    def begin(*args):
+        terminal = Terminal(url, *args)
+        begun.append(terminal)
+        assert "smollm2 at " in terminal.until(r"\n>$")
+        return terminal
+
+    yield begin
+    for terminal in begun:
+        terminal.process.close(force=True)
+
+
+def words(text):
+    return " ".join(re.findall(r"\w+", text))
+
+
+def test_a_chat_with_a_principle(begin, client):
+    terminal = begin("--temperature", "0", "--max-tokens", "24")
+    extra = {"principle": PRINCIPLE, "alignment_ratio": 5}
+    assert f"Principle: {PRINCIPLE}" in terminal.ask(f"/principle {PRINCIPLE}")
+    assert "Ratio: 5" in terminal.ask("/ratio 5")
+    first = create(client, extra).choices[0].message.content
+    assert words(terminal.ask(QUESTION)) == words(QUESTION + first)
+    assert len(terminal.views) > 2  # it streams
+
+    again = [*CHAT, {"role": "assistant", "content": first}, {"role": "user", "content": "Why?"}]
+    second = create(client, extra, messages=again).choices[0].message.content
+    assert words(terminal.ask("Why?")) == words("Why? " + second)
+
+    conversation = f"user {QUESTION} assistant {first} user Why? assistant {second}"
+    assert words(terminal.ask("/history")) == words("/history " + conversation)
+    assert "A new conversation." in terminal.ask("/new")
+    assert words(terminal.ask("/history")) == "history"
+    assert "No principle." in terminal.ask("/principle")
+    plain = create(client).choices[0].message.content
+    assert words(terminal.ask(QUESTION)) == words(QUESTION + plain)
+    terminal.type("\x04")
+    assert terminal.ends() == 0
+
+
+def test_compare_is_side_by_side(begin, client):
+    terminal = begin("--temperature", "0", "--max-tokens", "24")
+    assert "a principle before it" in terminal.ask(f"/compare {QUESTION}")
+    terminal.ask(f"/principle {PRINCIPLE}")
+    terminal.ask("/ratio 3")
+    shown = terminal.ask(f"/compare {QUESTION}")
+    assert re.search("without the principle.*prompted, ratio 0.*aligned, ratio 3", shown)
+    head, *lines = shown.splitlines()[1:]
+    borders = [i for i, mark in enumerate(head) if mark in "╭╮"]
+    assert len(borders) == 6
+    columns = [
+        words(" ".join(line[left + 1 : right] for line in lines))
+        for left, right in zip(borders[::2], borders[1::2], strict=True)
+    ]
+    asked = [None, {"principle": PRINCIPLE, "alignment_ratio": 0}, {"principle": PRINCIPLE, "alignment_ratio": 3}]
+    assert columns == [words(create(client, extra).choices[0].message.content) for extra in asked]
+    assert words(terminal.ask("/history")) == "history"  # looked at, not kept
+
+
+def test_control_c_stops_a_reply_and_keeps_what_is_there(begin):
+    terminal = begin("--temperature", "1.5")
+    terminal.type("Tell me a very long story about a town.\n")
+    terminal.until(r"town\.\n\n?.*\w+ \w+ \w+")
+    terminal.type("\x03")
+    terminal.until(r"\n>$")
+    assert "assistant" in terminal.ask("/history")
+
+
+def test_errors_are_told_and_the_chat_goes_on(begin):
+    terminal = begin("--max-tokens", "100000")
+    assert "the context holds" in terminal.ask("Hello")
+    assert re.search("There is no /ratoi.*/ratio NUMBER", terminal.ask("/ratoi 3"), re.DOTALL)
+    assert "x is no number" in terminal.ask("/ratio x")
+    assert "/compare TEXT" in terminal.ask("/help")
+    terminal.type("/quit\n")
+    assert terminal.ends() == 0
+
+
+def test_without_a_server_it_says_so():
+    done = subprocess.run([*COMMAND, f"http://127.0.0.1:{free_port()}"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "`linalign serve` starts a server" in done.stderr
+
+
+def test_replies_do_not_command_the_terminal():
+    console = Console(record=True, width=60, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(shown("one \x1b]0;title\x07\x1b[2J two\u202e\x9b31m"))
+    text = console.export_text()
+    assert "one" in text
+    assert not [mark for mark in text if not mark.isprintable() and mark != "\n"]
