@@ -3,7 +3,7 @@
 from alignment_core.engine import Engine, EngineConfig, EngineDead
 from alignment_core.loading import LoadingError, load
 from alignment_core.prompts import Principle
-from alignment_core.sequence import InvalidRequest, Output, Prompt, SamplingParams, Usage
+from alignment_core.sequence import InvalidRequest, Output, Prompt, RequestFailed, SamplingParams, Usage
 
 __all__ = [
     "Engine",
@@ -14,6 +14,7 @@ __all__ = [
     "Output",
     "Principle",
     "Prompt",
+    "RequestFailed",
     "SamplingParams",
     "Usage",
     "load",

@@ -6,6 +6,7 @@ import os
 import queue
 import secrets
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ from alignment_core.sequence import (
     InvalidRequest,
     Output,
     Prompt,
+    RequestFailed,
     SamplingParams,
     Sequence,
     Stats,
@@ -165,6 +167,8 @@ class Engine:
         self._num_drafted = self._num_accepted = self._num_generated = 0
         self._overlaps = static and loaded.followers is None  # they would have to be told the tokens
         self._in_flight: Flight | None = None
+        self._step_began: float | None = None
+        self._longest_step = 0.0
         if on_cpu:
             release_threads()
 
@@ -183,7 +187,8 @@ class Engine:
         params: SamplingParams | None = None,
         placement: Placement = "system",
     ) -> Iterator[Output]:
-        """Answer a chat, output by output as tokens are drawn. Raises InvalidRequest, EngineDead, on the way too.
+        """Answer a chat, output by output as tokens are drawn. Raises InvalidRequest, EngineDead, on the way too, and
+        RequestFailed.
 
         principle: one text, extrapolated by `ratio`, or several Principles with ratios of their own.
         The request is aborted when nobody holds the iterator any more.
@@ -258,6 +263,12 @@ class Engine:
     def alive(self) -> bool:
         return self.error is None and not self._stopping
 
+    @property
+    def pace(self) -> tuple[float, float]:
+        """Seconds that the step at hand has taken so far (0 between steps), and those of the longest before it."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began, self._longest_step
+
     def stats(self) -> Stats:
         """What is going on, for metrics; from any thread."""
         scheduler, pool = self.scheduler, self.pool
@@ -325,14 +336,37 @@ class Engine:
         places = [
             (s, s.num_drawn - len(s.prompt.given) + i) for s in step.drawing for i in range(1 + len(step.drafts(s)))
         ]
+        try:
+            return self._draw(step, logits, places, self._sample)
+        except Exception:
+            log.exception("A step's tokens could not be drawn together")
+            return self._draw_apart(step, logits, places)
+
+    def _draw(self, step: Step, logits: Tensor, places: Seq[tuple[Sequence, int]], sampler: Sampler) -> Flight:
+        """places: (sequence, position) of every token to be drawn."""
         if not places:
             return Flight(step, torch.empty(0, dtype=torch.int64, device=logits.device))
         sequences, positions = zip(*places, strict=True)
-        tokens = self._sample(logits, sequences, positions)
+        tokens = sampler(logits, sequences, positions)
         for line, (sequence, position) in enumerate(places):
             if position < 0:
                 tokens[line] = sequence.prompt.given[position]
         return Flight(step, tokens, log_probabilities(logits, sequences, positions, tokens))
+
+    def _draw_apart(self, step: Step, logits: Tensor, places: Seq[tuple[Sequence, int]]) -> Flight:
+        """Find the sequences that can't be drawn for by trying each alone; they end, the others go on."""
+        rows = torch.split(logits, [len(sequence.branches) for sequence, _ in places])
+        by_sequence = {
+            sequence: [place for place, (s, _) in enumerate(places) if s is sequence] for sequence in step.drawing
+        }
+        for sequence, mine in by_sequence.items():
+            try:
+                self._draw(step, torch.cat([rows[i] for i in mine]), [places[i] for i in mine], sample)
+            except Exception as error:
+                self._fail(sequence, error)
+        left = [i for i, (sequence, _) in enumerate(places) if not sequence.ended]
+        step.drawing = [sequence for sequence in step.drawing if not sequence.ended]
+        return self._draw(step, torch.cat([rows[i] for i in left] or [logits[:0]]), [places[i] for i in left], sample)
 
     def _land(self, flight: Flight) -> None:
         """Accept the tokens that were drawn, and those drafts that are them; sequences may have ended meanwhile."""
@@ -344,7 +378,7 @@ class Engine:
                 continue
             num_accepted, is_given = 0, bool(sequence.remaining_given)
             for (token, logprobs), draft in zip(drawn, (*drafts, None), strict=True):
-                if not self._accept(sequence, token, logprobs) or token != draft:
+                if not self._accepts(sequence, token, logprobs) or token != draft:
                     break
                 num_accepted += 1
                 for branch in sequence.branches:
@@ -367,13 +401,26 @@ class Engine:
             torch.cuda.set_device(device)  # it is a thread's own
         try:
             while not self._stopping:
-                if not self.step():
+                self._step_began = time.monotonic()
+                has_computed = self.step()
+                self._longest_step = max(self._longest_step, time.monotonic() - self._step_began)
+                self._step_began = None
+                if not has_computed:
                     with self._news:
                         self._news.wait_for(lambda: self._inbox or self._stopping)
         except BaseException as error:
             log.exception("The engine failed")
             self.error = error
         self._end()
+
+    def give_up(self, error: BaseException) -> None:
+        """Tell everyone who waits that the engine is dead, from another thread: the loop's own does not come back."""
+        self.error = error
+        self._stopping = True
+        for sequence in [*itertools.chain(*self._requests.values()), *self._inbox]:
+            if isinstance(sequence, Sequence) and not sequence.ended:
+                sequence.ended = True
+                self._tell(sequence, Output("", finish_reason="error", usage=sequence.usage(), choice=sequence.choice))
 
     def _end(self) -> None:
         """Tell everyone who still waits."""
@@ -392,6 +439,14 @@ class Engine:
             else:
                 for sequence in self._requests.get(news, [])[:]:
                     self._finish(sequence, "abort")
+
+    def _accepts(self, sequence: Sequence, token: int, logprobs: tuple[TokenLogprob, ...]) -> bool:
+        """`_accept`, where what goes wrong ends this sequence alone."""
+        try:
+            return self._accept(sequence, token, logprobs)
+        except Exception as error:
+            self._fail(sequence, error)
+            return False
 
     def _accept(self, sequence: Sequence, token: int, logprobs: tuple[TokenLogprob, ...] = ()) -> bool:
         """Add a token to the reply; False if the reply ends with it."""
@@ -422,17 +477,30 @@ class Engine:
 
     def _finish(self, sequence: Sequence, reason: FinishReason, news: Output | None = None) -> None:
         """news: of the last token, if there is any."""
+        self._forget(sequence)
+        news = news or Output("", choice=sequence.choice)
+        text = news.text + sequence.text.finish()
+        if sequence.text.stopped:
+            reason = "stop"
+        self._tell(sequence, replace(news, text=text, finish_reason=reason, usage=sequence.usage()))
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        """End one sequence in which something went wrong, as far as it has not ended already."""
+        log.error("Request %d failed", sequence.request_id, exc_info=error)
+        if sequence.ended:
+            return
+        self._forget(sequence)
+        failed = RequestFailed("the server failed in this request; others are not affected")
+        usage = sequence.usage()
+        self._tell(sequence, Output("", finish_reason="error", usage=usage, choice=sequence.choice, error=failed))
+
+    def _forget(self, sequence: Sequence) -> None:
         choices = self._requests[sequence.request_id]
         choices.remove(sequence)
         if not choices:
             del self._requests[sequence.request_id]
         sequence.ended = True
         self.scheduler.remove(sequence)
-        news = news or Output("", choice=sequence.choice)
-        text = news.text + sequence.text.finish()
-        if sequence.text.stopped:
-            reason = "stop"
-        self._tell(sequence, replace(news, text=text, finish_reason=reason, usage=sequence.usage()))
 
     def _tell(self, sequence: Sequence, output: Output) -> None:
         try:

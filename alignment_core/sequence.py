@@ -32,6 +32,10 @@ class InvalidRequest(ValueError):
         self.param = param
 
 
+class RequestFailed(RuntimeError):
+    """Something went wrong in one request; no other is harmed."""
+
+
 def _require(condition: bool, param: str, rule: str, value: object) -> None:
     if not condition:
         raise InvalidRequest(f"{param} must be {rule}, got {value!r}", param)
@@ -267,7 +271,7 @@ class Output:
     usage: Usage | None = None
     choice: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
-    error: InvalidRequest | None = None
+    error: InvalidRequest | RequestFailed | None = None
 
 
 @dataclass(slots=True, eq=False)

@@ -104,3 +104,5 @@ def serve(args: list[str]) -> None:
         app, host=settings.host, port=settings.port, log_config=None, timeout_graceful_shutdown=last
     )
     Server(options, engine, settings.shutdown_timeout).run()
+    if engine.error:
+        sys.exit(f"linalign serve: the engine failed: {engine.error!r}")

@@ -11,7 +11,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import Request
 from starlette.types import Message
 
-from alignment_core import Engine, EngineDead, InvalidRequest, Output, Prompt, SamplingParams, Usage
+from alignment_core import Engine, EngineDead, InvalidRequest, Output, Prompt, RequestFailed, SamplingParams, Usage
 from alignment_core.sequence import TokenLogprob
 from server.protocol.chat import ChatCompletionRequest
 from server.tool_calls import Delta, ReplyParser, message_of
@@ -27,7 +27,7 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 class Replies:
     """A request on its way: iterate over the outputs of its choices, and `abort` when nobody listens any more.
 
-    Raises EngineDead, and InvalidRequest for what turns out on the way.
+    Raises EngineDead, RequestFailed, and InvalidRequest for what turns out on the way.
     """
 
     def __init__(self, engine: Engine, n: int) -> None:
@@ -111,6 +111,8 @@ class Event(ServerSentEvent):
 
 
 DONE = Event("[DONE]")
+Failure = EngineDead | InvalidRequest | RequestFailed  # how replies end that can't go on
+FAILURES = (EngineDead, InvalidRequest, RequestFailed)
 
 
 def event_stream(events: AsyncIterator[Event], replies: Sequence[Replies]) -> EventSourceResponse:
@@ -195,7 +197,7 @@ class ChatCompletion:
             if include_usage:
                 yield self._event(choices=[], usage=usage_object(usages))
             yield DONE
-        except (EngineDead, InvalidRequest) as error:
+        except FAILURES as error:
             yield failure(error)
         finally:
             replies.abort()
@@ -252,10 +254,12 @@ def trace_of(report: TokenLogprob, token_bytes: Callable[[int], bytes]) -> dict[
     return told
 
 
-def failure(error: EngineDead | InvalidRequest) -> Event:
+def failure(error: Failure) -> Event:
     """The last event of a stream that can't go on."""
     told = {"message": str(error), "type": "server_error", "param": None, "code": "engine_dead"}
-    if isinstance(error, InvalidRequest):
+    if isinstance(error, RequestFailed):
+        told["code"] = "internal_error"
+    elif isinstance(error, InvalidRequest):
         told |= {"type": "invalid_request_error", "param": error.param, "code": "invalid_value"}
     return Event({"error": told})
 

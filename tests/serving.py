@@ -27,11 +27,15 @@ def free_port():
 
 
 @contextlib.contextmanager
-def serving(*args):
-    """A real `linalign serve` process; yields its URL and the process once it is healthy."""
+def serving(*args, patch="", status=0, **options):
+    """A real `linalign serve` process; yields its URL and the process once it is healthy.
+
+    patch: code that is run in it first, to break something. status: what it ends with. options: of Popen.
+    """
     port = free_port()
-    command = [sys.executable, "-c", "from server.cli import main; main()", "serve", "--port", str(port), *args]
-    with subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}) as process:
+    code = patch + "\nfrom server.cli import main; main()"
+    command = [sys.executable, "-c", code, "serve", "--port", str(port), *args]
+    with subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, **options) as process:
         url = f"http://127.0.0.1:{port}"
         try:
             deadline = time.monotonic() + 120
@@ -45,7 +49,7 @@ def serving(*args):
             yield url, process
         finally:
             process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == 0
+            assert process.wait(60) == status
 
 
 @pytest.fixture(scope="session")

@@ -9,12 +9,13 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from alignment_core import Engine, EngineDead, InvalidRequest, Output, Prompt, Usage
+from alignment_core import Engine, Output, Prompt, Usage
 from alignment_core.sequence import TokenLogprob
 from server.models import serving
 from server.protocol.completions import CompletionRequest
 from server.streaming import (
     DONE,
+    FAILURES,
     IMPOSSIBLE,
     STREAMED,
     Event,
@@ -128,7 +129,7 @@ class TextCompletion:
             if include_usage:
                 yield event([], _sum(usages))
             yield DONE
-        except (EngineDead, InvalidRequest) as error:
+        except FAILURES as error:
             yield failure(error)
         finally:
             for one in replies:
@@ -209,7 +210,7 @@ async def _merged(replies: Sequence[Replies]) -> AsyncIterator[tuple[int, Output
             async for output in one:
                 queue.put_nowait((number, output))
             queue.put_nowait((number, None))
-        except (EngineDead, InvalidRequest) as error:
+        except FAILURES as error:
             queue.put_nowait((number, error))
 
     tasks = [asyncio.ensure_future(forward(number, one)) for number, one in enumerate(replies)]

@@ -7,11 +7,11 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from alignment_core import Engine, EngineDead, InvalidRequest, Output
+from alignment_core import Engine, InvalidRequest, Output
 from server.models import serving
 from server.protocol.responses import ResponsesRequest
 from server.routes.chat import begin
-from server.streaming import STREAMED, Event, Replies, event_stream, gather, logprob_object, usage_object
+from server.streaming import FAILURES, STREAMED, Event, Replies, event_stream, gather, logprob_object, usage_object
 from server.tool_calls import Delta, ReplyParser
 
 router = APIRouter()
@@ -88,8 +88,8 @@ class ModelResponse:
                     yield sent(event)
             status = self._response["status"]
             yield sent({"type": f"response.{status}", "response": self._response})
-        except (EngineDead, InvalidRequest) as error:
-            code = "server_error" if isinstance(error, EngineDead) else "invalid_prompt"
+        except FAILURES as error:
+            code = "invalid_prompt" if isinstance(error, InvalidRequest) else "server_error"
             failed = {"status": "failed", "error": {"code": code, "message": str(error)}}
             yield sent({"type": "response.failed", "response": self._response | failed})
         finally:

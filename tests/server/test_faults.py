@@ -1,0 +1,158 @@
+"""What happens when something breaks inside a real server process: who is told what, and who is not harmed."""
+
+import json
+import signal
+import subprocess
+import threading
+import time
+
+import httpx
+import pytest
+
+from tests.serving import serving
+
+# The engine fails in a chosen way as soon as a file is there.
+BREAK_A_STEP = """
+import ctypes, os, time
+from alignment_core.model_runner import ModelRunner
+forward = ModelRunner.forward
+def broken(self, step):
+    if os.path.exists({trigger!r}):
+        {what}
+    return forward(self, step)
+ModelRunner.forward = broken
+"""
+# One request fails in a chosen place: the one with this seed.
+BREAK_A_REQUEST = """
+import alignment_core.edits as edits, alignment_core.sampling as sampling, alignment_core.engine as engine
+original_edit, original_accept = sampling.edit, engine.Engine._accept
+def broken_edit(y, sequences, positions):
+    if any(s.params.seed == 13 and p >= 3 for s, p in zip(sequences, positions)):
+        raise ValueError("injected into the draw")
+    return original_edit(y, sequences, positions)
+def broken_accept(self, sequence, *args):
+    if sequence.params.seed == 14 and len(sequence.output_ids) == 3:
+        raise ValueError("injected behind the draw")
+    return original_accept(self, sequence, *args)
+sampling.edit, engine.Engine._accept = broken_edit, broken_accept
+"""
+
+
+def chat(url, **fields):
+    body = {"model": "smollm2", "messages": [{"role": "user", "content": "Tell me about towns."}], "temperature": 0}
+    body |= {"max_tokens": 24, "principle": "Mention the sea.", "ignore_eos": True, **fields}
+    return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120)
+
+
+def events(url, **fields):
+    """The objects of a stream, [DONE] left out."""
+    response = chat(url, stream=True, **fields)
+    return [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+
+
+def at_once(*calls):
+    """Results of calls that run in threads."""
+    results = [None] * len(calls)
+
+    def run(index, call):
+        results[index] = call()
+
+    threads = [threading.Thread(target=run, args=pair) for pair in enumerate(calls)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@pytest.mark.parametrize("seed", [13, 14], ids=["in the draw", "behind the draw"])
+def test_an_exception_inside_one_sequence_ends_that_request_alone(seed):
+    with serving(patch=BREAK_A_REQUEST) as (url, _):
+        alone = chat(url).json()["choices"][0]["message"]["content"]
+        good, bad, streamed = at_once(lambda: chat(url), lambda: chat(url, seed=seed), lambda: events(url, seed=seed))
+        assert good.json()["choices"][0]["message"]["content"] == alone
+        assert bad.status_code == 500
+        assert bad.json()["error"]["code"] == "internal_error"
+        assert "injected" not in bad.text
+        assert streamed[-1]["error"]["code"] == "internal_error"
+        assert any(choice["delta"].get("content") for event in streamed[:-1] for choice in event["choices"])
+        metrics = httpx.get(url + "/metrics").text
+        assert "linalign:num_requests_running 0.0" in metrics
+        assert "linalign:kv_cache_usage_perc 0.0" in metrics
+        assert httpx.get(url + "/health").status_code == 200
+        assert chat(url).json()["choices"][0]["message"]["content"] == alone
+
+
+@pytest.mark.parametrize(
+    ("what", "last_words"),
+    [
+        ("raise ValueError('injected')", "the engine failed: ValueError('injected')"),
+        ("time.sleep(10**6)", "in broken"),
+        ("ctypes.PyDLL(None).sleep(10**6)", "in broken"),
+    ],
+    ids=["raises", "hangs", "hangs with the interpreter's lock"],
+)
+def test_a_step_that_fails_or_hangs_ends_the_process_with_an_error_for_everyone(tmp_path, what, last_words):
+    trigger, stderr = tmp_path / "trigger", (tmp_path / "stderr").open("w+")
+    holds_lock = "PyDLL" in what
+    patch = BREAK_A_STEP.format(trigger=str(trigger), what=what)
+    with serving(patch=patch, status=1, stderr=stderr) as (url, process):
+        chat(url)
+
+        def outcome(**fields):
+            try:
+                return events(url, **fields) if fields.get("stream") else chat(url, **fields)
+            except httpx.TransportError as error:
+                return error
+
+        running = threading.Timer(0.5, trigger.touch)
+        running.start()
+        began = time.monotonic()
+        replies = at_once(*[lambda n=n: outcome(max_tokens=3000 + n) for n in range(3)])
+        assert process.wait(30) == 1
+        assert time.monotonic() - began < 25
+        if holds_lock:  # nobody can tell them anything any more
+            assert all(isinstance(reply, httpx.TransportError) for reply in replies)
+        else:
+            assert [reply.status_code for reply in replies] == [503] * 3
+            assert all(reply.json()["error"]["code"] == "engine_dead" for reply in replies)
+    stderr.seek(0)
+    told = stderr.read()
+    assert last_words in told
+    assert "Traceback" in told or "most recent call first" in told
+
+
+def test_health_is_503_as_soon_as_the_hang_is_noticed(tmp_path):
+    trigger = tmp_path / "trigger"
+    patch = BREAK_A_STEP.format(trigger=str(trigger), what="time.sleep(10**6)")
+    patch += "\nimport server.shutdown; server.shutdown.LAST_WORDS = 5"
+    with serving(patch=patch, status=1, stderr=subprocess.DEVNULL) as (url, process):
+        trigger.touch()
+        assert chat(url).status_code == 503
+        health = httpx.get(url + "/health")
+        assert (health.status_code, health.json()["error"]["code"]) == (503, "engine_dead")
+        assert chat(url).status_code == 503
+        assert process.wait(30) == 1
+
+
+def test_a_second_sigterm_stops_at_once():
+    with serving("--shutdown-timeout", "600") as (url, process):
+        ends = []
+
+        def ask():
+            try:
+                ends.append(chat(url, max_tokens=7000).status_code)
+            except httpx.TransportError:
+                ends.append(None)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        while "linalign:num_requests_running 1.0" not in httpx.get(url + "/metrics").text:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+        thread.join()
+        assert ends in ([None], [500])  # cut off: nothing that looks like a reply
