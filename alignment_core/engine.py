@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import os
 import queue
 import secrets
@@ -53,6 +54,14 @@ class EngineDead(RuntimeError):
     """The engine's loop has ended on an error, or was stopped."""
 
 
+class EngineBusy(RuntimeError):
+    """The queue is full. retry_after: seconds after which it is worth another try."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__("too many requests wait already; try again later")
+        self.retry_after = retry_after
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Sizes. None means: from the model and the memory at hand.
@@ -71,6 +80,8 @@ class EngineConfig:
     launched before those of the one before are known, so that the device never waits for the host. None
     means on a GPU.
     enforce_eager: neither CUDA graphs nor torch.compile.
+    max_queued_requests, max_queued_tokens: choices, and prompt tokens of all their branches, that may wait for
+    their first step; None for any number. One request is always let in.
     """
 
     max_model_len: int | None = None
@@ -84,6 +95,8 @@ class EngineConfig:
     batch_invariant: bool = False
     static: bool | None = None
     enforce_eager: bool = False
+    max_queued_requests: int | None = None
+    max_queued_tokens: int | None = None
 
 
 class Flight:
@@ -162,6 +175,8 @@ class Engine:
         self._requests: dict[int, list[Sequence]] = {}  # by id: the choices that have not ended
         self._inbox: deque[Sequence | int] = deque()  # new sequences, and ids to abort
         self._news = threading.Condition()
+        self._max_queued = (config.max_queued_requests or math.inf, config.max_queued_tokens or math.inf)
+        self._num_queued = self._num_queued_tokens = 0
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._num_drafted = self._num_accepted = self._num_generated = 0
@@ -213,8 +228,8 @@ class Engine:
                 return
 
     def submit(self, prompt: Prompt, params: SamplingParams, on_output: Callable[[Output], None], n: int = 1) -> int:
-        """Queue a request for n choices; returns its id. Raises EngineDead, and InvalidRequest at once for what
-        can never be served.
+        """Queue a request for n choices; returns its id. Raises EngineDead, EngineBusy, and InvalidRequest at once
+        for what can never be served.
 
         on_output: called from the engine's thread with every Output, each choice's last with a finish_reason.
         """
@@ -249,9 +264,27 @@ class Engine:
         with self._news:
             if not self.alive:
                 raise EngineDead("the engine is not running") from self.error
+            self.refuse_if_full(choices)
+            self._num_queued += len(choices)
+            self._num_queued_tokens += sum(choice.num_prompt_tokens for choice in choices)
             self._inbox.extend(choices)
             self._news.notify()
         return request_id
+
+    def refuse_if_full(self, choices: Seq[Sequence] = ()) -> None:
+        """Raises EngineBusy if the queue has no room for these choices, or for anything; to be asked before work."""
+        num_tokens = sum(choice.num_prompt_tokens for choice in choices)
+        most, most_tokens = self._max_queued
+        is_full = self._num_queued + max(len(choices), 1) > most or self._num_queued_tokens + num_tokens > most_tokens
+        if self._num_queued and is_full:
+            raise EngineBusy(retry_after=min(1 + self._num_queued // self.scheduler.max_num_seqs, 60))
+
+    def _leave_queue(self, sequence: Sequence) -> None:
+        if sequence.is_queued:
+            sequence.is_queued = False
+            with self._news:
+                self._num_queued -= 1
+                self._num_queued_tokens -= sequence.num_prompt_tokens
 
     def abort(self, request_id: int) -> None:
         """End what is still going of a request before the next step; the last Outputs say "abort"."""
@@ -317,6 +350,8 @@ class Engine:
         if self._in_flight and self.scheduler.awaits_tokens():
             self._land_all()
         step = self.scheduler.schedule(may_draft=self._in_flight is None)
+        for sequence in step.admitted:
+            self._leave_queue(sequence)
         if not step.rows:
             return self._land_all()
         flight = self._launch(step)
@@ -500,6 +535,7 @@ class Engine:
         if not choices:
             del self._requests[sequence.request_id]
         sequence.ended = True
+        self._leave_queue(sequence)
         self.scheduler.remove(sequence)
 
     def _tell(self, sequence: Sequence, output: Output) -> None:

@@ -38,10 +38,11 @@ class Row:
 @dataclass(slots=True)
 class Step:
     """All rows of one forward pass. Sequences in `drawing` get a token: all their rows end at their newest one,
-    or at the last of their drafts.
+    or at the last of their drafts. admitted: those that ran from this step on.
     """
 
     rows: dict[Sequence, list[Row]] = field(default_factory=dict)
+    admitted: list[Sequence] = field(default_factory=list)
     drawing: list[Sequence] = field(default_factory=list)
     num_tokens: int = 0
 
@@ -107,6 +108,7 @@ class Scheduler:
         while self.waiting and self.num_preemptions == preemptions and self._admits(self.waiting[0], step):
             sequence = self.waiting.popleft()
             self.running.append(sequence)
+            step.admitted.append(sequence)
             self.num_tokens_admitted += sum(len(branch.tokens) for branch in sequence.branches)
             self._schedule(sequence, step)
         if may_draft:

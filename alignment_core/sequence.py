@@ -278,8 +278,8 @@ class Output:
 class Sequence:
     """One choice being generated: its branches, its parameters, and what has been drawn so far.
 
-    matcher: where the reply is in its structure. directions: OPAD's latest, by position. counts: how often the
-    reply has each token. seen: the tokens of reply and principled prompts.
+    matcher: where the reply is in its structure. is_queued: it has not run yet. directions: OPAD's latest, by
+    position. counts: how often the reply has each token. seen: the tokens of reply and principled prompts.
     """
 
     request_id: int
@@ -300,6 +300,7 @@ class Sequence:
     num_prompt_cached: int = 0
     last_turn: int = 0
     was_preempted: bool = False
+    is_queued: bool = True
     ended: bool = False
     counts: Counter[int] = field(default_factory=Counter)
     seen: set[int] = field(default_factory=set)
@@ -317,6 +318,11 @@ class Sequence:
         if position < self.params.min_tokens:
             return self.stop_token_ids | (self.eos_token_ids if self.matcher is not None else frozenset())
         return self.eos_token_ids if self.params.ignore_eos and self.matcher is not None else frozenset()
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of all branches, what is given included."""
+        return sum(len(ids) for ids in self.prompt.branches) + len(self.prompt.given)
 
     @property
     def follows_reply(self) -> bool:

@@ -13,6 +13,7 @@ from sse_starlette.sse import AppStatus
 from alignment_core import Engine
 from server import metrics
 from server.auth import KeyRequired
+from server.body_limit import BodyLimit
 from server.presets import load_presets
 from server.protocol.errors import HANDLERS, ErrorResponse
 from server.routes import chat, completions, models, playground, responses, tokens
@@ -51,7 +52,8 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     app.include_router(metrics.router)
     app.include_router(playground.router)
     app.mount("/playground", playground.files)
-    if settings.api_keys:
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    if settings.api_keys:  # added last, it comes first: strangers' bodies are not even counted
         app.add_middleware(KeyRequired, keys=[key.get_secret_value() for key in settings.api_keys])
     _name_models(app.openapi(), [engine.model_id, *(f"{engine.model_id}:{name}" for name in app.state.presets)])
     return app

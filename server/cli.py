@@ -78,6 +78,7 @@ def serve(args: list[str]) -> None:
 
     from alignment_core import Engine, LoadingError, load
     from server.app import create_app
+    from server.http_protocol import BoundedHeaders
     from server.shutdown import Server
 
     try:
@@ -101,7 +102,12 @@ def serve(args: list[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     last = settings.shutdown_timeout + 10  # for clients that don't even read what they are told
     options = uvicorn.Config(
-        app, host=settings.host, port=settings.port, log_config=None, timeout_graceful_shutdown=last
+        app,
+        host=settings.host,
+        port=settings.port,
+        http=BoundedHeaders,
+        log_config=None,
+        timeout_graceful_shutdown=last,
     )
     Server(options, engine, settings.shutdown_timeout).run()
     if engine.error:

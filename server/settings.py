@@ -54,6 +54,9 @@ class Settings(BaseSettings):
     )
     max_model_len: int | None = Field(None, ge=2, description="tokens of the longest context, the reply included")
     max_num_seqs: int = Field(64, ge=1, description="sequences that run at once")
+    max_queued_requests: int = Field(1024, ge=1, description="choices that may wait; beyond them requests are a 429")
+    max_queued_tokens: int = Field(4_000_000, ge=1, description="prompt tokens, all branches, that may wait")
+    max_body_bytes: int = Field(8 << 20, ge=1024, description="longest body of a request; beyond it is a 413")
     max_num_batched_tokens: int | None = Field(
         None, ge=1, description="query tokens of one forward pass; 128 on a CPU, 2048 on a GPU"
     )

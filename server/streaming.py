@@ -38,7 +38,9 @@ class Replies:
 
     @classmethod
     async def of(cls, engine: Engine, prompt: Prompt, params: SamplingParams, n: int = 1) -> "Replies":
-        """Submit, in a thread, as a structure may have to be compiled. Raises InvalidRequest, EngineDead."""
+        """Submit, in a thread, as a structure may have to be compiled. Raises InvalidRequest, EngineDead,
+        EngineBusy.
+        """
         loop, replies = asyncio.get_running_loop(), cls(engine, n)
 
         def on_output(output: Output) -> None:

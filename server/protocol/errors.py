@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from alignment_core import EngineDead, InvalidRequest, RequestFailed
+from alignment_core import EngineBusy, EngineDead, InvalidRequest, RequestFailed
 from server.protocol.generation import Schema
 from server.protocol.responses import RESPONSE_NAMES
 from server.settings import nearest
@@ -121,6 +121,13 @@ async def on_engine_dead(_: Request, __: Exception) -> JSONResponse:
     return error_response(503, "the engine is not running", code="engine_dead", kind="server_error")
 
 
+async def on_engine_busy(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, EngineBusy)
+    response = error_response(429, str(error), code="queue_full", kind="rate_limit_error")
+    response.headers["Retry-After"] = str(error.retry_after)
+    return response
+
+
 async def on_request_failed(_: Request, error: Exception) -> JSONResponse:
     return error_response(500, str(error), code="internal_error", kind="server_error")
 
@@ -140,6 +147,7 @@ HANDLERS: dict[Any, Any] = {
     RequestValidationError: on_validation_error,
     InvalidRequest: on_invalid_request,
     ModelNotFound: on_model_not_found,
+    EngineBusy: on_engine_busy,
     EngineDead: on_engine_dead,
     RequestFailed: on_request_failed,
     HTTPException: on_http_error,

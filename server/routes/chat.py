@@ -36,9 +36,10 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
 async def begin(body: ChatCompletionRequest, state: State) -> tuple[Replies, Prompt, Callable[[], ReplyParser]]:
     """Submit a chat. Its replies, its prompt, and what makes a parser for each reply.
 
-    Raises InvalidRequest, EngineDead.
+    Raises InvalidRequest, EngineDead, EngineBusy.
     """
     engine: Engine = state.engine
+    engine.refuse_if_full()
     principles = body.principles(state.settings.default_alignment_ratio)
     messages = [message.rendered() for message in body.messages]
     placement = body.principle_placement or "system"

@@ -62,6 +62,8 @@ def test_the_engine_gets_what_it_knows():
         "kv_cache_dtype": "fp8",
         "batch_invariant": True,
         "enforce_eager": True,
+        "max_queued_requests": 7,
+        "max_queued_tokens": 8,
     }
     flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in changed.items()]
     config = engine_config(load_settings(flags))

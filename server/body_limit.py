@@ -1,0 +1,35 @@
+"""Bodies that are too long are refused before anybody parses them."""
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.protocol.errors import error_response
+
+
+class BodyLimit:
+    """ASGI middleware: a body of more than `max_bytes` is a 413, by what its length says or by what comes."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app, self._max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        told = f"the body may have {self._max_bytes} bytes at most"
+        length = Headers(scope=scope).get("content-length", "")
+        if length.isdecimal() and int(length) > self._max_bytes:
+            await error_response(413, told, code="body_too_large")(scope, receive, send)
+            return
+        num_bytes = 0
+
+        async def counting() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_bytes:
+                raise HTTPException(413, told)
+            return message
+
+        await self._app(scope, counting, send)

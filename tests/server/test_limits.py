@@ -1,0 +1,208 @@
+"""Bounds of a server: the queue's, a body's, a header's."""
+
+import contextlib
+import http.client
+import json
+import socket
+import threading
+import time
+
+import httpx
+import pytest
+
+from alignment_core import EngineBusy, Prompt, SamplingParams
+from tests.conftest import make_engine, run_all
+from tests.serving import serving
+
+MESSAGES = [{"role": "user", "content": "Tell me about towns."}]
+PARAMS = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+
+
+def prompt(num_tokens=10, shift=0):
+    return Prompt((tuple(range(5 + shift, 5 + shift + num_tokens)),))
+
+
+# The engine's queue
+
+
+def test_the_queue_is_bounded_by_choices(tiny):
+    loaded, _ = tiny
+    engine = make_engine(loaded, num_pages=100, max_num_seqs=2, max_queued_requests=3)
+    for i in range(3):
+        engine.submit(prompt(shift=i), PARAMS, lambda _: None)
+    for more in (1, 2):
+        with pytest.raises(EngineBusy) as error:
+            engine.submit(prompt(), PARAMS, lambda _: None, n=more)
+    assert error.value.retry_after == 2
+    engine.step()  # two run now, one waits
+    engine.submit(prompt(), PARAMS, lambda _: None, n=2)
+    with pytest.raises(EngineBusy):
+        engine.refuse_if_full()
+    while engine.step():
+        pass
+    engine.refuse_if_full()
+    assert engine._num_queued == engine._num_queued_tokens == 0
+
+
+def test_the_queue_is_bounded_by_tokens_of_all_branches(tiny):
+    loaded, _ = tiny
+    engine = make_engine(loaded, num_pages=100, max_queued_tokens=50)
+    aligned = Prompt((tuple(range(5, 25)),), (1.0,), (2.0,), tuple(range(5, 20)))  # 35
+    engine.submit(aligned, PARAMS, lambda _: None)
+    with pytest.raises(EngineBusy):
+        engine.submit(prompt(16), PARAMS, lambda _: None)
+    engine.submit(prompt(15), PARAMS, lambda _: None)
+    while engine.step():
+        pass
+    engine.submit(prompt(200), PARAMS, lambda _: None)  # one is always let in, however long it is
+    with pytest.raises(EngineBusy):
+        engine.submit(prompt(1), PARAMS, lambda _: None)
+
+
+def test_what_is_aborted_or_preempted_leaves_the_count_right(tiny):
+    loaded, _ = tiny
+    engine = make_engine(loaded, page_size=3, num_pages=24, max_queued_requests=4)
+    ids = [engine.submit(prompt(10, i), PARAMS, lambda _: None) for i in range(4)]
+    engine.abort(ids[3])
+    engine.abort(ids[3])
+    long = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    run_all(engine, [])
+    run_all(engine, [(prompt(10, i), long) for i in range(4)])
+    assert engine.scheduler.num_preemptions > 0
+    assert engine._num_queued == engine._num_queued_tokens == 0
+
+
+# Over HTTP
+
+
+@pytest.fixture(scope="module")
+def small(embedded):  # noqa: ARG001 - loaded first, so that the server finds the converted copy
+    with serving("--max-num-seqs", "2", "--max-queued-requests", "3", "--max-body-bytes", "20000") as (url, _):
+        yield url
+
+
+def body(**fields):
+    return {"model": "smollm2", "messages": MESSAGES, "max_tokens": 40, "temperature": 0, "ignore_eos": True, **fields}
+
+
+def metric(url, name):
+    lines = httpx.get(url + "/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(f"linalign:{name}"))
+
+
+def test_beyond_the_queue_requests_are_refused_at_once_and_the_others_are_served(small):
+    replies = [None] * 12
+
+    def ask(index):
+        began = time.monotonic()
+        response = httpx.post(f"{small}/v1/chat/completions", json=body(max_tokens=150), timeout=120)
+        replies[index] = (response, time.monotonic() - began)
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    served = [response for response, _ in replies if response.status_code == 200]
+    refused = [(response, seconds) for response, seconds in replies if response.status_code == 429]
+    assert len(served) + len(refused) == 12
+    assert len(served) >= 3  # as many as may wait, as all do at first
+    assert refused
+    slowest = max(seconds for response, seconds in replies if response.status_code == 200)
+    for response, seconds in refused:
+        assert response.json()["error"]["code"] == "queue_full"
+        assert response.json()["error"]["type"] == "rate_limit_error"
+        assert 1 <= int(response.headers["Retry-After"]) <= 60
+        assert seconds < slowest  # not after a wait
+    texts = {response.json()["choices"][0]["message"]["content"] for response in served}
+    assert len(texts) == 1
+    assert metric(small, "num_requests_waiting") == 0
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
+def test_every_endpoint_refuses(small, path):
+    """While five long replies fill the server, none of the endpoints lets another in."""
+    client = httpx.Client(timeout=60, limits=httpx.Limits(max_connections=None))
+    streams = []
+    try:
+        for number in range(5):
+            fill = client.build_request("POST", f"{small}/v1/chat/completions", json=body(max_tokens=3000, stream=True))
+            streams.append(client.send(fill, stream=True))
+            while metric(small, "num_requests_running") < min(number + 1, 2):
+                time.sleep(0.05)
+        asked = {"/v1/completions": {"prompt": "Towns"}, "/v1/responses": {"input": "Towns"}}.get(
+            path, {"messages": MESSAGES}
+        )
+        response = httpx.post(small + path, json={"model": "smollm2", **asked}, timeout=30)
+        assert response.status_code == 429
+        assert response.headers["Retry-After"]
+    finally:
+        for stream in streams:
+            stream.close()
+    while metric(small, "num_requests_running") + metric(small, "num_requests_waiting"):
+        time.sleep(0.05)
+
+
+def test_a_body_that_is_too_long_is_refused_by_its_length_alone(small):
+    """Nothing of it is read: the answer is there before it is sent."""
+    host = small.removeprefix("http://")
+    connection = http.client.HTTPConnection(host, timeout=10)
+    connection.putrequest("POST", "/v1/chat/completions")
+    connection.putheader("Content-Type", "application/json")
+    connection.putheader("Content-Length", str(10**12))
+    connection.endheaders()
+    response = connection.getresponse()
+    assert response.status == 413
+    assert json.loads(response.read())["error"]["code"] == "body_too_large"
+
+
+def test_a_body_without_a_length_is_counted_as_it_comes(small):
+    def chunks():
+        yield b'{"model": "smollm2", "messages": [{"role": "user", "content": "'
+        for _ in range(100):
+            yield b"x" * 1000
+
+    response = httpx.post(
+        f"{small}/v1/chat/completions", content=chunks(), headers={"Content-Type": "application/json"}
+    )
+    assert response.status_code == 413
+    assert "20000 bytes" in response.json()["error"]["message"]
+
+
+def test_a_body_within_the_limit_is_served(small):
+    fits = body(max_tokens=1, stop=["x" * 18_000])
+    assert httpx.post(f"{small}/v1/chat/completions", json=fits, timeout=60).status_code == 200
+    too_long = body(max_tokens=1, stop=["x" * 20_000])
+    assert httpx.post(f"{small}/v1/chat/completions", json=too_long, timeout=60).status_code == 413
+
+
+def answer_to(url, data):
+    """What the server says to bytes on a connection of their own, b"" where it hung up without a word."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        with contextlib.suppress(ConnectionError):  # it does not wait for the end of all that
+            connection.sendall(data)
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            while part := connection.recv(65536):
+                answer += part
+        return answer
+
+
+@pytest.mark.parametrize(
+    "start", [b"GET /health HTTP/1.1\r\nHost: x\r\nX-Long: ", b"GET /health?"], ids=["header", "url"]
+)
+def test_headers_of_4_megabytes_are_refused(small, start):
+    answer = answer_to(small, start + b"y" * (4 << 20) + b" HTTP/1.1\r\n\r\n")
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 431 ")
+    slowly = answer_to(small, start + b"y" * (65 << 10))  # and its end never comes
+    assert slowly.startswith(b"HTTP/1.1 431 ")
+    assert json.loads(slowly.split(b"\r\n\r\n")[1])["error"]["code"] == "headers_too_large"
+
+
+def test_headers_within_the_limit_are_read_and_connections_kept(small):
+    with httpx.Client(base_url=small) as client:
+        for _ in range(3):  # together more than the limit, and with bodies between them
+            assert client.get("/health", headers={"X-Long": "y" * 30_000}).status_code == 200
+            fits = body(max_tokens=1, stop=["x" * 18_000])
+            assert client.post("/v1/chat/completions", json=fits, timeout=60).status_code == 200
