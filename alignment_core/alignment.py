@@ -62,12 +62,12 @@ class Rule:
 
 
 METHODS: dict[Method, Rule] = {
-    "linear": Rule(linear, 0.8),
+    "linear": Rule(linear, 0.99),  # decision 0013
     "context_steering": Rule(context_steering, 1.0),
     "cfg": Rule(linear, 1.0),
     "opad": Rule(linear, 1.0),  # and what `opad` adds
     "amulet": Rule(amulet, 1.0),
-    "adaptive": Rule(linear, 0.8),  # of which `adaptive` takes away
+    "adaptive": Rule(linear, 0.99),  # of which `adaptive` takes away
 }
 
 

@@ -16,7 +16,7 @@ from evaluation.checkers import PROMPTS
 from evaluation.records import Cell, Record, Records, cells
 from evaluation.report import write
 from evaluation.target import Target, in_process, remote
-from server.settings import Arguments
+from server.settings import Arguments, client_key
 
 Task = Literal["personal-preference", "follow", "hh"]
 
@@ -37,7 +37,7 @@ class EvalSettings(Arguments):
         None, description="a server that takes our fields, without /v1; in this process where none is"
     )
     model: str | None = Field(None, description="its name at the server, or what to load, as for linalign serve")
-    api_key: str = "none"
+    api_key: str = Field(default_factory=client_key, description="LINALIGN_API_KEY where none is given")
     dtype: str = Field("auto", description="of a model in this process, as for linalign serve")
     quantization: Literal["auto", "none", "int8", "int4", "fp8"] = "auto"
     methods: str = Field("linear,cfg,opad,amulet,adaptive", description="comma-separated")

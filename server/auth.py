@@ -38,7 +38,7 @@ class KeyRequired:
 
     def _knows(self, headers: Headers) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = _hash(key.strip().encode("latin-1"))  # as headers are decoded
+        given = _hash(key.strip().encode())
         matches = [hmac.compare_digest(given, known) for known in self._hashes]  # all, whichever it is
         return scheme.lower() == "bearer" and any(matches)
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from server.settings import Arguments
+from server.settings import Arguments, client_key
 
 WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
 
@@ -30,7 +31,7 @@ class BenchSettings(Arguments):
 
     url: CliPositionalArg[str] = Field("http://127.0.0.1:8000", description="the server, without /v1")
     model: str | None = Field(None, description="the first that the server lists where none is given")
-    api_key: str = "none"
+    api_key: str = Field(default_factory=client_key, description="LINALIGN_API_KEY where none is given")
     requests: int = Field(16, ge=1, description="requests that count")
     warmup: int = Field(2, ge=0, description="requests before them that do not")
     concurrency: int = Field(1, ge=1, description="requests at once")
@@ -62,7 +63,10 @@ def main(args: list[str]) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("requests", total=settings.warmup + settings.requests)
-        result = asyncio.run(bench(settings, lambda: progress.advance(bar)))
+        try:
+            result = asyncio.run(bench(settings, lambda: progress.advance(bar)))
+        except httpx.HTTPError as error:
+            sys.exit(f"linalign bench: {settings.url}: {error}")
     Console().print(table_of(result))
     for failure in result["failures"]:
         print(failure)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import math
 import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -10,20 +11,24 @@ from typing import Any
 
 import httpx
 from httpx_sse import aconnect_sse
-from pydantic import Field
+from markdown_it import MarkdownIt
+from pydantic import Field, ValidationError
 from pydantic_settings import CliApp, CliPositionalArg, SettingsConfigDict
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.markdown import Markdown
 from rich.panel import Panel
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from server.settings import Arguments
+from server.settings import Arguments, client_key, complaints
 
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401 - the arrow keys bring earlier lines back
 
+LEAST_RATIO, MOST_RATIO = -10, 20
+PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
 HELP = """\
 /principle TEXT   prefer this from now on; without a text: no principle
 /ratio NUMBER     how far to extrapolate from it; without a number: the server's own
@@ -40,9 +45,11 @@ class ChatSettings(Arguments):
 
     url: CliPositionalArg[str] = Field("http://127.0.0.1:8000", description="the server, without /v1")
     model: str | None = Field(None, description="the first that the server lists where none is given")
-    api_key: str = "none"
+    api_key: str = Field(default_factory=client_key, description="LINALIGN_API_KEY where none is given")
     principle: str = Field("", description="a preference, in plain words")
-    alignment_ratio: float | None = Field(None, ge=-10, le=20, description="the server's own where none is given")
+    alignment_ratio: float | None = Field(
+        None, ge=LEAST_RATIO, le=MOST_RATIO, description="the server's own where none is given"
+    )
     temperature: float | None = Field(None, ge=0, le=2)
     max_tokens: int | None = Field(None, ge=1)
 
@@ -59,13 +66,15 @@ class Conversation:
 
 
 def main(args: list[str]) -> None:
-    settings = CliApp.run(ChatSettings, cli_args=args)
     console = Console(highlight=False)
-    with httpx.Client(base_url=settings.url, headers=_headers(settings)) as client:
-        try:
+    try:
+        settings = CliApp.run(ChatSettings, cli_args=args)
+        with httpx.Client(base_url=settings.url, headers=_headers(settings)) as client:
             model = settings.model or _first_model(client)
-        except (httpx.HTTPError, Refused) as error:
-            sys.exit(f"linalign chat: {settings.url}: {error} (`linalign serve` starts a server)")
+    except ValidationError as error:
+        sys.exit("linalign chat: " + complaints(error))
+    except (httpx.HTTPError, httpx.InvalidURL, Refused, ValueError) as error:  # what answers may be no such server
+        sys.exit(f"linalign chat: {error} (`linalign serve` starts a server)")
     console.print(f"[bold]{model}[/bold] at {settings.url}. /help says what there is.")
     Chat(settings, model, console).run()
 
@@ -101,7 +110,7 @@ class Chat:
     def run(self) -> None:
         while True:
             try:
-                line = self._console.input("[bold]> [/bold]").strip()
+                line = input("> ").strip()  # readline has to know the prompt
             except (EOFError, KeyboardInterrupt):
                 self._console.print()
                 return
@@ -123,7 +132,9 @@ class Chat:
         try:
             ratio = float(text) if text else None
         except ValueError:
-            self._console.print(f"{text} is no number.", markup=False)
+            ratio = math.nan
+        if ratio is not None and not LEAST_RATIO <= ratio <= MOST_RATIO:
+            self._console.print(f"{text} is no number from {LEAST_RATIO} to {MOST_RATIO}.", markup=False)
             return
         self._conversation.ratio = ratio
         self._console.print("Ratio: the server's own." if ratio is None else f"Ratio: {ratio:g}")
@@ -193,10 +204,24 @@ class Chat:
                 await asyncio.gather(*(reply.stream(client) for reply in replies))
 
         with (
-            Live(get_renderable=rendered, console=self._console, vertical_overflow="visible"),
+            Live(get_renderable=lambda: Tail(rendered()), console=self._console, transient=True),
             contextlib.suppress(KeyboardInterrupt),
         ):
             asyncio.run(stream())
+        self._console.print(rendered())
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """As much of the end of something as the terminal has lines for."""
+
+    whole: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = console.render_lines(self.whole, options, pad=False)
+        for line in lines[-max(console.height - 2, 1) :]:
+            yield from line
+            yield Segment.line()
 
 
 @dataclass(slots=True)
@@ -205,31 +230,42 @@ class Reply:
 
     title: str
     body: dict[str, Any]
+    reasoning: str = ""
     text: str = ""
     error: str = ""
 
     @property
     def rendered(self) -> Group:
         parts: list[Markdown | Text] = [shown(self.text)]
+        if self.reasoning:
+            parts.insert(0, Text(printable(self.reasoning), style="dim"))
         if self.error:
             parts.append(Text(self.error, style="red"))
         return Group(*parts)
 
     async def stream(self, client: httpx.AsyncClient) -> None:
         try:
-            async for text in pieces(client, self.body):
-                self.text += text
+            async for delta in deltas(client, self.body):
+                self.reasoning += delta.get("reasoning_content") or ""
+                self.text += delta.get("content") or ""
         except (httpx.HTTPError, Refused) as error:
             self.error = str(error) or repr(error)
 
 
 def shown(text: str) -> Markdown:
+    """Markdown in which HTML is shown as it is written."""
+    markdown = Markdown(printable(text))
+    markdown.parsed = PARSER.parse(printable(text))
+    return markdown
+
+
+def printable(text: str) -> str:
     """Without what a terminal would obey."""
-    return Markdown("".join(mark for mark in text if mark.isprintable() or mark in "\n\t"))
+    return "".join(mark for mark in text if mark.isprintable() or mark in "\n\t")
 
 
-async def pieces(client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncIterator[str]:
-    """The text of a streamed chat completion as it comes. Raises httpx.HTTPError, Refused."""
+async def deltas(client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    """The news of a streamed chat completion as they come. Raises httpx.HTTPError, Refused."""
     async with aconnect_sse(client, "POST", "/v1/chat/completions", json=body) as source:
         if source.response.is_error:
             await source.response.aread()
@@ -241,7 +277,7 @@ async def pieces(client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncIterat
             if "error" in chunk:
                 raise Refused(chunk["error"]["message"])
             for choice in chunk["choices"]:
-                yield choice["delta"].get("content") or ""
+                yield choice["delta"]
     raise Refused("the connection was cut off")
 
 

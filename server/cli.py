@@ -61,14 +61,13 @@ def engine_config(settings: "Settings") -> "EngineConfig":
 
 def serve(args: list[str]) -> None:
     from server.presets import load_presets
-    from server.settings import load_settings
+    from server.settings import complaints, load_settings
 
     try:
         settings = load_settings(args)
         load_presets(settings.presets)  # before the model is
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()]
-        sys.exit("linalign serve: " + "; ".join(lines))
+        sys.exit("linalign serve: " + complaints(error))
     except ValueError as error:
         sys.exit(f"linalign serve: {error}")
 

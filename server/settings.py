@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     CliApp,
@@ -82,15 +82,25 @@ class Settings(BaseSettings):
     @field_validator("api_keys", mode="before")
     @classmethod
     def _split_keys(cls, keys: Any) -> Any:
-        """ "a,b", as a variable has them, or a list."""
-        parts = keys.split(",") if isinstance(keys, str) else [part for key in keys for part in str(key).split(",")]
-        if any(not part.strip() for part in parts):
-            raise ValueError("an API key is empty")
-        return [part.strip() for part in parts]
+        """From "a,b", as a variable has them, or a list. Headers hold nothing but ASCII, so keys do too."""
+        keys = [keys] if isinstance(keys, str) else keys
+        if not isinstance(keys, list | tuple) or not all(isinstance(key, str) for key in keys):
+            raise ValueError("API keys must be strings: put them into quotes")
+        parts = [part.strip() for key in keys for part in key.split(",")]
+        if not all(part and part.isascii() and part.isprintable() and " " not in part for part in parts):
+            raise ValueError("an API key must be printable ASCII, without spaces, and not empty")
+        return parts
+
+
+def client_key() -> str:
+    """The API key of commands that talk to a server, where none is given."""
+    return os.environ.get(PREFIX + "API_KEY", "none")
 
 
 class Arguments(BaseSettings):
-    """Settings of a command that come from its command line alone, whatever the environment's variables are called."""
+    """Settings of a command that come from its command line alone, whatever the environment's variables are called.
+    An `api_key` may come from LINALIGN_API_KEY, as process lists show command lines.
+    """
 
     model_config = SettingsConfigDict(cli_kebab_case=True, extra="forbid", allow_inf_nan=False)
 
@@ -105,6 +115,11 @@ class Arguments(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         del settings_cls, env_settings, dotenv_settings, file_secret_settings
         return (init_settings,)
+
+
+def complaints(error: ValidationError) -> str:
+    """What is wrong with which settings, in one line."""
+    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -128,7 +143,7 @@ def _check_file(file: str) -> None:
 
 def load_settings(args: list[str]) -> Settings:
     """Settings from a command line. Raises ValueError (pydantic's own included), SystemExit for --help."""
-    known = [PREFIX + name.upper() for name in Settings.model_fields]
+    known = [PREFIX + name.upper() for name in (*Settings.model_fields, "api_key")]  # the last is for our clients
     for name in os.environ:
         if name.upper().startswith(PREFIX) and name.upper() not in known:
             raise ValueError(f"there is no setting {name}{nearest(name.upper(), known)}")

@@ -16,7 +16,7 @@ class Setting:
     ratios: tuple[float, ...] = (0.0,)
     weights: tuple[float, ...] = (1.0,)
     temperature: float = 0.0
-    top_p: float = 0.8
+    top_p: float = 0.99
     presence: float = 0.0
     frequency: float = 0.0
     repetition: float = 1.0

@@ -19,6 +19,8 @@ from alignment_core import Engine, EngineConfig
 from server.app import create_app
 from server.settings import Settings
 
+KEY = "first-key"
+
 
 def free_port():
     with socket.socket() as listener:
@@ -61,6 +63,12 @@ def url(embedded):  # noqa: ARG001 - loaded first, so that the server finds the 
 @pytest.fixture(scope="session")
 def client(url):
     return openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="session")
+def closed(embedded):  # noqa: ARG001 - loaded first, so that the server finds the converted copy
+    with serving("--api-keys", f"{KEY},other-key") as (url, _):
+        yield url
 
 
 @pytest.fixture

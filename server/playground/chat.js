@@ -1,19 +1,18 @@
 // A chat of many turns with a principle of its own; conversations are kept in this browser only.
 
-import { reply, speed } from "./compare.js";
-import { presetSelect, ratioSlider } from "./form.js";
+import { outcome, reply, speed } from "./compare.js";
+import { Conversations } from "./conversations.js";
+import { presetSelect, principlesOf, ratioSlider } from "./form.js";
 import { chatBody } from "./requests.js";
 import { Run } from "./run.js";
 import { live } from "./vendor/lit-html/directives/live.js";
 import { html, nothing } from "./vendor/lit-html/lit-html.js";
 
-const STORE = "linalign.conversations";
-
 export class Chat {
   #app;
-  #conversations = load();
-  #index = 0;
-  #run = null; // the reply that is on its way, or the last one
+  #conversations = new Conversations(() => this.#app.update());
+  #run = null; // the reply that is on its way, or that was not finished
+  #before = []; // the messages that it answers
   #draft = "";
   #edited = null; // {place, text} of a message
 
@@ -26,76 +25,94 @@ export class Chat {
   }
 
   get #conversation() {
-    return this.#conversations[this.#index];
+    return this.#conversations.current;
   }
 
   template() {
-    const { principle, ratio, messages } = this.#conversation;
-    const change = (name, value) => this.#change(() => (this.#conversation[name] = value));
-    const choose = (preset) => {
-      const text = typeof preset.principle === "string" ? preset.principle : (preset.principle?.[0].text ?? "");
-      this.#change(() => Object.assign(this.#conversation, { principle: text, ratio: preset.alignment_ratio ?? ratio }));
-    };
+    const messages = this.#run ? this.#before : this.#conversation.messages;
     return html`
-      <div class="settings">
-        <p class="buttons">
-          <label>Conversation
-            <select ?disabled=${this.running} @change=${(event) => this.#open(Number(event.target.value))}>
-              ${this.#conversations.map((one, index) => html`<option value=${index} .selected=${index === this.#index}>${titleOf(one)}</option>`)}
-            </select>
-          </label>
-          <button type="button" ?disabled=${this.running} @click=${() => this.#create()}>New</button>
-          <button type="button" ?disabled=${this.running} @click=${() => this.#delete()}>Delete</button>
-        </p>
-        <label>Principle
-          <input placeholder="a preference, in plain words" .value=${live(principle)} @input=${(event) => change("principle", event.target.value)}>
-        </label>
-        ${ratioSlider(ratio, (value) => change("ratio", value))}
-        <p class="buttons">${presetSelect(this.#app.presets, choose)}</p>
-      </div>
-      <ol class="messages" aria-label="Conversation">
-        ${messages.map((message, place) => this.#message(message, place))}
-        ${this.running || this.#run?.state === "failed" ? this.#coming() : nothing}
+      ${this.#settings()}
+      <ol class="messages" aria-label="Messages">
+        ${messages.map((message, place) => this.#message(message, place, messages.length))}
+        ${this.#run ? this.#coming() : nothing}
+        ${!this.#run && messages.at(-1)?.role === "user" ? html`<li>${this.#again("Try again")}</li>` : nothing}
       </ol>
       ${this.#composer()}
     `;
   }
 
-  #message(message, place) {
-    const isLast = place === this.#conversation.messages.length - 1;
+  #settings() {
+    const { principles, ratio } = this.#conversation;
+    const change = (changes) => {
+      Object.assign(this.#conversation, changes);
+      this.#save();
+    };
+    const choose = (preset) => change({ principles: principlesOf(preset), ratio: preset.alignment_ratio ?? ratio });
+    const text = principles.map((principle) => principle.text).join(" + ");
+    const option = (one, index) =>
+      html`<option value=${index} .selected=${one === this.#conversation}>${titleOf(one)}</option>`;
+    return html`<div class="settings">
+      <p class="buttons">
+        <label>Conversation
+          <select ?disabled=${this.running} @change=${({ target }) => this.#leave(() => this.#conversations.open(Number(target.value)))}>
+            ${this.#conversations.all.map(option)}
+          </select>
+        </label>
+        <button type="button" ?disabled=${this.running} @click=${() => this.#leave(() => this.#conversations.create())}>New</button>
+        <button type="button" ?disabled=${this.running} @click=${() => this.#leave(() => this.#conversations.delete())}>Delete</button>
+      </p>
+      <label>Principle
+        <input placeholder="a preference, in plain words" .value=${live(text)}
+          @input=${({ target }) => change({ principles: [{ text: target.value, weight: 1 }] })}>
+      </label>
+      ${ratioSlider(ratio, (value) => change({ ratio: value }))}
+      <p class="buttons">${presetSelect(this.#app.presets, choose)}</p>
+    </div>`;
+  }
+
+  #message(message, place, length) {
+    const isUsers = message.role === "user";
     const edit = () => {
       this.#edited = { place, text: message.content };
-      this.#app.update();
+      this.#focus(".messages textarea");
     };
-    const action =
-      message.role === "user"
-        ? html`<button type="button" ?disabled=${this.running} @click=${edit}>Edit</button>`
-        : isLast
-          ? html`<button type="button" ?disabled=${this.running} @click=${() => this.#regenerate()}>Regenerate</button>`
-          : nothing;
+    const editButton = html`<button type="button" ?disabled=${this.running} @click=${edit}>Edit</button>`;
+    const shown = html`<div class="reply">${isUsers ? html`<p class="typed">${message.content}</p>` : reply({ text: message.content })}</div>
+      <p class="buttons">${isUsers ? editButton : place === length - 1 ? this.#again("Regenerate") : nothing}</p>`;
     return html`<li class=${message.role}>
-      <h2>${message.role === "user" ? "You" : "Reply"}</h2>
-      ${this.#edited?.place === place
-        ? this.#editor()
-        : html`<div class="reply">${message.role === "user" ? html`<p class="typed">${message.content}</p>` : reply({ text: message.content })}</div>
-            <p class="buttons">${action}</p>`}
+      <h2>${isUsers ? "You" : "Reply"}</h2>
+      ${this.#edited?.place === place ? this.#editor() : shown}
     </li>`;
+  }
+
+  /** Asks once more for what comes after the last message of the user. */
+  #again(title) {
+    const ask = () => {
+      const { messages } = this.#conversation;
+      return this.#answer(messages.at(-1).role === "user" ? messages : messages.slice(0, -1));
+    };
+    return html`<button type="button" ?disabled=${this.running || !this.#app.model} @click=${ask}>${title}</button>`;
   }
 
   #editor() {
     const send = (event) => {
       event.preventDefault();
+      if (this.running) return;
       const { place, text } = this.#edited;
       this.#send(this.#conversation.messages.slice(0, place), text);
+      this.#focus(".composer textarea");
     };
     const cancel = () => {
       this.#edited = null;
-      this.#app.update();
+      this.#focus(".composer textarea");
     };
     return html`<form @submit=${send}>
-      <textarea rows="3" required aria-label="Message" .value=${live(this.#edited.text)}
-        @input=${(event) => (this.#edited.text = event.target.value)}></textarea>
-      <p class="buttons"><button class="primary">Send again</button><button type="button" @click=${cancel}>Cancel</button></p>
+      <textarea rows="3" required aria-label="Edited message" .value=${live(this.#edited.text)}
+        @input=${({ target }) => (this.#edited.text = target.value)}></textarea>
+      <p class="buttons">
+        <button class="primary" ?disabled=${this.running || !this.#app.model}>Send again</button>
+        <button type="button" @click=${cancel}>Cancel</button>
+      </p>
     </form>`;
   }
 
@@ -104,7 +121,7 @@ export class Chat {
       <h2>Reply</h2>
       ${speed(this.#run)}
       <div class="reply" aria-busy=${this.running}>${reply(this.#run)}</div>
-      ${this.running ? nothing : html`<p class="buttons"><button type="button" @click=${() => this.#answer()}>Try again</button></p>`}
+      ${this.running ? nothing : html`<p class="buttons">${this.#again("Try again")}</p>`}
     </li>`;
   }
 
@@ -121,7 +138,7 @@ export class Chat {
     };
     return html`<form class="composer" @submit=${send}>
       <label>Message
-        <textarea rows="2" required .value=${live(this.#draft)} @keydown=${onKey} @input=${(event) => (this.#draft = event.target.value)}></textarea>
+        <textarea rows="2" required .value=${live(this.#draft)} @keydown=${onKey} @input=${({ target }) => (this.#draft = target.value)}></textarea>
       </label>
       <p class="buttons">
         <button class="primary" ?disabled=${this.running || !this.#app.model}>Send</button>
@@ -131,66 +148,43 @@ export class Chat {
   }
 
   #send(before, text) {
-    this.#edited = null;
     this.#conversation.messages = [...before, { role: "user", content: text }];
-    return this.#answer();
+    return this.#answer(this.#conversation.messages);
   }
 
-  #regenerate() {
-    this.#conversation.messages.pop();
-    return this.#answer();
-  }
-
-  /** Asks for a reply to the messages as they are; what there is of it when it is stopped stays. */
-  async #answer() {
+  /** Asks for a reply to these messages. What there was after them stays until there is something of it. */
+  async #answer(messages) {
     const { api, model, update } = this.#app;
     const conversation = this.#conversation;
-    const { principle, ratio, messages } = conversation;
-    const settings = { principles: [{ text: principle }], method: "linear", mass: null, seed: null }; // else the server's
+    const { principles, ratio } = conversation;
+    const settings = { principles, method: "linear", mass: null, seed: null }; // all else is the server's
     const run = (this.#run = new Run(chatBody(model, settings, messages, ratio)));
+    [this.#before, this.#edited] = [messages, null];
     this.#app.status = "A reply is on its way.";
-    this.#change(() => {}); // what was sent is kept, whatever becomes of the reply
+    this.#save();
     await run.start(api, update);
-    if (run.text && !run.error) conversation.messages.push({ role: "assistant", content: run.text });
-    if (run.state === "done") this.#app.status = "The reply is complete.";
-    this.#change(() => {});
+    if (run.text) conversation.messages = [...messages, { role: "assistant", content: run.text }];
+    if (!run.error) this.#run = null;
+    this.#app.status = outcome([run]);
+    this.#save();
   }
 
-  #open(index) {
-    [this.#index, this.#edited, this.#run] = [index, null, null];
+  /** Another conversation: nothing of this one's reply is shown any more. */
+  #leave(change) {
+    [this.#run, this.#edited] = [null, null];
+    change();
     this.#app.update();
   }
 
-  #create() {
-    this.#conversations.unshift(empty());
-    this.#change(() => this.#open(0));
-  }
-
-  #delete() {
-    this.#conversations.splice(this.#index, 1);
-    if (!this.#conversations.length) this.#conversations.push(empty());
-    this.#change(() => this.#open(0));
-  }
-
-  #change(make) {
-    make();
-    localStorage.setItem(STORE, JSON.stringify(this.#conversations));
+  #save() {
+    if (!this.#conversations.save()) this.#app.status = "This browser does not keep the conversation: no room, or not allowed.";
     this.#app.update();
   }
-}
 
-function empty() {
-  return { principle: "", ratio: 2, messages: [] };
-}
-
-function load() {
-  try {
-    const found = JSON.parse(localStorage.getItem(STORE));
-    if (Array.isArray(found) && found.length) return found;
-  } catch {
-    // what is there is none of ours
+  async #focus(selector) {
+    await this.#app.update();
+    document.querySelector(selector)?.focus();
   }
-  return [empty()];
 }
 
 function titleOf({ messages }) {

@@ -18,6 +18,7 @@ const COLUMNS = [
 export class Compare {
   #app;
   #runs = [];
+  #asked = null; // the settings of the last run
   #timer = 0;
   #shown = null; // code that could not be copied
 
@@ -31,15 +32,21 @@ export class Compare {
 
   async run() {
     this.stop();
-    const runs = (this.#runs = COLUMNS.map((column) => new Run(this.#body(column))));
+    this.#asked = structuredClone(this.#app.settings);
+    const runs = (this.#runs = COLUMNS.map((column) => new Run(this.#body(column, this.#asked))));
     this.#app.status = "Three replies are on their way.";
     await Promise.all(runs.map((run) => run.start(this.#app.api, this.#app.update)));
-    if (runs.every((run) => run.state === "done")) this.#app.status = "All replies are complete.";
-    this.#app.update();
+    this.#tell();
   }
 
   stop() {
+    clearTimeout(this.#timer);
     for (const run of this.#runs) run.stop();
+  }
+
+  #tell() {
+    if (!this.running) this.#app.status = outcome(this.#runs);
+    this.#app.update();
   }
 
   /** The aligned reply follows the slider. */
@@ -48,14 +55,18 @@ export class Compare {
     if (this.#runs.length) this.#timer = setTimeout(() => this.#align(), SETTLED);
   }
 
-  #align() {
+  /** All else is as it was asked of the other columns. */
+  async #align() {
     this.#runs[2].stop();
-    this.#runs[2] = new Run(this.#body(COLUMNS[2]));
-    this.#runs[2].start(this.#app.api, this.#app.update);
+    const settings = { ...this.#asked, ratio: this.#app.settings.ratio };
+    const run = (this.#runs[2] = new Run(this.#body(COLUMNS[2], settings)));
+    this.#app.status = "The aligned reply is on its way.";
+    await run.start(this.#app.api, this.#app.update);
+    this.#tell();
   }
 
-  #body(column) {
-    const { model, settings } = this.#app;
+  #body(column, settings = this.#app.settings) {
+    const { model } = this.#app;
     return chatBody(model, settings, [{ role: "user", content: settings.prompt }], column.ratioOf(settings));
   }
 
@@ -118,7 +129,19 @@ export function speed(run) {
   return html`<p class="speed">${parts.join(" · ")}</p>`;
 }
 
+/** What there is of it, and why it is not whole. */
 export function reply(run) {
-  if (run?.error) return html`<p class="error" role="alert">${run.error}</p>`;
-  return run ? guard([run.text], () => markdown(run.text)) : nothing;
+  if (!run) return nothing;
+  return html`
+    ${run.reasoning ? html`<details class="reasoning"><summary>Reasoning</summary><p class="typed">${run.reasoning}</p></details>` : nothing}
+    ${guard([run.text], () => markdown(run.text))}
+    ${run.error ? html`<p class="error" role="alert">${run.error}</p>` : nothing}
+  `;
+}
+
+/** For screen readers, what became of replies. */
+export function outcome(runs) {
+  if (runs.some((run) => run.state === "failed")) return "A reply failed.";
+  if (runs.some((run) => run.state === "stopped")) return "Stopped.";
+  return runs.length > 1 ? "All replies are complete." : "The reply is complete.";
 }

@@ -17,7 +17,9 @@ export function form(app, view, { hasRatio = true } = {}) {
     view.run();
   };
   const onKey = (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !view.running && app.model) view.run();
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !view.running && app.model) {
+      event.currentTarget.requestSubmit();
+    }
   };
   return html`<form class="settings" @submit=${submit} @keydown=${onKey}>
     <label class="prompt">Prompt
@@ -58,13 +60,19 @@ export function presetSelect(presets, choose) {
   </label>`;
 }
 
+/** [{text, weight}], with a ratio where the preset gives one its own. */
+export function principlesOf({ principle }) {
+  const items = typeof principle === "string" ? [{ text: principle }] : (principle ?? [{ text: "" }]);
+  return items.map((item) => ({ weight: 1, ...item }));
+}
+
 function principles(app, view) {
   const { settings } = app;
   const several = settings.principles.length > 1;
-  const choose = ({ principle, alignment_ratio: ratio }) => {
-    const items = typeof principle === "string" ? [{ text: principle }] : (principle ?? []);
-    settings.principles = items.map(({ text, weight = 1 }) => ({ text, weight }));
-    settings.ratio = ratio ?? settings.ratio;
+  const choose = (preset) => {
+    settings.principles = principlesOf(preset);
+    settings.ratio = preset.alignment_ratio ?? settings.ratio;
+    settings.mass = preset.alignment_top_p ?? null;
     app.update();
     view.ratioChanged?.();
   };
@@ -77,7 +85,8 @@ function principles(app, view) {
       @input=${(event) => (principle.text = event.target.value)}>
     ${several
       ? html`<input type="number" min="0" max="100" step="any" aria-label="Weight of principle ${index + 1}"
-            .value=${String(principle.weight)} @input=${(event) => (principle.weight = event.target.valueAsNumber || 0)}>
+            required .value=${String(principle.weight)}
+            @input=${({ target }) => target.validity.valid && ((principle.weight = target.valueAsNumber), app.update())}>
           <button type="button" aria-label="Remove principle ${index + 1}"
             @click=${() => (settings.principles.splice(index, 1), app.update())}>×</button>`
       : nothing}
@@ -100,7 +109,8 @@ function sampling(settings, change) {
   const methods = METHODS.map(
     (name) => html`<option value=${name} ?selected=${name === settings.method}>${name.replace("_", " ")}</option>`,
   );
-  return html`<details>
+  const open = (event) => (event.currentTarget.open = true); // so that the browser can show what is wrong
+  return html`<details @invalid=${{ handleEvent: open, capture: true }}>
     <summary>Sampling</summary>
     <div class="grid">
       <label>Method

@@ -36,16 +36,28 @@ const VIEWS = {
 };
 
 let current = null; // the name of a view
-let scheduled = false;
+let rendering = null; // the promise of a render that is due
 let asking = null; // the promise of a key
 
+/** Resolves once what has changed is to be seen. */
 function update() {
-  if (scheduled) return;
-  scheduled = true;
-  requestAnimationFrame(() => {
-    scheduled = false;
-    render(page(), document.body);
+  rendering ??= new Promise((resolve) => {
+    requestAnimationFrame(() => {
+      rendering = null;
+      render(page(), document.body);
+      resolve();
+    });
   });
+  return rendering;
+}
+
+async function connect() {
+  try {
+    Object.assign(app, await app.api.models(), { status: "" });
+  } catch (error) {
+    app.status = error.message;
+  }
+  update();
 }
 
 function page() {
@@ -56,7 +68,9 @@ function page() {
     <header>
       <h1>linalign</h1>
       <nav aria-label="Views">${Object.entries(VIEWS).map(link)}</nav>
-      <span class="model">${app.model ?? "no model yet"}</span>
+      ${app.model
+        ? html`<span class="model">${app.model}</span>`
+        : html`<button type="button" @click=${connect}>Connect</button>`}
       <span class="status" role="status">${app.status}</span>
     </header>
     <main class=${current}>${view.template()}</main>
@@ -69,7 +83,8 @@ function keyDialog() {
     <form method="dialog">
       <h2 id="key-title">This server needs an API key</h2>
       <p class="error" id="key-refused" hidden>That key was refused.</p>
-      <label>API key <input id="key" type="password" autocomplete="off" required></label>
+      <label>API key <input id="key" type="password" autocomplete="off" required
+        pattern="[!-~]+" title="printable ASCII, no spaces"></label>
       <p>It stays in this page's memory and is gone when you close it.</p>
       <p class="buttons"><button class="primary" value="use">Use it</button></p>
     </form>
@@ -98,7 +113,7 @@ function askForKey(isAgain) {
 
 function show() {
   const name = location.hash.slice(1);
-  const next = name in VIEWS ? name : "compare";
+  const next = Object.hasOwn(VIEWS, name) ? name : "compare";
   if (next === current) return;
   VIEWS[current]?.[1].leave?.();
   current = next;
@@ -111,9 +126,4 @@ addEventListener("hashchange", show);
 document.body.replaceChildren();
 show();
 render(page(), document.body);
-try {
-  Object.assign(app, await app.api.models());
-} catch (error) {
-  app.status = error.message;
-}
-update();
+connect();

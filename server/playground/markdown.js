@@ -8,11 +8,25 @@ const TAGS =
 const RULES = {
   ALLOWED_TAGS: TAGS.split(" "),
   ALLOWED_ATTR: ["href", "start"],
+  ADD_URI_SAFE_ATTR: ["start"],
   ALLOW_ARIA_ATTR: false,
   ALLOW_DATA_ATTR: false,
   ALLOWED_URI_REGEXP: /^(https?|mailto):/i,
   RETURN_DOM_FRAGMENT: true,
 };
+const LONGEST = 50_000; // characters that are worth a parse at every chunk
+const MARKS = /[>*_[\]`~<#+-]/g;
+const MOST_MARKS = 3000; // a parse takes the square of them at worst
+const ESCAPED = { "&": "&amp;", "<": "&lt;", ">": "&gt;" };
+
+const escaped = (text) => text.replace(/[&<>]/g, (mark) => ESCAPED[mark]);
+marked.use({
+  renderer: {
+    html: ({ text }) => escaped(text), // shown as it is
+    image: ({ raw }) => escaped(raw), // nothing is loaded
+    checkbox: ({ checked }) => (checked ? "☑ " : "☐ "),
+  },
+});
 
 DOMPurify.addHook("afterSanitizeAttributes", (node) => {
   if (node.nodeName !== "A") return;
@@ -20,9 +34,13 @@ DOMPurify.addHook("afterSanitizeAttributes", (node) => {
   node.setAttribute("rel", "noopener noreferrer nofollow");
 });
 
-const ESCAPED = { "&": "&amp;", "<": "&lt;", ">": "&gt;" };
-marked.use({ renderer: { html: ({ text }) => text.replace(/[&<>]/g, (mark) => ESCAPED[mark]) } }); // shown as it is
-
 export function markdown(text) {
-  return DOMPurify.sanitize(marked.parse(text, { breaks: true }), RULES);
+  const numMarks = text.match(MARKS)?.length ?? 0;
+  if (text.length > LONGEST || numMarks > MOST_MARKS) return document.createTextNode(text);
+  try {
+    return DOMPurify.sanitize(marked.parse(text, { breaks: true }), RULES);
+  } catch (error) {
+    if (!(error instanceof RangeError)) throw error;
+    return document.createTextNode(text); // collapsed text nests deeper than the parser's stack
+  }
 }

@@ -9,7 +9,8 @@ export function chatBody(model, settings, messages, ratio) {
   if (seed !== null) body.seed = seed;
   const principles = settings.principles.filter((principle) => principle.text.trim());
   if (ratio === null || !principles.length) return body;
-  body.principle = principles.length === 1 ? principles[0].text : principles;
+  const isPlain = principles.length === 1 && principles[0].ratio === undefined;
+  body.principle = isPlain ? principles[0].text : principles;
   body.alignment_ratio = ratio;
   if (ratio !== 0 && method !== "linear") body.alignment_method = method;
   if (ratio !== 0 && mass !== null) body.alignment_top_p = mass;

@@ -2,6 +2,7 @@
 
 export class Run {
   text = "";
+  reasoning = ""; // of models that think aloud
   trace = []; // one entry a token, where the request has alignment_trace
   numTokens = 0;
   state = "waiting"; // running, done, stopped, failed
@@ -10,6 +11,7 @@ export class Run {
   #started = 0;
   #first = 0;
   #last = 0;
+  #numFirst = 0; // tokens that came together at first
   #abort = new AbortController();
 
   constructor(body) {
@@ -25,9 +27,10 @@ export class Run {
     return this.#first ? this.#first - this.#started : null;
   }
 
-  /** After the first token, which prefill takes; null before the second. */
+  /** After the first tokens, which prefill takes; null before others. */
   get tokensPerSecond() {
-    return this.numTokens > 1 ? ((this.numTokens - 1) / (this.#last - this.#first)) * 1000 : null;
+    const seconds = (this.#last - this.#first) / 1000;
+    return seconds > 0 ? (this.numTokens - this.#numFirst) / seconds : null;
   }
 
   /** changed(): called whenever there is something new. */
@@ -56,11 +59,12 @@ export class Run {
   #take({ choices: [choice], usage }) {
     if (usage && usage.completion_tokens > this.numTokens) {
       this.#last = performance.now();
-      this.#first ||= this.#last;
       this.numTokens = usage.completion_tokens;
+      if (!this.#first) [this.#first, this.#numFirst] = [this.#last, this.numTokens];
     }
     if (!choice) return;
     this.text += choice.delta.content ?? "";
+    this.reasoning += choice.delta.reasoning_content ?? "";
     this.trace.push(...(choice.alignment ?? []));
     this.finishReason = choice.finish_reason ?? this.finishReason;
   }

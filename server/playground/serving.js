@@ -19,12 +19,14 @@ export class Serving {
     this.#app = app;
     this.#figure.setAttribute("role", "img");
     this.#figure.setAttribute("aria-label", "Tokens a second over the last two minutes");
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.#draw());
+    addEventListener("resize", () => this.#draw());
   }
 
   enter() {
     this.#scrapes = [];
     const scrape = async () => {
-      await this.#scrape();
+      if (this.#app.model) await this.#scrape(); // else the server may want a key, which this does not ask for
       if (timer === this.#timer) timer = this.#timer = setTimeout(scrape, EVERY);
     };
     let timer = (this.#timer = setTimeout(scrape));
@@ -58,9 +60,10 @@ export class Serving {
 
   #draw() {
     const rates = this.#rates;
+    const data = [rates.map(([at]) => at), rates.map(([, rate]) => rate)];
     const size = { width: Math.min(640, document.body.clientWidth - 40), height: 220 };
-    this.#chart ??= new uPlot(lineChart("Tokens a second", "seconds", size), [[], []], this.#figure);
-    this.#chart.setData([rates.map(([at]) => at), rates.map(([, rate]) => rate)]);
+    this.#chart?.destroy(); // anew, as its size and colours may have changed
+    this.#chart = new uPlot(lineChart("Tokens a second", "seconds", size), data, this.#figure);
   }
 
   template() {

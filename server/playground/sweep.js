@@ -1,6 +1,6 @@
 // The same prompt at several ratios: what becomes of the text.
 
-import { reply } from "./compare.js";
+import { outcome, reply } from "./compare.js";
 import { form } from "./form.js";
 import { chatBody, traced } from "./requests.js";
 import { Run } from "./run.js";
@@ -13,7 +13,9 @@ const CLOSE_TO_ZERO = 1e-9; // changes no token, and gives ratio 0 a trace
 const MEASURES = [
   ["KL from base, nats a token", "kl", 2],
   ["Length, words", "words", 0],
+  ["Distinct 1-grams", "distinct_1", 2],
   ["Distinct 2-grams", "distinct_2", 2],
+  ["Distinct 3-grams", "distinct_3", 2],
   ["Longest repetition, words", "longest_repetition", 0],
 ];
 const SIZE = { width: 296, height: 200 };
@@ -34,8 +36,10 @@ export class Sweep {
     return this.#runs.some((run) => run.running);
   }
 
-  get #isWhole() {
-    return this.#runs.length > 0 && this.#runs.every((run) => run.state === "done");
+  /** [ratio, run] of the replies that are whole, once none is on its way. */
+  get #done() {
+    if (this.running) return [];
+    return this.#runs.map((run, index) => [RATIOS[index], run]).filter(([, run]) => run.state === "done");
   }
 
   async run() {
@@ -51,7 +55,7 @@ export class Sweep {
     await Promise.all(runs.map((run) => run.start(api, update)));
     if (runs !== this.#runs) return;
     this.#draw();
-    if (this.#isWhole) this.#app.status = "The sweep is complete.";
+    this.#app.status = outcome(runs);
     update();
   }
 
@@ -62,13 +66,13 @@ export class Sweep {
   template() {
     return html`
       ${form(this.#app, this, { hasRatio: false })}
-      ${this.#isWhole ? this.#results() : nothing}
+      ${this.#done.length ? this.#results() : nothing}
       <div class="texts">${this.#runs.map((run, index) => this.#text(run, RATIOS[index]))}</div>
     `;
   }
 
   #results() {
-    const rows = this.#runs.map((run, index) => [RATIOS[index], numbersOf(run)]);
+    const rows = this.#done.map(([ratio, run]) => [ratio, numbersOf(run)]);
     return html`<section aria-label="Measures">
       ${this.#figures}
       <table>
@@ -99,14 +103,15 @@ export class Sweep {
     for (const chart of this.#charts) chart.destroy();
     this.#charts = [];
     this.#figures.replaceChildren();
-    if (!this.#isWhole) return;
-    const numbers = this.#runs.map(numbersOf);
+    const done = this.#done;
+    if (!done.length) return;
+    const numbers = done.map(([, run]) => numbersOf(run));
     for (const [title, name] of MEASURES) {
       const figure = document.createElement("figure");
       figure.setAttribute("role", "img");
       figure.setAttribute("aria-label", `${title}, against the ratio; the table below has the numbers`);
       this.#figures.append(figure);
-      const data = [RATIOS, numbers.map((at) => at[name])];
+      const data = [done.map(([ratio]) => ratio), numbers.map((at) => at[name])];
       this.#charts.push(new uPlot(lineChart(title, "alignment ratio", SIZE), data, figure));
     }
   }
@@ -115,7 +120,7 @@ export class Sweep {
     const { height, width } = this.#charts[0].ctx.canvas;
     const room = height / 8; // for a title
     const canvas = document.createElement("canvas");
-    [canvas.width, canvas.height] = [2 * width, 2 * (height + room)];
+    [canvas.width, canvas.height] = [3 * width, 2 * (height + room)];
     const context = canvas.getContext("2d");
     const { background, text } = colours();
     context.fillStyle = background;
@@ -123,7 +128,7 @@ export class Sweep {
     context.fillStyle = text;
     context.font = `${room / 2}px sans-serif`;
     this.#charts.forEach((chart, index) => {
-      const [x, y] = [(index % 2) * width, Math.floor(index / 2) * (height + room)];
+      const [x, y] = [(index % 3) * width, Math.floor(index / 3) * (height + room)];
       context.fillText(MEASURES[index][0], x + room, y + room * 0.75);
       context.drawImage(chart.ctx.canvas, x, y + room);
     });
@@ -131,8 +136,8 @@ export class Sweep {
   }
 
   #exportNumbers() {
-    const runs = this.#runs.map((run, index) => ({
-      ratio: RATIOS[index],
+    const runs = this.#done.map(([ratio, run]) => ({
+      ratio,
       request: run.body,
       text: run.text,
       finish_reason: run.finishReason,

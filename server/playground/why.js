@@ -1,6 +1,6 @@
 // Why this word: every token tinted by how far the aligned policy went from the base one, and what each would have said.
 
-import { reply, speed } from "./compare.js";
+import { outcome, reply, speed } from "./compare.js";
 import { form } from "./form.js";
 import { chatBody, traced } from "./requests.js";
 import { Run } from "./run.js";
@@ -30,7 +30,7 @@ export class Why {
     this.#active = 0;
     this.#app.status = "A reply is on its way.";
     await run.start(api, update);
-    if (run.state === "done") this.#app.status = "The reply is complete.";
+    if (run === this.#run) this.#app.status = outcome([run]);
     update();
   }
 
@@ -57,7 +57,7 @@ export class Why {
     const texts = textsOf(trace);
     const option = (token, index) => html`<span role="option" id="token-${index}" data-index=${index}
       class="token tint-${tint(token.kl)}" aria-selected=${index === this.#active}
-      aria-label="${texts[index]}, ${nats(token.kl)}">${texts[index].replace("\n", "↵\n")}</span>`;
+      aria-label="${texts[index]}, ${nats(token.kl)}">${texts[index].replaceAll("\n", "↵\n")}</span>`;
     const onPoint = (event) => {
       const index = event.target.closest("[data-index]")?.dataset.index;
       if (index !== undefined) this.#choose(Number(index));

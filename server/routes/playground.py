@@ -1,9 +1,10 @@
 """GET /: the playground, a page of static files that talks to the same API as everyone else."""
 
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 
 FOLDER = Path(__file__).parent.parent / "playground"
@@ -29,8 +30,18 @@ HEADERS = {
     "Cache-Control": "no-cache",
 }
 
+
+class Files(StaticFiles):
+    """The page's own: asked for anew at every load, so that no browser mixes two versions."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(HEADERS)
+        return response
+
+
 router = APIRouter()
-files = StaticFiles(directory=FOLDER)
+files = Files(directory=FOLDER)
 
 
 @router.get("/", include_in_schema=False)

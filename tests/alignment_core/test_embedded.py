@@ -107,7 +107,7 @@ def test_first_tokens_follow_the_oracles_distribution(embedded, embedded_oracle,
     prompt = PromptBuilder(embedded.tokenizer).build(
         [{"role": "user", "content": CASES[0][0]}], [Principle(CASES[0][1], ratio=ratio)]
     )
-    temperature, top_p = params["temperature"], params.get("alignment_top_p", 0.8)
+    temperature, top_p = params["temperature"], params.get("alignment_top_p", 0.99)
     z = embedded_oracle.next_logits(prompt, [], Setting((ratio,), temperature=temperature, top_p=top_p))
     probabilities = torch.softmax(z / temperature, dim=-1)
     engine = make_engine(embedded, page_size=1, num_pages=2000, max_num_seqs=128)

@@ -11,15 +11,7 @@ from server.app import create_app
 from server.auth import KeyRequired
 from server.settings import Settings
 from tests.conftest import make_engine
-from tests.serving import serving
-
-KEY = "schlüssel-1"
-
-
-@pytest.fixture(scope="module")
-def closed(embedded):  # noqa: ARG001 - loaded first, so that the server finds the converted copy
-    with serving("--api-keys", f"{KEY},other-key") as (url, _):
-        yield url
+from tests.serving import KEY
 
 
 def routes(embedded):

@@ -47,9 +47,17 @@ def test_nothing_is_silently_ignored(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="LINALIGN_PORT"):
         load_settings([])
     monkeypatch.delenv("linalign_prot")
-    monkeypatch.setenv("LINALIGN_API_KEYS", "secret,")
-    with pytest.raises(ValueError, match="an API key is empty"):
-        load_settings([])
+    for keys in ("secret,", "schlüssel", "two words"):
+        monkeypatch.setenv("LINALIGN_API_KEYS", keys)
+        with pytest.raises(ValueError, match="printable ASCII"):
+            load_settings([])
+    monkeypatch.delenv("LINALIGN_API_KEYS")
+    monkeypatch.setenv("LINALIGN_API_KEY", "that of our clients")
+    load_settings([])
+    for keys in ("12345", "[00123]", "yes", "{a: b}", "[[a]]"):
+        file.write_text(f"api_keys: {keys}")
+        with pytest.raises(ValueError, match="must be strings"):
+            load_settings(["--config", str(file)])
 
 
 def test_the_engine_gets_what_it_knows():

@@ -128,19 +128,66 @@ def test_compare_is_side_by_side(begin, client):
 
 
 def test_control_c_stops_a_reply_and_keeps_what_is_there(begin):
-    terminal = begin("--temperature", "1.5")
+    terminal = begin("--temperature", "1.9")  # which hardly ever comes to an end
     terminal.type("Tell me a very long story about a town.\n")
     terminal.until(r"town\.\n\n?.*\w+ \w+ \w+")
-    terminal.type("\x03")
-    terminal.until(r"\n>$")
+    terminal.process.send("\x03")
+    assert len(terminal.until(r"\n>$").split()) < 1500
     assert "assistant" in terminal.ask("/history")
+    terminal.ask("/principle Be brief.")
+    terminal.type("/compare Tell me a very long story.\n")
+    terminal.until(r"╭.*\w+ \w+ \w+")
+    terminal.process.send("\x03")
+    terminal.until(r"╯\s+>$")
+
+
+def test_a_reply_taller_than_the_terminal_is_there_once(url, client):
+    question = "Write a long letter to a friend."
+    console = pexpect.spawn(
+        COMMAND[0], [*COMMAND[1:], url, "--temperature", "0", "--max-tokens", "300"], encoding="utf-8", timeout=60,
+        dimensions=(12, 40), env={**os.environ, "TERM": "xterm"},
+    )  # fmt: skip
+    screen = pyte.HistoryScreen(40, 12, history=10_000, ratio=0.1)
+    stream = pyte.Stream(screen)
+    console.expect("> ")
+    console.send(question + "\n")
+    deadline = time.monotonic() + 60
+    while not (screen.history.top and screen.display[screen.cursor.y].rstrip() == ">"):
+        assert time.monotonic() < deadline
+        with contextlib.suppress(pexpect.TIMEOUT):
+            stream.feed(console.read_nonblocking(4096, timeout=1))
+    console.close(force=True)
+    lines = ["".join(line[x].data for x in range(40)).strip() for line in screen.history.top] + screen.display
+    asked = {"messages": [{"role": "user", "content": question}], "max_tokens": 300}
+    reply = create(client, **asked).choices[0].message.content
+    assert words(" ".join(lines)) == words(question + " " + reply)
+    assert len(lines) > 3 * 12
+
+
+def test_keys_and_flags(closed, client):
+    terminal = Terminal(
+        closed, "--api-key", "other-key", "--principle", PRINCIPLE, "--alignment-ratio", "3", "--max-tokens", "24",
+        "--temperature", "0",
+    )  # fmt: skip
+    assert "smollm2 at " in terminal.until(r"\n>$")
+    text = create(client, {"principle": PRINCIPLE, "alignment_ratio": 3}).choices[0].message.content
+    assert words(terminal.ask(QUESTION)) == words(QUESTION + text)
+    terminal.type("\x1b[A")  # the arrow brings it back
+    terminal.until(re.escape(QUESTION))
+    terminal.process.close(force=True)
+    environment = {**os.environ, "LINALIGN_API_KEY": "other-key"}
+    for env, status in ((environment, 0), (os.environ, 1)):
+        done = subprocess.run([*COMMAND, closed], input="/quit\n", env=env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == status
+        assert ("an API key is needed" in done.stderr) == bool(status)
 
 
 def test_errors_are_told_and_the_chat_goes_on(begin):
     terminal = begin("--max-tokens", "100000")
     assert "the context holds" in terminal.ask("Hello")
     assert re.search("There is no /ratoi.*/ratio NUMBER", terminal.ask("/ratoi 3"), re.DOTALL)
-    assert "x is no number" in terminal.ask("/ratio x")
+    for wrong in ("x", "nan", "inf", "21"):
+        assert f"{wrong} is no number from -10 to 20" in terminal.ask(f"/ratio {wrong}")
     assert "/compare TEXT" in terminal.ask("/help")
     terminal.type("/quit\n")
     assert terminal.ends() == 0
@@ -150,6 +197,11 @@ def test_without_a_server_it_says_so():
     done = subprocess.run([*COMMAND, f"http://127.0.0.1:{free_port()}"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "`linalign serve` starts a server" in done.stderr
+    for args in (["http://h:abc"], ["--temperature", "9"], ["--api-key", "schlüssel"]):
+        done = subprocess.run([*COMMAND, *args], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1
+        assert done.stderr.startswith("linalign chat: ")
+        assert "Traceback" not in done.stderr
 
 
 def test_replies_do_not_command_the_terminal():
@@ -157,4 +209,6 @@ def test_replies_do_not_command_the_terminal():
     console.print(shown("one \x1b]0;title\x07\x1b[2J two\u202e\x9b31m"))
     text = console.export_text()
     assert "one" in text
+    console.print(shown("Use the <div> tag, a List<int>.\n\n<p>This.</p>"))
+    assert words(console.export_text()) == "Use the div tag a List int p This p"
     assert not [mark for mark in text if not mark.isprintable() and mark != "\n"]
