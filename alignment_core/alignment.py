@@ -3,7 +3,7 @@
 Gao et al., "Linear Alignment: A Closed-form Solution for Aligning Human Preferences without Tuning
 and Feedback", ICML 2024, arXiv 2401.11458: extrapolating the logits along the direction that a
 principle induces is the closed form of one policy-optimisation step. The plausible set is the
-nucleus mask of the authors' implementation.
+nucleus mask of the authors' implementation, whose mass is 0.8 there.
 """
 
 from collections.abc import Callable, Sequence

@@ -101,10 +101,10 @@ def _follow(folder: Path, summary: Sequence[Record]) -> list[str]:
         ]
         parts += [f"## Temperature {temperature:g}", f"![adherence and cost]({name}.png)", _table(names, rows)]
         parts.append(_warnings(mine))
-        kept = [row for row in mine if row["method"] in ("plain", "prompting", "linear")]
+        kept = [row for row in mine if row["method"].split()[0] in ("plain", "prompting", "linear")]
         principles = list(kept[0]["by_principle"])
         rows = [[name, *(f"{row['by_principle'][name]:.0%}" for row in kept)] for name in principles]
-        heads = [row["method"] if row["method"] != "linear" else f"{row['ratio']:g}" for row in kept]
+        heads = [f"{row['method']}, {row['ratio']:g}" if row["ratio"] else row["method"] for row in kept]
         parts.append("By principle, linear alignment:\n\n" + _table(["principle", *heads], rows))
     return parts
 

@@ -129,7 +129,7 @@ def test_a_seeded_reply_follows_its_method(tiny):
     """Draws, with the direction of the step before, by every path alike."""
     loaded, _ = tiny
     params = SamplingParams(temperature=0.8, seed=4, max_tokens=12, ignore_eos=True)
-    requests = [(prompt_of(method, (1.5,)), params) for method in METHODS]
+    requests = [(prompt_of(method, (1.5, 1.0)), params) for method in METHODS]
     plain, *others = (
         [token_ids(outputs) for outputs in run_all(make_engine(loaded, **config), requests)]
         for config in CONFIGS.values()
