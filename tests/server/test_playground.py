@@ -584,6 +584,7 @@ def test_an_editor_does_not_cross_a_reply(browser, url):
         page.get_by_role("button", name="Stop").click()
         page.get_by_role("button", name="Edit").click()
         expect(page.get_by_label("Edited message")).to_be_focused()
+        assert serious_findings(page) == []
         page.get_by_role("button", name="Regenerate").click()
         expect(page.get_by_label("Edited message")).to_have_count(0)
         expect(page.locator(".messages .speed")).to_contain_text("tokens/s")
@@ -659,6 +660,7 @@ def test_serving_shows_what_runs(browser, url):
             expect(fact(page, "KV cache in use")).not_to_have_text("0.0 %")
         expect(fact(page, "Sequences running")).to_have_text("0")
         expect(page.locator("figure canvas")).to_have_count(1)
+        expect(fact(page, "Prompt tokens spared by prefix reuse")).to_have_text(re.compile(r"^\d+\.\d %$"))
         page.get_by_role("link", name="Compare").click()
         page.wait_for_timeout(1500)
         asked = []
@@ -676,6 +678,8 @@ def test_the_page_asks_for_the_key_and_keeps_it_in_memory(browser, embedded):  #
         opened(browser, url, has_key=True, permissions=["clipboard-read", "clipboard-write"]) as page,
     ):
         dialog = page.get_by_role("dialog")
+        expect(dialog).to_be_visible()
+        assert serious_findings(page) == []
         dialog.get_by_label("API key").fill("wrong")
         dialog.get_by_label("API key").press("Enter")
         expect(dialog.get_by_text("That key was refused.")).to_be_visible()
@@ -810,6 +814,13 @@ def fill(page, view):
         set_tokens(page, 12)
         page.get_by_role("button", name="Run").click()
         expect(page.locator(".status")).to_contain_text("complete")
+
+
+def serious_findings(page):
+    page.evaluate(AXE())
+    found = page.evaluate("axe.run()")["violations"]
+    serious = [each for each in found if each["impact"] in ("serious", "critical")]
+    return [(each["id"], [node["html"] for node in each["nodes"]]) for each in serious]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
