@@ -15,6 +15,7 @@ from alignment_core import Engine, EngineDead
 log = logging.getLogger(__name__)
 
 PATIENCE = 10.0  # seconds without progress after which a process is taken for dead
+AT_FIRST = 300.0  # as long as nobody knows how long a step takes here
 USUAL = 10  # a step may take so many times as long as the longest before it, on machines where steps take seconds
 LAST_WORDS = 1.0  # seconds for errors to reach their clients
 
@@ -42,7 +43,8 @@ class Server(uvicorn.Server):
 
     @property
     def _patience(self) -> float:
-        return max(PATIENCE, USUAL * self._engine.pace[1])
+        _, longest = self._engine.pace
+        return max(PATIENCE, USUAL * longest) if longest else AT_FIRST
 
     async def _give_up(self, seconds: float) -> None:
         error = EngineDead(f"a step has not come back for {seconds:.0f} s")

@@ -5,10 +5,13 @@ import signal
 import subprocess
 import threading
 import time
+import types
 
 import httpx
 import pytest
+import uvicorn
 
+from server.shutdown import Server
 from tests.serving import serving
 
 # The engine fails in a chosen way as soon as a file is there.
@@ -127,12 +130,20 @@ def test_health_is_503_as_soon_as_the_hang_is_noticed(tmp_path):
     patch = BREAK_A_STEP.format(trigger=str(trigger), what="time.sleep(10**6)")
     patch += "\nimport server.shutdown; server.shutdown.LAST_WORDS = 5"
     with serving(patch=patch, status=1, stderr=subprocess.DEVNULL) as (url, process):
+        chat(url)
         trigger.touch()
         assert chat(url).status_code == 503
         health = httpx.get(url + "/health")
         assert (health.status_code, health.json()["error"]["code"]) == (503, "engine_dead")
         assert chat(url).status_code == 503
         assert process.wait(30) == 1
+
+
+@pytest.mark.parametrize(("longest", "patience"), [(0.0, 300), (0.02, 10), (3.0, 30)])
+def test_slow_machines_are_not_taken_for_dead(longest, patience):
+    """Nor is one that has not finished its first step: a large model on a CPU may take a minute for it."""
+    engine = types.SimpleNamespace(pace=(0.0, longest))
+    assert Server(uvicorn.Config(None), engine, 1.0)._patience == patience
 
 
 def test_a_second_sigterm_stops_at_once():
