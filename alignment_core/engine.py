@@ -390,7 +390,8 @@ class Engine:
 
     def _draw_apart(self, step: Step, logits: Tensor, places: Seq[tuple[Sequence, int]]) -> Flight:
         """Find the sequences that can't be drawn for by trying each alone; they end, the others go on."""
-        rows = torch.split(logits, [len(sequence.branches) for sequence, _ in places])
+        sizes = [len(sequence.branches) for sequence, _ in places]
+        rows = torch.split(logits[: sum(sizes)], sizes)  # fixed shapes have more
         by_sequence = {
             sequence: [place for place, (s, _) in enumerate(places) if s is sequence] for sequence in step.drawing
         }
@@ -401,7 +402,9 @@ class Engine:
                 self._fail(sequence, error)
         left = [i for i, (sequence, _) in enumerate(places) if not sequence.ended]
         step.drawing = [sequence for sequence in step.drawing if not sequence.ended]
-        return self._draw(step, torch.cat([rows[i] for i in left] or [logits[:0]]), [places[i] for i in left], sample)
+        drawn = torch.cat([rows[i] for i in left] or [logits[:0]])
+        # By the engine's own sampler: the next step finds its tokens where that one leaves them.
+        return self._draw(step, drawn, [places[i] for i in left], self._sample)
 
     def _land(self, flight: Flight) -> None:
         """Accept the tokens that were drawn, and those drafts that are them; sequences may have ended meanwhile."""

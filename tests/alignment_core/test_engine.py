@@ -3,13 +3,15 @@
 import os
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alignment_core import EngineDead, InvalidRequest, Prompt, SamplingParams, model_runner
+from alignment_core import EngineDead, InvalidRequest, Prompt, RequestFailed, SamplingParams, model_runner
+from alignment_core import engine as engine_module
 from alignment_core.attention import native, sdpa
 from tests.conftest import make_engine, run_all, tiny_pair, token_ids
 from tests.oracle import Setting
@@ -245,6 +247,30 @@ def test_a_listener_that_fails_harms_nobody_else(tiny):
     judge(oracle, aligned(2.0), outputs)
     assert outputs[-1].finish_reason == "length"
     assert engine.pool.num_free == 100
+
+
+@pytest.mark.parametrize("config", [{}, {"static": True}, {"num_speculative_tokens": 4}], ids=str)
+def test_a_draw_that_fails_for_one_sequence_harms_no_other(tiny, monkeypatch, config):
+    loaded, oracle = tiny
+    engine = make_engine(loaded, num_pages=400, **config)
+
+    def breaking(draw):
+        def drawn(logits, sequences, positions):
+            if any(s.params.seed == 13 and p >= 3 for s, p in zip(sequences, positions, strict=True)):
+                raise ValueError("injected")
+            return draw(logits, sequences, positions)
+
+        return drawn
+
+    monkeypatch.setattr(engine_module, "sample", breaking(engine_module.sample))
+    monkeypatch.setattr(engine, "_sample", breaking(engine._sample))
+    bad = replace(GREEDY, seed=13)
+    first, *good = run_all(engine, [(aligned(2.0), bad), *((prompt, GREEDY) for prompt in prompts())])
+    assert isinstance(first[-1].error, RequestFailed)
+    assert 0 < len(token_ids(first)) <= 3  # drafts look ahead
+    for prompt, outputs in zip(prompts(), good, strict=True):
+        assert len(judge(oracle, prompt, outputs)) == 12
+    assert engine.pool.num_free == engine.pool.num_pages
 
 
 def test_without_max_tokens_a_reply_is_as_long_as_context_and_cache_allow(tiny):
