@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import math
 import os
 import queue
 import secrets
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from alignment_core.attention.paged_batch import to_host
+from alignment_core.backlog import Backlog
 from alignment_core.cpu.native import release_threads
 from alignment_core.detokenizer import TextStream, TokenBytes
 from alignment_core.grammars import Grammars
@@ -52,14 +52,6 @@ Sampler = Callable[[Tensor, Seq[Sequence], Seq[int]], Tensor]
 
 class EngineDead(RuntimeError):
     """The engine's loop has ended on an error, or was stopped."""
-
-
-class EngineBusy(RuntimeError):
-    """The queue is full. retry_after: seconds after which it is worth another try."""
-
-    def __init__(self, retry_after: int) -> None:
-        super().__init__("too many requests wait already; try again later")
-        self.retry_after = retry_after
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,9 +167,8 @@ class Engine:
         self._requests: dict[int, list[Sequence]] = {}  # by id: the choices that have not ended
         self._inbox: deque[Sequence | int] = deque()  # new sequences, and ids to abort
         self._news = threading.Condition()
-        self._max_queued = (config.max_queued_requests or math.inf, config.max_queued_tokens or math.inf)
-        self._num_queued = self._num_queued_tokens = 0
-        self._stopping = False
+        self._backlog = Backlog(config.max_queued_requests, config.max_queued_tokens, config.max_num_seqs)
+        self._draining = self._stopping = False
         self._thread: threading.Thread | None = None
         self._num_drafted = self._num_accepted = self._num_generated = 0
         self._overlaps = static and loaded.followers is None  # they would have to be told the tokens
@@ -262,29 +253,26 @@ class Engine:
             for choice in range(n)
         ]
         with self._news:
-            if not self.alive:
-                raise EngineDead("the engine is not running") from self.error
-            self.refuse_if_full(choices)
-            self._num_queued += len(choices)
-            self._num_queued_tokens += sum(choice.num_prompt_tokens for choice in choices)
+            self._refuse_where_not_accepting()
+            self._backlog.enter(choices)
             self._inbox.extend(choices)
             self._news.notify()
         return request_id
 
-    def refuse_if_full(self, choices: Seq[Sequence] = ()) -> None:
-        """Raises EngineBusy if the queue has no room for these choices, or for anything; to be asked before work."""
-        num_tokens = sum(choice.num_prompt_tokens for choice in choices)
-        most, most_tokens = self._max_queued
-        is_full = self._num_queued + max(len(choices), 1) > most or self._num_queued_tokens + num_tokens > most_tokens
-        if self._num_queued and is_full:
-            raise EngineBusy(retry_after=min(1 + self._num_queued // self.scheduler.max_num_seqs, 60))
+    def refuse_early(self) -> None:
+        """Raises EngineDead or EngineBusy where `submit` would, whatever the request; to be asked before work."""
+        self._refuse_where_not_accepting()
+        self._backlog.refuse_if_full()
 
-    def _leave_queue(self, sequence: Sequence) -> None:
-        if sequence.is_queued:
-            sequence.is_queued = False
-            with self._news:
-                self._num_queued -= 1
-                self._num_queued_tokens -= sequence.num_prompt_tokens
+    def _refuse_where_not_accepting(self) -> None:
+        if not self.accepting:
+            told = "the engine takes no new requests: it is stopping" if self.alive else "the engine is not running"
+            raise EngineDead(told) from self.error
+
+    def drain(self) -> None:
+        """Take no new requests; those that are there go on."""
+        with self._news:
+            self._draining = True
 
     def abort(self, request_id: int) -> None:
         """End what is still going of a request before the next step; the last Outputs say "abort"."""
@@ -295,6 +283,10 @@ class Engine:
     @property
     def alive(self) -> bool:
         return self.error is None and not self._stopping
+
+    @property
+    def accepting(self) -> bool:
+        return self.alive and not self._draining
 
     @property
     def pace(self) -> tuple[float, float]:
@@ -351,7 +343,8 @@ class Engine:
             self._land_all()
         step = self.scheduler.schedule(may_draft=self._in_flight is None)
         for sequence in step.admitted:
-            self._leave_queue(sequence)
+            self._backlog.leave(sequence)
+            sequence.times.admitted = sequence.times.admitted or time.monotonic()
         if not step.rows:
             return self._land_all()
         flight = self._launch(step)
@@ -458,7 +451,7 @@ class Engine:
         for sequence in [*itertools.chain(*self._requests.values()), *self._inbox]:
             if isinstance(sequence, Sequence) and not sequence.ended:
                 sequence.ended = True
-                self._tell(sequence, Output("", finish_reason="error", usage=sequence.usage(), choice=sequence.choice))
+                self._tell(sequence, sequence.last_output("error"))
 
     def _end(self) -> None:
         """Tell everyone who still waits."""
@@ -490,6 +483,7 @@ class Engine:
         """Add a token to the reply; False if the reply ends with it."""
         sequence.append(token)
         is_given = sequence.num_replied <= 0
+        sequence.times.first_token = sequence.times.first_token or time.monotonic()
         self._num_generated += not is_given
         may_stop = not is_given and sequence.num_replied > sequence.params.min_tokens
         is_stop = ended = may_stop and token in sequence.stop_token_ids
@@ -516,11 +510,11 @@ class Engine:
     def _finish(self, sequence: Sequence, reason: FinishReason, news: Output | None = None) -> None:
         """news: of the last token, if there is any."""
         self._forget(sequence)
-        news = news or Output("", choice=sequence.choice)
-        text = news.text + sequence.text.finish()
+        rest = sequence.text.finish()
         if sequence.text.stopped:
             reason = "stop"
-        self._tell(sequence, replace(news, text=text, finish_reason=reason, usage=sequence.usage()))
+        last = sequence.last_output(reason, news)
+        self._tell(sequence, replace(last, text=last.text + rest))
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         """End one sequence in which something went wrong, as far as it has not ended already."""
@@ -529,8 +523,7 @@ class Engine:
             return
         self._forget(sequence)
         failed = RequestFailed("the server failed in this request; others are not affected")
-        usage = sequence.usage()
-        self._tell(sequence, Output("", finish_reason="error", usage=usage, choice=sequence.choice, error=failed))
+        self._tell(sequence, replace(sequence.last_output("error"), error=failed))
 
     def _forget(self, sequence: Sequence) -> None:
         choices = self._requests[sequence.request_id]
@@ -538,7 +531,7 @@ class Engine:
         if not choices:
             del self._requests[sequence.request_id]
         sequence.ended = True
-        self._leave_queue(sequence)
+        self._backlog.leave(sequence)
         self.scheduler.remove(sequence)
 
     def _tell(self, sequence: Sequence, output: Output) -> None:

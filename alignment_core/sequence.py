@@ -1,9 +1,10 @@
 """What is asked for and what is being generated: parameters, branches, sequences, outputs."""
 
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
@@ -198,6 +199,15 @@ class Branch:
         return len(self.tokens) - self.num_computed
 
 
+@dataclass(slots=True)
+class Times:
+    """When what happened to a sequence, in seconds of time.monotonic(); 0 for what has not."""
+
+    submitted: float = field(default_factory=time.monotonic)
+    admitted: float = 0.0
+    first_token: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Usage:
     """What a request took: the user's view of it, and the work behind.
@@ -260,7 +270,7 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One step's news of a choice. Its last one has a finish_reason and the usage.
+    """One step's news of a choice. Its last one has a finish_reason, the usage, and the times.
 
     error: with the finish_reason "error", why this request can't be served; None where the engine itself failed.
     """
@@ -272,6 +282,7 @@ class Output:
     choice: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
     error: InvalidRequest | RequestFailed | None = None
+    times: Times | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -306,6 +317,7 @@ class Sequence:
     seen: set[int] = field(default_factory=set)
     lookup: PromptLookup = field(init=False)
     directions: dict[int, Tensor] = field(default_factory=dict)
+    times: Times = field(default_factory=Times)
 
     def __post_init__(self) -> None:
         self.branches = [Branch(list(ids)) for ids in self.prompt.branches]
@@ -364,8 +376,9 @@ class Sequence:
             self.counts[token_id] += 1
             self.seen.add(token_id)
 
-    def usage(self) -> Usage:
-        return Usage(
+    def last_output(self, reason: FinishReason, news: Output | None = None) -> Output:
+        """news: of the last token, if there is any."""
+        usage = Usage(
             prompt_tokens=len(self.prompt.principled[0]) + len(self.prompt.given),
             prompt_cached_tokens=self.num_prompt_cached,
             completion_tokens=max(self.num_replied, 0),
@@ -373,3 +386,5 @@ class Sequence:
             branch_tokens_computed=self.num_tokens_computed,
             prefix_cached_tokens=self.num_tokens_cached,
         )
+        news = news or Output("", choice=self.choice)
+        return replace(news, finish_reason=reason, usage=usage, times=self.times)

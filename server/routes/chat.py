@@ -39,7 +39,7 @@ async def begin(body: ChatCompletionRequest, state: State) -> tuple[Replies, Pro
     Raises InvalidRequest, EngineDead, EngineBusy.
     """
     engine: Engine = state.engine
-    engine.refuse_if_full()
+    engine.refuse_early()
     principles = body.principles(state.settings.default_alignment_ratio)
     messages = [message.rendered() for message in body.messages]
     placement = body.principle_placement or "system"

@@ -34,7 +34,7 @@ router = APIRouter()
 async def create_completion(body: CompletionRequest, request: Request) -> Response | dict[str, Any]:
     state = request.app.state
     engine: Engine = state.engine
-    engine.refuse_if_full()
+    engine.refuse_early()
     body = serving(body, state)
     principles = body.principles(state.settings.default_alignment_ratio)
 

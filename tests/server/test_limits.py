@@ -37,11 +37,11 @@ def test_the_queue_is_bounded_by_choices(tiny):
     engine.step()  # two run now, one waits
     engine.submit(prompt(), PARAMS, lambda _: None, n=2)
     with pytest.raises(EngineBusy):
-        engine.refuse_if_full()
+        engine.refuse_early()
     while engine.step():
         pass
-    engine.refuse_if_full()
-    assert engine._num_queued == engine._num_queued_tokens == 0
+    engine.refuse_early()
+    assert engine._backlog.num_requests == engine._backlog.num_tokens == 0
 
 
 def test_the_queue_is_bounded_by_tokens_of_all_branches(tiny):
@@ -69,7 +69,7 @@ def test_what_is_aborted_or_preempted_leaves_the_count_right(tiny):
     run_all(engine, [])
     run_all(engine, [(prompt(10, i), long) for i in range(4)])
     assert engine.scheduler.num_preemptions > 0
-    assert engine._num_queued == engine._num_queued_tokens == 0
+    assert engine._backlog.num_requests == engine._backlog.num_tokens == 0
 
 
 # Over HTTP
