@@ -253,7 +253,7 @@ class Engine:
             for choice in range(n)
         ]
         with self._news:
-            self._refuse_where_not_accepting()
+            self.ensure_accepting()
             self._backlog.enter(choices)
             self._inbox.extend(choices)
             self._news.notify()
@@ -261,13 +261,15 @@ class Engine:
 
     def refuse_early(self) -> None:
         """Raises EngineDead or EngineBusy where `submit` would, whatever the request; to be asked before work."""
-        self._refuse_where_not_accepting()
+        self.ensure_accepting()
         self._backlog.refuse_if_full()
 
-    def _refuse_where_not_accepting(self) -> None:
-        if not self.accepting:
-            told = "the engine takes no new requests: it is stopping" if self.alive else "the engine is not running"
-            raise EngineDead(told) from self.error
+    def ensure_accepting(self) -> None:
+        """Raises EngineDead if the engine has failed, was stopped, or takes no new requests any more."""
+        if not self.alive:
+            raise EngineDead("the engine is not running") from self.error
+        if self._draining:
+            raise EngineDead("the server is stopping and takes no new requests")
 
     def drain(self) -> None:
         """Take no new requests; those that are there go on."""
@@ -285,8 +287,9 @@ class Engine:
         return self.error is None and not self._stopping
 
     @property
-    def accepting(self) -> bool:
-        return self.alive and not self._draining
+    def idle(self) -> bool:
+        """Whether every request has ended."""
+        return not (self._inbox or self._requests)
 
     @property
     def pace(self) -> tuple[float, float]:
@@ -463,13 +466,14 @@ class Engine:
 
     def _take_in(self) -> None:
         while self._inbox:
-            news = self._inbox.popleft()
+            news = self._inbox[0]
             if isinstance(news, Sequence):
                 self._requests.setdefault(news.request_id, []).append(news)
                 self.scheduler.add(news)
             else:
                 for sequence in self._requests.get(news, [])[:]:
                     self._finish(sequence, "abort")
+            self._inbox.popleft()  # at last, so that `idle` overlooks nothing
 
     def _accepts(self, sequence: Sequence, token: int, logprobs: tuple[TokenLogprob, ...]) -> bool:
         """`_accept`, where what goes wrong ends this sequence alone."""

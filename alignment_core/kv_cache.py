@@ -1,8 +1,8 @@
 """Pages of the KV cache: who holds them, and which prefixes they already contain.
 
 The pool hands out page numbers; the tensors they index live in the model runner. A full page is
-published under the SHA-256 chain of all token ids up to its end, so equal digests mean equal
-prefixes. A page that nobody holds keeps its content until it is the least recently used one.
+published under the SHA-256 chain of its salt and all token ids up to its end, so equal digests mean
+equal prefixes. A page that nobody holds keeps its content until it is the least recently used one.
 """
 
 import hashlib
@@ -102,5 +102,5 @@ class PagePool:
         while len(hashes) <= index:
             start = len(hashes) * self.page_size
             tokens = array("i", branch.tokens[start : start + self.page_size])
-            hashes.append(hashlib.sha256((hashes[-1] if hashes else b"") + tokens.tobytes()).digest())
+            hashes.append(hashlib.sha256((hashes[-1] if hashes else branch.salt) + tokens.tobytes()).digest())
         return hashes[index]

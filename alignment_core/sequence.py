@@ -155,7 +155,8 @@ class Prompt:
     method makes `coefficients` of. base: the branch without any principle; None when every coefficient is 0,
     as there is no direction then. A plain request is one principled branch with weight 1 and ratio 0.
     given: what the reply begins with, whatever would have been drawn; for the log-probabilities of a text.
-    continues: the reply goes on with the prompt's text.
+    continues: the reply goes on with the prompt's text. salt: 32 bytes, or none; prefixes are shared with prompts of
+    the same salt alone, so that nobody else can tell by the time it takes what has been asked.
     """
 
     principled: tuple[tuple[int, ...], ...]
@@ -164,6 +165,7 @@ class Prompt:
     base: tuple[int, ...] | None = None
     given: tuple[int, ...] = ()
     continues: bool = False
+    salt: bytes = b""
     method: Method = "linear"
     coefficients: Coefficients = field(init=False)
 
@@ -193,6 +195,7 @@ class Branch:
     page_hashes: list[bytes] = field(default_factory=list)
     num_published: int = 0
     num_computed: int = 0
+    salt: bytes = b""
 
     @property
     def remaining(self) -> int:
@@ -320,7 +323,7 @@ class Sequence:
     times: Times = field(default_factory=Times)
 
     def __post_init__(self) -> None:
-        self.branches = [Branch(list(ids)) for ids in self.prompt.branches]
+        self.branches = [Branch(list(ids), salt=self.prompt.salt) for ids in self.prompt.branches]
         self.lookup = PromptLookup(self.branches[0].tokens)
         if self.params.repetition_penalty != 1:
             self.seen.update(*self.prompt.principled, self.prompt.given)

@@ -1,25 +1,33 @@
 """The FastAPI application over one engine."""
 
+import asyncio
 import hashlib
+import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
 
+from asgi_correlation_id import CorrelationIdMiddleware
 from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 
 from alignment_core import Engine
-from server import metrics
-from server.auth import KeyRequired
+from server import auth, metrics
+from server.access_log import AccessLog
 from server.body_limit import BodyLimit
+from server.key_limits import KeyLimits
 from server.presets import load_presets
 from server.protocol.errors import HANDLERS, ErrorResponse
 from server.routes import chat, completions, models, playground, responses, tokens
 from server.settings import Settings
+from server.tracing import Tracing
 
 ERRORS: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorResponse, "description": "An error"}}
+REQUEST_ID = "X-Request-Id"
 
 
 def _fingerprint(engine: Engine, settings: Settings) -> str:
@@ -35,13 +43,23 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         with engine:
             yield
+        await asyncio.to_thread(tracing.close)
 
     AppStatus.enable_automatic_graceful_drain = False  # streams have as much time to end as other replies
-    app = FastAPI(title="linalign", lifespan=lifespan, exception_handlers=HANDLERS, responses=ERRORS)
+    measures, tracing = metrics.Measures(engine), Tracing(settings.otlp_traces_endpoint)
+    app = FastAPI(
+        title="linalign",
+        lifespan=lifespan,
+        exception_handlers=HANDLERS,
+        responses=ERRORS,
+        middleware=_middleware(settings, measures),
+        telemetry=tracing.telemetry,
+    )
     app.state.engine = engine
     app.state.settings = settings
     app.state.presets = load_presets(settings.presets)
-    app.state.registry = metrics.registry_of(engine)
+    app.state.measures = measures
+    app.state.tracer = tracing.tracer
     app.state.started = int(time.time())
     app.state.fingerprint = _fingerprint(engine, settings)
     app.include_router(chat.router)
@@ -52,11 +70,30 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     app.include_router(metrics.router)
     app.include_router(playground.router)
     app.mount("/playground", playground.files)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
-    if settings.api_keys:  # added last, it comes first: strangers' bodies are not even counted
-        app.add_middleware(KeyRequired, keys=[key.get_secret_value() for key in settings.api_keys])
     _name_models(app.openapi(), [engine.model_id, *(f"{engine.model_id}:{name}" for name in app.state.presets)])
     return app
+
+
+def _middleware(settings: Settings, measures: metrics.Measures) -> list[Middleware]:
+    """What a request passes on its way, in this order: strangers are sent away before their bodies are even counted."""
+    way = [
+        Middleware(CorrelationIdMiddleware, header_name=REQUEST_ID, validator=_is_request_id),
+        Middleware(AccessLog, measures=measures),
+    ]
+    if settings.cors_origins:
+        headers = [REQUEST_ID, "Retry-After"]
+        origins = list(settings.cors_origins)
+        way.append(Middleware(CORSMiddleware, origins, ["GET", "POST"], ["*"], expose_headers=headers))
+    if settings.api_keys:
+        open = (*auth.OPEN, "/metrics") if settings.metrics_without_key else auth.OPEN
+        limits = (settings.max_requests_per_key, settings.max_tokens_per_minute_per_key)
+        way += [Middleware(auth.KeyRequired, settings.api_keys, open), Middleware(KeyLimits, *limits)]
+    return [*way, Middleware(BodyLimit, max_bytes=settings.max_body_bytes)]
+
+
+def _is_request_id(id: str) -> bool:
+    """Whether it is fit for logs and headers; for others there is an id of our own."""
+    return re.fullmatch(r"[A-Za-z0-9._:/+=@-]{1,128}", id) is not None
 
 
 def _name_models(schema: dict[str, Any], names: list[str]) -> None:

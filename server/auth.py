@@ -2,11 +2,12 @@
 
 import hashlib
 import hmac
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from server.exchange import exchange_of
 from server.protocol.errors import error_response
 
 # Orchestrators have no key, and the playground's page must be there to ask for one; it holds no data.
@@ -17,31 +18,30 @@ OPEN_BELOW = "/playground/"
 class KeyRequired:
     """ASGI middleware: "Authorization: Bearer KEY" with one of the keys, or a 401 in OpenAI's shape.
 
-    Only hashes of the keys are kept, and all are compared in constant time. Every path is closed that is not in
-    OPEN or below OPEN_BELOW, routes to come included.
+    hashes: of the keys, which are all compared, in constant time. Every path is closed that is not in `open` or
+    below OPEN_BELOW, routes to come included.
     """
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
-        self._app = app
-        self._hashes = [_hash(key.encode()) for key in keys]
+    def __init__(self, app: ASGIApp, hashes: Collection[bytes], open: Collection[str] = OPEN) -> None:
+        self._app, self._hashes, self._open = app, hashes, open
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or self._is_open(scope["path"]) or self._knows(Headers(scope=scope)):
-            await self._app(scope, receive, send)
-        else:
-            refusal = error_response(401, "an API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
-            refusal.headers["WWW-Authenticate"] = "Bearer"
-            await refusal(scope, receive, send)
+        if scope["type"] != "lifespan":
+            exchange_of(scope).key = key = self._known(Headers(scope=scope))
+            if key is None and not self._is_open(scope["path"]):
+                told = "an API key is needed: Authorization: Bearer KEY"
+                refusal = error_response(401, told, code="invalid_api_key")
+                refusal.headers["WWW-Authenticate"] = "Bearer"
+                await refusal(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
     def _is_open(self, path: str) -> bool:
-        return path in OPEN or path.startswith(OPEN_BELOW)
+        return path in self._open or path.startswith(OPEN_BELOW)
 
-    def _knows(self, headers: Headers) -> bool:
+    def _known(self, headers: Headers) -> bytes | None:
+        """The hash of the request's key, if it is one of ours."""
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = _hash(key.strip().encode())
-        matches = [hmac.compare_digest(given, known) for known in self._hashes]  # all, whichever it is
-        return scheme.lower() == "bearer" and any(matches)
-
-
-def _hash(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
+        given = hashlib.sha256(key.strip().encode()).digest()
+        matches = [known for known in self._hashes if hmac.compare_digest(given, known)]
+        return matches[0] if matches and scheme.lower() == "bearer" else None

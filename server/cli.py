@@ -3,6 +3,8 @@
 import argparse
 import gc
 import logging
+import os
+import resource
 import signal
 import sys
 from dataclasses import fields
@@ -20,6 +22,13 @@ COMMANDS = {
     "bench": "a load test of such a server",
     "eval": "what principles and ratios do to a model's replies",
 }
+
+
+OPEN_TO_EVERYONE = """
+*** Anyone who can reach %s may use this server: it has no API keys.
+*** Set LINALIGN_API_KEYS or --api-keys-file, or bind to 127.0.0.1."""
+
+log = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -60,8 +69,9 @@ def engine_config(settings: "Settings") -> "EngineConfig":
 
 
 def serve(args: list[str]) -> None:
+    from server import logs
     from server.presets import load_presets
-    from server.settings import complaints, load_settings
+    from server.settings import PREFIX, complaints, load_settings
 
     try:
         settings = load_settings(args)
@@ -71,14 +81,18 @@ def serve(args: list[str]) -> None:
     except ValueError as error:
         sys.exit(f"linalign serve: {error}")
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.begin(settings.log_format)
+    if settings.is_reachable and not settings.api_keys:
+        log.warning(OPEN_TO_EVERYONE, settings.host)
+    os.environ.pop(PREFIX + "API_KEYS", None)  # no child needs them
+    _allow_many_connections()
     gc.disable()  # a start makes a million objects that stay: looking for garbage among them takes a second
     import uvicorn
 
     from alignment_core import Engine, LoadingError, load
     from server.app import create_app
-    from server.http_protocol import BoundedHeaders
-    from server.shutdown import Server
+    from server.http_protocol import BoundedProtocol
+    from server.shutdown import LAST_WORDS, Server
 
     try:
         loaded = load(
@@ -99,15 +113,23 @@ def serve(args: list[str]) -> None:
     gc.enable()
     # uvicorn raises the signal again once it has shut down in order; that is no failure.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    last = settings.shutdown_timeout + 10  # for clients that don't even read what they are told
     options = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
-        http=BoundedHeaders,
+        http=BoundedProtocol,
         log_config=None,
-        timeout_graceful_shutdown=last,
+        access_log=False,
+        proxy_headers=bool(settings.forwarded_allow_ips),
+        forwarded_allow_ips=list(settings.forwarded_allow_ips),
+        timeout_graceful_shutdown=LAST_WORDS,
     )
     Server(options, engine, settings.shutdown_timeout).run()
     if engine.error:
         sys.exit(f"linalign serve: the engine failed: {engine.error!r}")
+
+
+def _allow_many_connections() -> None:
+    """As many open files as the system lets a process have: every stream is one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -1,20 +1,36 @@
-"""GET /metrics: the engine's counts for Prometheus, read when they are asked for."""
+"""GET /metrics for Prometheus, under vLLM's names with our prefix."""
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    Metric,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from alignment_core import Engine
+from alignment_core import Engine, Output, Prompt
 
 router = APIRouter()
 
+# Upper bounds, in seconds: from what an idle GPU needs to what a user of a crowded CPU bears.
+SOON = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+GAP = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 10)
+WHOLE = (0.1, 0.25, 0.5, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 60, 120, 240, 480, 960)
+RATIOS = (0, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 15, 20)
+NATS = (0.001, 0.01, 0.03, 0.1, 0.3, 1, 2, 3, 5, 10, 20)
+
 
 class EngineCollector(Collector):
-    """vLLM's names with our prefix."""
+    """The engine's own counts, read when they are asked for."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -38,12 +54,77 @@ class EngineCollector(Collector):
             yield CounterMetricFamily(f"linalign:{name}", text, value)
 
 
-def registry_of(engine: Engine) -> CollectorRegistry:
-    registry = CollectorRegistry()
-    registry.register(EngineCollector(engine))
-    return registry
+class Measures:
+    """What is measured of every request, as it happens."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(EngineCollector(engine))
+        ProcessCollector(registry=self.registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"linalign:{name}", text, buckets=buckets, registry=self.registry)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"linalign:{name}", text, labels, registry=self.registry)
+
+        self._first = histogram("time_to_first_token_seconds", "From the request's arrival to its first token", SOON)
+        self._gap = histogram("inter_token_latency_seconds", "Between one token of a choice and its next", GAP)
+        self._whole = histogram("e2e_request_latency_seconds", "From the request's arrival to a choice's end", WHOLE)
+        self._queued = histogram("request_queue_time_seconds", "From submission to the first step", SOON)
+        self._prefill = histogram("request_prefill_time_seconds", "From the first step to the first token", SOON)
+        self._decode = histogram("request_decode_time_seconds", "From the first token to the last", WHOLE)
+        self._prompts = counter("prompt_tokens", "Tokens of prompts, the user's view")
+        self._ends = counter("request_success", "Choices that have ended, by their finish_reason", "finished_reason")
+        self._aligned = counter("aligned_requests", "Choices with a principle that changes the logits")
+        self._computed = counter("branch_tokens_computed", "Tokens that were computed, all branches")
+        self._ratio = histogram("request_alignment_ratio", "Ratio of aligned choices, unsigned", RATIOS)
+        self._kl = histogram("alignment_kl_nats", "KL(aligned || base) of tokens with an alignment_trace", NATS)
+        self.responses = counter("http_responses", "Responses, by route and status", "path", "status")
+        self.rejected = counter("requests_rejected", "Requests that were not served, by their error's code", "code")
+
+    def of(self, prompt: Prompt, began: float) -> Callable[[Output], None]:
+        """For every output of one request, in the engine's thread. began: its arrival, of time.monotonic()."""
+        newest: dict[int, float] = {}  # by choice: when its last token came
+        is_counted = False
+
+        def observe(output: Output) -> None:
+            nonlocal is_counted
+            if not is_counted:
+                is_counted = True
+                self._prompts.inc(len(prompt.principled[0]) + len(prompt.given))
+            now = time.monotonic()
+            if output.token_ids:
+                if output.choice in newest:
+                    self._gap.observe(now - newest[output.choice])
+                else:
+                    self._first.observe(now - began)
+                newest[output.choice] = now
+            for report in output.logprobs:
+                if report.trace:
+                    self._kl.observe(report.trace.kl)
+            if output.finish_reason:
+                self._end(prompt, output, began, now)
+
+        return observe
+
+    def _end(self, prompt: Prompt, output: Output, began: float, now: float) -> None:
+        self._ends.labels(output.finish_reason).inc()
+        self._whole.observe(now - began)
+        if output.usage:
+            self._computed.inc(output.usage.branch_tokens_computed)
+        if prompt.base is not None:
+            self._aligned.inc()
+            # Unsigned, as a sum that may fall is no counter.
+            self._ratio.observe(abs(sum(w * r for w, r in zip(prompt.weights, prompt.ratios, strict=True))))
+        if output.times and output.times.admitted:
+            self._queued.observe(output.times.admitted - output.times.submitted)
+            if output.times.first_token:
+                self._prefill.observe(output.times.first_token - output.times.admitted)
+                self._decode.observe(now - output.times.first_token)
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
-    return Response(generate_latest(request.app.state.registry), media_type=CONTENT_TYPE_LATEST)
+    measures: Measures = request.app.state.measures
+    return Response(generate_latest(measures.registry), media_type=CONTENT_TYPE_LATEST)

@@ -2,12 +2,14 @@
 
 import argparse
 import difflib
+import ipaddress
 import os
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliApp,
@@ -18,6 +20,8 @@ from pydantic_settings import (
     SettingsConfigDict,
     YamlConfigSettingsSource,
 )
+
+from server.keys import hashed, keys_of
 
 PREFIX = "LINALIGN_"
 
@@ -39,9 +43,30 @@ class Settings(BaseSettings):
     config: Path | None = Field(None, description="YAML file of these settings")
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
-    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+    api_keys: Annotated[tuple[bytes, ...], NoDecode] = Field(
         (),
-        description="comma-separated; where there are any, requests need one (a flag shows in process lists)",
+        description="comma-separated; where there are any, requests need one (a flag shows in process lists); "
+        "only their hashes are kept",
+        repr=False,
+    )
+    api_keys_file: Path | None = Field(None, description="file of more of them, one a line")
+    metrics_without_key: CliImplicitFlag[bool] = Field(False, description="/metrics is open to everyone")
+    max_requests_per_key: int | None = Field(None, ge=1, description="at once, for each API key; beyond is a 429")
+    max_tokens_per_minute_per_key: int | None = Field(
+        None, ge=1, description="of prompts and replies, for each API key; beyond is a 429"
+    )
+    prefix_cache_per_key: CliImplicitFlag[bool] = Field(
+        False, description="no API key reuses, or can find out about, prefixes that another has computed"
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="comma-separated origins whose pages may call, such as https://chat.example.org; * for all"
+    )
+    forwarded_allow_ips: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="comma-separated addresses or networks of proxies whose X-Forwarded-For and -Proto are believed"
+    )
+    log_format: Literal["text", "json"] = Field("text", description="of the log, on stderr")
+    otlp_traces_endpoint: str | None = Field(
+        None, description="where to send OpenTelemetry traces, such as http://127.0.0.1:4318/v1/traces"
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -79,17 +104,47 @@ class Settings(BaseSettings):
         False, description="run Python code that a checkpoint brings along"
     )
 
-    @field_validator("api_keys", mode="before")
+    @field_validator("api_keys", "cors_origins", "forwarded_allow_ips", mode="before")
     @classmethod
-    def _split_keys(cls, keys: Any) -> Any:
-        """From "a,b", as a variable has them, or a list. Headers hold nothing but ASCII, so keys do too."""
-        keys = [keys] if isinstance(keys, str) else keys
-        if not isinstance(keys, list | tuple) or not all(isinstance(key, str) for key in keys):
-            raise ValueError("API keys must be strings: put them into quotes")
-        parts = [part.strip() for key in keys for part in key.split(",")]
-        if not all(part and part.isascii() and part.isprintable() and " " not in part for part in parts):
-            raise ValueError("an API key must be printable ASCII, without spaces, and not empty")
-        return parts
+    def _split(cls, given: Any, info: ValidationInfo) -> Any:
+        """From "a,b", as a variable has them, or a list."""
+        given = [given] if isinstance(given, str) else given
+        if not isinstance(given, list | tuple) or not all(isinstance(item, str) for item in given):
+            raise ValueError("these must be strings: put them into quotes")
+        parts = [part.strip() for item in given for part in item.split(",")]
+        return [hashed(part) for part in parts] if info.field_name == "api_keys" else parts
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise ValueError(f"{origin} is no origin, such as https://chat.example.org")
+        return origins
+
+    @field_validator("forwarded_allow_ips")
+    @classmethod
+    def _are_networks(cls, addresses: tuple[str, ...]) -> tuple[str, ...]:
+        for address in addresses:
+            ipaddress.ip_network(address)
+        return addresses
+
+    @model_validator(mode="after")
+    def _keys_and_what_needs_them(self) -> Self:
+        if self.api_keys_file:
+            self.api_keys += keys_of(self.api_keys_file)
+        for name in ("max_requests_per_key", "max_tokens_per_minute_per_key", "prefix_cache_per_key"):
+            if getattr(self, name) and not self.api_keys:
+                raise ValueError(f"{name} needs api_keys")
+        return self
+
+    @property
+    def is_reachable(self) -> bool:
+        """Whether other machines can reach the server."""
+        try:
+            return not ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host != "localhost"
 
 
 def client_key() -> str:

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from types import FrameType
 
 import uvicorn
@@ -17,7 +18,8 @@ log = logging.getLogger(__name__)
 PATIENCE = 10.0  # seconds without progress after which a process is taken for dead
 AT_FIRST = 300.0  # as long as nobody knows how long a step takes here
 USUAL = 10  # a step may take so many times as long as the longest before it, on machines where steps take seconds
-LAST_WORDS = 1.0  # seconds for errors to reach their clients
+LAST_WORDS = 10  # seconds for clients to be told that their replies end
+FAREWELL = 1.0  # where the process itself is lost
 
 
 class Server(uvicorn.Server):
@@ -46,11 +48,16 @@ class Server(uvicorn.Server):
         _, longest = self._engine.pace
         return max(PATIENCE, USUAL * longest) if longest else AT_FIRST
 
+    @property
+    def _has_replies(self) -> bool:
+        """Whether there are any that are worth waiting for."""
+        return self._engine.alive and not self._engine.idle and not self.force_exit
+
     async def _give_up(self, seconds: float) -> None:
         error = EngineDead(f"a step has not come back for {seconds:.0f} s")
         log.critical("%s: the process ends", error)
         self._engine.give_up(error)
-        await asyncio.sleep(LAST_WORDS)
+        await asyncio.sleep(FAREWELL)
         faulthandler.dump_traceback(all_threads=True)
         os._exit(1)  # nothing waits for the thread that hangs
 
@@ -60,10 +67,14 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Until the replies have ended, whoever asks anew is told with a 503 to ask elsewhere."""
+        last = self._timeout + self._patience + 2 * LAST_WORDS
+        faulthandler.dump_traceback_later(last, exit=True)  # an engine that hangs now has nobody else to notice
+        self._engine.drain()
+        deadline = time.monotonic() + self._timeout
+        while self._has_replies and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        if self._has_replies:
+            threading.Thread(target=self._engine.stop, name="stop").start()  # it waits for the step at hand
+        await super().shutdown(sockets)
         faulthandler.cancel_dump_traceback_later()
-        stop = threading.Thread(target=self._engine.stop, name="stop")  # which waits for the step at hand
-        timer = asyncio.get_running_loop().call_later(self._timeout, stop.start)
-        try:
-            await super().shutdown(sockets)
-        finally:
-            timer.cancel()

@@ -1,10 +1,12 @@
 """From the engine's thread to the event loop, and from outputs to OpenAI's objects."""
 
 import asyncio
+import hashlib
 import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
@@ -13,8 +15,11 @@ from starlette.types import Message
 
 from alignment_core import Engine, EngineDead, InvalidRequest, Output, Prompt, RequestFailed, SamplingParams, Usage
 from alignment_core.sequence import TokenLogprob
+from server.exchange import exchange_of
 from server.protocol.chat import ChatCompletionRequest
+from server.protocol.generation import GenerationRequest
 from server.tool_calls import Delta, ReplyParser, message_of
+from server.tracing import Generation
 
 IMPOSSIBLE = -9999.0  # the log-probability of what can't be drawn, as JSON has no −inf
 
@@ -37,22 +42,36 @@ class Replies:
         self._request_id: int | None = None
 
     @classmethod
-    async def of(cls, engine: Engine, prompt: Prompt, params: SamplingParams, n: int = 1) -> "Replies":
+    async def of(cls, request: Request, body: GenerationRequest, prompt: Prompt, params: SamplingParams) -> "Replies":
         """Submit, in a thread, as a structure may have to be compiled. Raises InvalidRequest, EngineDead,
         EngineBusy.
         """
-        loop, replies = asyncio.get_running_loop(), cls(engine, n)
+        state, exchange, n = request.app.state, exchange_of(request.scope), body.n or 1
+        loop, replies = asyncio.get_running_loop(), cls(state.engine, n)
+        measure = state.measures.of(prompt, exchange.began)
+        operation = "chat" if isinstance(body, ChatCompletionRequest) else "text_completion"
+        span = Generation(state.tracer, operation, body.model, prompt, params, n)
+        key = exchange.key if state.settings.prefix_cache_per_key else None
+        prompt = replace(prompt, salt=_salt(key, body.cache_salt))
 
         def on_output(output: Output) -> None:
-            loop.call_soon_threadsafe(replies._queue.put_nowait, output)
+            measure(output)
+            loop.call_soon_threadsafe(take, output)
 
-        pool = engine.grammars.pool if params.structure else None
-        submit = asyncio.ensure_future(loop.run_in_executor(pool, engine.submit, prompt, params, on_output, n))
+        def take(output: Output) -> None:
+            exchange.take(output)
+            span.take(output)
+            replies._queue.put_nowait(output)
+
+        pool = state.engine.grammars.pool if params.structure else None
+        submit = asyncio.ensure_future(loop.run_in_executor(pool, state.engine.submit, prompt, params, on_output, n))
+        submit.add_done_callback(lambda done: span.fail(error) if (error := done.exception()) else None)
         try:
             replies._request_id = await asyncio.shield(submit)
         except asyncio.CancelledError:  # the client left meanwhile
-            submit.add_done_callback(lambda done: None if done.exception() else engine.abort(done.result()))
+            submit.add_done_callback(lambda done: None if done.exception() else state.engine.abort(done.result()))
             raise
+        exchange.ask(prompt)
         return replies
 
     @classmethod
@@ -78,6 +97,13 @@ class Replies:
     def abort(self) -> None:
         if self._request_id is not None:
             self._engine.abort(self._request_id)
+
+
+def _salt(key: bytes | None, cache_salt: str | None) -> bytes:
+    """key: the hash of an API key whose prefixes are its own."""
+    if key is None and cache_salt is None:
+        return b""
+    return hashlib.sha256((key or b"") + (cache_salt or "").encode()).digest()
 
 
 async def gather(replies: Sequence[Replies], request: Request) -> list[list[Output]] | None:

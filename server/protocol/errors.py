@@ -8,8 +8,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from alignment_core import EngineBusy, EngineDead, InvalidRequest, RequestFailed
+from server.exchange import exchange_of
 from server.protocol.generation import Schema
 from server.protocol.responses import RESPONSE_NAMES
 from server.settings import nearest
@@ -28,12 +30,22 @@ class ErrorResponse(BaseModel):
     error: ErrorObject
 
 
+class Refusal(JSONResponse):
+    """{"error": {"message", "type", "param", "code"}}; the code is noted for log and metrics."""
+
+    def __init__(self, status: int, error: dict[str, str | None]) -> None:
+        super().__init__({"error": error}, status)
+        self._code = error["code"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange_of(scope).error_code = self._code
+        await super().__call__(scope, receive, send)
+
+
 def error_response(
     status: int, message: str, param: str | None = None, code: str | None = None, kind: str = "invalid_request_error"
-) -> JSONResponse:
-    """{"error": {"message", "type", "param", "code"}} with the given status."""
-    error = {"message": message, "type": kind, "param": param, "code": code}
-    return JSONResponse({"error": error}, status_code=status)
+) -> Refusal:
+    return Refusal(status, {"message": message, "type": kind, "param": param, "code": code})
 
 
 class ModelNotFound(Exception):
@@ -117,8 +129,8 @@ async def on_model_not_found(_: Request, error: Exception) -> JSONResponse:
     return error_response(404, str(error), "model", "model_not_found")
 
 
-async def on_engine_dead(_: Request, __: Exception) -> JSONResponse:
-    return error_response(503, "the engine is not running", code="engine_dead", kind="server_error")
+async def on_engine_dead(_: Request, error: Exception) -> JSONResponse:
+    return error_response(503, str(error), code="engine_dead", kind="server_error")
 
 
 async def on_engine_busy(_: Request, error: Exception) -> JSONResponse:
@@ -134,15 +146,12 @@ async def on_request_failed(_: Request, error: Exception) -> JSONResponse:
 
 async def on_http_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    response = error_response(error.status_code, str(error.detail))
+    response = error_response(error.status_code, str(error.detail), code=CODES.get(error.status_code))
     response.headers.update(error.headers or {})
     return response
 
 
-async def on_bug(_: Request, __: Exception) -> JSONResponse:
-    return error_response(500, "internal error", code="internal_error", kind="server_error")
-
-
+CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 HANDLERS: dict[Any, Any] = {
     RequestValidationError: on_validation_error,
     InvalidRequest: on_invalid_request,
@@ -151,5 +160,4 @@ HANDLERS: dict[Any, Any] = {
     EngineDead: on_engine_dead,
     RequestFailed: on_request_failed,
     HTTPException: on_http_error,
-    Exception: on_bug,
 }

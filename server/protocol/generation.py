@@ -38,6 +38,9 @@ def _refuse_what_text_cannot_hold(body: dict[str, Any]) -> None:
 Ratio = Annotated[float, Field(ge=MIN_RATIO, le=MAX_RATIO)]
 TokenId = Annotated[int, Field(ge=0)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+CacheSalt = Annotated[
+    str, Field(min_length=1, max_length=256, description="prefixes are shared with requests of the same salt alone")
+]
 
 
 class Schema(BaseModel):
@@ -177,6 +180,7 @@ class GenerationRequest(AlignmentFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="an identifier of the end user; no effect on the reply")
+    cache_salt: CacheSalt | None = None
 
     @model_validator(mode="after")
     def _consistent_delivery(self) -> "GenerationRequest":

@@ -6,7 +6,7 @@ from pydantic import Discriminator, Field, PrivateAttr, Tag, ValidationError, mo
 
 from alignment_core.sequence import MAX_LOGPROBS
 from server.protocol.chat import ChatCompletionRequest, Function
-from server.protocol.generation import AlignmentFields, JsonObjectFormat, Schema, TextFormat, refused
+from server.protocol.generation import AlignmentFields, CacheSalt, JsonObjectFormat, Schema, TextFormat, refused
 
 
 class _Item(Schema):
@@ -139,6 +139,7 @@ class ResponsesRequest(AlignmentFields):
     store: bool | None = Field(None, description="nothing is stored, which the response says")
     metadata: dict[str, str] | None = Field(None, description="returned as it came")
     user: str | None = None
+    cache_salt: CacheSalt | None = None
     previous_response_id: str | None = None
     include: Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
@@ -194,6 +195,7 @@ class ResponsesRequest(AlignmentFields):
             "messages": self._messages(),
             "max_completion_tokens": self.max_output_tokens,
             "principle_placement": self.principle_placement,
+            "cache_salt": self.cache_salt,
         }
         return {name: value for name, value in (fields | more).items() if value is not None}
 

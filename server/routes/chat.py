@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from starlette.datastructures import State
 
 from alignment_core import Engine, Prompt
 from server.models import serving
@@ -23,7 +22,7 @@ router = APIRouter()
 async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response | dict[str, Any]:
     state = request.app.state
     body = serving(body, state)
-    replies, prompt, parser = await begin(body, state)
+    replies, prompt, parser = await begin(body, request)
     completion = ChatCompletion(state.engine, body, state.fingerprint, prompt, parser)
     if body.stream:
         options = body.stream_options
@@ -33,11 +32,12 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     return completion.whole(outputs[0], replies.n) if outputs else Response(status_code=499)
 
 
-async def begin(body: ChatCompletionRequest, state: State) -> tuple[Replies, Prompt, Callable[[], ReplyParser]]:
+async def begin(body: ChatCompletionRequest, request: Request) -> tuple[Replies, Prompt, Callable[[], ReplyParser]]:
     """Submit a chat. Its replies, its prompt, and what makes a parser for each reply.
 
     Raises InvalidRequest, EngineDead, EngineBusy.
     """
+    state = request.app.state
     engine: Engine = state.engine
     engine.refuse_early()
     principles = body.principles(state.settings.default_alignment_ratio)
@@ -53,7 +53,7 @@ async def begin(body: ChatCompletionRequest, state: State) -> tuple[Replies, Pro
     prompt, begun = await asyncio.to_thread(build)
     params = body.sampling_params(**_for_tools(body, engine, end_of_thinking(begun)))
     most_calls = 1 if body.parallel_tool_calls is False else math.inf
-    replies = await Replies.of(engine, prompt, params, body.n or 1)
+    replies = await Replies.of(request, body, prompt, params)
     return replies, prompt, lambda: ReplyParser(engine.tokenizer, begun, rendering.tools, most_calls)
 
 

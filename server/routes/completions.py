@@ -49,7 +49,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     try:
         for prompt in prompts:
             if params.max_tokens or prompt.given:
-                replies += [await Replies.of(engine, prompt, params, body.n or 1)]
+                replies += [await Replies.of(request, body, prompt, params)]
             else:
                 replies += [Replies.of_nothing(engine, prompt, body.n or 1)]
     except BaseException:

@@ -3,9 +3,10 @@
 from importlib.metadata import version
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Request
 
-from server.protocol.errors import ModelNotFound, error_response
+from alignment_core import Engine
+from server.protocol.errors import ModelNotFound
 
 router = APIRouter()
 
@@ -41,12 +42,12 @@ async def retrieve_model(id: str, request: Request) -> dict[str, Any]:
     raise ModelNotFound(id)
 
 
-@router.head("/health", include_in_schema=False, response_model=None)
-@router.get("/health", response_model=None)
-async def health(request: Request) -> Response | dict[str, str]:
+@router.head("/health", include_in_schema=False)
+@router.get("/health")
+async def health(request: Request) -> dict[str, str]:
     """200 while the engine runs and accepts requests, else 503."""
-    if not request.app.state.engine.alive:
-        return error_response(503, "the engine is not running", code="engine_dead", kind="server_error")
+    engine: Engine = request.app.state.engine
+    engine.ensure_accepting()
     return {"status": "ok"}
 
 

@@ -23,7 +23,7 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response 
     state = request.app.state
     engine: Engine = state.engine
     chat = serving(body.chat, state)
-    replies, _, parser = await begin(chat, state)
+    replies, _, parser = await begin(chat, request)
     response = ModelResponse(engine, body, parser())
     if body.stream:
         return event_stream(response.events(replies), [replies])

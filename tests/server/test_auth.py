@@ -1,17 +1,19 @@
 """Servers with API keys: closed by default, on every route there is."""
 
+import gc
 import http.client
+import types
 
 import httpx
 import openai
 import pytest
 from starlette.routing import Mount, Route
+from starlette.testclient import TestClient
 
 from server.app import create_app
-from server.auth import KeyRequired
-from server.settings import Settings
+from server.settings import Settings, load_settings
 from tests.conftest import make_engine
-from tests.serving import KEY
+from tests.serving import KEY, serving
 
 
 def routes(embedded):
@@ -89,6 +91,50 @@ def test_the_sdk(closed):
         openai.OpenAI(base_url=closed + "/v1", api_key="none", max_retries=0).chat.completions.create(**asked)
 
 
-def test_keys_are_not_kept():
-    middleware = KeyRequired(None, ["a-very-secret-key"])
-    assert "a-very-secret-key" not in repr(vars(middleware))
+@pytest.fixture(scope="module")
+def filed(embedded, tmp_path_factory):  # noqa: ARG001 - loaded first, so that the server finds the converted copy
+    """A server whose keys are in a file, and whose metrics are open."""
+    file = tmp_path_factory.mktemp("keys") / "keys"
+    file.write_text(f"# for tests\n{KEY}\nother-key\n")
+    with serving("--api-keys-file", str(file), "--metrics-without-key") as (url, process):
+        yield url, process
+
+
+def test_keys_of_a_file_and_open_metrics(filed, embedded):
+    url, _ = filed
+    for key in (KEY, "other-key"):
+        assert httpx.get(url + "/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+    assert httpx.get(url + "/v1/models", headers={"Authorization": "Bearer # for tests"}).status_code == 401
+    opened = {
+        path
+        for method, path in routes(embedded)
+        if httpx.request(method, url + path, json={} if method == "POST" else None).status_code != 401
+    }
+    assert opened == {"/", "/health", "/metrics", "/playground/main.js"}
+
+
+@pytest.mark.parametrize("way", ["flag", "variable", "config", "file"])
+def test_no_object_of_the_application_holds_a_key(tiny, tmp_path, monkeypatch, way):
+    loaded, _ = tiny
+    secret = "-".join(["a", "very", "secret", way])  # so that it is no constant of this test
+    file = tmp_path / "file"
+    file.write_text(f"api_keys: [{secret}]" if way == "config" else secret)
+    monkeypatch.setenv("LINALIGN_API_KEYS", secret if way == "variable" else "another-key")
+    args = {"flag": ["--api-keys", secret], "config": ["--config", str(file)], "file": ["--api-keys-file", str(file)]}
+    if way == "config":
+        monkeypatch.delenv("LINALIGN_API_KEYS")
+    settings = load_settings(args.get(way, []))
+    app = create_app(make_engine(loaded, num_pages=8), settings)
+    monkeypatch.delenv("LINALIGN_API_KEYS", raising=False)
+    client = TestClient(app)
+    assert client.get("/v1/models", headers={"Authorization": f"Bearer {secret}"}).status_code == 200
+    assert client.get("/v1/models").status_code == 401
+    pending, seen = [app, settings], set()
+    while pending:
+        found = pending.pop()
+        if id(found) in seen or isinstance(found, type | types.ModuleType | types.FrameType | pytest.MonkeyPatch):
+            continue
+        seen.add(id(found))
+        assert not (isinstance(found, str | bytes) and secret in str(found)), "a key is kept"
+        pending += gc.get_referents(found)
+    assert len(seen) > 10_000

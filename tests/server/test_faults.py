@@ -128,7 +128,7 @@ def test_a_step_that_fails_or_hangs_ends_the_process_with_an_error_for_everyone(
 def test_health_is_503_as_soon_as_the_hang_is_noticed(tmp_path):
     trigger = tmp_path / "trigger"
     patch = BREAK_A_STEP.format(trigger=str(trigger), what="time.sleep(10**6)")
-    patch += "\nimport server.shutdown; server.shutdown.LAST_WORDS = 5"
+    patch += "\nimport server.shutdown; server.shutdown.FAREWELL = 5"
     with serving(patch=patch, status=1, stderr=subprocess.DEVNULL) as (url, process):
         chat(url)
         trigger.touch()

@@ -33,6 +33,7 @@ VALUES = {
     "background": True,
     "background_options": {"a": 1},
     "best_of": 2,
+    "cache_salt": "a",
     "chat_template_kwargs": {"enable_thinking": True},
     "context_management": [{"type": "compaction"}],
     "continue_final_message": True,

@@ -1,6 +1,9 @@
 """GET /metrics, as Prometheus reads it."""
 
+import time
+
 import httpx
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 HISTORY = [{"role": "user", "content": "Tell me about the power plants of our town. " * 8}]
@@ -10,7 +13,12 @@ def scrape(url):
     response = httpx.get(url + "/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=")
     families = text_string_to_metric_families(response.text)
-    return {sample.name: sample.value for family in families for sample in family.samples}
+    return {named(sample): sample.value for family in families for sample in family.samples}
+
+
+def named(sample):
+    labels = ",".join(f"{name}={value}" for name, value in sample.labels.items())
+    return sample.name + (f"{{{labels}}}" if labels else "")
 
 
 def chat(url, messages, **fields):
@@ -20,7 +28,9 @@ def chat(url, messages, **fields):
 
 def test_a_second_turn_hits_the_first_ones_prefix_in_both_branches(own_server):
     url, _ = own_server
-    assert not any(scrape(url).values())
+    assert not any(
+        value for name, value in scrape(url).items() if name.startswith("linalign:") and "_created" not in name
+    )
     first = chat(url, HISTORY)
     before = scrape(url)
     reply = first["choices"][0]["message"]
@@ -48,3 +58,81 @@ def test_running_requests_show_while_they_run(own_server):
         seen = scrape(url)
     assert seen["linalign:num_requests_running"] == 1
     assert 0 < seen["linalign:kv_cache_usage_perc"] < 1
+
+
+HISTOGRAMS = [
+    "time_to_first_token_seconds",
+    "e2e_request_latency_seconds",
+    "request_queue_time_seconds",
+    "request_prefill_time_seconds",
+    "request_decode_time_seconds",
+]
+
+
+def change(before, after):
+    return lambda name: after.get(f"linalign:{name}", 0) - before.get(f"linalign:{name}", 0)
+
+
+def test_times_are_measured_and_add_up(url):
+    before = scrape(url)
+    began = time.monotonic()
+    reply = chat(url, HISTORY, n=2, max_tokens=5, ignore_eos=True)
+    seconds = time.monotonic() - began
+    told = change(before, scrape(url))
+    assert len(reply["choices"]) == 2
+    for name in HISTOGRAMS:
+        assert told(f"{name}_count") == 2, name
+        assert 0 < told(f"{name}_sum") < 2 * seconds, name
+        assert told(f"{name}_bucket{{le=+Inf}}") == 2
+    assert told("inter_token_latency_seconds_count") == 2 * 4
+    parts = sum(told(f"request_{name}_time_seconds_sum") for name in ("queue", "prefill", "decode"))
+    assert parts <= told("e2e_request_latency_seconds_sum")
+    assert told("time_to_first_token_seconds_sum") + told("inter_token_latency_seconds_sum") == pytest.approx(
+        told("e2e_request_latency_seconds_sum"), abs=0.01
+    )
+    assert told("prompt_tokens_total") == reply["usage"]["prompt_tokens"]
+    assert told("generation_tokens_total") == reply["usage"]["completion_tokens"] == 10
+
+
+def test_alignment_is_counted(url):
+    before = scrape(url)
+    aligned = [chat(url, HISTORY, alignment_ratio=ratio, alignment_trace=True) for ratio in (-1, 4)]
+    httpx.post(url + "/v1/completions", json={"model": "smollm2", "prompt": "Once", "max_tokens": 2}, timeout=60)
+    told = change(before, scrape(url))
+    assert told("aligned_requests_total") == told("request_alignment_ratio_count") == 2
+    assert told("request_alignment_ratio_sum") == 5
+    traces = [token["kl"] for reply in aligned for token in reply["choices"][0]["alignment"]]
+    assert told("alignment_kl_nats_count") == len(traces) > 0
+    assert told("alignment_kl_nats_sum") == pytest.approx(sum(traces))
+    computed = sum(reply["usage"]["alignment_details"]["branch_tokens_computed"] for reply in aligned)
+    assert told("branch_tokens_computed_total") > computed > 0
+
+
+def test_ends_and_refusals_are_counted_by_what_they_were(url):
+    before = scrape(url)
+    chat(url, HISTORY, max_tokens=1)
+    chat(url, HISTORY, max_tokens=40, stop=["e"])
+    chat(url, HISTORY, max_tokens=100_000)
+    chat(url, HISTORY, unknown=1)
+    with httpx.stream(
+        "POST", url + "/v1/chat/completions", json={"model": "smollm2", "messages": HISTORY, "stream": True}
+    ) as response:
+        next(response.iter_lines())
+    httpx.get(url + "/a-stranger's/" + "x" * 50)
+    deadline = time.monotonic() + 30
+    while change(before, scrape(url))("request_success_total{finished_reason=abort}") < 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    told = change(before, scrape(url))
+    assert told("request_success_total{finished_reason=length}") == 1
+    assert told("request_success_total{finished_reason=stop}") == 1
+    assert told("request_success_total{finished_reason=abort}") == 1
+    assert told("requests_rejected_total{code=context_length_exceeded}") == 1
+    assert told("requests_rejected_total{code=unknown_field}") == 1
+    assert told("http_responses_total{path=/v1/chat/completions,status=400}") == 2
+    assert told("http_responses_total{path=other,status=404}") == 1  # whatever strangers ask for, one series
+
+
+def test_the_process_is_measured_too(url):
+    assert scrape(url)["process_open_fds"] > 3
+    assert scrape(url)["process_resident_memory_bytes"] > 1e8

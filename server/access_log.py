@@ -1,0 +1,70 @@
+"""One line in the log for every request, and a 500 for those in which something broke."""
+
+import logging
+import time
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.exchange import Exchange, exchange_of
+from server.metrics import Measures
+from server.protocol.errors import error_response
+
+log = logging.getLogger(__name__)
+
+QUIET = ("/health", "/metrics")  # asked for every few seconds, by machines
+CLIENT_GONE = 499  # nginx's
+
+
+class AccessLog:
+    """ASGI middleware. Logs neither bodies, nor queries, nor keys: of a key no more than the beginning of its hash."""
+
+    def __init__(self, app: ASGIApp, measures: Measures) -> None:
+        self._app, self._measures = app, measures
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = 0
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        scope.setdefault("state", {})["exchange"] = Exchange()
+        try:
+            await self._app(scope, receive, noting)
+        except Exception:
+            log.exception("A request failed")
+            if status:
+                raise  # what is there of the response can't be taken back: the connection is closed
+            told = error_response(500, "internal error", code="internal_error", kind="server_error")
+            await told(scope, receive, noting)
+        finally:
+            self._record(scope, status or CLIENT_GONE)
+
+    def _record(self, scope: Scope, status: int) -> None:
+        exchange, route = exchange_of(scope), scope.get("route")
+        seconds = time.monotonic() - exchange.began
+        self._measures.responses.labels(getattr(route, "path", "other"), status).inc()
+        if exchange.error_code:
+            self._measures.rejected.labels(exchange.error_code).inc()
+        path = scope["raw_path"].decode("ascii", "replace")[:256]  # with line ends and the like still quoted
+        facts = {
+            "method": scope["method"],
+            "path": path,
+            "status": status,
+            "seconds": round(seconds, 4),
+            "client": scope["client"] and scope["client"][0],
+            "key": exchange.key and exchange.key.hex()[:8],
+            "code": exchange.error_code,
+            "prompt_tokens": exchange.num_prompt_tokens,
+            "completion_tokens": exchange.num_completion_tokens,
+            "finish_reasons": ",".join(exchange.finish_reasons),
+        }
+        facts = {name: value for name, value in facts.items() if value}
+        words = " ".join(f"{name}={value}" for name, value in facts.items())
+        level = logging.DEBUG if path in QUIET and status < 400 else logging.INFO
+        log.log(level, words, extra={"request": facts})

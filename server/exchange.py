@@ -1,0 +1,46 @@
+"""What happens in one HTTP request, for those who log it, count it or limit it."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from starlette.types import Scope
+
+from alignment_core import Output, Prompt
+
+
+@dataclass(slots=True)
+class Exchange:
+    """Filled as the request goes on.
+
+    began: seconds of time.monotonic(). key: the API key's hash, None where none is asked for. charge: takes tokens
+    from what the key may still use. error_code: that of the response. The counts are the user's view, all prompts
+    and choices together.
+    """
+
+    began: float = field(default_factory=time.monotonic)
+    key: bytes | None = None
+    charge: Callable[[int], None] = lambda _: None
+    error_code: str | None = None
+    num_prompt_tokens: int = 0
+    num_completion_tokens: int = 0
+    finish_reasons: list[str] = field(default_factory=list)
+
+    def ask(self, prompt: Prompt) -> None:
+        """The engine has taken the prompt in."""
+        num_tokens = len(prompt.principled[0]) + len(prompt.given)
+        self.num_prompt_tokens += num_tokens
+        self.charge(num_tokens)
+
+    def take(self, output: Output) -> None:
+        """What came of it."""
+        if output.finish_reason and output.usage:
+            self.finish_reasons.append(output.finish_reason)
+            self.num_completion_tokens += output.usage.completion_tokens
+            self.charge(output.usage.completion_tokens)
+
+
+def exchange_of(scope: Scope) -> Exchange:
+    """The request's own; who asks first makes it."""
+    exchange: Exchange = scope.setdefault("state", {}).setdefault("exchange", Exchange())
+    return exchange

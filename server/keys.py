@@ -1,0 +1,26 @@
+"""API keys, of which only hashes are kept."""
+
+import hashlib
+from pathlib import Path
+
+
+def hashed(key: str) -> bytes:
+    """SHA-256. Raises ValueError for what can't be a key: headers hold nothing but ASCII."""
+    if not (key and key.isascii() and key.isprintable() and " " not in key):
+        raise ValueError("an API key must be printable ASCII, without spaces, and not empty")
+    return hashlib.sha256(key.encode()).digest()
+
+
+def keys_of(file: Path) -> tuple[bytes, ...]:
+    """The hashes of the keys in a file, one a line; empty lines and those that begin with # are none.
+
+    Raises ValueError.
+    """
+    try:
+        lines = [line.strip() for line in file.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the API keys of {file} can't be read: {type(error).__name__}") from error
+    keys = tuple(hashed(line) for line in lines if line and not line.startswith("#"))
+    if not keys:
+        raise ValueError(f"{file} has no API key")
+    return keys

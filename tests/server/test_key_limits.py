@@ -1,0 +1,91 @@
+"""What one API key may use, and that another's is not touched by it."""
+
+import time
+
+import httpx
+import pytest
+
+from server.key_limits import Bucket
+from tests.serving import serving
+
+BODY = {"model": "smollm2", "messages": [{"role": "user", "content": "Tell me about towns."}], "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def limited(embedded):  # noqa: ARG001 - loaded first, so that the server finds the converted copy
+    limits = ("--max-requests-per-key", "2", "--max-tokens-per-minute-per-key", "600")
+    with serving("--api-keys", "one,two,three,four", *limits) as (url, _):
+        yield url
+
+
+def client_of(url, key):
+    return httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60)
+
+
+def refusal(response):
+    assert response.status_code == 429, response.text
+    assert response.json()["error"]["type"] == "rate_limit_error"
+    return response.json()["error"]["code"], int(response.headers["Retry-After"])
+
+
+def test_a_key_has_so_many_requests_at_once_and_gets_a_place_when_one_ends(limited):
+    one, two = client_of(limited, "one"), client_of(limited, "two")
+    long = BODY | {"max_tokens": 3000, "stream": True}
+    with one.stream("POST", "/v1/chat/completions", json=long) as first:
+        first_lines = first.iter_lines()
+        next(first_lines)
+        with one.stream("POST", "/v1/chat/completions", json=long) as second:
+            second_lines = second.iter_lines()
+            next(second_lines)
+            for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize"):
+                assert refusal(one.post(path, json={})) == ("key_requests", 1)
+            assert one.get("/v1/models").status_code == 200
+            assert two.post("/v1/chat/completions", json=BODY | {"max_tokens": 1}).status_code == 200
+    deadline = time.monotonic() + 30
+    while one.post("/v1/chat/completions", json=BODY | {"max_tokens": 1}).status_code == 429:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_key_has_so_many_tokens_a_minute(limited):
+    three, four = client_of(limited, "three"), client_of(limited, "four")
+    used = 0
+    while used < 600:
+        response = three.post("/v1/chat/completions", json=BODY | {"max_tokens": 250, "principle": "Be brief."})
+        assert response.status_code == 200
+        used += response.json()["usage"]["total_tokens"]
+    code, seconds = refusal(three.post("/v1/chat/completions", json=BODY | {"max_tokens": 1}))
+    assert code == "key_tokens"
+    assert 1 <= seconds <= 1 + (used - 600) / 10
+    assert four.post("/v1/chat/completions", json=BODY | {"max_tokens": 1}).status_code == 200
+    assert three.get("/metrics").text.count('requests_rejected_total{code="key_tokens"} 1.0') == 1
+
+
+def test_what_an_abandoned_reply_took_is_counted_too(limited):
+    two = client_of(limited, "two")
+    refused = None
+    deadline = time.monotonic() + 60
+    while refused is None:
+        assert time.monotonic() < deadline
+        with two.stream("POST", "/v1/chat/completions", json=BODY | {"max_tokens": 3000, "stream": True}) as response:
+            if response.status_code == 429:
+                refused = response.read()
+                break
+            lines = response.iter_lines()
+            for _ in range(100):
+                next(lines)
+    assert b"key_tokens" in refused or b"key_requests" in refused
+
+
+def test_a_bucket_fills_up_and_never_over(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    bucket = Bucket(60)
+    assert bucket.wait == 0
+    bucket.take(65)
+    assert bucket.wait == pytest.approx(6)
+    now[0] += 6
+    assert bucket.wait == 0
+    now[0] += 1000
+    bucket.take(60)
+    assert bucket.wait == pytest.approx(1)
