@@ -4,9 +4,7 @@ import contextlib
 import gc
 import http.client
 import json
-import signal
 import subprocess
-import threading
 import time
 
 import httpx
@@ -15,7 +13,6 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from alignment_core import Principle, SamplingParams
 from tests.conftest import make_engine, run_all
-from tests.serving import serving
 
 CHAT = [{"role": "user", "content": "Where should our town get its power from?"}]
 JSON = {"Content-Type": "application/json"}
@@ -329,33 +326,3 @@ def test_a_dead_engine_shows_in_health_and_errors(own_server, monkeypatch):
     response = httpx.get(url + "/health")
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "engine_dead"
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_reply_that_takes_longer_than_the_shutdown_is_told_so(stream):
-    body = {**BASE, "max_tokens": 4000, "ignore_eos": True, "stream": stream}
-    with serving("--shutdown-timeout", "1") as (url, process):
-        asking = httpx.stream("POST", url + "/v1/chat/completions", json=body, timeout=60)
-        timer = threading.Timer(1, process.send_signal, [signal.SIGTERM])
-        timer.start()
-        with asking as response:
-            lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
-        assert process.wait(30) == 0
-    if stream:
-        assert lines[-1] == "[DONE]"
-    reply = json.loads(lines[-2] if stream else lines[-1])
-    assert reply["choices"][0]["finish_reason"] == "abort"
-
-
-def test_a_stream_ends_in_order_on_sigterm():
-    """Within the shutdown timeout, as any reply."""
-    body = {**BASE, "max_tokens": 60, "stream": True, "temperature": 0}
-    with serving() as (url, process):
-        with httpx.stream("POST", url + "/v1/chat/completions", json=body, timeout=60) as response:
-            lines = response.iter_lines()
-            next(lines)
-            process.send_signal(signal.SIGTERM)
-            rest = [line for line in lines if line]
-        assert process.wait(30) == 0
-    assert rest[-1] == "data: [DONE]"
-    assert len(rest) > 20

@@ -1,0 +1,136 @@
+"""How a server ends when it is asked to: in order, or at once when it is asked again."""
+
+import json
+import signal
+import subprocess
+import threading
+import time
+
+import httpx
+import pytest
+
+from tests.server.test_faults import BREAK_A_STEP, chat, events
+from tests.serving import serving
+
+BASE = {"model": "smollm2", "messages": [{"role": "user", "content": "Tell me about towns."}], "max_tokens": 1}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_reply_that_takes_longer_than_the_shutdown_is_told_so(stream):
+    body = {**BASE, "max_tokens": 4000, "ignore_eos": True, "stream": stream}
+    with serving("--shutdown-timeout", "1") as (url, process):
+        asking = httpx.stream("POST", url + "/v1/chat/completions", json=body, timeout=60)
+        timer = threading.Timer(1, process.send_signal, [signal.SIGTERM])
+        timer.start()
+        with asking as response:
+            lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+        assert process.wait(30) == 0
+    if stream:
+        assert lines[-1] == "[DONE]"
+    reply = json.loads(lines[-2] if stream else lines[-1])
+    assert reply["choices"][0]["finish_reason"] == "abort"
+
+
+def test_a_stream_ends_in_order_on_sigterm():
+    """Within the shutdown timeout, as any reply."""
+    body = {**BASE, "max_tokens": 60, "stream": True, "temperature": 0}
+    with serving() as (url, process):
+        with httpx.stream("POST", url + "/v1/chat/completions", json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert process.wait(30) == 0
+    assert rest[-1] == "data: [DONE]"
+    assert len(rest) > 20
+
+
+def test_a_second_sigterm_stops_at_once():
+    with serving("--shutdown-timeout", "600") as (url, process):
+        ends = []
+
+        def ask():
+            try:
+                ends.append(chat(url, max_tokens=7000).status_code)
+            except httpx.TransportError:
+                ends.append(None)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        while "linalign:num_requests_running 1.0" not in httpx.get(url + "/metrics").text:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+        thread.join()
+        assert ends in ([None], [500])  # cut off: nothing that looks like a reply
+
+
+def test_while_replies_end_new_requests_are_told_to_go_elsewhere(tmp_path):
+    with (tmp_path / "stderr").open("w") as stderr, serving(stderr=stderr) as (url, process):
+        alone = events(url, max_tokens=200)
+        kept = httpx.Client(base_url=url)
+        assert kept.get("/health").status_code == 200
+        streamed = []
+        running = threading.Thread(target=lambda: streamed.extend(events(url, max_tokens=200)))
+        running.start()
+        while "linalign:num_requests_running 1.0" not in httpx.get(url + "/metrics").text:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        while kept.get("/health").status_code != 503:
+            assert running.is_alive()
+        for client in (kept, httpx.Client(base_url=url)):  # on a new connection, too
+            for path, asked in (("/v1/chat/completions", BASE), ("/v1/responses", {"model": "smollm2", "input": "x"})):
+                refused = client.post(path, json=asked)
+                assert refused.status_code == 503
+                assert refused.json()["error"]["code"] == "engine_dead"
+                assert "stopping" in refused.json()["error"]["message"]
+        assert running.is_alive()
+        running.join()
+        assert process.wait(20) == 0
+    texts = [[c["delta"].get("content") for e in stream for c in e["choices"]] for stream in (streamed, alone)]
+    assert texts[0] == texts[1]
+    assert "Traceback" not in (tmp_path / "stderr").read_text()
+
+
+def test_requests_that_wait_are_ended_like_those_that_run():
+    with serving("--max-num-seqs", "1", "--shutdown-timeout", "1") as (url, process):
+        replies = []
+        threads = [threading.Thread(target=lambda: replies.append(chat(url, max_tokens=4000))) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        while "linalign:num_requests_waiting 2.0" not in httpx.get(url + "/metrics").text:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join()
+        assert process.wait(20) == 0
+    assert [reply.status_code for reply in replies] == [200] * 3
+    assert [reply.json()["choices"][0]["finish_reason"] for reply in replies] == ["abort"] * 3
+    assert sorted(reply.json()["usage"]["completion_tokens"] > 0 for reply in replies) == [False, False, True]
+
+
+def test_an_engine_that_hangs_while_the_server_stops_does_not_keep_it(tmp_path):
+    """Nobody looks at its steps any more, so there is a last deadline."""
+    trigger = tmp_path / "trigger"
+    patch = BREAK_A_STEP.format(trigger=str(trigger), what="time.sleep(10**6)")
+    patch += "\nimport server.shutdown; server.shutdown.LAST_WORDS = 1; server.shutdown.PATIENCE = 1.0"
+    with serving("--shutdown-timeout", "1", patch=patch, status=1, stderr=subprocess.DEVNULL) as (url, process):
+        chat(url)
+        asking = threading.Thread(target=outcome_of, args=[lambda: chat(url, max_tokens=4000)])
+        asking.start()
+        while "linalign:num_requests_running 1.0" not in httpx.get(url + "/metrics").text:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        trigger.touch()
+        assert process.wait(30) == 1
+        asking.join()
+
+
+def outcome_of(call):
+    try:
+        return call()
+    except httpx.TransportError as error:
+        return error
