@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 
 
 Sampler = Callable[[Tensor, Seq[Sequence], Seq[int]], Tensor]
+Drawn = tuple[Tensor, Logprobs | None]
 
 
 class EngineDead(RuntimeError):
@@ -94,24 +95,26 @@ class EngineConfig:
 class Flight:
     """A step that has been launched, and the tokens that it draws.
 
-    tokens: [S] int64, on the device.
+    drawn: tokens in one part or several, each [S] int64, on the device.
     """
 
-    def __init__(self, step: Step, tokens: Tensor, logprobs: Logprobs | None = None) -> None:
+    def __init__(self, step: Step, drawn: Seq[Drawn]) -> None:
         self.step = step
-        self._host = to_host(tokens)  # the next step draws to the same place
-        self._logprobs = logprobs.to_host() if logprobs else None
+        self._host = [  # the next step draws to the same place
+            (to_host(tokens), logprobs.to_host() if logprobs else None) for tokens, logprobs in drawn
+        ]
         self._arrived = None
-        if tokens.is_cuda:
+        if any(tokens.is_cuda for tokens, _ in drawn):
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
 
-    def wait(self) -> tuple[list[int], list[tuple[TokenLogprob, ...]]]:
-        """The tokens, once they are there, and what is to be reported of each."""
+    def wait(self) -> Iterator[tuple[int, tuple[TokenLogprob, ...]]]:
+        """The tokens, once they are there, each with what is to be reported of it."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        tokens: list[int] = self._host.tolist()
-        return tokens, self._logprobs.reports(tokens) if self._logprobs else [()] * len(tokens)
+        for part, logprobs in self._host:
+            tokens: list[int] = part.tolist()
+            yield from zip(tokens, logprobs.reports(tokens) if logprobs else [()] * len(tokens), strict=True)
 
 
 class Engine:
@@ -368,43 +371,44 @@ class Engine:
             (s, s.num_drawn - len(s.prompt.given) + i) for s in step.drawing for i in range(1 + len(step.drafts(s)))
         ]
         try:
-            return self._draw(step, logits, places, self._sample)
+            drawn = [self._draw(logits, places, self._sample)] if places else []
         except Exception:
             log.exception("A step's tokens could not be drawn together")
-            return self._draw_apart(step, logits, places)
+        else:
+            return Flight(step, drawn)
+        return Flight(step, self._draw_apart(step, logits, places))
 
-    def _draw(self, step: Step, logits: Tensor, places: Seq[tuple[Sequence, int]], sampler: Sampler) -> Flight:
+    def _draw(self, logits: Tensor, places: Seq[tuple[Sequence, int]], sampler: Sampler) -> Drawn:
         """places: (sequence, position) of every token to be drawn."""
-        if not places:
-            return Flight(step, torch.empty(0, dtype=torch.int64, device=logits.device))
         sequences, positions = zip(*places, strict=True)
         tokens = sampler(logits, sequences, positions)
         for line, (sequence, position) in enumerate(places):
             if position < 0:
                 tokens[line] = sequence.prompt.given[position]
-        return Flight(step, tokens, log_probabilities(logits, sequences, positions, tokens))
+        return tokens, log_probabilities(logits, sequences, positions, tokens)
 
-    def _draw_apart(self, step: Step, logits: Tensor, places: Seq[tuple[Sequence, int]]) -> Flight:
-        """Find the sequences that can't be drawn for by trying each alone; they end, the others go on."""
+    def _draw_apart(self, step: Step, logits: Tensor, places: Seq[tuple[Sequence, int]]) -> list[Drawn]:
+        """Draw for each sequence alone, which takes less memory too. Those that can't be drawn for end, the others go
+        on.
+        """
         sizes = [len(sequence.branches) for sequence, _ in places]
         rows = torch.split(logits[: sum(sizes)], sizes)  # fixed shapes have more
-        by_sequence = {
-            sequence: [place for place, (s, _) in enumerate(places) if s is sequence] for sequence in step.drawing
-        }
-        for sequence, mine in by_sequence.items():
+        drawn = []
+        for sequence in step.drawing:
+            mine = [place for place, (s, _) in enumerate(places) if s is sequence]
             try:
-                self._draw(step, torch.cat([rows[i] for i in mine]), [places[i] for i in mine], sample)
+                drawn.append(self._draw(torch.cat([rows[i] for i in mine]), [places[i] for i in mine], sample))
             except Exception as error:
                 self._fail(sequence, error)
-        left = [i for i, (sequence, _) in enumerate(places) if not sequence.ended]
         step.drawing = [sequence for sequence in step.drawing if not sequence.ended]
-        drawn = torch.cat([rows[i] for i in left] or [logits[:0]])
-        # By the engine's own sampler: the next step finds its tokens where that one leaves them.
-        return self._draw(step, drawn, [places[i] for i in left], self._sample)
+        if self._overlaps and drawn:  # the next step looks for them there
+            tokens = torch.cat([tokens for tokens, _ in drawn])
+            self.runner.drawn[: len(tokens)].copy_(tokens)
+        return drawn
 
     def _land(self, flight: Flight) -> None:
         """Accept the tokens that were drawn, and those drafts that are them; sequences may have ended meanwhile."""
-        tokens = zip(*flight.wait(), strict=True)
+        tokens = flight.wait()
         for sequence in flight.step.drawing:
             drafts = flight.step.drafts(sequence)
             drawn = list(itertools.islice(tokens, 1 + len(drafts)))

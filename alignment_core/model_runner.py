@@ -16,6 +16,7 @@ from alignment_core.attention.paged_batch import PagedBatch, Plan, to_device
 from alignment_core.batch_invariant import run_in_blocks
 from alignment_core.cpu.native import library
 from alignment_core.cuda_graphs import Graphs, padded_size
+from alignment_core.halving import halve
 from alignment_core.scheduler import Row, Step
 from alignment_core.sequence import Branch
 from alignment_core.static_decodes import StaticDecodes, resolve
@@ -134,10 +135,28 @@ class ModelRunner:
             for place in range(-1 - len(step.drafts(sequence)), 0)
             for row in step.rows[sequence]
         ]
-        plan = Plan.of([row for rows in step.rows.values() for row in rows], wanted, self.page_size)
+        return self._run_in_parts([row for rows in step.rows.values() for row in rows], wanted)
+
+    @torch.inference_mode()
+    def _run_in_parts(self, rows: list[Row], wanted: list[tuple[Row, int]]) -> Tensor:
+        """As `run`. What the GPU's memory does not hold is halved, down to one token. Raises OutOfMemoryError."""
+        plan = Plan.of(rows, wanted, self.page_size)
+        num_tokens = len(plan.token_ids)
         if self.followers is not None:
             self.followers.tell(plan)
-        return self.run(plan)
+            return self.run(plan)  # where it fails, it has not failed for the followers
+        try:
+            return self.run(plan)
+        except torch.OutOfMemoryError:
+            if num_tokens == 1:
+                raise
+            log.warning("A step of %d tokens is more than the GPU's memory holds: it runs as two", num_tokens)
+        if self.model.device.type == "cuda":  # only now, as the exception has held on to what the step had
+            torch.cuda.empty_cache()
+        halves = halve(rows, wanted)
+        logits = torch.cat([self._run_in_parts(half.rows, half.wanted).to("cpu", copy=True) for half in halves])
+        lines = [line for half in halves for line in half.lines]
+        return self._in_place(logits[torch.argsort(torch.tensor(lines))])
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> Tensor:
@@ -155,9 +174,13 @@ class ModelRunner:
             raise ValueError(
                 f"{type(self.model).__name__} has layers that do not use transformers' attention interface"
             )
+        return self._in_place(logits)
+
+    def _in_place(self, logits: Tensor) -> Tensor:
+        """In float32, on the device; with fixed shapes where a draw looks for them, if they fit."""
         if self._static is not None and len(logits) <= len(self.logits):
             return self.logits[: len(logits)].copy_(logits)
-        return logits.float()
+        return logits.to(self.model.device, torch.float32)
 
     def _call(self, token_ids: Tensor, paged: PagedBatch, wanted: Tensor | int = 0) -> Tensor:
         output = self.model(

@@ -34,6 +34,13 @@ class Row:
         """One that is being drawn is negative, see `Sequence.expect`."""
         return [*self.branch.tokens[self.start : self.end], *self.drafts]
 
+    def cut(self, num_tokens: int) -> "tuple[Row, Row]":
+        """Its first tokens, and the others."""
+        middle = self.start + num_tokens
+        num_drafts = max(0, middle - (self.end - len(self.drafts)))
+        head = Row(self.branch, self.start, middle, self.drafts[:num_drafts])
+        return head, Row(self.branch, middle, self.end, self.drafts[num_drafts:])
+
 
 @dataclass(slots=True)
 class Step:

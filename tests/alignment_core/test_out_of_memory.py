@@ -1,0 +1,192 @@
+"""A GPU that runs out of memory in the middle of a step: mocked, as we have none, by a model that takes so many tokens
+and no more.
+"""
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alignment_core import Prompt, SamplingParams
+from alignment_core import engine as engine_module
+from alignment_core.halving import halve
+from alignment_core.scheduler import Row
+from alignment_core.sequence import Branch
+from tests.alignment_core import test_speculation
+from tests.alignment_core.test_engine import GREEDY, aligned, judge, prompts
+from tests.alignment_core.test_speculation import few_words  # noqa: F401 - a fixture
+from tests.conftest import make_engine, run_all, token_ids
+
+CONFIGS = {
+    "together": {"page_size": 4, "num_pages": 500, "max_num_batched_tokens": 512},
+    "chunked": {"page_size": 4, "num_pages": 500, "max_num_batched_tokens": 13},
+    "preempted": {"page_size": 3, "num_pages": 70},
+    "overlapped": {"page_size": 3, "num_pages": 500, "static": True},
+    "overlapped and preempted": {"page_size": 3, "num_pages": 70, "static": True},
+    "pages of one token": {"page_size": 1, "num_pages": 2000},
+}
+
+
+@contextmanager
+def memory_for(model, num_tokens, after=True):
+    """Yields the sizes of the forward passes that failed. after: they fail at their end, when all keys are written."""
+    failed = []
+
+    def forward(_, __, kwargs, *___):
+        size = kwargs["input_ids"].shape[1]
+        if size > num_tokens:
+            failed.append(size)
+            raise torch.OutOfMemoryError("injected")
+
+    register = model.register_forward_hook if after else model.register_forward_pre_hook
+    hook = register(forward, with_kwargs=True)
+    try:
+        yield failed
+    finally:
+        hook.remove()
+
+
+def requests():
+    """Plain, aligned, by several principles, twins that share their pages from the first step on; and sampled ones."""
+    one, two = (aligned(2.0, extra=extra).principled[0] for extra in (9, 4))
+    several = Prompt((one, two), (0.5, 0.5), (2.0, 1.0), aligned(2.0).base)
+    drawn = SamplingParams(max_tokens=12, ignore_eos=True, seed=5)
+    greedy = [*prompts(), several, aligned(2.0, 33, 3), aligned(2.0, 33, 3)]
+    return [(prompt, GREEDY) for prompt in greedy] + [(prompt, drawn) for prompt in (several, aligned(0, 33, 3))]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 11])
+@pytest.mark.parametrize("after", [False, True], ids=["nothing written", "all written"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_step_that_is_too_large_runs_in_parts_and_nobody_can_tell(tiny, config, after, num_tokens, caplog):
+    loaded, oracle = tiny
+    undisturbed = run_all(make_engine(loaded, num_pages=900), requests())
+    engine = make_engine(loaded, **config)
+    with memory_for(loaded.model, num_tokens, after) as failed:
+        all_outputs = run_all(engine, requests())
+    assert len(failed) > 0
+    assert sum("runs as two" in record.message for record in caplog.records) == len(failed)
+    for (prompt, params), outputs, expected in zip(requests(), all_outputs, undisturbed, strict=True):
+        if params == GREEDY:
+            judge(oracle, prompt, outputs)
+        assert token_ids(outputs) == token_ids(expected)
+        assert outputs[-1].finish_reason == "length"
+    assert engine.pool.num_free == engine.pool.num_pages
+    assert (engine.scheduler.num_preemptions > 0) == (config["num_pages"] == 70)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 7])
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"static": True}, {"page_size": 3, "num_pages": 96}, {"page_size": 3, "num_pages": 96, "static": True}],
+)
+def test_drafts_are_judged_in_parts(few_words, config, num_tokens):  # noqa: F811
+    loaded, oracle = few_words
+    engine = make_engine(loaded, **{"num_pages": 600, "num_speculative_tokens": 6, **config})
+    texts = test_speculation.prompts()
+    with memory_for(loaded.model, num_tokens) as failed:
+        all_outputs = run_all(engine, [(prompt, test_speculation.LONG) for prompt in texts])
+    assert len(failed) > 0
+    for prompt, outputs in zip(texts, all_outputs, strict=True):
+        assert len(judge(oracle, prompt, outputs)) == 40
+    assert engine.stats().num_tokens_accepted > 20
+    assert engine.pool.num_free == engine.pool.num_pages
+    assert (engine.scheduler.num_preemptions > 0) == ("num_pages" in config)
+
+
+def test_where_one_token_is_too_much_the_engine_ends_with_an_error(tiny):
+    loaded, _ = tiny
+    engine = make_engine(loaded, num_pages=100)
+    outputs = []
+    with memory_for(loaded.model, 0) as failed:
+        engine.submit(aligned(2.0), GREEDY, outputs.append)
+        with engine:
+            engine._thread.join(60)
+    assert isinstance(engine.error, torch.OutOfMemoryError)
+    assert outputs[-1].finish_reason == "error"
+    assert failed[-1] == 1
+    assert engine.pool.num_free == 100
+
+
+class Told(list):
+    """Followers that only listen."""
+
+    tell = list.append
+
+
+def test_with_followers_there_is_no_second_try(tiny):
+    """They would have run the first one."""
+    loaded, _ = tiny
+    engine = make_engine(replace(loaded, followers=Told()), num_pages=100)
+    engine.submit(aligned(2.0), GREEDY, lambda _: None)
+    engine.runner.followers.clear()
+    with memory_for(loaded.model, 5), pytest.raises(torch.OutOfMemoryError):
+        engine.step()
+    assert len(engine.runner.followers) == 1
+
+
+LOGPROBS = replace(GREEDY, logprobs=2, trace=True)
+
+
+@pytest.mark.parametrize("what", ["sample", "log_probabilities"])
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"static": True}, {"num_speculative_tokens": 4}, {"static": True, "num_speculative_tokens": 4}],
+    ids=str,
+)
+def test_a_draw_that_is_too_large_is_made_in_parts(few_words, monkeypatch, config, what):  # noqa: F811
+    """However often: one sequence at a time always fits."""
+    loaded, _ = few_words
+    wanted = [
+        (prompt, replace(test_speculation.LONG, logprobs=i % 3 or None, trace=i == 4, seed=i, temperature=i % 2))
+        for i, prompt in enumerate(test_speculation.prompts())
+    ]
+    undisturbed = run_all(make_engine(loaded, num_pages=600), wanted)
+    engine, failed = make_engine(loaded, num_pages=600, **config), []
+
+    def small(original):
+        def drawn(logits, sequences, *more):
+            if len(set(sequences)) > 1:
+                failed.append(len(sequences))
+                raise torch.OutOfMemoryError("injected")
+            return original(logits, sequences, *more)
+
+        return drawn
+
+    if what == "sample":
+        monkeypatch.setattr(engine, "_sample", small(engine._sample))
+    monkeypatch.setattr(engine_module, what, small(getattr(engine_module, what)))
+    for outputs, expected in zip(run_all(engine, wanted), undisturbed, strict=True):
+        assert token_ids(outputs) == token_ids(expected)
+        assert [o.logprobs for o in outputs] == [o.logprobs for o in expected]
+    assert len(failed) > 20
+    assert engine.pool.num_free == engine.pool.num_pages
+
+
+rows = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 12), st.integers(0, 5)), min_size=1, max_size=6)
+
+
+@given(rows)
+def test_halves_have_all_tokens_in_order_and_want_the_same_ones(sizes):
+    whole = [
+        Row(Branch(list(range(100 * i, 100 * i + start + length))), start, start + length + drafts, (-1,) * drafts)
+        for i, (start, length, drafts) in enumerate(sizes)
+    ]
+    wanted = [(row, place) for place in (-1, -2, -3) for row in reversed(whole) if row.num_tokens >= -place]
+    first, second = halve(whole, wanted)
+    positions = [
+        [(row.branch.tokens[0], row.start + i, token) for row in part for i, token in enumerate(row.tokens)]
+        for part in (whole, first.rows, second.rows)
+    ]
+    assert positions[0] == positions[1] + positions[2]
+    assert abs(len(positions[1]) - len(positions[2])) <= 1
+    lines = {}
+    for half in (first, second):
+        for line, (row, place) in zip(half.lines, half.wanted, strict=True):
+            assert any(row is mine for mine in half.rows)
+            assert -row.num_tokens <= place < 0
+            lines[line] = (row.branch.tokens[0], row.end + place)
+    assert [lines[i] for i in range(len(wanted))] == [(row.branch.tokens[0], row.end + place) for row, place in wanted]
