@@ -8,11 +8,8 @@ import importlib.metadata
 import importlib.util
 import io
 import logging
-import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +17,11 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
 
-from alignment_core import cuda_quantization, tensor_parallel
+from alignment_core import cache, cuda_quantization, tensor_parallel
 from alignment_core.cpu.layers import replace_layers
 from alignment_core.cpu.native import library
 from alignment_core.model_runner import scales_by_length
@@ -237,33 +235,38 @@ def _load_embedded(
     import platformdirs  # here, as nothing else needs it: the engine runs where it is not installed
 
     cached = platformdirs.user_cache_path("linalign") / f"{EMBEDDED_ID}-{key}"
-    if cached.is_dir():
+    if cache.has(cached):
         log.info("Loading the embedded model")
         try:
             return _from_pretrained(str(cached), dtype, options)
-        except Exception as error:  # whatever is wrong with the copy, the original is at hand
+        except LoadingError as error:  # whatever is wrong with the copy, the original is at hand
             log.warning("The cached copy of the embedded model is damaged (%s); converting it anew", error)
-            shutil.rmtree(cached)
-    _convert(gguf, cached)
-    return _from_pretrained(str(cached), dtype, options)
+            with contextlib.suppress(OSError):
+                cache.discard(cached)
+    return _converted(gguf, cached, dtype, options)
 
 
-def _convert(gguf: Path, target: Path) -> None:
-    """Write the GGUF's model as float32 safetensors. The target appears whole or not at all."""
+def _converted(
+    gguf: Path, cached: Path, dtype: torch.dtype | str, options: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The GGUF's model, which is kept as float32 safetensors for the next start, if it can be."""
     log.info("Converting the embedded model, once; this takes about half a minute")
     plain, tokenizer = _from_gguf(gguf, torch.float32)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent)
+
+    def save(directory: Path) -> None:
+        plain.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
     try:
-        plain.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        try:
-            os.rename(scratch, target)
-        except OSError:
-            if not target.is_dir():  # else another process was faster, with the same content
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        cache.add(cached, save)
+        return _from_pretrained(str(cached), dtype, options)
+    except (OSError, SafetensorError, LoadingError) as error:
+        if "distributed_config" in options:
+            raise LoadingError(
+                f"a model in several parts needs its converted copy, which can't be kept: {error}"
+            ) from error
+        log.warning("The converted model can't be kept, so that every start will convert it: %s", error)
+    return (plain if dtype == "auto" else plain.to(dtype)), tokenizer
 
 
 def _quiet_unless_on_a_terminal() -> contextlib.AbstractContextManager[object]:

@@ -29,15 +29,16 @@ def free_port():
 
 
 @contextlib.contextmanager
-def serving(*args, patch="", status=0, **options):
+def serving(*args, patch="", status=0, env=None, **options):
     """A real `linalign serve` process; yields its URL and the process once it is healthy.
 
-    patch: code that is run in it first, to break something. status: what it ends with. options: of Popen.
+    patch: code that is run in it first, to break something. status: what it ends with. env: beside the usual one.
+    options: of Popen.
     """
     port = free_port()
     code = patch + "\nfrom server.cli import main; main()"
     command = [sys.executable, "-c", code, "serve", "--port", str(port), *args]
-    with subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, **options) as process:
+    with subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}, **options) as process:
         url = f"http://127.0.0.1:{port}"
         try:
             deadline = time.monotonic() + 120

@@ -1,5 +1,6 @@
 """kernels.cpp as a shared library: compiled on first use, kept in the user's cache, called through ctypes."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -15,9 +16,12 @@ from pathlib import Path
 import platformdirs
 import torch  # noqa: F401 - first, so that our library shares its OpenMP runtime and threads
 
+from alignment_core import cache
+
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
+FILE = "kernels.so"
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 
 
@@ -94,7 +98,7 @@ def library() -> ctypes.CDLL | None:
         log.warning("No C++ compiler (c++) was found: the CPU runs without our kernels, several times slower")
         return None
     try:
-        lib = ctypes.CDLL(str(_built(compiler)))
+        lib = _loaded(compiler)
     except (OSError, subprocess.CalledProcessError) as error:
         detail = getattr(error, "stderr", None) or error
         log.warning("Our CPU kernels could not be compiled; running without them, several times slower: %s", detail)
@@ -117,20 +121,32 @@ def release_threads() -> None:
         lib.linalign_release_threads()
 
 
-def _built(compiler: str) -> Path:
-    """The library for this source, compiler and processor. A half-written file is never used."""
+def _loaded(compiler: str) -> ctypes.CDLL:
+    """The library for this source, compiler and processor. Raises CalledProcessError, OSError."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), _processor()]))
-    target = platformdirs.user_cache_path("linalign") / f"kernels-{key.hexdigest()[:16]}.so"
-    if not target.exists():
-        log.info("Compiling the CPU kernels, once; this takes some seconds")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            output = Path(scratch) / target.name
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(output)]
-            subprocess.run(command, capture_output=True, check=True, text=True)
-            output.rename(target)
-    return target
+    cached = platformdirs.user_cache_path("linalign") / f"kernels-{key.hexdigest()[:16]}"
+    if cache.has(cached):
+        try:
+            return ctypes.CDLL(str(cached / FILE))
+        except OSError as error:
+            log.warning("Our CPU kernels in the cache are damaged (%s); compiling them anew", error)
+            with contextlib.suppress(OSError):
+                cache.discard(cached)
+    log.info("Compiling the CPU kernels, once; this takes some seconds")
+
+    def build(directory: Path) -> None:
+        command = [compiler, *FLAGS, str(SOURCE), "-o", str(directory / FILE)]
+        subprocess.run(command, capture_output=True, check=True, text=True)
+
+    try:
+        cache.add(cached, build)
+        return ctypes.CDLL(str(cached / FILE))
+    except (OSError, subprocess.CalledProcessError) as error:
+        log.warning("Our CPU kernels can't be kept, so that every start will compile them: %s", error)
+    with tempfile.TemporaryDirectory() as scratch:
+        build(Path(scratch))
+        return ctypes.CDLL(str(Path(scratch, FILE)))
 
 
 def _processor() -> bytes:

