@@ -8,7 +8,6 @@ import importlib.metadata
 import importlib.util
 import io
 import logging
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -103,7 +102,7 @@ def load(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if where.type != "cpu" and tensor_parallel_size == 1:
         options["device_map"] = where  # straight to the GPU
-    processes: list[subprocess.Popen[bytes]] = []
+    followers = None
     if tensor_parallel_size > 1:
         options["distributed_config"] = DistributedConfig(tp_size=tensor_parallel_size)
         if not tensor_parallel.is_follower():
@@ -115,7 +114,7 @@ def load(
                 "trust_remote_code": trust_remote_code,
                 "tensor_parallel_size": tensor_parallel_size,
             }
-            processes = tensor_parallel.start(tensor_parallel_size, arguments)
+            followers = tensor_parallel.start(tensor_parallel_size, arguments)
     started = time.perf_counter()
     _show_progress_on_terminals_only()
     try:
@@ -126,12 +125,11 @@ def load(
         if tensor_parallel_size == 1:
             _prepare_layers(model, quantization)
     except BaseException:
-        for process in processes:
-            process.kill()
+        if followers is not None:
+            followers.kill()
         raise
     model.eval()
     log.info("Loaded %s in %.1f s: %s on %s", id, time.perf_counter() - started, model.dtype, where)
-    followers = Followers(processes) if processes else None
     return LoadedModel(id, model, tokenizer, _max_model_len(model), _eos_token_ids(model, tokenizer), followers)
 
 

@@ -1,17 +1,35 @@
 """A model in two parts, two processes on gloo: the same replies as in one; failures end in errors, never in waiting."""
 
+import ast
+import contextlib
+import io
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
+import httpx
+import numpy as np
 import pytest
 
+import alignment_core
+import server
 from alignment_core import LoadingError, load
+from alignment_core.attention.paged_batch import Plan
+from alignment_core.messages import pack, unpack
+from alignment_core.model_runner import RunnerConfig
+from alignment_core.scheduler import Row
+from alignment_core.sequence import Branch
 from tests.alignment_core.test_engine import prompts
 from tests.conftest import tiny_pair
 from tests.oracle import Setting
+from tests.server.test_faults import chat
+from tests.serving import serving
 
 SCRIPT = """
 import json, os, signal, sys
@@ -50,10 +68,10 @@ def checkpoint(tokenizer, tmp_path_factory):
     return str(path), oracle
 
 
-def run(checkpoint, *arguments):
+def run(checkpoint, *arguments, **environment):
     """What the script printed, line by line; it must end well unless it vanishes."""
     command = [sys.executable, "-c", SCRIPT, checkpoint, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, **environment})
     assert result.returncode == (-9 if "vanish" in arguments else 0), result.stderr
     first, *rest = result.stdout.splitlines()
     return json.loads(first), rest
@@ -101,3 +119,135 @@ def test_what_can_not_be_split_is_refused():
         load("model.gguf", tensor_parallel_size=2)
     with pytest.raises(LoadingError, match="a GPU each"):
         load("model", device="cuda:1", tensor_parallel_size=2)
+
+
+# Nobody beyond, and no pickle
+
+
+KINDS = {"Plan": Plan, "RunnerConfig": RunnerConfig}
+
+
+def test_messages_arrive_as_they_were_sent():
+    row = Row(Branch(tokens=[5, 6, -1], pages=[3, 9]), 1, 5, (8, 9))
+    empty = Plan.of([row], [], 4)
+    sent = [RunnerConfig(4, 512, 8, "fp8", True), 45, Plan.of([row], [(row, -1), (row, -2)], 4), empty, None]
+    stream = io.BytesIO(b"".join(map(pack, sent)))
+    for message in sent:
+        told = unpack(stream, KINDS)
+        assert type(told) is type(message)
+        if not isinstance(message, Plan):
+            assert told == message
+            continue
+        for name in Plan.__slots__:
+            value, expected = getattr(told, name), getattr(message, name)
+            assert type(value) is type(expected)
+            assert np.array_equal(value, expected)
+            assert getattr(value, "dtype", None) == getattr(expected, "dtype", None)
+            assert not isinstance(value, np.ndarray) or value.flags.writeable
+    with pytest.raises(EOFError):
+        unpack(stream, KINDS)
+
+
+def test_a_message_that_is_cut_off_is_none():
+    whole = pack(RunnerConfig(4, 512))
+    for length in range(len(whole)):
+        with pytest.raises(EOFError):
+            unpack(io.BytesIO(whole[:length]), KINDS)
+
+
+WATCH = """
+import sys
+def hook(event, arguments):
+    if event == "pickle.find_class":
+        with open({log!r}, "a") as log:
+            log.write(repr(arguments) + "\\n")
+sys.addaudithook(hook)
+"""
+
+
+def test_no_process_unpickles_anything(checkpoint, tmp_path):
+    """As Python itself tells: a pickle that can do more than hold numbers and strings looks for a class."""
+    log = tmp_path / "log"
+    (tmp_path / "sitecustomize.py").write_text(WATCH.format(log=str(log)))
+    path = os.pathsep.join([str(tmp_path), os.getcwd()])
+    probe = "import pickle, datetime; pickle.loads(pickle.dumps(datetime.date(2000, 1, 1)))"
+    subprocess.run([sys.executable, "-c", probe], env={**os.environ, "PYTHONPATH": path}, check=True)
+    assert "datetime" in log.read_text()  # it would be seen
+    log.unlink()
+    seen, _ = run(checkpoint[0], "0", PYTHONPATH=path)
+    assert len(seen["replies"]) == len(prompts())
+    assert not log.exists(), log.read_text()
+
+
+FORBIDDEN = re.compile(
+    r"(_?pickle|cPickle|cloudpickle|dill|marshal|shelve|joblib|multiprocessing|torch\.multiprocessing)(\.|$)"
+)
+BY_PICKLE = {"broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list"}
+BY_PICKLE |= {"send_object_list", "recv_object_list", "allow_pickle", "weights_only"}
+
+
+def test_no_module_of_ours_has_to_do_with_pickle():
+    files = [path for package in (alignment_core, server) for path in Path(package.__file__).parent.rglob("*.py")]
+    assert len(files) > 50
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in getattr(node, "names", ()) if isinstance(alias, ast.alias)]
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or "", *(f"{node.module}.{name}" for name in names)]
+            assert not any(map(FORBIDDEN.match, names)), (path, names)
+            assert not BY_PICKLE & {getattr(node, name, None) for name in ("attr", "id", "arg")}, path
+            loads = isinstance(node, ast.Attribute) and node.attr == "load" and isinstance(node.value, ast.Name)
+            assert not (loads and node.value.id in ("torch", "np", "numpy")), path
+
+
+@pytest.fixture(scope="module")
+def speaking(tokenizer, tmp_path_factory):
+    """A checkpoint that has the tokens of any text."""
+    loaded, _ = tiny_pair(tokenizer, kernels=False)
+    path = tmp_path_factory.mktemp("speaking") / "smollm2"  # the name that `chat` asks for
+    loaded.model.save_pretrained(path)
+    loaded.tokenizer.save_pretrained(path)
+    return path
+
+
+@contextlib.contextmanager
+def in_two_parts(path, **options):
+    """Yields the URL, the process of rank 0 and the other's id."""
+    with serving(str(path), "--tensor-parallel-size", "2", **options) as (url, process):
+        (follower,) = subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True
+        ).stdout.split()
+        yield url, process, int(follower)
+
+
+def test_what_the_processes_listen_on_is_of_this_machine_alone(speaking):
+    with in_two_parts(speaking) as (_, process, follower):
+        sockets = subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True, check=True).stdout.splitlines()
+        ours = [line for line in sockets if f"pid={process.pid}," in line or f"pid={follower}," in line]
+        assert len(ours) > 3  # the server's own, the store's, the collective operations'
+        assert {line.split()[3].rpartition(":")[0] for line in ours} == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("busy", [False, True])
+def test_no_follower_outlives_its_server(speaking, how, busy):
+    status = 0 if how == signal.SIGTERM else -signal.SIGKILL
+    with in_two_parts(speaking, status=status) as (url, process, follower):
+        ended = []
+
+        def ask():
+            with contextlib.suppress(httpx.TransportError):
+                ended.append(chat(url, max_tokens=400 if busy else 2))
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        if busy:
+            while "linalign:num_requests_running 1.0" not in httpx.get(url + "/metrics").text:
+                time.sleep(0.01)
+        else:
+            asking.join()
+        process.send_signal(how)
+        assert process.wait(60) == status
+        asking.join()
+        assert is_gone(follower)
+        assert len(ended) == (how == signal.SIGTERM or not busy)
