@@ -1,8 +1,5 @@
 """Real clients against a real server process with the embedded model."""
 
-import contextlib
-import gc
-import http.client
 import json
 import subprocess
 import time
@@ -286,35 +283,6 @@ def test_neutral_values_of_unsupported_fields_are_fine(url):
         "logit_bias": {},
     }
     assert httpx.post(url + "/v1/chat/completions", json={**BASE, **neutral}, timeout=60).status_code == 200
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_pages_within_two_steps(own_server, stream, caplog):
-    url, engine = own_server
-    body = {**BASE, "max_tokens": 4000, "principle": PRINCIPLE, "stream": stream}
-    steps_after_abort, abort = [], engine.abort
-
-    def watch(request_id):
-        abort(request_id)
-        steps_after_abort.append(engine.runner.num_forwards)
-
-    engine.abort = watch
-    host = url.removeprefix("http://")
-    with contextlib.closing(http.client.HTTPConnection(host, timeout=60)) as client:
-        client.request("POST", "/v1/chat/completions", json.dumps(body), JSON)
-        wait_until(lambda: engine.runner.num_forwards > 3)
-    wait_until(lambda: engine.pool.num_free == engine.pool.num_pages and steps_after_abort)
-    assert engine.runner.num_forwards <= steps_after_abort[0] + 2
-    assert httpx.post(url + "/v1/chat/completions", json=BASE, timeout=60).status_code == 200
-    gc.collect()  # an exception that nobody asked for is told of when it goes
-    assert "never retrieved" not in caplog.text
 
 
 def test_a_dead_engine_shows_in_health_and_errors(own_server, monkeypatch):

@@ -1,0 +1,292 @@
+"""A client that leaves at any moment takes its work with it, and nobody else notices."""
+
+import contextlib
+import gc
+import http.client
+import itertools
+import json
+import socket
+import threading
+import time
+
+import httpx
+import pytest
+
+from tests.serving import serving
+
+LONG = 4000  # tokens that nobody waits for: minutes
+PATCH = """
+import asyncio, contextlib, pathlib, time
+import alignment_core.grammars as grammars, alignment_core.loading as loading
+from server.routes import chat, completions, responses
+loading._eos_token_ids = lambda *_: frozenset({{3}})  # which nobody draws: replies end by their length only
+here = pathlib.Path({directory!r})
+compile, original = grammars.Grammars._compile, chat.event_stream
+def slowly_compiled(self, structure):
+    (here / "compiling").touch()
+    time.sleep(2)
+    matcher = compile(self, structure)
+    (here / "compiled").touch()
+    return matcher
+def event_stream(events, replies):
+    async def slowly_ended():
+        async with contextlib.aclosing(events):
+            async for event in events:
+                if event.data == "[DONE]" or '"type":"response.incomplete"' in event.data:
+                    (here / "ending").touch()
+                    await asyncio.sleep(2)
+                yield event
+        (here / "ended").touch()
+    return original(slowly_ended(), replies)
+grammars.Grammars._compile = slowly_compiled
+for module in (chat, completions, responses):
+    module.event_stream = event_stream
+"""
+COMPLAINTS = ("Traceback", "never retrieved", "never awaited", "Exception", "ERROR", "was destroyed")
+PRINCIPLE = {"principle": "Mention the sea.", "alignment_ratio": 2}
+SEVERAL = {"n": 2, "max_tokens": LONG}
+numbers = itertools.count()
+
+
+def told(text):
+    return [{"role": "user", "content": text}]
+
+
+# By name: the path, the body for a text, and how many sequences it makes.
+KINDS = {
+    "chat": ("/v1/chat/completions", lambda text: {"messages": told(text), "max_tokens": LONG, **PRINCIPLE}, 1),
+    "chat with n = 2": ("/v1/chat/completions", lambda text: {"messages": told(text), **SEVERAL, **PRINCIPLE}, 2),
+    "completions of two prompts with n = 2": (
+        "/v1/completions",
+        lambda text: {"prompt": [text, "B" + text], **SEVERAL},
+        4,
+    ),
+    "responses": ("/v1/responses", lambda text: {"input": text, "max_output_tokens": LONG, **PRINCIPLE}, 1),
+}
+
+
+class Server:
+    """directory: where it marks how far it has come."""
+
+    def __init__(self, url, directory, stderr):
+        self.url, self.directory, self._stderr = url, directory, stderr
+        self.undisturbed = {n: self.bystander(n=n) for n in (1, 4)}
+
+    def complaints(self):
+        self._stderr.flush()
+        text = (self.directory / "stderr").read_text()
+        return [line for line in text.splitlines() if any(word in line for word in COMPLAINTS)]
+
+    def counts(self):
+        """Sequences that run and that wait, and the share of pages that are held."""
+        values = {}
+        for line in httpx.get(self.url + "/metrics").text.splitlines():
+            if line.startswith("linalign:"):
+                name, value = line.split()
+                values[name.removeprefix("linalign:").partition("{")[0]] = float(value)
+        return tuple(values[name] for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"))
+
+    def bystander(self, begun=None, max_tokens=60, n=1):
+        """The texts of a stream's choices. begun: an Event, set with its first token."""
+        body = {"model": "smollm2", "messages": told("Tell me about towns."), "temperature": 0, "stream": True}
+        body |= {"max_tokens": max_tokens, "n": n, **(PRINCIPLE if n == 1 else {})}
+        texts = [""] * n
+        with httpx.stream("POST", self.url + "/v1/chat/completions", json=body, timeout=120) as response:
+            assert response.status_code == 200, response.read()
+            for line in filter(None, response.iter_lines()):
+                if line.startswith("data: {"):
+                    (choice,) = json.loads(line[6:])["choices"]
+                    texts[choice["index"]] += choice["delta"].get("content", "")
+                    if begun is not None and choice["delta"].get("content"):
+                        begun.set()
+        assert line == "data: [DONE]"
+        return texts
+
+
+@contextlib.contextmanager
+def disturbed(server, n=1, max_tokens=60):
+    """Somebody else's stream, within which something happens; afterwards nothing is left and nothing was lost."""
+    begun, texts = threading.Event(), []
+    thread = threading.Thread(target=lambda: texts.extend(server.bystander(begun, max_tokens, n)))
+    thread.start()
+    try:
+        until(lambda: begun.is_set() or not thread.is_alive())
+        yield
+    finally:
+        thread.join(120)
+    expected = server.undisturbed[n]
+    assert [text[: len(expected[0])] for text in texts] == expected
+    until(lambda: server.counts() == (0, 0, 0))
+    assert server.complaints() == []
+
+
+def until(condition, seconds=30):
+    """A reply of LONG tokens takes longer than this."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def client(server, path, body, part=1.0):
+    """The socket of a client that has sent its request, or a part of its body, and leaves at the end."""
+    host, port = server.url.removeprefix("http://").split(":")
+    data = json.dumps({"model": "smollm2", "temperature": 0, **body}).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(head.encode() + data[: int(len(data) * part)])
+        yield connection
+
+
+@pytest.fixture(scope="module")
+def marks(tmp_path_factory):
+    return tmp_path_factory.mktemp("marks")
+
+
+@pytest.fixture(scope="module")
+def server(embedded, marks):  # noqa: ARG001 - loaded first, so that the server finds the converted copy
+    with (marks / "stderr").open("w") as stderr:
+        patch = PATCH.format(directory=str(marks))
+        with serving("--max-num-seqs", "4", patch=patch, stderr=stderr) as (url, _):
+            yield Server(url, marks, stderr)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_marked(marks):
+    for name in ("compiling", "compiled", "ending", "ended"):
+        (marks / name).unlink(missing_ok=True)
+
+
+each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+whole_and_streamed = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+
+
+@each_kind
+@whole_and_streamed
+def test_in_the_queue(server, kind, stream):
+    path, body, num_sequences = kind
+    with disturbed(server, n=4, max_tokens=150):
+        with client(server, path, {**body("Tell me about seas."), "stream": stream}):
+            until(lambda: server.counts()[:2] == (4, num_sequences))
+        until(lambda: server.counts()[:2] == (4, 0))
+
+
+@each_kind
+@whole_and_streamed
+def test_while_its_grammar_is_compiled(server, marks, kind, stream):
+    path, body, _ = kind
+    name = f"word{next(numbers)}"  # no other has it: it is not compiled yet
+    schema = {"type": "object", "properties": {name: {"type": "string"}}, "required": [name]}
+    limits = {"structured_outputs": {"regex": f"{name}[a-z ]*"}}
+    if "responses" in path:
+        limits = {"text": {"format": {"type": "json_schema", "name": name, "schema": schema}}}
+    with disturbed(server):
+        with client(server, path, {**body("Tell me about seas."), **limits, "stream": stream}):
+            until((marks / "compiling").exists)
+            assert not (marks / "compiled").exists()
+        assert not (marks / "compiled").exists()
+        until((marks / "compiled").exists)
+
+
+@each_kind
+@whole_and_streamed
+def test_while_its_prompt_is_computed(server, kind, stream):
+    """Of thousands of tokens that nobody has computed before, 128 a step."""
+    path, body, _ = kind
+    text = f"{next(numbers)} seas. " + " ".join(str(number) for number in range(800))
+    with disturbed(server):
+        with client(server, path, {**body(text), "stream": stream}) as connection:
+            until(lambda: server.counts()[0] > 1)
+            connection.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                assert b'"delta":{"content":"' not in connection.recv(100_000).replace(b'"content":""', b"")
+        until(lambda: server.counts()[0] <= 1)
+
+
+@each_kind
+def test_in_the_middle_of_a_stream(server, kind):
+    path, body, _ = kind
+    with disturbed(server):
+        with client(server, path, {**body("Tell me about seas."), "stream": True}) as connection:
+            received = b""
+            while received.count(b"\ndata: {") < 20:
+                part = connection.recv(65536)
+                assert part
+                received += part
+        until(lambda: server.counts()[0] <= 1)
+
+
+@each_kind
+def test_while_a_whole_reply_is_drawn(server, kind):
+    path, body, num_sequences = kind
+    with disturbed(server):
+        with client(server, path, body("Tell me about seas.")):
+            until(lambda: server.counts()[0] == min(4, 1 + num_sequences))
+            usage = server.counts()[2]
+            until(lambda: server.counts()[2] > usage)  # it has begun another page
+        until(lambda: server.counts()[0] <= 1)
+
+
+@each_kind
+def test_between_the_last_token_and_the_end_of_the_stream(server, marks, kind):
+    path, body, _ = kind
+    short = {name: 3 if value == LONG else value for name, value in body("Tell me about seas.").items()}
+    with disturbed(server):
+        with client(server, path, {**short, "stream": True}) as connection:
+            until((marks / "ending").exists)
+            connection.setblocking(False)
+            received = connection.recv(1_000_000)
+            assert b"data: " in received
+            assert b"[DONE]" not in received
+        assert not (marks / "ended").exists()
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5])
+@each_kind
+def test_before_all_of_its_body_is_sent(server, kind, part):
+    path, body, _ = kind
+    with disturbed(server):
+        with client(server, path, body("Tell me about seas."), part):
+            pass
+        assert server.counts()[:2] == (1, 0)
+
+
+def test_a_hundred_clients_that_leave_at_any_moment(server):
+    """In the order of their numbers, from at once to after a third of a second."""
+    with disturbed(server, max_tokens=300):
+        for number in range(100):
+            path, body, _ = list(KINDS.values())[number % 4]
+            with client(
+                server, path, {**body(f"Tell me about sea {number}."), "stream": number % 3 == 0}
+            ) as connection:
+                connection.settimeout(number / 300)
+                with contextlib.suppress(TimeoutError, BlockingIOError):
+                    connection.recv(100)
+
+
+@whole_and_streamed
+def test_a_client_that_leaves_frees_its_pages_within_two_steps(own_server, stream, caplog):
+    url, engine = own_server
+    body = {"model": "smollm2", "messages": told("Tell me about seas."), **PRINCIPLE}
+    steps_after_abort, abort = [], engine.abort
+
+    def watch(request_id):
+        abort(request_id)
+        steps_after_abort.append(engine.runner.num_forwards)
+
+    engine.abort = watch
+    host = url.removeprefix("http://")
+    with contextlib.closing(http.client.HTTPConnection(host, timeout=60)) as connection:
+        connection.request(
+            "POST",
+            "/v1/chat/completions",
+            json.dumps({**body, "max_tokens": LONG, "stream": stream}),
+            {"Content-Type": "application/json"},
+        )
+        until(lambda: engine.runner.num_forwards > 3)
+    until(lambda: engine.pool.num_free == engine.pool.num_pages and steps_after_abort)
+    assert engine.runner.num_forwards <= steps_after_abort[0] + 2
+    assert httpx.post(url + "/v1/chat/completions", json={**body, "max_tokens": 4}, timeout=60).status_code == 200
+    gc.collect()  # an exception that nobody asked for is told of when it goes
+    assert "never retrieved" not in caplog.text
