@@ -1,10 +1,10 @@
 """The command line: linalign serve, linalign chat, linalign bench, linalign eval."""
 
 import argparse
+import contextlib
 import gc
 import logging
 import os
-import resource
 import signal
 import sys
 from dataclasses import fields
@@ -131,5 +131,8 @@ def serve(args: list[str]) -> None:
 
 def _allow_many_connections() -> None:
     """As many open files as the system lets a process have: every stream is one."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with contextlib.suppress(ImportError, ValueError):  # systems without such limits, or with one that is infinite
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
