@@ -27,12 +27,14 @@ import httpx
 
 from server.bench import WORDS
 
-# A small KV cache, so that all of it is soon in memory, and counts that only the process itself knows.
+# A small KV cache, all of it in memory from the start, and counts that only the process itself knows.
 SERVER = """
 import asyncio, threading
-import alignment_core.engine, server.metrics
+import torch
+import alignment_core.engine, alignment_core.model_runner, server.metrics
 from prometheus_client.core import GaugeMetricFamily
 alignment_core.engine._num_pages = lambda *_: 600
+alignment_core.model_runner._zeros = lambda shape, dtype, device: torch.zeros(shape, dtype=dtype, device=device)
 collect = server.metrics.EngineCollector.collect
 def with_more(self):
     yield from collect(self)
@@ -182,13 +184,13 @@ def at_rest(url: str) -> dict[str, float]:
     return found
 
 
-def soak(seconds: float, num_clients: int = 8, seed: int = 0) -> dict[str, Any]:
+def soak(seconds: float, num_clients: int = 8, seed: int = 0, warm_up: float = 0.2) -> dict[str, Any]:
     """Ends of requests, what the server held after the warm-up and at the end, and its memory on the way."""
     with served() as url:
-        ends = asyncio.run(traffic(url, num_clients, seconds / 5, seed))
+        ends = asyncio.run(traffic(url, num_clients, seconds * warm_up, seed))
         before, memory = at_rest(url), []
         for part in range(1, 9):
-            ends += asyncio.run(traffic(url, num_clients, seconds / 10, seed + part))
+            ends += asyncio.run(traffic(url, num_clients, seconds * (1 - warm_up) / 8, seed + part))
             memory.append(round(seen(url)["memory_mb"]))
         return {"requests": dict(ends), "after_warm_up": before, "memory_mb": memory, "at_the_end": at_rest(url)}
 

@@ -4,11 +4,12 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+HEADS = ("| load", "| fault", "| input", "| who")
 
 
 def test_every_row_names_a_test_that_there_is():
     text = (ROOT / "docs" / "reliability.md").read_text()
-    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| fault", "| input"))]
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith(HEADS)]
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
     assert len(named) >= 60
     for file, name in named:

@@ -6,7 +6,7 @@ GROWTH_MB = 40  # caches that are still filling up: compiled grammars, chat temp
 
 
 def test_a_minute_of_random_traffic_with_aborts_leaves_nothing_behind():
-    told = soak(60)
+    told = soak(60, warm_up=0.5)
     before, after = told["after_warm_up"], told["at_the_end"]
     assert set(told["requests"]) == {DONE, LEFT, REFUSED}
     assert min(told["requests"].values()) >= 10
