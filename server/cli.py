@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import gc
+import importlib.util
 import logging
 import os
 import signal
@@ -81,6 +82,8 @@ def serve(args: list[str]) -> None:
     except ValueError as error:
         sys.exit(f"linalign serve: {error}")
 
+    if settings.otlp_traces_endpoint and importlib.util.find_spec("opentelemetry.sdk") is None:
+        sys.exit("linalign serve: otlp_traces_endpoint needs more: pip install 'linalign[otel]'")
     logs.begin(settings.log_format)
     if settings.is_reachable and not settings.api_keys:
         log.warning(OPEN_TO_EVERYONE, settings.host)
