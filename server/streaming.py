@@ -63,7 +63,7 @@ class Replies:
             span.take(output)
             replies._queue.put_nowait(output)
 
-        pool = state.engine.grammars.pool if params.structure else None
+        pool = state.engine.grammars.pool(params.structure) if params.structure else None
         submit = asyncio.ensure_future(loop.run_in_executor(pool, state.engine.submit, prompt, params, on_output, n))
         submit.add_done_callback(lambda done: span.fail(error) if (error := done.exception()) else None)
         try:

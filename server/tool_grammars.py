@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from alignment_core import InvalidRequest
-from alignment_core.grammars import PLAIN_JSON, STRICT
+from alignment_core.grammars import PLAIN_JSON, STRICT, refuse_in_schema
 from alignment_core.sequence import Structure
 from server.tool_calls import HERMES, LLAMA, CallFormat, call_format
 
@@ -53,11 +53,15 @@ def _calls(form: CallFormat, tools: Tools, parallel: bool) -> str:
 
 
 def _rules(form: CallFormat, tools: Tools, strict: Sequence[bool]) -> list[str]:
-    """What call_0, call_1 … are."""
+    """What call_0, call_1 … are. Raises InvalidRequest."""
     rules = []
     for index, (tool, is_strict) in enumerate(zip(tools, strict, strict=True)):
         function = tool["function"]
         schema = {"type": "object", **(function.get("parameters") or NOTHING)} if is_strict else {"type": "object"}
+        try:
+            refuse_in_schema(schema)
+        except ValueError as error:
+            raise InvalidRequest(f"the parameters of {function['name']} can't be used: {error}", "tools") from error
         head = f'{{"name": {json.dumps(function["name"])}, "{form.arguments}": '
         rules.append(f"call_{index}: {json.dumps(head)} arguments_{index} {json.dumps('}')}")
         rules.append(f"arguments_{index}: %json {json.dumps({**schema, 'x-guidance': JSON_OPTIONS})}")

@@ -1,9 +1,13 @@
 """Structured output: whatever the weights say, replies are what was asked for, and the best such replies."""
 
 import json
+import os
 import random
 import re
+import threading
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -257,3 +261,135 @@ def test_a_structure_that_could_end_goes_on_as_asked(wide, ignore_eos):
     (outputs,) = run_all(engine, [(aligned(2.0), whole)])
     assert re.fullmatch("[a-z]{2}", "".join(output.text for output in outputs))
     assert outputs[-1].finish_reason == "stop"
+
+
+# What bombs cost
+
+
+def of_json(schema):
+    return Structure("json_schema", json.dumps(schema))
+
+
+def property_names(num):
+    return {f"property_{i}": {"type": "integer"} for i in range(num)}
+
+
+HARD = {"pattern": "^.*a.{20}z$"}
+DOUBLINGS = "\n".join(f"T{i}: T{i + 1} T{i + 1}" for i in range(9))
+BOMBS = {
+    "a thousand times a thousand": Structure("regex", "((a{1,1000}){1,1000}){1,1000}"),
+    "all of Unicode": Structure("regex", r"(\w{1,1000}\W){1,1000}"),
+    "which of the last to remember": Structure("regex", "(.|\\n)*a(.|\\n){200}b"),
+    "ten to the ninth": Structure("regex", "a{1,1000000000}"),
+    "backtracking": Structure("regex", "(a|a|aa)*(a|aa)*(a*)*b"),
+    "one literal": Structure("regex", "x" * 300_000),
+    "one choice": Structure("choice", json.dumps(["ab" * 60_000])),
+    "many choices": Structure("choice", json.dumps([f"choice number {i}" for i in range(20_000)])),
+    "many constants": of_json({"properties": {f"p{i}": {"const": "x" * 7000} for i in range(16)}}),
+    "many properties": of_json({"type": "object", "properties": property_names(4000)}),
+    "properties in combinations": of_json(
+        {"allOf": [{"anyOf": [{"properties": {f"q{i}_{j}": {}}} for j in range(30)]} for i in range(2)]}
+    ),
+    "merged properties": of_json(
+        {
+            "$defs": {"a": {"properties": property_names(400)}},
+            "properties": {
+                f"r{i}": {"allOf": [{"$ref": "#/$defs/a"}, {"properties": {f"q{i}": {}}}]} for i in range(50)
+            },
+        }
+    ),
+    "patterns at once": of_json({"allOf": [{"pattern": f"^.*{chr(97 + i)}.{{{i + 1}}}z$"} for i in range(20)]}),
+    "patterns at once, by reference": of_json(
+        {
+            "$defs": {f"d{i}": {"pattern": f"{i}.*z$", "$ref": f"#/$defs/d{i + 1}"} for i in range(20)} | {"d20": HARD},
+            "$ref": "#/$defs/d0",
+        }
+    ),
+    "patterns of names": of_json({"patternProperties": {f"^k{i}_.*$": {} for i in range(300)}}),
+    "a large multiple": of_json({"type": "integer", "multipleOf": 999_983}),
+    "a common multiple": of_json({"allOf": [{"type": "integer", "multipleOf": p} for p in (1009, 1013)]}),
+    "many multiples": of_json({"properties": {f"p{i}": {"type": "integer", "multipleOf": 9991} for i in range(200)}}),
+    "a reference to itself": of_json({"$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}] * 2}}, "$ref": "#/$defs/a"}),
+    "a long way": of_json(
+        {
+            "$defs": {f"d{i}": {"properties": {"a": {"$ref": f"#/$defs/d{i + 1}"}}} for i in range(490)},
+            "$ref": "#/$defs/d0",
+        }
+    ),
+    "nothing, often": Structure("grammar", 'start: "x" ' + "a? " * 30_000 + '\na: "a" | "b" a'),
+    "nothing, as often as may be": Structure("grammar", 'start: "x" ' + "a? " * 1200 + '\na: "a" | "b" a'),
+    "doublings": Structure("grammar", f'start: T0\n{DOUBLINGS}\nT9: "{"xy" * 500}"'),
+    "ambiguity": Structure("grammar", "start: s\ns: s s s s | s s | A | B\nA: /[a-z ]+/\nB: /[a-z]+ ?/"),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_takes_no_second_and_no_memory_to_speak_of(name, bombed):
+    """Neither to compile or be refused, nor for a mask: others wait for both. In seconds of this thread's, a fifth of
+    which the worst take here, so that the machine's other work does not count; and in megabytes, 1 GB for all in the
+    cache.
+    """
+    grammars, words = bombed
+    grammars._compiled.cache_clear()
+    before, began = resident_bytes(), time.thread_time()
+    matcher, told = None, ""
+    try:
+        matcher = grammars.matcher(BOMBS[name])
+    except InvalidRequest as error:
+        told = str(error)
+    seconds = time.thread_time() - began
+    chance, longest = random.Random(0), 0.0
+    while matcher and not matcher.is_stopped() and chance.random() > 0.02:
+        began = time.thread_time()
+        mask = matcher.compute_bitmask()
+        longest = max(longest, time.thread_time() - began)
+        allowed = [i for i in words if mask[i // 8] >> (i % 8) & 1]
+        if not allowed or not matcher.consume_token(max(chance.sample(allowed, min(3, len(allowed))), key=words.get)):
+            break
+    assert len(told) < 1000
+    assert "backtrace" not in told
+    assert seconds < 2
+    assert longest < 0.1
+    assert resident_bytes() - before < 100 << 20
+
+
+@pytest.fixture(scope="module")
+def bombed(embedded):
+    """Grammars over the real vocabulary, and how long its tokens are."""
+    grammars = make_engine(embedded, num_pages=8).grammars
+    grammars.matcher(Structure("regex", "a"))
+    return grammars, {id: len(token) for token, id in embedded.tokenizer.get_vocab().items()}
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": property_names(500), "required": list(property_names(500))},
+        {"type": "object", "properties": property_names(500)},
+        {"enum": [f"Town number {i}" for i in range(5000)]},
+        {"type": "array", "items": {"allOf": [{"$ref": "#/$defs/a"}]}, "$defs": {"a": HARD}},
+        {"properties": {f"p{i}": {**HARD, "description": "x" * 2000} for i in range(40)}},
+        {"properties": {f"p{i}": {"type": "number", "multipleOf": 0.01} for i in range(100)}},
+        {"type": "integer", "multipleOf": 86_400},
+        {"properties": {"pattern": {"type": "string"}, "multipleOf": {"type": "integer"}, "$ref": {"const": 1}}},
+    ],
+)
+def test_large_schemas_of_real_users_are_served(bombed, schema):
+    grammars, _ = bombed
+    assert not grammars.matcher(of_json(schema)).is_error()
+
+
+def test_what_is_short_does_not_wait_behind_what_is_long(bombed):
+    grammars, _ = bombed
+    released = threading.Event()
+    try:
+        for _ in range(20):
+            grammars.pool(of_json(property_names(1000))).submit(released.wait)
+        short = grammars.pool(STRUCTURES[0]).submit(grammars.matcher, STRUCTURES[0])
+        assert not short.result(timeout=30).is_error()
+    finally:
+        released.set()
