@@ -25,7 +25,7 @@ class TextStream:
     ) -> None:
         self.stopped = False
         self._decode = decode
-        self._stop = stop
+        self._stops = [_Stop(text) for text in stop]
         window = list(before[-NUM_BEFORE:])
         self._window = [] if decode(window).endswith(REPLACEMENT) else window
         self._num_shown = len(self._window)  # leading tokens of the window whose text is out already
@@ -59,23 +59,46 @@ class TextStream:
         return text if self.stopped else text + held
 
     def _until_stop(self, text: str) -> str:
-        text = self._held + text
-        found = [index for index in (text.find(stop) for stop in self._stop) if index >= 0]
-        if found:
+        ends = [(stop, stop.end_in(text)) for stop in self._stops]
+        begins = [end - len(stop.text) for stop, end in ends if end is not None]
+        text, num_before = self._held + text, len(self._held)
+        if begins:
             self.stopped = True
             self._held = ""
-            return text[: min(found)]
-        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+            return text[: num_before + min(begins)]
+        keep = max((stop.num_matched for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a proper beginning of `stop`."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
+class _Stop:
+    """A stop string and how much of it stands at the end of the text so far: Knuth, Morris and Pratt's automaton,
+    as far as it is needed, so that no text and no string take more than time linear in the text.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.num_matched = 0
+        self._borders = [0]  # of the first 1, 2 … characters: the longest proper beginning that is an end too
+
+    def end_in(self, more: str) -> int | None:
+        """Where in the text's next piece the string is complete for the first time, None where it is not."""
+        for place, character in enumerate(more, 1):
+            self.num_matched = self._next(self.num_matched, character)
+            if self.num_matched == len(self.text):
+                return place
+        return None
+
+    def _next(self, num: int, character: str) -> int:
+        while num and self.text[num] != character:
+            num = self._borders[num - 1]
+        num += self.text[num] == character
+        if num > len(self._borders):  # its last character's border, from the one before
+            border = self._borders[-1]
+            while border and self.text[border] != character:
+                border = self._borders[border - 1]
+            self._borders.append(border + (self.text[border] == character))
+        return num
 
 
 class TokenBytes:

@@ -35,7 +35,9 @@ class CallFormat:
 HERMES = CallFormat(
     {"open": "<tool_call>", "close": "</tool_call>"}, "<tool_call>\n", "\n</tool_call>", "\n</tool_call>\n<tool_call>\n"
 )
-LLAMA = CallFormat({"open_pattern": r'^\s*(?:<\|python_tag\|>)?(?=\s*\{\s*")'}, "", "", "; ", "parameters")
+LLAMA = CallFormat(
+    {"open_pattern": r'^\s{0,16}+(?:<\|python_tag\|>)?+(?=\s{0,16}+\{\s{0,16}+")'}, "", "", "; ", "parameters"
+)
 MISTRAL = CallFormat({"open": "[TOOL_CALLS]"}, "[TOOL_CALLS][", "]", ", ", id_length=9)
 THINKING = {"<think>": "</think>", "[THINK]": "[/THINK]"}
 
@@ -73,7 +75,7 @@ class ReplyParser:
         self._num_calls, self._most_calls = 0, most_calls
         self._ended = False
         self._scanner: _CallScanner | None = None
-        self._raw = ""
+        self._raw: list[str] = []
         self._marked = any(event["field"] != "content" for event in self._parser.initial_events)
         self._trims = self._marked  # the white space between a mark and the text after it
 
@@ -107,16 +109,16 @@ class ReplyParser:
 
     def _of_call(self, event: dict[str, Any]) -> list[Delta]:
         if event["type"] == "region_open":
-            self._scanner, self._raw = _CallScanner(self._format, self._num_calls), ""
+            self._scanner, self._raw = _CallScanner(self._format, self._num_calls), []
             return []
         assert self._scanner is not None
         if event["type"] == "region_chunk":
-            self._raw += event["text"]
+            self._raw.append(event["text"])
             return self._scanner.feed(event["text"])
         if self._scanner.num_calls == self._num_calls:  # not a call after all
             region = self._format.region
             close = "" if self._ended else region.get("close", "")
-            return [{"content": f"{region.get('open', '')}{self._raw}{close}"}]
+            return [{"content": f"{region.get('open', '')}{''.join(self._raw)}{close}"}]
         self._num_calls = self._scanner.num_calls
         return []
 
@@ -165,12 +167,13 @@ class _CallScanner:
         self._reset()
 
     def _reset(self) -> None:
-        self._string = ""
+        self._string: list[str] = []
         self._in_string = self._escaped = False
         self._key: str | None = None
-        self._value = ""
+        self._value: list[str] = []
+        self._begin = ""  # of the value: its first character that is no white space
         self._name: str | None = None
-        self._held = ""
+        self._held: list[str] = []
         self._has_arguments = False
 
     def feed(self, text: str) -> list[Delta]:
@@ -186,7 +189,7 @@ class _CallScanner:
                 self._depth = 1
             return []
         if self._in_string:
-            self._string += c
+            self._string.append(c)
             if self._escaped:
                 self._escaped = False
             elif c == "\\":
@@ -194,7 +197,7 @@ class _CallScanner:
             elif c == '"':
                 self._in_string = False
         elif c == '"':
-            self._in_string, self._string = True, c
+            self._in_string, self._string = True, [c]
         elif c in "{[":
             self._depth += 1
         elif c in "}]":
@@ -202,37 +205,38 @@ class _CallScanner:
             if self._depth == 0:
                 return [*self._end_member(), *self._end_call()]
         elif self._depth == 1 and c == ":" and self._key is None:
-            self._key, self._value = _unquoted(self._string), ""
+            self._key, self._value, self._begin = _unquoted("".join(self._string)), [], ""
             return []
         elif self._depth == 1 and c == ",":
             return self._end_member()
         if self._key is None:
             return []
-        self._value += c
+        self._value.append(c)
+        self._begin = self._begin or c.strip()
         return self._arguments(c) if self._key in ("arguments", "parameters") else []
 
     def _arguments(self, c: str) -> list[Delta]:
-        if self._value.lstrip().startswith('"') or not self._value.strip():
+        if self._begin in ("", '"'):
             return []  # arguments as a string, see _end_member, or not begun
         self._has_arguments = True
-        self._held += c
+        self._held.append(c)
         return self._flush()
 
     def _flush(self) -> list[Delta]:
         if self._name is None or not self._held:
             return []
-        held, self._held = self._held, ""
+        held, self._held = "".join(self._held), []
         return [_more(self.num_calls - 1, held)]
 
     def _end_member(self) -> list[Delta]:
-        key, value, self._key = self._key, self._value.strip(), None
+        key, value, self._key = self._key, "".join(self._value).strip(), None
         if key == "name" and self._name is None and (name := _unquoted(value)):
             self._name = name
             self.num_calls += 1
             return [_begin(self.num_calls - 1, name, self._format), *self._flush()]
         if key in ("arguments", "parameters") and value.startswith('"'):
             self._has_arguments = True
-            self._held += _unquoted(value) or ""
+            self._held.append(_unquoted(value) or "")
             return self._flush()
         return []
 

@@ -1,3 +1,7 @@
+import random
+import statistics
+import time
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -64,6 +68,44 @@ def test_stop_strings_never_leak(text, stop, expected):
     for part in parts:  # at no time was anything shown that had to be taken back
         shown += part
         assert expected.startswith(shown)
+
+
+def test_stop_strings_of_few_letters_end_where_a_search_says():
+    chance = random.Random(0)
+    num_stopped = 0
+    for _ in range(3000):
+        text = "".join(chance.choices("ab", k=chance.randint(0, 30)))
+        stop = tuple("".join(chance.choices("ab", k=chance.randint(1, 9))) for _ in range(chance.randint(1, 3)))
+        places = [(text.index(one) + len(one), text.index(one)) for one in stop if one in text]
+        parts, rest, state = stream(as_bytes, text.encode(), stop)  # a letter at a time: the first to be complete
+        end = min(places)[0] if places else None
+        expected = text if end is None else text[: min(begin for last, begin in places if last == end)]
+        assert "".join(parts) + rest == expected
+        assert state.stopped == bool(places)
+        num_stopped += state.stopped
+    assert 1000 < num_stopped < 2900
+
+
+@pytest.mark.parametrize(
+    ("piece", "last", "stop"),
+    [("a", "c", "a" * 1_000_000 + "b"), ("ab", "c", "ab" * 500_000), ("a", "a", "a" * 500 + "b"), ("a", "c", "ba" * 9)],
+)
+def test_the_time_of_stop_strings_is_linear(piece, last, stop):
+    """Where text that nearly is one comes, or one of a megabyte: by the ratio of a text's and a longer one's."""
+
+    def seconds(num):
+        text = TextStream("".join, (stop,))
+        began = time.process_time()
+        for _ in range(0, num, 8):
+            text._until_stop(piece * 8)  # as of a token of eight letters
+            text._until_stop(last)
+        for _ in range(num // 8):
+            text._until_stop(piece * 8)
+        text._until_stop(last)
+        return time.process_time() - began
+
+    short, long = (statistics.median(seconds(num) for _ in range(5)) for num in (20_000, 80_000))
+    assert long < 8 * short  # 4 is linear, 16 is not
 
 
 def test_real_tokens(tokenizer):

@@ -1,6 +1,8 @@
 """Marks in replies, found however the text is cut."""
 
 import json
+import statistics
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -271,3 +273,43 @@ def test_a_structure_begins_where_the_reasoning_ends(grammars, tokenizer):
         assert accepts(grammars, tokenizer, structure, f"Hm {{1}}\n</think>\n\n{text}"), structure
         assert not accepts(grammars, tokenizer, structure, text)
         assert not accepts(grammars, tokenizer, structure, f"Hm\n</think>\n\n{text}!")
+
+
+CALL = '<tool_call>{"name": "weather", "arguments": '
+ADVERSARIES = {
+    "white space": " ",
+    "line ends": "\n",
+    "beginnings of marks": "</tool_cal<too<|python_ta[TOOL_CALL",
+    "marks": "<tool_call>[TOOL_CALLS]<think>[THINK]",
+    "marks and their ends": "<tool_call></tool_call><think></think>[THINK][/THINK]",
+    "braces": ("<tool_call>", "{"),
+    "a long string": (CALL + '{"city": "', "x"),
+    "backslashes": (CALL + '{"city": "', "\\"),
+    "space before arguments": (CALL, " "),
+    "arguments as a string": (CALL + '"', "\\n"),
+    "arguments before the name": ('<tool_call>{"arguments": {"city": "', "x"),
+    "calls": CALL + "{}}</tool_call>",
+    "half a call": '[TOOL_CALLS][{"name": ',
+}
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+@pytest.mark.parametrize("name", ADVERSARIES)
+def test_the_time_of_a_reply_is_linear(family, name):
+    """By the ratio of a text's and a longer one's. Whoever demands a structure chooses what the parser is to read."""
+    adversary = ADVERSARIES[name]
+    head, piece = adversary if isinstance(adversary, tuple) else ("", adversary)
+
+    def seconds(num):
+        text = head + (piece * num)[:num]
+        parser = ReplyParser(tokenizer_of(family), "", TOOLS)
+        began = time.process_time()
+        for start in range(0, len(text), 6):  # as of tokens
+            parser.feed(text[start : start + 6])
+        parser.finish()
+        return time.process_time() - began
+
+    shortest = 1500
+    short, longer = (statistics.median(seconds(num) for _ in range(3)) for num in (shortest, 4 * shortest))
+    assert longer < 9 * short  # 4 is linear, 16 is not
+    assert seconds(16 * shortest) < 40 * short
