@@ -90,6 +90,7 @@ class PromptBuilder:
         self._trims = self._probe_trimming()
         self._vocab_size = max(tokenizer.get_vocab().values()) + 1
         longest = max(len(token) for token in tokenizer.get_vocab())  # bytes or characters: no token is longer
+        self._max_tokens = max_tokens
         self._max_characters = max_tokens and max_tokens * longest
 
     def build(
@@ -205,8 +206,14 @@ class PromptBuilder:
                 param = f"chat_template_kwargs.{name}"
                 raise InvalidRequest(f"this model's chat template does not know {name}", param)
         self._refuse_what_is_far_too_long(
-            [message["content"] or "" for message in messages], [principle.text for principle in principles]
+            [message["content"] or "" for message in messages] + [json.dumps(rendering.tools)],
+            [principle.text for principle in principles],
         )
+        if self._max_tokens is not None and len(messages) > self._max_tokens:
+            raise InvalidRequest(
+                f"{len(messages)} messages are more than the context holds tokens, which are {self._max_tokens}",
+                "messages",
+            )
 
     def _branches(
         self,

@@ -8,7 +8,10 @@ from pydantic import Field, model_validator
 from alignment_core import SamplingParams
 from alignment_core.prompts import Rendering
 from alignment_core.sequence import MAX_LOGPROBS
-from server.protocol.generation import AlignmentFields, GenerationRequest, Schema, refused
+from server.protocol.generation import FIRST, AlignmentFields, GenerationRequest, Schema, refused
+from server.strict_json import InvalidBody, strict
+
+MAX_TOOLS = 1024
 
 
 class TextPart(Schema):
@@ -16,7 +19,7 @@ class TextPart(Schema):
     text: str
 
 
-Content = str | Annotated[list[TextPart], Field(min_length=1)]
+Content = str | Annotated[list[TextPart], Field(min_length=1), FIRST]
 
 
 class FunctionCall(Schema):
@@ -26,9 +29,9 @@ class FunctionCall(Schema):
     @model_validator(mode="after")
     def _is_an_object(self) -> "FunctionCall":
         try:
-            if isinstance(json.loads(self.arguments or "{}"), dict):
+            if isinstance(strict(self.arguments or "{}"), dict):
                 return self
-        except ValueError:
+        except (ValueError, InvalidBody):
             pass
         raise ValueError("arguments must be a JSON object, as a string")
 
@@ -77,7 +80,7 @@ class AssistantMessage(_Message):
     role: Literal["assistant"]
     content: Content | None = None
     reasoning_content: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(min_length=1)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(min_length=1), FIRST] | None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> "AssistantMessage":
@@ -143,7 +146,7 @@ class NamedTool(Schema):
 class ChatFields(AlignmentFields):
     """What a chat template makes a prompt of."""
 
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1), FIRST] | None = None
     principle_placement: Literal["system", "user"] | None = None
     chat_template_kwargs: dict[str, str | bool | int | float] | None = Field(
         None, description="variables of the model's chat template, those that it knows"
@@ -151,7 +154,7 @@ class ChatFields(AlignmentFields):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
         None, description="passed on to templates that know it"
     )
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS), FIRST] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     continue_final_message: bool | None = Field(None, description="go on with the last, the assistant's message")
     add_generation_prompt: bool | None = Field(None, description="false goes with continue_final_message alone")
@@ -192,7 +195,7 @@ class ChatFields(AlignmentFields):
 class ChatCompletionRequest(GenerationRequest, ChatFields):
     """OpenAI's request with the alignment fields flat at the top level (`extra_body` in the SDKs)."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1), FIRST]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None

@@ -6,7 +6,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from alignment_core import SamplingParams
 from alignment_core.sequence import MAX_LOGPROBS
-from server.protocol.generation import GenerationRequest, TokenId, refused
+from server.protocol.generation import FIRST, GenerationRequest, TokenId, refused
 
 MAX_PROMPTS = 256
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -18,12 +18,12 @@ def _kind(prompt: Any) -> str:
     return "one text"
 
 
-Ids = Annotated[list[TokenId], Field(min_length=1)]
+Ids = Annotated[list[TokenId], Field(min_length=1), FIRST]
 Prompts = Annotated[
     Annotated[str, Tag("one text")]
-    | Annotated[list[TokenId], Tag("token ids")]
-    | Annotated[list[str], Field(max_length=MAX_PROMPTS), Tag("several texts")]
-    | Annotated[list[Ids], Field(max_length=MAX_PROMPTS), Tag("lists of token ids")],
+    | Annotated[list[TokenId], FIRST, Tag("token ids")]
+    | Annotated[list[str], Field(max_length=MAX_PROMPTS), FIRST, Tag("several texts")]
+    | Annotated[list[Ids], Field(max_length=MAX_PROMPTS), FIRST, Tag("lists of token ids")],
     Discriminator(_kind),
 ]
 

@@ -15,6 +15,9 @@ from server.exchange import exchange_of
 from server.protocol.generation import Schema
 from server.protocol.responses import RESPONSE_NAMES
 from server.settings import nearest
+from server.strict_json import InvalidBody
+
+MAX_MESSAGE = 1000  # characters: what a client sent need not come back whole
 
 
 class ErrorObject(BaseModel):
@@ -45,7 +48,9 @@ class Refusal(JSONResponse):
 def error_response(
     status: int, message: str, param: str | None = None, code: str | None = None, kind: str = "invalid_request_error"
 ) -> Refusal:
-    return Refusal(status, {"message": message, "type": kind, "param": param, "code": code})
+    """Messages and names that quote what came are cut."""
+    told = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}…"
+    return Refusal(status, {"message": told, "type": kind, "param": param and param[:MAX_MESSAGE], "code": code})
 
 
 class ModelNotFound(Exception):
@@ -56,8 +61,6 @@ class ModelNotFound(Exception):
 async def on_validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = max(error.errors(), key=_rank)
-    if first["type"] == "json_invalid":
-        return error_response(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
     if "param" in first.get("ctx", {}):  # see `refused`
         return error_response(400, first["msg"], first["ctx"]["param"], first["type"])
     if first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type", "dict_type"):
@@ -74,7 +77,7 @@ async def on_validation_error(request: Request, error: Exception) -> JSONRespons
     if first["type"] == "extra_forbidden":
         known = _known_fields()
         where = ".".join(map(str, path[:-1])) or request.url.path
-        hint = f": {where} has no such field" if name in known else nearest(str(name), known)
+        hint = f": {where} has no such field" if name in known else nearest(str(name)[:MAX_MESSAGE], known)
         return error_response(400, f"unknown field {name!r}{hint}", param, "unknown_field")
     message = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
     return error_response(400, f"{param}: {message}" if param else message, param, "invalid_value")
@@ -144,6 +147,11 @@ async def on_request_failed(_: Request, error: Exception) -> JSONResponse:
     return error_response(500, str(error), code="internal_error", kind="server_error")
 
 
+async def on_invalid_body(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, InvalidBody)
+    return error_response(400, error.detail, error.param, error.code)
+
+
 async def on_http_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     response = error_response(error.status_code, str(error.detail), code=CODES.get(error.status_code))
@@ -159,5 +167,6 @@ HANDLERS: dict[Any, Any] = {
     EngineBusy: on_engine_busy,
     EngineDead: on_engine_dead,
     RequestFailed: on_request_failed,
+    InvalidBody: on_invalid_body,
     HTTPException: on_http_error,
 }

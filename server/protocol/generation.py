@@ -1,7 +1,6 @@
 """What requests for text have in common: how it is drawn, aligned, ended and delivered."""
 
 import json
-import math
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -18,23 +17,7 @@ def refused(param: str, message: str, kind: str = "invalid_value") -> PydanticCu
     return PydanticCustomError(kind, "{message}", {"message": message, "param": param})
 
 
-def _refuse_what_text_cannot_hold(body: dict[str, Any]) -> None:
-    """Half a surrogate pair and numbers that are none, which Python's JSON lets pass, anywhere."""
-    pending: list[tuple[str, Any]] = list(body.items())
-    while pending:
-        path, value = pending.pop()
-        if isinstance(value, dict):
-            pending += [(f"{path}.{key}", item) for key, item in value.items()]
-        elif isinstance(value, list):
-            pending += [(f"{path}.{index}", item) for index, item in enumerate(value)]
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise refused(path, f"{path}: must be a finite number")
-        text = path + value if isinstance(value, str) else path
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            path = path.encode(errors="replace").decode()
-            raise refused(path, f"{path}: the text must be valid Unicode: it has half a surrogate pair")
-
-
+FIRST = Field(fail_fast=True)  # of a list's complaints, as there may be millions
 Ratio = Annotated[float, Field(ge=MIN_RATIO, le=MAX_RATIO)]
 TokenId = Annotated[int, Field(ge=0)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -83,7 +66,7 @@ class StructuredOutputs(Schema):
     """Exactly one of them."""
 
     regex: str | None = None
-    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    choice: Annotated[list[str], Field(min_length=1), FIRST] | None = None
     grammar: str | None = Field(None, description="Lark or GBNF")
 
     @model_validator(mode="after")
@@ -131,7 +114,6 @@ class AlignmentFields(Alignment):
         """Clients send defaults of fields that can't be had here: those are fine, all else is an error."""
         if not isinstance(body, dict):
             return body
-        _refuse_what_text_cannot_hold(body)
         for name, neutral in cls.unsupported().items():
             if name in body:
                 if body[name] is not None and not _equal(body[name], neutral):
@@ -166,7 +148,7 @@ class GenerationRequest(AlignmentFields):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="a structure that is complete ends sooner")
     stop: str | Annotated[list[str], Field(max_length=MAX_STOP_STRINGS)] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: Annotated[list[TokenId], FIRST] | None = None
     ignore_eos: bool | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None

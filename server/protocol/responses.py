@@ -5,8 +5,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, PrivateAttr, Tag, ValidationError, model_validator
 
 from alignment_core.sequence import MAX_LOGPROBS
-from server.protocol.chat import ChatCompletionRequest, Function
-from server.protocol.generation import AlignmentFields, CacheSalt, JsonObjectFormat, Schema, TextFormat, refused
+from server.protocol.chat import MAX_TOOLS, ChatCompletionRequest, Function
+from server.protocol.generation import (
+    FIRST,
+    AlignmentFields,
+    CacheSalt,
+    JsonObjectFormat,
+    Schema,
+    TextFormat,
+    refused,
+)
 
 
 class _Item(Schema):
@@ -29,7 +37,7 @@ class InputText(Schema):
     logprobs: list[Any] | None = Field(None, description="of an output that comes back; not looked at")
 
 
-Content = str | Annotated[list[InputText], Field(min_length=1)]
+Content = str | Annotated[list[InputText], Field(min_length=1), FIRST]
 
 
 class InputMessage(_Item):
@@ -70,7 +78,7 @@ class ReasoningText(Schema):
 class ReasoningItem(_Item):
     type: Literal["reasoning"]
     summary: Annotated[list[Any], Field(max_length=0)] | None = None
-    content: list[ReasoningText] | None = None
+    content: Annotated[list[ReasoningText], FIRST] | None = None
 
     def as_chat(self) -> dict[str, Any]:
         text = "".join(part.text for part in self.content or ())
@@ -124,14 +132,14 @@ class Reasoning(Schema):
 class ResponsesRequest(AlignmentFields):
     """OpenAI's request with the alignment fields flat at the top level. Nothing is stored."""
 
-    input: str | Annotated[list[Item], Field(min_length=1)]
+    input: str | Annotated[list[Item], Field(min_length=1), FIRST]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     text: TextOptions | None = None
-    tools: list[FunctionTool] | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS), FIRST] | None = None
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
@@ -160,6 +168,7 @@ class ResponsesRequest(AlignmentFields):
             first = error.errors()[0]
             path = ".".join(str(part) for part in first["loc"])
             param = first.get("ctx", {}).get("param", path)
+            param = "messages" if param.startswith("messages.") else param  # of ours, which nobody sent
             raise refused(RESPONSE_NAMES.get(param, param), first["msg"]) from error
         return self
 

@@ -1,11 +1,11 @@
 """The schemas of /tokenize and /detokenize."""
 
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import model_validator
 
 from server.protocol.chat import ChatFields
-from server.protocol.generation import AlignmentFields, Schema, TokenId, refused
+from server.protocol.generation import FIRST, AlignmentFields, Schema, TokenId, refused
 
 
 class TokenizeRequest(ChatFields):
@@ -26,4 +26,4 @@ class TokenizeRequest(ChatFields):
 
 class DetokenizeRequest(Schema):
     model: str
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], FIRST]

@@ -12,10 +12,11 @@ from alignment_core import Engine, Prompt
 from server.models import serving
 from server.protocol.chat import ChatCompletionRequest
 from server.streaming import STREAMED, ChatCompletion, Replies, event_stream, gather
+from server.strict_json import StrictJSON
 from server.tool_calls import ReplyParser, end_of_thinking, marks_are_special
 from server.tool_grammars import demanded, kept_to, literal
 
-router = APIRouter()
+router = APIRouter(route_class=StrictJSON)
 
 
 @router.post("/v1/chat/completions", response_model=None, responses=STREAMED)

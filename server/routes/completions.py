@@ -26,8 +26,9 @@ from server.streaming import (
     trace_of,
     usage_object,
 )
+from server.strict_json import StrictJSON
 
-router = APIRouter()
+router = APIRouter(route_class=StrictJSON)
 
 
 @router.post("/v1/completions", response_model=None, responses=STREAMED)

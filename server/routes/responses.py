@@ -12,9 +12,10 @@ from server.models import serving
 from server.protocol.responses import ResponsesRequest
 from server.routes.chat import begin
 from server.streaming import FAILURES, STREAMED, Event, Replies, event_stream, gather, logprob_object, usage_object
+from server.strict_json import StrictJSON
 from server.tool_calls import Delta, ReplyParser
 
-router = APIRouter()
+router = APIRouter(route_class=StrictJSON)
 News = dict[str, Any]
 
 

@@ -8,8 +8,9 @@ from fastapi import APIRouter, Request
 from alignment_core import Engine, InvalidRequest
 from server.models import preset_of, serving
 from server.protocol.tokens import DetokenizeRequest, TokenizeRequest
+from server.strict_json import StrictJSON
 
-router = APIRouter()
+router = APIRouter(route_class=StrictJSON)
 
 
 @router.post("/tokenize")
@@ -44,4 +45,4 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str
     for id in body.tokens:
         if id >= engine.vocab_size:
             raise InvalidRequest(f"the vocabulary has no token {id}", "tokens")
-    return {"prompt": engine.tokenizer.decode(body.tokens)}
+    return {"prompt": await asyncio.to_thread(engine.tokenizer.decode, body.tokens)}

@@ -1,0 +1,124 @@
+"""JSON of strangers: what RFC 8259 has, read in one way only, of a size and a depth that costs no one else anything."""
+
+import asyncio
+import json
+import math
+import re
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+
+MOST_KEYS = 10_000  # of one object: each that is unknown is a complaint of its own
+MOST_VALUES = 300_000  # numbers apart: prompts may be token ids
+MOST_LEVELS = 128
+LONG = 1 << 16  # bytes of a body that is worth another thread
+HALF = re.compile("[\ud800-\udfff]")
+Place = tuple["Place", str | int] | None  # a value's: its container's, and where it is there
+
+
+class InvalidBody(HTTPException):
+    """What is wrong with a body before anybody looks for fields, or with which field of it."""
+
+    def __init__(self, message: str, param: str | None = None, code: str = "invalid_json") -> None:
+        super().__init__(400, message)
+        self.param, self.code = param, code
+
+
+class StrictJSON(APIRoute):
+    """A route whose bodies are read by `StrictRequest`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_strictly(request: Request) -> Response:
+            return await handle(StrictRequest(request.scope, request.receive))
+
+        return handle_strictly
+
+
+class StrictRequest(Request):
+    async def json(self) -> Any:
+        """The body. Raises InvalidBody."""
+        body = await self.body()
+        return await asyncio.to_thread(_of, body) if len(body) > LONG else _of(body)
+
+
+def _of(body: bytes) -> Any:
+    try:
+        return strict(body.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise InvalidBody("the body is not valid JSON: it is not UTF-8") from error
+    except ValueError as error:
+        raise InvalidBody(f"the body is not valid JSON: {error}") from error
+
+
+def strict(text: str) -> Any:
+    """A JSON text's value. Raises ValueError, and InvalidBody where it is known what does not hold where.
+
+    Python's own reader takes the last of equal keys, NaN, numbers beyond a float's, and halves of surrogate pairs.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_once_each)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError("a number has too many digits") if "digits" in str(error) else error from None
+    _refuse_what_text_cannot_hold(value)
+    return value
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(pairs) > MOST_KEYS:
+        raise ValueError(f"an object has {len(pairs)} keys, more than {MOST_KEYS}")
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:100]!r} comes twice in one object")
+    return found
+
+
+def _refuse_what_text_cannot_hold(value: Any) -> None:
+    """Half a surrogate pair and numbers that are none, anywhere, and what is too much."""
+    level: list[tuple[Place, Any]] = [(None, value)]
+    num_levels = num_values = 0
+    while level:
+        num_levels, num_values = num_levels + 1, num_values + len(level)
+        if num_levels > MOST_LEVELS:
+            raise ValueError("it is nested too deeply")
+        if num_values > MOST_VALUES:
+            raise ValueError(f"it has more than {MOST_VALUES} values")
+        inner: list[tuple[Place, Any]] = []
+        for place, item in level:
+            if isinstance(item, dict):
+                inner += [((place, key), value) for key, value in item.items() if not isinstance(value, int)]
+                for key in item:
+                    _refuse_halves(key, (place, key))
+            elif isinstance(item, list):
+                inner += [((place, index), value) for index, value in enumerate(item) if not isinstance(value, int)]
+            elif isinstance(item, str):
+                _refuse_halves(item, place)
+            elif isinstance(item, float) and not math.isfinite(item):
+                path = _path(place)
+                raise InvalidBody(f"{path}: must be a finite number", path, "invalid_value")
+        level = inner
+
+
+def _refuse_halves(text: str, place: Place) -> None:
+    if not text.isascii() and HALF.search(text):
+        path = _path(place)
+        told = f"{path}: the text must be valid Unicode: it has half a surrogate pair"
+        raise InvalidBody(told, path, "invalid_value")
+
+
+def _path(place: Place) -> str:
+    parts = []
+    while place is not None:
+        place, part = place
+        parts.append(str(part))
+    return ".".join(reversed(parts)).encode(errors="replace").decode()
