@@ -295,17 +295,18 @@ class Engine:
         return not (self._inbox or self._requests)
 
     @property
-    def pace(self) -> tuple[float, float]:
-        """Seconds that the step at hand has taken so far (0 between steps), and those of the longest before it."""
-        began = self._step_began
-        return 0.0 if began is None else time.monotonic() - began, self._longest_step
+    def pace(self) -> tuple[float | None, float]:
+        """When the step at hand has begun, of time.monotonic() (None between steps), and the seconds of the longest
+        before it, the first one, which may compile things, left out.
+        """
+        return self._step_began, self._longest_step
 
     def stats(self) -> Stats:
         """What is going on, for metrics; from any thread."""
         scheduler, pool = self.scheduler, self.pool
         return Stats(
             num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting) + len(self._inbox),
+            num_waiting=len(scheduler.waiting) + sum(isinstance(news, Sequence) for news in self._inbox.copy()),
             kv_cache_usage=1 - pool.num_free / pool.num_pages,
             num_preemptions=scheduler.num_preemptions,
             num_tokens_admitted=scheduler.num_tokens_admitted,
@@ -437,11 +438,14 @@ class Engine:
         device = self.runner.model.device
         if device.type == "cuda":
             torch.cuda.set_device(device)  # it is a thread's own
+        is_first = True
         try:
             while not self._stopping:
                 self._step_began = time.monotonic()
                 has_computed = self.step()
-                self._longest_step = max(self._longest_step, time.monotonic() - self._step_began)
+                if has_computed and not is_first:
+                    self._longest_step = max(self._longest_step, time.monotonic() - self._step_began)
+                is_first = is_first and not has_computed
                 self._step_began = None
                 if not has_computed:
                     with self._news:
@@ -455,7 +459,7 @@ class Engine:
         """Tell everyone who waits that the engine is dead, from another thread: the loop's own does not come back."""
         self.error = error
         self._stopping = True
-        for sequence in [*itertools.chain(*self._requests.values()), *self._inbox]:
+        for sequence in [*itertools.chain(*list(self._requests.values())), *self._inbox.copy()]:
             if isinstance(sequence, Sequence) and not sequence.ended:
                 sequence.ended = True
                 self._tell(sequence, sequence.last_output("error"))
@@ -466,7 +470,7 @@ class Engine:
             self._stopping = True  # from here on submit refuses, so what is taken in now is all there is
         self._take_in()
         for sequence in list(itertools.chain(*self._requests.values())):
-            self._finish(sequence, "error" if self.error else "abort")
+            self._break_off(sequence, "error" if self.error else "abort")
 
     def _take_in(self) -> None:
         while self._inbox:
@@ -476,8 +480,15 @@ class Engine:
                 self.scheduler.add(news)
             else:
                 for sequence in self._requests.get(news, [])[:]:
-                    self._finish(sequence, "abort")
+                    self._break_off(sequence, "abort")
             self._inbox.popleft()  # at last, so that `idle` overlooks nothing
+
+    def _break_off(self, sequence: Sequence, reason: FinishReason) -> None:
+        """`_finish`, where what goes wrong ends this sequence alone."""
+        try:
+            self._finish(sequence, reason)
+        except Exception as error:
+            self._fail(sequence, error)
 
     def _accepts(self, sequence: Sequence, token: int, logprobs: tuple[TokenLogprob, ...]) -> bool:
         """`_accept`, where what goes wrong ends this sequence alone."""
@@ -491,7 +502,8 @@ class Engine:
         """Add a token to the reply; False if the reply ends with it."""
         sequence.append(token)
         is_given = sequence.num_replied <= 0
-        sequence.times.first_token = sequence.times.first_token or time.monotonic()
+        if not is_given:
+            sequence.times.first_token = sequence.times.first_token or time.monotonic()
         self._num_generated += not is_given
         may_stop = not is_given and sequence.num_replied > sequence.params.min_tokens
         is_stop = ended = may_stop and token in sequence.stop_token_ids
@@ -517,8 +529,8 @@ class Engine:
 
     def _finish(self, sequence: Sequence, reason: FinishReason, news: Output | None = None) -> None:
         """news: of the last token, if there is any."""
-        self._forget(sequence)
         rest = sequence.text.finish()
+        self._forget(sequence)
         if sequence.text.stopped:
             reason = "stop"
         last = sequence.last_output(reason, news)

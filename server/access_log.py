@@ -1,6 +1,7 @@
 """One line in the log for every request, and a 500 for those in which something broke."""
 
 import logging
+import re
 import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -25,17 +26,25 @@ class AccessLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 0
+        status, is_whole, has_left = 0, False, False
 
         async def noting(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_whole
             if message["type"] == "http.response.start":
                 status = message["status"]
+            else:
+                is_whole = not message.get("more_body", False)
             await send(message)
+
+        async def listening() -> Message:
+            nonlocal has_left
+            message = await receive()
+            has_left = has_left or (message["type"] == "http.disconnect" and not is_whole)
+            return message
 
         scope.setdefault("state", {})["exchange"] = Exchange()
         try:
-            await self._app(scope, receive, noting)
+            await self._app(scope, listening, noting)
         except Exception:
             log.exception("A request failed")
             if status:
@@ -43,9 +52,9 @@ class AccessLog:
             told = error_response(500, "internal error", code="internal_error", kind="server_error")
             await told(scope, receive, noting)
         finally:
-            self._record(scope, status or CLIENT_GONE)
+            self._record(scope, status or CLIENT_GONE, has_left)
 
-    def _record(self, scope: Scope, status: int) -> None:
+    def _record(self, scope: Scope, status: int, has_left: bool) -> None:
         exchange, route = exchange_of(scope), scope.get("route")
         seconds = time.monotonic() - exchange.began
         self._measures.responses.labels(getattr(route, "path", "other"), status).inc()
@@ -57,12 +66,13 @@ class AccessLog:
             "path": path,
             "status": status,
             "seconds": round(seconds, 4),
-            "client": scope["client"] and scope["client"][0],
+            "client": scope["client"] and re.sub(r"[^\w.:-]", "?", scope["client"][0]),  # a proxy's word
+            "client_left": has_left,
             "key": exchange.key and exchange.key.hex()[:8],
             "code": exchange.error_code,
             "prompt_tokens": exchange.num_prompt_tokens,
             "completion_tokens": exchange.num_completion_tokens,
-            "finish_reasons": ",".join(exchange.finish_reasons),
+            "finish_reasons": ",".join(dict.fromkeys(exchange.finish_reasons)),
         }
         facts = {name: value for name, value in facts.items() if value}
         words = " ".join(f"{name}={value}" for name, value in facts.items())

@@ -18,8 +18,8 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         told = f"the body may have {self._max_bytes} bytes at most"
-        length = Headers(scope=scope).get("content-length", "")
-        if length.isdecimal() and int(length) > self._max_bytes:
+        length = Headers(scope=scope).get("content-length", "").lstrip("0")
+        if length.isdecimal() and (len(length) > 18 or int(length) > self._max_bytes):
             await error_response(413, told, code="body_too_large")(scope, receive, send)
             return
         num_bytes = 0

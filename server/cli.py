@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 if TYPE_CHECKING:
-    from alignment_core import EngineConfig
+    from alignment_core import Engine, EngineConfig
     from server.settings import Settings
 
 COMMANDS = {
@@ -87,7 +87,8 @@ def serve(args: list[str]) -> None:
     logs.begin(settings.log_format)
     if settings.is_reachable and not settings.api_keys:
         log.warning(OPEN_TO_EVERYONE, settings.host)
-    os.environ.pop(PREFIX + "API_KEYS", None)  # no child needs them
+    for name in [name for name in os.environ if name.upper() == PREFIX + "API_KEYS"]:
+        del os.environ[name]  # no child needs them
     _allow_many_connections()
     gc.disable()  # a start makes a million objects that stay: looking for garbage among them takes a second
     import uvicorn
@@ -115,7 +116,7 @@ def serve(args: list[str]) -> None:
     gc.freeze()  # so that no later collection, of 0.2 s, looks at them again
     gc.enable()
     # uvicorn raises the signal again once it has shut down in order; that is no failure.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_last_words(engine)))
     options = uvicorn.Config(
         app,
         host=settings.host,
@@ -128,8 +129,11 @@ def serve(args: list[str]) -> None:
         timeout_graceful_shutdown=LAST_WORDS,
     )
     Server(options, engine, settings.shutdown_timeout).run()
-    if engine.error:
-        sys.exit(f"linalign serve: the engine failed: {engine.error!r}")
+    sys.exit(_last_words(engine))
+
+
+def _last_words(engine: "Engine") -> str | None:
+    return f"linalign serve: the engine failed: {engine.error!r}" if engine.error else None
 
 
 def _allow_many_connections() -> None:

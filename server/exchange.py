@@ -9,17 +9,28 @@ from starlette.types import Scope
 from alignment_core import Output, Prompt
 
 
+class KeyBusy(Exception):
+    """An API key has used up what it may. code: of the error. wait: seconds until it is worth another try."""
+
+    def __init__(self, message: str, code: str, wait: float) -> None:
+        super().__init__(message)
+        self.code, self.wait = code, wait
+
+
 @dataclass(slots=True)
 class Exchange:
     """Filled as the request goes on.
 
-    began: seconds of time.monotonic(). key: the API key's hash, None where none is asked for. charge: takes tokens
-    from what the key may still use. error_code: that of the response. The counts are the user's view, all prompts
-    and choices together.
+    began: seconds of time.monotonic(). key: the API key's hash, None where none is asked for. admit: to be asked before
+    so many choices are submitted, raises KeyBusy; leave: of choices that have ended. charge: takes tokens from what
+    the key may still use. error_code: that of the response. The counts are the user's view, all prompts and choices
+    together.
     """
 
     began: float = field(default_factory=time.monotonic)
     key: bytes | None = None
+    admit: Callable[[int], None] = lambda _: None
+    leave: Callable[[int], None] = lambda _: None
     charge: Callable[[int], None] = lambda _: None
     error_code: str | None = None
     num_prompt_tokens: int = 0
@@ -35,9 +46,12 @@ class Exchange:
     def take(self, output: Output) -> None:
         """What came of it."""
         if output.finish_reason and output.usage:
+            self.leave(1)
             self.finish_reasons.append(output.finish_reason)
             self.num_completion_tokens += output.usage.completion_tokens
             self.charge(output.usage.completion_tokens)
+            if output.finish_reason == "error":
+                self.error_code = "engine_dead" if output.error is None else "internal_error"
 
 
 def exchange_of(scope: Scope) -> Exchange:

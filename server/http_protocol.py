@@ -1,9 +1,11 @@
 """Uvicorn's HTTP/1.1 over httptools, with bounds for what a client may make a connection hold, and for how long."""
 
 import asyncio
+import select
 import socket
+from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 MAX_HEADER_BYTES = 64 << 10
 PATIENCE = 60.0  # seconds
@@ -19,12 +21,14 @@ RESPONSE = (
 
 class BoundedProtocol(HttpToolsProtocol):
     """A connection is closed with a 431 whose request line and headers go on beyond MAX_HEADER_BYTES, as httptools
-    itself collects them without end. It is cut off when its client says nothing for PATIENCE where a request should
-    begin or go on, or when what waits to be sent to it stays above the transport's mark for as long.
+    itself collects them without end, trailers behind a body too. It is cut off when its client says nothing for
+    PATIENCE where a request should begin or go on, or when what waits to be sent to it stays above the transport's
+    mark for as long. When it is lost, the request that is being answered is told, also if others wait behind it.
     """
 
-    _num_header_bytes = 0
-    _awaits_client = True
+    _num_header_bytes = 0  # since the last piece of a body
+    _answered: RequestResponseCycle | None = None
+    _awaits_client = _awaits_headers = True
     _reading: asyncio.TimerHandle | None = None
     _writing: asyncio.TimerHandle | None = None
 
@@ -39,28 +43,46 @@ class BoundedProtocol(HttpToolsProtocol):
         for timer in (self._reading, self._writing):
             if timer is not None:
                 timer.cancel()
+        self.pipeline.clear()
+        if self._answered is not None and not self._answered.response_complete:  # uvicorn tells the latest one
+            self._answered.disconnected = True
+            self._answered.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         self._num_header_bytes += len(data)
         super().data_received(data)
         if self._num_header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
-            self.transport.write(RESPONSE)
-            self.transport.close()
+            if self.cycle is None or (self._awaits_headers and self.cycle.response_complete):
+                self.transport.write(RESPONSE)
+                self.transport.close()
+            else:
+                self.transport.abort()  # there is no place for another response
         self._set_reading_timer()
 
     def on_message_begin(self) -> None:
-        self._awaits_client = True
+        self._awaits_client = self._awaits_headers = True
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        self._num_header_bytes = -(1 << 62)  # what comes now is a body, which has a limit of its own
+        self._num_header_bytes = 0
+        self._awaits_headers = False
         super().on_headers_complete()
+        if self.pipeline:
+            self._look_for_end()
+
+    def on_body(self, body: bytes) -> None:
+        self._num_header_bytes = 0  # a body has a limit of its own
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._num_header_bytes = 0
         self._awaits_client = False  # between requests uvicorn has a timer of its own
         super().on_message_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
 
     def pause_writing(self) -> None:
         self._writing = self.loop.call_later(PATIENCE, self.transport.abort)
@@ -70,6 +92,16 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._writing is not None:
             self._writing.cancel()
         super().resume_writing()
+
+    def _look_for_end(self) -> None:
+        """While requests wait behind another nothing is read, so that nobody would notice that the client has gone."""
+        if self.flow.read_paused and not self.transport.is_closing():
+            poll = select.poll()
+            poll.register(self.transport.get_extra_info("socket").fileno(), getattr(select, "POLLRDHUP", 0))
+            if poll.poll(0):
+                self.transport.abort()
+            else:
+                self.loop.call_later(1.0, self._look_for_end)
 
     def _set_reading_timer(self) -> None:
         if self._reading is not None:

@@ -6,8 +6,10 @@ from collections import defaultdict
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.exchange import exchange_of
-from server.protocol.errors import error_response
+from server.exchange import KeyBusy, exchange_of
+from server.protocol.errors import key_busy
+
+AT_ONCE = ("key_requests", 1.0)  # code, and seconds to wait
 
 
 class Bucket:
@@ -35,42 +37,64 @@ class Bucket:
         self._when = now
 
 
+class Allowance:
+    """What one key uses at the moment. most: requests at once, and choices of them; bucket: of tokens, if limited."""
+
+    def __init__(self, most: float, bucket: Bucket | None) -> None:
+        self._most, self._bucket = most, bucket
+        self.num_requests = self._num_choices = 0
+
+    def check(self) -> None:
+        """Raises KeyBusy if nothing more can be begun."""
+        if self.num_requests >= self._most:
+            raise KeyBusy(f"this API key has {self._most} requests running already, as many as it may", *AT_ONCE)
+        self._check_tokens()
+
+    def admit(self, num_choices: int) -> None:
+        """Raises KeyBusy if these are too many beside those that run."""
+        if self._num_choices + num_choices > self._most:
+            raise KeyBusy(f"this API key may have {self._most} choices, of all its requests, at once", *AT_ONCE)
+        self._check_tokens()
+        self._num_choices += num_choices
+
+    def leave(self, num_choices: int) -> None:
+        self._num_choices -= num_choices
+
+    def charge(self, num_tokens: int) -> None:
+        if self._bucket:
+            self._bucket.take(num_tokens)
+
+    def _check_tokens(self) -> None:
+        if self._bucket and self._bucket.wait:
+            raise KeyBusy("this API key has used up its tokens per minute", "key_tokens", self._bucket.wait)
+
+
 class KeyLimits:
     """ASGI middleware behind KeyRequired. max_requests, tokens_per_minute: of each key, None for any number.
 
-    A request counts while it is answered. Tokens are those of `usage`: a prompt's when it is submitted, a reply's
-    when it ends.
+    A request counts while it is answered, and so does each of its choices, as a request may have hundreds. Tokens are
+    those of `usage`: a prompt's when it is submitted, a reply's when it ends.
     """
 
     def __init__(self, app: ASGIApp, max_requests: int | None, tokens_per_minute: int | None) -> None:
-        self._app, self._most = app, max_requests or math.inf
-        self._running: defaultdict[bytes, int] = defaultdict(int)
-        self._buckets: defaultdict[bytes, Bucket | None] = defaultdict(
-            lambda: Bucket(tokens_per_minute) if tokens_per_minute else None
+        self._app = app
+        self._of: defaultdict[bytes, Allowance] = defaultdict(
+            lambda: Allowance(max_requests or math.inf, Bucket(tokens_per_minute) if tokens_per_minute else None)
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST" or (exchange := exchange_of(scope)).key is None:
             await self._app(scope, receive, send)
             return
-        key, bucket = exchange.key, self._buckets[exchange.key]
-        if self._running[key] >= self._most:
-            told = f"this API key has {self._most} requests running already, as many as it may"
-            await _refuse(told, "key_requests", 1.0)(scope, receive, send)
-        elif bucket and bucket.wait:
-            told = "this API key has used up its tokens per minute"
-            await _refuse(told, "key_tokens", bucket.wait)(scope, receive, send)
-        else:
-            if bucket:
-                exchange.charge = bucket.take
-            self._running[key] += 1
-            try:
-                await self._app(scope, receive, send)
-            finally:
-                self._running[key] -= 1
-
-
-def _refuse(message: str, code: str, seconds: float) -> ASGIApp:
-    refusal = error_response(429, message, code=code, kind="rate_limit_error")
-    refusal.headers["Retry-After"] = str(math.ceil(seconds))
-    return refusal
+        mine = self._of[exchange.key]
+        try:
+            mine.check()
+        except KeyBusy as error:
+            await key_busy(error)(scope, receive, send)
+            return
+        exchange.admit, exchange.leave, exchange.charge = mine.admit, mine.leave, mine.charge
+        mine.num_requests += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            mine.num_requests -= 1

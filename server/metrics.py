@@ -1,6 +1,7 @@
 """GET /metrics for Prometheus, under vLLM's names with our prefix."""
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 from fastapi import APIRouter, Request, Response
@@ -86,6 +87,7 @@ class Measures:
     def of(self, prompt: Prompt, began: float) -> Callable[[Output], None]:
         """For every output of one request, in the engine's thread. began: its arrival, of time.monotonic()."""
         newest: dict[int, float] = {}  # by choice: when its last token came
+        num_given: dict[int, int] = defaultdict(lambda: len(prompt.given))  # of each choice, that are still to come
         is_counted = False
 
         def observe(output: Output) -> None:
@@ -94,7 +96,9 @@ class Measures:
                 is_counted = True
                 self._prompts.inc(len(prompt.principled[0]) + len(prompt.given))
             now = time.monotonic()
-            if output.token_ids:
+            if num_given[output.choice] > 0:
+                num_given[output.choice] -= len(output.token_ids)
+            elif output.token_ids:
                 if output.choice in newest:
                     self._gap.observe(now - newest[output.choice])
                 else:

@@ -15,7 +15,9 @@ from alignment_core import Engine, EngineDead
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 10.0  # seconds without progress after which a process is taken for dead
+PATIENCE = 10.0  # seconds for a step, after which the engine is taken for dead
+LOCKED = 3  # times that for an event loop that does not turn: a machine may stall
+TURNS = 10  # of uvicorn's own loop, a second
 AT_FIRST = 300.0  # as long as nobody knows how long a step takes here
 USUAL = 10  # a step may take so many times as long as the longest before it, on machines where steps take seconds
 LAST_WORDS = 10  # seconds for clients to be told that their replies end
@@ -33,14 +35,19 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, engine: Engine, timeout: float) -> None:
         super().__init__(config)
         self._engine, self._timeout = engine, timeout
+        self._step: float | None = None  # when the one at hand has begun
+        self._num_turns = 0  # of the event loop, since then
 
     async def on_tick(self, counter: int) -> bool:
-        """Uvicorn calls it ten times a second."""
-        if counter % 10 == 0:
-            faulthandler.dump_traceback_later(self._patience, exit=True)  # unless it is put off a second later
-        running, _ = self._engine.pace
-        if running > self._patience:
-            await self._give_up(running)
+        """Uvicorn calls it TURNS times a second."""
+        if counter % TURNS == 0:
+            faulthandler.dump_traceback_later(LOCKED * self._patience, exit=True)  # unless it is put off a second later
+        began, _ = self._engine.pace
+        # Turns of this loop are counted, not seconds: a process that was stopped meanwhile does not hang.
+        self._num_turns = self._num_turns + 1 if began is not None and began == self._step else 0
+        self._step = began
+        if self._num_turns > self._patience * TURNS:
+            await self._give_up()
         return await super().on_tick(counter) or not self._engine.alive
 
     @property
@@ -53,8 +60,8 @@ class Server(uvicorn.Server):
         """Whether there are any that are worth waiting for."""
         return self._engine.alive and not self._engine.idle and not self.force_exit
 
-    async def _give_up(self, seconds: float) -> None:
-        error = EngineDead(f"a step has not come back for {seconds:.0f} s")
+    async def _give_up(self) -> None:
+        error = EngineDead(f"a step has not come back for {self._patience:.0f} s")
         log.critical("%s: the process ends", error)
         self._engine.give_up(error)
         await asyncio.sleep(FAREWELL)

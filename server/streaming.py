@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -21,6 +22,8 @@ from server.protocol.generation import GenerationRequest
 from server.tool_calls import Delta, ReplyParser, message_of
 from server.tracing import Generation
 
+log = logging.getLogger(__name__)
+
 IMPOSSIBLE = -9999.0  # the log-probability of what can't be drawn, as JSON has no −inf
 
 
@@ -36,7 +39,7 @@ class Replies:
     """
 
     def __init__(self, engine: Engine, n: int) -> None:
-        self.n = n
+        self.n = self._num_left = n
         self._engine = engine
         self._queue: asyncio.Queue[Output] = asyncio.Queue()
         self._request_id: int | None = None
@@ -44,12 +47,13 @@ class Replies:
     @classmethod
     async def of(cls, request: Request, body: GenerationRequest, prompt: Prompt, params: SamplingParams) -> "Replies":
         """Submit, in a thread, as a structure may have to be compiled. Raises InvalidRequest, EngineDead,
-        EngineBusy.
+        EngineBusy, KeyBusy.
         """
         state, exchange, n = request.app.state, exchange_of(request.scope), body.n or 1
         loop, replies = asyncio.get_running_loop(), cls(state.engine, n)
         measure = state.measures.of(prompt, exchange.began)
         operation = "chat" if isinstance(body, ChatCompletionRequest) else "text_completion"
+        exchange.admit(n)
         span = Generation(state.tracer, operation, body.model, prompt, params, n)
         key = exchange.key if state.settings.prefix_cache_per_key else None
         prompt = replace(prompt, salt=_salt(key, body.cache_salt))
@@ -61,11 +65,17 @@ class Replies:
         def take(output: Output) -> None:
             exchange.take(output)
             span.take(output)
+            replies._num_left -= output.finish_reason is not None
             replies._queue.put_nowait(output)
+
+        def on_submitted(done: asyncio.Future[int]) -> None:
+            if error := done.exception():
+                exchange.leave(n)
+                span.fail(error)
 
         pool = state.engine.grammars.pool(params.structure) if params.structure else None
         submit = asyncio.ensure_future(loop.run_in_executor(pool, state.engine.submit, prompt, params, on_output, n))
-        submit.add_done_callback(lambda done: span.fail(error) if (error := done.exception()) else None)
+        submit.add_done_callback(on_submitted)
         try:
             replies._request_id = await asyncio.shield(submit)
         except asyncio.CancelledError:  # the client left meanwhile
@@ -88,6 +98,7 @@ class Replies:
         while left:
             output = await self._queue.get()
             if output.error is not None:
+                log.error("The engine's request %s failed: %s", self._request_id, output.error)
                 raise output.error
             if output.finish_reason == "error":
                 raise EngineDead("the engine failed during this request")
@@ -95,7 +106,7 @@ class Replies:
             yield output
 
     def abort(self) -> None:
-        if self._request_id is not None:
+        if self._request_id is not None and self._num_left:
             self._engine.abort(self._request_id)
 
 

@@ -35,7 +35,7 @@ class Tracing:
 
             resource = Resource.create({SERVICE_NAME: "linalign", SERVICE_VERSION: version("linalign")})
             provider = TracerProvider(resource=resource)
-            provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint)))
+            provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint, timeout=3)))
             self.tracer = provider.get_tracer("linalign")
             on: TelemetryConfig = {"tracing": True, "tracer_provider": provider, "operation_spans": False}
             self.telemetry = {**OFF, **on, "exclude": lambda scope: scope.get("path") in QUIET}

@@ -1,5 +1,6 @@
 """OpenAI's error shape, for every way a request can fail."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from alignment_core import EngineBusy, EngineDead, InvalidRequest, RequestFailed
-from server.exchange import exchange_of
+from server.exchange import KeyBusy, exchange_of
 from server.protocol.generation import Schema
 from server.protocol.responses import RESPONSE_NAMES
 from server.settings import nearest
@@ -64,7 +65,8 @@ async def on_validation_error(request: Request, error: Exception) -> JSONRespons
     if "param" in first.get("ctx", {}):  # see `refused`
         return error_response(400, first["msg"], first["ctx"]["param"], first["type"])
     if first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type", "dict_type"):
-        return error_response(400, "the body must be a JSON object, sent as Content-Type: application/json")
+        told = "the body must be a JSON object, sent as Content-Type: application/json"
+        return error_response(400, told, code="invalid_body")
     *above, name = first["loc"][1:] or ("",)
     path = _fields(above)
     if first["type"] == "extra_forbidden":
@@ -143,6 +145,17 @@ async def on_engine_busy(_: Request, error: Exception) -> JSONResponse:
     return response
 
 
+def key_busy(error: KeyBusy) -> Refusal:
+    response = error_response(429, str(error), code=error.code, kind="rate_limit_error")
+    response.headers["Retry-After"] = str(math.ceil(error.wait))
+    return response
+
+
+async def on_key_busy(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, KeyBusy)
+    return key_busy(error)
+
+
 async def on_request_failed(_: Request, error: Exception) -> JSONResponse:
     return error_response(500, str(error), code="internal_error", kind="server_error")
 
@@ -165,6 +178,7 @@ HANDLERS: dict[Any, Any] = {
     InvalidRequest: on_invalid_request,
     ModelNotFound: on_model_not_found,
     EngineBusy: on_engine_busy,
+    KeyBusy: on_key_busy,
     EngineDead: on_engine_dead,
     RequestFailed: on_request_failed,
     InvalidBody: on_invalid_body,

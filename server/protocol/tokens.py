@@ -2,7 +2,7 @@
 
 from typing import Annotated, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from server.protocol.chat import ChatFields
 from server.protocol.generation import FIRST, AlignmentFields, Schema, TokenId, refused
@@ -26,4 +26,4 @@ class TokenizeRequest(ChatFields):
 
 class DetokenizeRequest(Schema):
     model: str
-    tokens: Annotated[list[TokenId], FIRST]
+    tokens: Annotated[list[TokenId], Field(max_length=1 << 18), FIRST]

@@ -423,6 +423,27 @@ def test_decodes_beyond_the_budget_take_turns(tiny):
         judge(oracle, prompt, reply)
 
 
+@pytest.mark.parametrize("way", ["abort", "stop"])
+def test_a_failure_in_ending_one_sequence_harms_no_other(tiny, way):
+    loaded, _ = tiny
+    engine = make_engine(loaded, num_pages=100)
+    broken, other = [], []
+    id = engine.submit(aligned(2.0, 10), GREEDY, broken.append)
+    engine.submit(aligned(2.0, 12, 3), GREEDY, other.append)
+    engine.step()
+    sequence = engine.scheduler.running[0]
+    sequence.text.finish = lambda: 1 / 0
+    if way == "abort":
+        engine.abort(id)
+        while engine.step():
+            pass
+    else:
+        engine.stop()
+    assert isinstance(broken[-1].error, RequestFailed)
+    assert other[-1].finish_reason == {"abort": "length", "stop": "abort"}[way]
+    assert engine.pool.num_free == engine.pool.num_pages
+
+
 def test_decodes_run_in_every_step_however_long_the_prompts_that_arrive(tiny):
     """Prompts are cut to what the decodes leave of a step, so none of them makes a step longer than the budget."""
     loaded, _ = tiny

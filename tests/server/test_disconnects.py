@@ -290,3 +290,16 @@ def test_a_client_that_leaves_frees_its_pages_within_two_steps(own_server, strea
     assert httpx.post(url + "/v1/chat/completions", json={**body, "max_tokens": 4}, timeout=60).status_code == 200
     gc.collect()  # an exception that nobody asked for is told of when it goes
     assert "never retrieved" not in caplog.text
+
+
+def test_with_another_request_behind_it_on_the_same_connection(server):
+    """Uvicorn tells only the latest that its client has gone."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with disturbed(server), socket.create_connection((host, int(port)), timeout=60) as connection:
+        running, _, _ = server.counts()
+        content = json.dumps({"model": "smollm2", "messages": told("Towns"), "max_tokens": LONG}).encode()
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(content) + content)
+        until(lambda: server.counts()[0] > running)
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        time.sleep(0.2)  # so that it has been read

@@ -1,6 +1,7 @@
 """What happens when something breaks inside a real server process: who is told what, and who is not harmed."""
 
 import json
+import signal
 import subprocess
 import threading
 import time
@@ -111,8 +112,8 @@ def test_a_step_that_fails_or_hangs_ends_the_process_with_an_error_for_everyone(
         running.start()
         began = time.monotonic()
         replies = at_once(*[lambda n=n: outcome(max_tokens=3000 + n) for n in range(3)])
-        assert process.wait(30) == 1
-        assert time.monotonic() - began < 25
+        assert process.wait(60) == 1
+        assert time.monotonic() - began < (45 if holds_lock else 25)  # 30 and 10, of which the issue demands the latter
         if holds_lock:  # nobody can tell them anything any more
             assert all(isinstance(reply, httpx.TransportError) for reply in replies)
         else:
@@ -138,8 +139,32 @@ def test_health_is_503_as_soon_as_the_hang_is_noticed(tmp_path):
         assert process.wait(30) == 1
 
 
+def test_a_first_step_may_take_longer_than_a_hang_is_given():
+    """It may compile things. The engine has turned before, with nothing to do."""
+    patch = BREAK_A_STEP.format(trigger="/", what="time.sleep(0 if self.num_forwards else 12)")
+    with serving(patch=patch) as (url, _):
+        assert chat(url, max_tokens=4).status_code == 200
+        assert chat(url, max_tokens=4).status_code == 200
+
+
+def test_a_process_that_was_stopped_in_the_middle_of_a_step_goes_on():
+    """As by SIGSTOP, docker pause, or a laptop's lid: ten seconds have passed, but nothing has had its turn."""
+    with serving() as (url, process):
+        replies = []
+        asking = threading.Thread(target=lambda: replies.append(chat(url, max_tokens=600)))
+        asking.start()
+        while "linalign:num_requests_running 1.0" not in httpx.get(url + "/metrics").text:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(14)
+        process.send_signal(signal.SIGCONT)
+        asking.join()
+        assert replies[0].json()["usage"]["completion_tokens"] == 600
+        assert process.poll() is None
+
+
 @pytest.mark.parametrize(("longest", "patience"), [(0.0, 300), (0.02, 10), (3.0, 30)])
 def test_slow_machines_are_not_taken_for_dead(longest, patience):
     """Nor is one that has not finished its first step: a large model on a CPU may take a minute for it."""
-    engine = types.SimpleNamespace(pace=(0.0, longest))
+    engine = types.SimpleNamespace(pace=(None, longest))
     assert Server(uvicorn.Config(None), engine, 1.0)._patience == patience

@@ -47,6 +47,31 @@ def test_a_key_has_so_many_requests_at_once_and_gets_a_place_when_one_ends(limit
         time.sleep(0.02)
 
 
+@pytest.mark.parametrize(
+    "asked", [{"prompt": ["Towns"] * 3}, {"prompt": "Towns", "n": 3}, {"prompt": ["a", "b"], "n": 2}]
+)
+def test_choices_count_as_requests_do(limited, asked):
+    """One request may have hundreds of them, and take the whole engine. None of it is begun, or what is ends."""
+    four = client_of(limited, "four")
+    many = {"model": "smollm2", "max_tokens": 2, **asked}
+    assert refusal(four.post("/v1/completions", json=many)) == ("key_requests", 1)
+    few = {"model": "smollm2", "max_tokens": 2, "prompt": ["Towns"] * 2}
+    deadline = time.monotonic() + 30
+    while four.post("/v1/completions", json=few).status_code == 429:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_choice_that_is_refused_later_takes_no_place(limited):
+    four = client_of(limited, "four")
+    for _ in range(4):
+        assert (
+            four.post("/v1/completions", json={"model": "smollm2", "prompt": "x", "max_tokens": 9000}).status_code
+            == 400
+        )
+    assert four.post("/v1/completions", json={"model": "smollm2", "prompt": "x", "max_tokens": 1}).status_code == 200
+
+
 def test_a_key_has_so_many_tokens_a_minute(limited):
     three, four = client_of(limited, "three"), client_of(limited, "four")
     used = 0

@@ -200,6 +200,30 @@ def test_headers_of_4_megabytes_are_refused(small, start):
     assert json.loads(slowly.split(b"\r\n\r\n")[1])["error"]["code"] == "headers_too_large"
 
 
+@pytest.mark.parametrize("trailer", [b"a", b"X: y\r\n"], ids=["one without end", "many"])
+def test_trailers_behind_a_body_are_bounded_too(small, trailer):
+    """Also behind one that has been answered long before: the connection is cut off, and nobody has waited."""
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    begun = head + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n" + (b"X: " if trailer == b"a" else b"")
+    host, port = small.removeprefix("http://").split(":")
+    sent = 0
+    with socket.create_connection((host, int(port)), timeout=20) as connection, contextlib.suppress(ConnectionError):
+        connection.sendall(begun)
+        while sent < 64 << 20:
+            connection.sendall(trailer * 10_000)
+            sent += len(trailer) * 10_000
+    assert sent < 16 << 20  # what the kernels' buffers hold
+    assert httpx.get(small + "/health").status_code == 200
+
+
+@pytest.mark.parametrize("length", [b"0" * 5000 + b"2", b"9" * 5000, b"1" + b"0" * 30])
+def test_lengths_of_any_length_are_understood(small, length):
+    head = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    answer = answer_to(small, head + b"Content-Length: " + length + b"\r\n\r\n{}")
+    assert answer.startswith(b"HTTP/1.1 4")  # 413, or 400 of what holds no model or no such number
+    assert b"Traceback" not in answer
+
+
 def test_headers_within_the_limit_are_read_and_connections_kept(small):
     with httpx.Client(base_url=small) as client:
         for _ in range(3):  # together more than the limit, and with bodies between them

@@ -76,6 +76,18 @@ def test_a_stream_is_told_of_when_it_has_ended(logged):
     assert line["request"]["completion_tokens"] == 3
 
 
+def test_a_client_that_left_is_told_of(logged):
+    url, lines = logged
+    asked = BODY | {"stream": True, "max_tokens": 3000, "ignore_eos": True}
+    headers = {"Authorization": f"Bearer {KEY}", "X-Request-Id": "left"}
+    with httpx.stream("POST", url + "/v1/chat/completions", json=asked, headers=headers, timeout=60) as response:
+        next(response.iter_lines())
+    (line,) = request_lines(lines, "left")
+    assert line["request"]["client_left"] is True
+    post(url, body=BODY | {"stream": True}, **{"X-Request-Id": "stayed"})
+    assert "client_left" not in request_lines(lines, "stayed")[0]["request"]
+
+
 @pytest.mark.parametrize("id", ["", "with space", "x" * 129, 'quote"', "<script>"])
 def test_ids_that_are_not_fit_are_replaced(logged, id):
     url, lines = logged

@@ -133,6 +133,29 @@ def test_ends_and_refusals_are_counted_by_what_they_were(url):
     assert told("http_responses_total{path=other,status=404}") == 1  # whatever strangers ask for, one series
 
 
+def test_given_tokens_are_no_tokens_that_somebody_waited_for(url):
+    before = scrape(url)
+    text = {
+        "model": "smollm2",
+        "prompt": "The towns of our coast are old",
+        "echo": True,
+        "logprobs": 1,
+        "max_tokens": 1,
+    }
+    assert httpx.post(url + "/v1/completions", json=text, timeout=60).status_code == 200
+    told = change(before, scrape(url))
+    assert told("time_to_first_token_seconds_count") == 1
+    assert told("inter_token_latency_seconds_count") == 0
+
+
+def test_what_waits_is_sequences_not_news_of_those_that_left(own_server):
+    _, engine = own_server
+    engine.stop()
+    for id in range(8):
+        engine.abort(id)
+    assert engine.stats().num_waiting == 0
+
+
 def test_the_process_is_measured_too(url):
     assert scrape(url)["process_open_fds"] > 3
     assert scrape(url)["process_resident_memory_bytes"] > 1e8

@@ -129,6 +129,24 @@ def test_an_engine_that_hangs_while_the_server_stops_does_not_keep_it(tmp_path):
         asking.join()
 
 
+def test_an_engine_that_fails_while_the_server_stops_shows_in_its_exit_status(tmp_path):
+    trigger = tmp_path / "trigger"
+    patch = BREAK_A_STEP.format(trigger=str(trigger), what="raise ValueError('injected')")
+    with serving(patch=patch, status=1, stderr=subprocess.DEVNULL) as (url, process):
+        replies = []
+        asking = threading.Thread(target=lambda: replies.append(chat(url, max_tokens=4000)))
+        asking.start()
+        while "linalign:num_requests_running 1.0" not in httpx.get(url + "/metrics").text:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        while httpx.get(url + "/health").status_code == 200:
+            time.sleep(0.02)
+        trigger.touch()
+        assert process.wait(30) == 1
+        asking.join()
+    assert [(reply.status_code, reply.json()["error"]["code"]) for reply in replies] == [(503, "engine_dead")]
+
+
 def outcome_of(call):
     try:
         return call()
