@@ -55,6 +55,14 @@ def serving(*args, patch="", status=0, env=None, **options):
             assert process.wait(60) == status
 
 
+def await_metric(url, line):
+    """Wait until /metrics has the line, without its prefix."""
+    deadline = time.monotonic() + 60
+    while f"linalign:{line}\n" not in httpx.get(url + "/metrics").text:
+        assert time.monotonic() < deadline, f"never {line}"
+        time.sleep(0.02)
+
+
 @pytest.fixture(scope="session")
 def url(embedded):  # noqa: ARG001 - loaded first, so that the server finds the converted copy
     with serving() as (url, _):

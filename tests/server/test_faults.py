@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 
 from server.shutdown import Server
-from tests.serving import serving
+from tests.serving import await_metric, serving
 
 # The engine fails in a chosen way as soon as a file is there.
 BREAK_A_STEP = """
@@ -153,8 +153,7 @@ def test_a_process_that_was_stopped_in_the_middle_of_a_step_goes_on():
         replies = []
         asking = threading.Thread(target=lambda: replies.append(chat(url, max_tokens=600)))
         asking.start()
-        while "linalign:num_requests_running 1.0" not in httpx.get(url + "/metrics").text:
-            time.sleep(0.05)
+        await_metric(url, "num_requests_running 1.0")
         process.send_signal(signal.SIGSTOP)
         time.sleep(14)
         process.send_signal(signal.SIGCONT)

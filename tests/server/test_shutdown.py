@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.server.test_faults import BREAK_A_STEP, chat, events
-from tests.serving import serving
+from tests.serving import await_metric, serving
 
 BASE = {"model": "smollm2", "messages": [{"role": "user", "content": "Tell me about towns."}], "max_tokens": 1}
 
@@ -57,8 +57,7 @@ def test_a_second_sigterm_stops_at_once():
 
         thread = threading.Thread(target=ask)
         thread.start()
-        while "linalign:num_requests_running 1.0" not in httpx.get(url + "/metrics").text:
-            time.sleep(0.05)
+        await_metric(url, "num_requests_running 1.0")
         process.send_signal(signal.SIGTERM)
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(2)
@@ -76,8 +75,7 @@ def test_while_replies_end_new_requests_are_told_to_go_elsewhere(tmp_path):
         streamed = []
         running = threading.Thread(target=lambda: streamed.extend(events(url, max_tokens=200)))
         running.start()
-        while "linalign:num_requests_running 1.0" not in httpx.get(url + "/metrics").text:
-            time.sleep(0.02)
+        await_metric(url, "num_requests_running 1.0")
         process.send_signal(signal.SIGTERM)
         while kept.get("/health").status_code != 503:
             assert running.is_alive()
@@ -101,8 +99,7 @@ def test_requests_that_wait_are_ended_like_those_that_run():
         threads = [threading.Thread(target=lambda: replies.append(chat(url, max_tokens=4000))) for _ in range(3)]
         for thread in threads:
             thread.start()
-        while "linalign:num_requests_waiting 2.0" not in httpx.get(url + "/metrics").text:
-            time.sleep(0.02)
+        await_metric(url, "num_requests_waiting 2.0")
         process.send_signal(signal.SIGTERM)
         for thread in threads:
             thread.join()
@@ -121,8 +118,7 @@ def test_an_engine_that_hangs_while_the_server_stops_does_not_keep_it(tmp_path):
         chat(url)
         asking = threading.Thread(target=outcome_of, args=[lambda: chat(url, max_tokens=4000)])
         asking.start()
-        while "linalign:num_requests_running 1.0" not in httpx.get(url + "/metrics").text:
-            time.sleep(0.02)
+        await_metric(url, "num_requests_running 1.0")
         process.send_signal(signal.SIGTERM)
         trigger.touch()
         assert process.wait(30) == 1
@@ -136,8 +132,7 @@ def test_an_engine_that_fails_while_the_server_stops_shows_in_its_exit_status(tm
         replies = []
         asking = threading.Thread(target=lambda: replies.append(chat(url, max_tokens=4000)))
         asking.start()
-        while "linalign:num_requests_running 1.0" not in httpx.get(url + "/metrics").text:
-            time.sleep(0.02)
+        await_metric(url, "num_requests_running 1.0")
         process.send_signal(signal.SIGTERM)
         while httpx.get(url + "/health").status_code == 200:
             time.sleep(0.02)
