@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 
 from starlette.types import Scope
 
-from alignment_core import Output, Prompt
+from alignment_core import InvalidRequest, Output, Prompt, RequestFailed
+
+# Of what ends a reply that has begun; None where the engine itself has failed.
+CODES = {type(None): "engine_dead", RequestFailed: "internal_error", InvalidRequest: "invalid_value"}
 
 
 class KeyBusy(Exception):
@@ -51,7 +54,7 @@ class Exchange:
             self.num_completion_tokens += output.usage.completion_tokens
             self.charge(output.usage.completion_tokens)
             if output.finish_reason == "error":
-                self.error_code = "engine_dead" if output.error is None else "internal_error"
+                self.error_code = CODES[type(output.error)]
 
 
 def exchange_of(scope: Scope) -> Exchange:

@@ -88,13 +88,8 @@ class Measures:
         """For every output of one request, in the engine's thread. began: its arrival, of time.monotonic()."""
         newest: dict[int, float] = {}  # by choice: when its last token came
         num_given: dict[int, int] = defaultdict(lambda: len(prompt.given))  # of each choice, that are still to come
-        is_counted = False
 
         def observe(output: Output) -> None:
-            nonlocal is_counted
-            if not is_counted:
-                is_counted = True
-                self._prompts.inc(len(prompt.principled[0]) + len(prompt.given))
             now = time.monotonic()
             if num_given[output.choice] > 0:
                 num_given[output.choice] -= len(output.token_ids)
@@ -115,6 +110,8 @@ class Measures:
     def _end(self, prompt: Prompt, output: Output, began: float, now: float) -> None:
         self._ends.labels(output.finish_reason).inc()
         self._whole.observe(now - began)
+        if output.choice == 0:
+            self._prompts.inc(len(prompt.principled[0]) + len(prompt.given))
         if output.usage:
             self._computed.inc(output.usage.branch_tokens_computed)
         if prompt.base is not None:

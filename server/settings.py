@@ -51,7 +51,9 @@ class Settings(BaseSettings):
     )
     api_keys_file: Path | None = Field(None, description="file of more of them, one a line")
     metrics_without_key: CliImplicitFlag[bool] = Field(False, description="/metrics is open to everyone")
-    max_requests_per_key: int | None = Field(None, ge=1, description="at once, for each API key; beyond is a 429")
+    max_requests_per_key: int | None = Field(
+        None, ge=1, description="choices included, at once, of each key; beyond is a 429"
+    )
     max_tokens_per_minute_per_key: int | None = Field(
         None, ge=1, description="of prompts and replies, for each API key; beyond is a 429"
     )

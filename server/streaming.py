@@ -16,7 +16,7 @@ from starlette.types import Message
 
 from alignment_core import Engine, EngineDead, InvalidRequest, Output, Prompt, RequestFailed, SamplingParams, Usage
 from alignment_core.sequence import TokenLogprob
-from server.exchange import exchange_of
+from server.exchange import CODES, exchange_of
 from server.protocol.chat import ChatCompletionRequest
 from server.protocol.generation import GenerationRequest
 from server.tool_calls import Delta, ReplyParser, message_of
@@ -98,7 +98,8 @@ class Replies:
         while left:
             output = await self._queue.get()
             if output.error is not None:
-                log.error("The engine's request %s failed: %s", self._request_id, output.error)
+                if isinstance(output.error, RequestFailed):  # the engine's log has the stack, but not the client's id
+                    log.error("The engine's request %s failed", self._request_id)
                 raise output.error
             if output.finish_reason == "error":
                 raise EngineDead("the engine failed during this request")
@@ -295,12 +296,11 @@ def trace_of(report: TokenLogprob, token_bytes: Callable[[int], bytes]) -> dict[
 
 def failure(error: Failure) -> Event:
     """The last event of a stream that can't go on."""
-    told = {"message": str(error), "type": "server_error", "param": None, "code": "engine_dead"}
-    if isinstance(error, RequestFailed):
-        told["code"] = "internal_error"
-    elif isinstance(error, InvalidRequest):
-        told |= {"type": "invalid_request_error", "param": error.param, "code": "invalid_value"}
-    return Event({"error": told})
+    told = {"message": str(error), "type": "server_error", "param": None}
+    if isinstance(error, InvalidRequest):
+        told |= {"type": "invalid_request_error", "param": error.param}
+    code = CODES.get(type(error), CODES[type(None)])
+    return Event({"error": {**told, "code": code}})
 
 
 def usage_object(usages: Sequence[Usage]) -> dict[str, Any]:

@@ -67,6 +67,15 @@ def tiny(tokenizer):
     return tiny_pair(tokenizer, vocab_size=300)
 
 
+FEW_WORDS = 8
+
+
+@pytest.fixture(scope="session")
+def few_words(tokenizer):
+    """A model of so small a vocabulary that n-grams come again, sometimes with what followed them before."""
+    return tiny_pair(tokenizer, vocab_size=FEW_WORDS)
+
+
 def run_all(engine, requests):
     """Drive the engine by hand until every (prompt, params) is answered; their outputs in order."""
     outputs = [[] for _ in requests]

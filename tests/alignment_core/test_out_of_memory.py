@@ -17,7 +17,6 @@ from alignment_core.scheduler import Row
 from alignment_core.sequence import Branch
 from tests.alignment_core import test_speculation
 from tests.alignment_core.test_engine import GREEDY, aligned, judge, prompts
-from tests.alignment_core.test_speculation import few_words  # noqa: F401 - a fixture
 from tests.conftest import make_engine, run_all, token_ids
 
 CONFIGS = {
@@ -83,7 +82,7 @@ def test_a_step_that_is_too_large_runs_in_parts_and_nobody_can_tell(tiny, config
     "config",
     [{}, {"static": True}, {"page_size": 3, "num_pages": 96}, {"page_size": 3, "num_pages": 96, "static": True}],
 )
-def test_drafts_are_judged_in_parts(few_words, config, num_tokens):  # noqa: F811
+def test_drafts_are_judged_in_parts(few_words, config, num_tokens):
     loaded, oracle = few_words
     engine = make_engine(loaded, **{"num_pages": 600, "num_speculative_tokens": 6, **config})
     texts = test_speculation.prompts()
@@ -137,7 +136,7 @@ LOGPROBS = replace(GREEDY, logprobs=2, trace=True)
     [{}, {"static": True}, {"num_speculative_tokens": 4}, {"static": True, "num_speculative_tokens": 4}],
     ids=str,
 )
-def test_a_draw_that_is_too_large_is_made_in_parts(few_words, monkeypatch, config, what):  # noqa: F811
+def test_a_draw_that_is_too_large_is_made_in_parts(few_words, monkeypatch, config, what):
     """However often: one sequence at a time always fits."""
     loaded, _ = few_words
     wanted = [

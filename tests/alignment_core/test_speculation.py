@@ -7,16 +7,9 @@ import pytest
 from alignment_core import Principle, SamplingParams
 from alignment_core.speculation import PromptLookup
 from tests.alignment_core.test_engine import GREEDY, aligned, judge
-from tests.conftest import make_engine, run_all, tiny_pair, token_ids
+from tests.conftest import FEW_WORDS, make_engine, run_all, token_ids
 
-VOCABULARY = 8
 LONG = replace(GREEDY, max_tokens=40)
-
-
-@pytest.fixture(scope="module")
-def few_words(tokenizer):
-    """A model of so small a vocabulary that n-grams come again, sometimes with what followed them before."""
-    return tiny_pair(tokenizer, vocab_size=VOCABULARY)
 
 
 def prompts():
@@ -27,7 +20,7 @@ def prompts():
 
 
 def few(ids):
-    return tuple(id * id % VOCABULARY for id in ids)
+    return tuple(id * id % FEW_WORDS for id in ids)
 
 
 def test_drafts_are_what_followed_last_time():

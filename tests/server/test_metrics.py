@@ -1,5 +1,6 @@
 """GET /metrics, as Prometheus reads it."""
 
+import resource
 import time
 
 import httpx
@@ -159,3 +160,4 @@ def test_what_waits_is_sequences_not_news_of_those_that_left(own_server):
 def test_the_process_is_measured_too(url):
     assert scrape(url)["process_open_fds"] > 3
     assert scrape(url)["process_resident_memory_bytes"] > 1e8
+    assert scrape(url)["process_max_fds"] == resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # as many as there may be
