@@ -40,8 +40,7 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Uvicorn calls it TURNS times a second."""
-        if counter % TURNS == 0:
-            faulthandler.dump_traceback_later(LOCKED * self._patience, exit=True)  # unless it is put off a second later
+        faulthandler.dump_traceback_later(LOCKED * self._patience, exit=True)  # unless the next turn puts it off
         began, _ = self._engine.pace
         # Turns of this loop are counted, not seconds: a process that was stopped meanwhile does not hang.
         self._num_turns = self._num_turns + 1 if began is not None and began == self._step else 0

@@ -108,7 +108,7 @@ def test_a_step_that_fails_or_hangs_ends_the_process_with_an_error_for_everyone(
             except httpx.TransportError as error:
                 return error
 
-        running = threading.Timer(0.5, trigger.touch)
+        running = threading.Timer(2, trigger.touch)  # by then the watchdog knows how long a step takes
         running.start()
         began = time.monotonic()
         replies = at_once(*[lambda n=n: outcome(max_tokens=3000 + n) for n in range(3)])
