@@ -1,5 +1,6 @@
 """The engine: takes requests from any thread, runs the loop, hands out tokens as they are drawn."""
 
+import asyncio
 import itertools
 import logging
 import os
@@ -41,6 +42,7 @@ from alignment_core.sequence import (
     Sequence,
     Stats,
     TokenLogprob,
+    nothing_of,
 )
 from alignment_core.static_sampling import StaticSampler, draw_everything
 
@@ -262,6 +264,28 @@ class Engine:
             self._news.notify()
         return request_id
 
+    async def submit_async(
+        self, prompt: Prompt, params: SamplingParams, on_output: Callable[[Output], None], n: int = 1
+    ) -> int:
+        """`submit`, in a thread, as a structure may have to be compiled. Once it is cancelled, on_output still gets the
+        end of every choice.
+        """
+
+        def end(submitted: asyncio.Future[int]) -> None:
+            if submitted.exception() is None:
+                self.abort(submitted.result())
+                return
+            for choice in range(n):
+                on_output(nothing_of(prompt, choice, "abort"))
+
+        pool = self.grammars.pool(params.structure) if params.structure else None
+        submitted = asyncio.get_running_loop().run_in_executor(pool, self.submit, prompt, params, on_output, n)
+        try:
+            return await asyncio.shield(submitted)
+        except asyncio.CancelledError:
+            submitted.add_done_callback(end)
+            raise
+
     def refuse_early(self) -> None:
         """Raises EngineDead or EngineBusy where `submit` would, whatever the request; to be asked before work."""
         self.ensure_accepting()
@@ -273,6 +297,10 @@ class Engine:
             raise EngineDead("the engine is not running") from self.error
         if self._draining:
             raise EngineDead("the server is stopping and takes no new requests")
+
+    async def check_health(self) -> None:
+        """Raises EngineDead where `ensure_accepting` does."""
+        self.ensure_accepting()
 
     def drain(self) -> None:
         """Take no new requests; those that are there go on."""
@@ -315,6 +343,10 @@ class Engine:
             num_tokens_accepted=self._num_accepted,
             num_tokens_generated=self._num_generated,
         )
+
+    async def all_stats(self) -> dict[str, Stats]:
+        """Those of every engine by its name, of which there is one here, and needs none."""
+        return {"": self.stats()}
 
     # The loop
 

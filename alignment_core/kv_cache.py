@@ -92,15 +92,20 @@ class PagePool:
         branch.pages.clear()
         branch.num_published = branch.num_computed = 0
 
+    def _hash(self, branch: Branch, index: int) -> bytes:
+        return hash_pages(branch, index + 1, self.page_size)[index]
+
     def _forget(self, page: int) -> None:
         digest = self._hash_of.pop(page, None)
         if digest is not None:
             del self._page_of[digest]
 
-    def _hash(self, branch: Branch, index: int) -> bytes:
-        hashes = branch.page_hashes
-        while len(hashes) <= index:
-            start = len(hashes) * self.page_size
-            tokens = array("i", branch.tokens[start : start + self.page_size])
-            hashes.append(hashlib.sha256((hashes[-1] if hashes else branch.salt) + tokens.tobytes()).digest())
-        return hashes[index]
+
+def hash_pages(branch: Branch, num_pages: int, page_size: int) -> list[bytes]:
+    """The chain of the branch's first full pages, which are known to be that many; more if they were asked for."""
+    hashes = branch.page_hashes
+    while len(hashes) < num_pages:
+        start = len(hashes) * page_size
+        tokens = array("i", branch.tokens[start : start + page_size])
+        hashes.append(hashlib.sha256((hashes[-1] if hashes else branch.salt) + tokens.tobytes()).digest())
+    return hashes

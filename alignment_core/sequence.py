@@ -210,6 +210,11 @@ class Times:
     admitted: float = 0.0
     first_token: float = 0.0
 
+    def later(self, seconds: float) -> "Times":
+        """The same on a clock that is ahead by so much."""
+        known = (self.submitted, self.admitted, self.first_token)
+        return Times(*(when and when + seconds for when in known))
+
 
 @dataclass(frozen=True, slots=True)
 class Usage:
@@ -286,6 +291,13 @@ class Output:
     logprobs: tuple[TokenLogprob, ...] = ()
     error: InvalidRequest | RequestFailed | None = None
     times: Times | None = None
+
+
+def nothing_of(prompt: Prompt, choice: int, reason: FinishReason, num_tokens: int = 0) -> Output:
+    """The end of a choice that no engine has computed, or of which nothing but the number of its tokens is known."""
+    num_prompt_tokens = len(prompt.principled[0]) + len(prompt.given)
+    usage = Usage(num_prompt_tokens, 0, num_tokens, len(prompt.branches), 0, 0)
+    return Output("", (), reason, usage, choice, times=Times())
 
 
 @dataclass(slots=True, eq=False)

@@ -15,10 +15,10 @@ from sse_starlette.sse import AppStatus
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from alignment_core import Engine
 from server import auth, metrics
 from server.access_log import AccessLog
 from server.body_limit import BodyLimit
+from server.engine_client import EngineClient
 from server.key_limits import KeyLimits
 from server.presets import load_presets
 from server.protocol.errors import HANDLERS, ErrorResponse
@@ -30,13 +30,13 @@ ERRORS: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorResponse, "
 REQUEST_ID = "X-Request-Id"
 
 
-def _fingerprint(engine: Engine, settings: Settings) -> str:
+def _fingerprint(engine: EngineClient, settings: Settings) -> str:
     """The same for servers whose seeded replies are the same."""
     parts = (version("linalign"), engine.model_id, settings.dtype, settings.quantization, settings.kv_cache_dtype)
     return "fp_" + hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
-def create_app(engine: Engine, settings: Settings) -> FastAPI:
+def create_app(engine: EngineClient, settings: Settings) -> FastAPI:
     """The application; the engine's loop runs while the application does."""
 
     @asynccontextmanager
@@ -46,7 +46,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         await asyncio.to_thread(tracing.close)
 
     AppStatus.enable_automatic_graceful_drain = False  # streams have as much time to end as other replies
-    measures, tracing = metrics.Measures(engine), Tracing(settings.otlp_traces_endpoint)
+    measures, tracing = metrics.Measures(), Tracing(settings.otlp_traces_endpoint)
     app = FastAPI(
         title="linalign",
         lifespan=lifespan,

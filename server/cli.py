@@ -69,6 +69,21 @@ def engine_config(settings: "Settings") -> "EngineConfig":
     return EngineConfig(**{name: given[name] for name in names if name in given})
 
 
+def build_engine(settings: "Settings") -> "Engine":
+    """Not started yet. Raises LoadingError, ValueError."""
+    from alignment_core import Engine, load
+
+    loaded = load(
+        settings.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        quantization=settings.quantization,
+        trust_remote_code=settings.trust_remote_code,
+        tensor_parallel_size=settings.tensor_parallel_size,
+    )
+    return Engine(loaded, engine_config(settings))
+
+
 def serve(args: list[str]) -> None:
     from server import logs
     from server.presets import load_presets
@@ -93,22 +108,13 @@ def serve(args: list[str]) -> None:
     gc.disable()  # a start makes a million objects that stay: looking for garbage among them takes a second
     import uvicorn
 
-    from alignment_core import Engine, LoadingError, load
+    from alignment_core import LoadingError
     from server.app import create_app
     from server.http_protocol import BoundedProtocol
     from server.shutdown import LAST_WORDS, Server
 
     try:
-        loaded = load(
-            settings.model,
-            device=settings.device,
-            dtype=settings.dtype,
-            quantization=settings.quantization,
-            trust_remote_code=settings.trust_remote_code,
-            tensor_parallel_size=settings.tensor_parallel_size,
-        )
-        config = engine_config(settings)
-        engine = Engine(loaded, config)
+        engine = build_engine(settings)
         app = create_app(engine, settings)
     except (LoadingError, ValueError) as error:
         sys.exit(f"linalign serve: {error}")

@@ -18,7 +18,8 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from alignment_core import Engine, Output, Prompt
+from alignment_core import Output, Prompt
+from alignment_core.sequence import Stats
 
 router = APIRouter()
 
@@ -30,37 +31,66 @@ RATIOS = (0, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 15, 20)
 NATS = (0.001, 0.01, 0.03, 0.1, 0.3, 1, 2, 3, 5, 10, 20)
 
 
-class EngineCollector(Collector):
-    """The engine's own counts, read when they are asked for."""
+ENGINE: tuple[tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, Callable[[Stats], float]], ...] = (
+    (GaugeMetricFamily, "num_requests_running", "Sequences in the running batch", lambda s: s.num_running),
+    (GaugeMetricFamily, "num_requests_waiting", "Sequences that wait for admission", lambda s: s.num_waiting),
+    (
+        GaugeMetricFamily,
+        "kv_cache_usage_perc",
+        "Share of the KV cache's pages that are held, 0 to 1",
+        lambda s: s.kv_cache_usage,
+    ),
+    (CounterMetricFamily, "generation_tokens", "Tokens generated, once a sequence", lambda s: s.num_tokens_generated),
+    (CounterMetricFamily, "num_preemptions", "Sequences preempted", lambda s: s.num_preemptions),
+    (
+        CounterMetricFamily,
+        "prefix_cache_queries",
+        "Context tokens admitted, all branches",
+        lambda s: s.num_tokens_admitted,
+    ),
+    (
+        CounterMetricFamily,
+        "prefix_cache_hits",
+        "Context tokens that prefix reuse spared",
+        lambda s: s.num_tokens_cached,
+    ),
+    (
+        CounterMetricFamily,
+        "spec_decode_num_draft_tokens",
+        "Tokens drafted by prompt lookup",
+        lambda s: s.num_tokens_drafted,
+    ),
+    (
+        CounterMetricFamily,
+        "spec_decode_num_accepted_tokens",
+        "Drafted tokens that were drawn",
+        lambda s: s.num_tokens_accepted,
+    ),
+)
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+
+class EngineCollector(Collector):
+    """The engines' own counts. stats: the newest of each by its name; there is one without a name, or all have one."""
+
+    def __init__(self) -> None:
+        self.stats: dict[str, Stats] = {}
 
     def collect(self) -> Iterable[Metric]:
-        stats = self._engine.stats()
-        for name, text, value in (
-            ("num_requests_running", "Sequences in the running batch", stats.num_running),
-            ("num_requests_waiting", "Sequences that wait for admission", stats.num_waiting),
-            ("kv_cache_usage_perc", "Share of the KV cache's pages that are held, 0 to 1", stats.kv_cache_usage),
-        ):
-            yield GaugeMetricFamily(f"linalign:{name}", text, value)
-        for name, text, value in (
-            ("generation_tokens", "Tokens generated, once a sequence", stats.num_tokens_generated),
-            ("num_preemptions", "Sequences preempted", stats.num_preemptions),
-            ("prefix_cache_queries", "Context tokens admitted, all branches", stats.num_tokens_admitted),
-            ("spec_decode_num_draft_tokens", "Tokens drafted by prompt lookup", stats.num_tokens_drafted),
-            ("spec_decode_num_accepted_tokens", "Drafted tokens that were drawn", stats.num_tokens_accepted),
-            ("prefix_cache_hits", "Context tokens that prefix reuse spared", stats.num_tokens_cached),
-        ):
-            yield CounterMetricFamily(f"linalign:{name}", text, value)
+        labels = ["replica"] if any(self.stats) else []
+        for kind, name, text, count in ENGINE:
+            family = kind(f"linalign:{name}", text, labels=labels)
+            for replica, stats in self.stats.items():
+                family.add_metric([replica] if labels else [], count(stats))
+            yield family
 
 
 class Measures:
     """What is measured of every request, as it happens."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(EngineCollector(engine))
+        self.engines = EngineCollector()
+        self.registry.register(self.engines)
         ProcessCollector(registry=self.registry)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
@@ -128,4 +158,5 @@ class Measures:
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     measures: Measures = request.app.state.measures
+    measures.engines.stats = await request.app.state.engine.all_stats()
     return Response(generate_latest(measures.registry), media_type=CONTENT_TYPE_LATEST)

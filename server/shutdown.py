@@ -24,6 +24,11 @@ LAST_WORDS = 10  # seconds for clients to be told that their replies end
 FAREWELL = 1.0  # where the process itself is lost
 
 
+def patience(longest: float) -> float:
+    """Seconds for a step. longest: that the longest before it has taken; 0 where none is known."""
+    return max(PATIENCE, USUAL * longest) if longest else AT_FIRST
+
+
 class Server(uvicorn.Server):
     """timeout: seconds that running requests get once the server is asked to stop.
 
@@ -52,7 +57,7 @@ class Server(uvicorn.Server):
     @property
     def _patience(self) -> float:
         _, longest = self._engine.pace
-        return max(PATIENCE, USUAL * longest) if longest else AT_FIRST
+        return patience(longest)
 
     @property
     def _has_replies(self) -> bool:

@@ -14,8 +14,9 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import Request
 from starlette.types import Message
 
-from alignment_core import Engine, EngineDead, InvalidRequest, Output, Prompt, RequestFailed, SamplingParams, Usage
-from alignment_core.sequence import TokenLogprob
+from alignment_core import EngineDead, InvalidRequest, Output, Prompt, RequestFailed, SamplingParams, Usage
+from alignment_core.sequence import TokenLogprob, nothing_of
+from server.engine_client import EngineClient
 from server.exchange import CODES, exchange_of
 from server.protocol.chat import ChatCompletionRequest
 from server.protocol.generation import GenerationRequest
@@ -38,7 +39,7 @@ class Replies:
     Raises EngineDead, RequestFailed, and InvalidRequest for what turns out on the way.
     """
 
-    def __init__(self, engine: Engine, n: int) -> None:
+    def __init__(self, engine: EngineClient, n: int) -> None:
         self.n = self._num_left = n
         self._engine = engine
         self._queue: asyncio.Queue[Output] = asyncio.Queue()
@@ -46,9 +47,7 @@ class Replies:
 
     @classmethod
     async def of(cls, request: Request, body: GenerationRequest, prompt: Prompt, params: SamplingParams) -> "Replies":
-        """Submit, in a thread, as a structure may have to be compiled. Raises InvalidRequest, EngineDead,
-        EngineBusy, KeyBusy.
-        """
+        """Submit. Raises InvalidRequest, EngineDead, EngineBusy, KeyBusy."""
         state, exchange, n = request.app.state, exchange_of(request.scope), body.n or 1
         loop, replies = asyncio.get_running_loop(), cls(state.engine, n)
         measure = state.measures.of(prompt, exchange.began)
@@ -68,29 +67,21 @@ class Replies:
             replies._num_left -= output.finish_reason is not None
             replies._queue.put_nowait(output)
 
-        def on_submitted(done: asyncio.Future[int]) -> None:
-            if error := done.exception():
-                exchange.leave(n)
-                span.fail(error)
-
-        pool = state.engine.grammars.pool(params.structure) if params.structure else None
-        submit = asyncio.ensure_future(loop.run_in_executor(pool, state.engine.submit, prompt, params, on_output, n))
-        submit.add_done_callback(on_submitted)
         try:
-            replies._request_id = await asyncio.shield(submit)
-        except asyncio.CancelledError:  # the client left meanwhile
-            submit.add_done_callback(lambda done: None if done.exception() else state.engine.abort(done.result()))
+            replies._request_id = await state.engine.submit_async(prompt, params, on_output, n)
+        except Exception as error:
+            exchange.leave(n)
+            span.fail(error)
             raise
         exchange.ask(prompt)
         return replies
 
     @classmethod
-    def of_nothing(cls, engine: Engine, prompt: Prompt, n: int) -> "Replies":
+    def of_nothing(cls, engine: EngineClient, prompt: Prompt, n: int) -> "Replies":
         """For a request that asks for no token at all."""
         replies = cls(engine, n)
-        usage = Usage(len(prompt.principled[0]), 0, 0, len(prompt.branches), 0, 0)
         for choice in range(n):
-            replies._queue.put_nowait(Output("", (), "length", usage, choice))
+            replies._queue.put_nowait(nothing_of(prompt, choice, "length"))
         return replies
 
     async def __aiter__(self) -> AsyncIterator[Output]:
@@ -170,7 +161,7 @@ class ChatCompletion:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: EngineClient,
         body: ChatCompletionRequest,
         fingerprint: str,
         prompt: Prompt,

@@ -8,7 +8,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from alignment_core import Engine, Prompt
+from alignment_core import Prompt
+from server.engine_client import EngineClient
 from server.models import serving
 from server.protocol.chat import ChatCompletionRequest
 from server.streaming import STREAMED, ChatCompletion, Replies, event_stream, gather
@@ -39,7 +40,7 @@ async def begin(body: ChatCompletionRequest, request: Request) -> tuple[Replies,
     Raises InvalidRequest, EngineDead, EngineBusy.
     """
     state = request.app.state
-    engine: Engine = state.engine
+    engine: EngineClient = state.engine
     engine.refuse_early()
     principles = body.principles(state.settings.default_alignment_ratio)
     messages = [message.rendered() for message in body.messages]
@@ -58,7 +59,7 @@ async def begin(body: ChatCompletionRequest, request: Request) -> tuple[Replies,
     return replies, prompt, lambda: ReplyParser(engine.tokenizer, begun, rendering.tools, most_calls)
 
 
-def _for_tools(body: ChatCompletionRequest, engine: Engine, mark: str) -> dict[str, Any]:
+def _for_tools(body: ChatCompletionRequest, engine: EngineClient, mark: str) -> dict[str, Any]:
     """What tools and reasoning change in how a reply is drawn. mark: ends the reasoning that has begun, if any."""
     after = mark and literal(mark, engine.tokenizer)
     tools, parallel = body.callable_tools(), body.parallel_tool_calls is not False

@@ -9,8 +9,9 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from alignment_core import Engine, Output, Prompt, Usage
+from alignment_core import Output, Prompt, Usage
 from alignment_core.sequence import TokenLogprob
+from server.engine_client import EngineClient
 from server.models import serving
 from server.protocol.completions import CompletionRequest
 from server.streaming import (
@@ -34,7 +35,7 @@ router = APIRouter(route_class=StrictJSON)
 @router.post("/v1/completions", response_model=None, responses=STREAMED)
 async def create_completion(body: CompletionRequest, request: Request) -> Response | dict[str, Any]:
     state = request.app.state
-    engine: Engine = state.engine
+    engine: EngineClient = state.engine
     engine.refuse_early()
     body = serving(body, state)
     principles = body.principles(state.settings.default_alignment_ratio)
@@ -69,7 +70,7 @@ class TextCompletion:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: EngineClient,
         fingerprint: str,
         body: CompletionRequest,
         texts: Sequence[tuple[int, ...]],
@@ -158,7 +159,7 @@ class _Opinions:
     first: a token in front, of which nothing is known.
     """
 
-    def __init__(self, engine: Engine, body: CompletionRequest, first: int | None) -> None:
+    def __init__(self, engine: EngineClient, body: CompletionRequest, first: int | None) -> None:
         self._token_bytes = engine.token_bytes
         self._body, self._first = body, first
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")

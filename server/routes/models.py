@@ -5,7 +5,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from alignment_core import Engine
+from server.engine_client import EngineClient
 from server.protocol.errors import ModelNotFound
 
 router = APIRouter()
@@ -46,8 +46,8 @@ async def retrieve_model(id: str, request: Request) -> dict[str, Any]:
 @router.get("/health")
 async def health(request: Request) -> dict[str, str]:
     """200 while the engine runs and accepts requests, else 503."""
-    engine: Engine = request.app.state.engine
-    engine.ensure_accepting()
+    engine: EngineClient = request.app.state.engine
+    await engine.check_health()
     return {"status": "ok"}
 
 

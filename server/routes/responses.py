@@ -7,7 +7,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from alignment_core import Engine, InvalidRequest, Output
+from alignment_core import InvalidRequest, Output
+from server.engine_client import EngineClient
 from server.models import serving
 from server.protocol.responses import ResponsesRequest
 from server.routes.chat import begin
@@ -22,7 +23,7 @@ News = dict[str, Any]
 @router.post("/v1/responses", response_model=None, responses=STREAMED)
 async def create_response(body: ResponsesRequest, request: Request) -> Response | dict[str, Any]:
     state = request.app.state
-    engine: Engine = state.engine
+    engine: EngineClient = state.engine
     chat = serving(body.chat, state)
     replies, _, parser = await begin(chat, request)
     response = ModelResponse(engine, body, parser())
@@ -35,7 +36,7 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response 
 class ModelResponse:
     """One response object, and the events of its coming about."""
 
-    def __init__(self, engine: Engine, body: ResponsesRequest, parser: ReplyParser) -> None:
+    def __init__(self, engine: EngineClient, body: ResponsesRequest, parser: ReplyParser) -> None:
         self._token_bytes, self._parser = engine.token_bytes, parser
         self._items = _Items()
         self._pending: list[dict[str, Any]] = []  # log-probabilities of tokens whose text is still to come

@@ -5,7 +5,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from alignment_core import Engine, InvalidRequest
+from alignment_core import InvalidRequest
+from server.engine_client import EngineClient
 from server.models import preset_of, serving
 from server.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from server.strict_json import StrictJSON
@@ -16,7 +17,7 @@ router = APIRouter(route_class=StrictJSON)
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     """The token ids of the prompt as it is counted, and of every branch: the principled ones, then the base."""
-    engine: Engine = request.app.state.engine
+    engine: EngineClient = request.app.state.engine
     body = serving(body, request.app.state)
     principles = body.principles(request.app.state.settings.default_alignment_ratio)
     method = body.alignment_method or "linear"
@@ -40,7 +41,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
 
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str]:
-    engine: Engine = request.app.state.engine
+    engine: EngineClient = request.app.state.engine
     preset_of(body.model, request.app.state)
     for id in body.tokens:
         if id >= engine.vocab_size:
