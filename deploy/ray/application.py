@@ -1,0 +1,148 @@
+"""The application: `serve run deploy.ray.application:build`, or a configuration such as deploy/ray/cpu.yaml."""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+
+from alignment_core import EngineDead, Output, Prompt, SamplingParams
+from alignment_core.sequence import Stats
+from deploy.ray.remote_engine import ClusterBusy, Description, News, RemoteEngine
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import BackpressureConfig
+from ray.serve.handle import DeploymentHandle
+from server.app import create_app
+from server.cli import build_engine
+from server.presets import load_presets
+from server.protocol.errors import error_response
+from server.settings import Settings
+from server.shutdown import patience
+
+# Of `linalign serve` alone, and what is set instead of them in a configuration of Ray Serve.
+FOREIGN = {
+    "host": "http_options.host",
+    "port": "http_options.port",
+    "forwarded_allow_ips": "a proxy in front of Ray's",
+    "log_format": "logging_config",
+    "shutdown_timeout": "graceful_shutdown_timeout_s of EngineReplica",
+    "config": "args of the application",
+}
+PREFIX_ROUTER = "deploy.ray.prefix_router.PrefixRouter"
+FAREWELL = 1.0  # seconds for the requests of an engine that has died to be told
+
+
+class EngineReplica:
+    """One engine with all of its GPUs. Raises LoadingError, ValueError."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._engine = build_engine(settings).start()
+        self._id = serve.get_replica_context().replica_id.unique_id
+
+    def __del__(self) -> None:
+        if hasattr(self, "_engine"):
+            self._engine.stop()
+
+    def describe(self) -> Description:
+        engine = self._engine
+        return Description(engine.model_id, engine.tokenizer, engine.vocab_size, engine.max_model_len)
+
+    def stats(self) -> tuple[str, Stats]:
+        """With the replica's id. Raises EngineDead."""
+        self._engine.ensure_accepting()
+        return self._id, self._engine.stats()
+
+    def check_health(self) -> None:
+        """Asked by Ray, which replaces a replica that has raised thrice. Raises EngineDead."""
+        began, longest = self._engine.pace
+        if began is not None and time.monotonic() - began > patience(longest):
+            self._engine.give_up(EngineDead("a step has not come back"))
+        self._engine.ensure_accepting()
+
+    async def generate(self, prompt: Prompt, params: SamplingParams, n: int) -> AsyncIterator[News]:
+        """One request, until its choices have ended or nobody listens. Raises EngineDead, EngineBusy, InvalidRequest.
+
+        The process ends with its engine, so that nobody is sent here until Ray has replaced it.
+        """
+        loop, outputs = asyncio.get_running_loop(), asyncio.Queue[Output]()
+
+        def on_output(output: Output) -> None:
+            loop.call_soon_threadsafe(outputs.put_nowait, output)
+
+        request_id, left = None, n
+        try:
+            request_id = await self._engine.submit_async(prompt, params, on_output, n)
+            yield News((), time.monotonic())
+            while left:
+                new = [await outputs.get()]
+                new += [outputs.get_nowait() for _ in range(outputs.qsize())]
+                left -= sum(output.finish_reason is not None for output in new)
+                yield News(tuple(new), time.monotonic())
+        finally:
+            if request_id is not None and left:
+                self._engine.abort(request_id)
+            if not self._engine.alive:
+                loop.call_later(FAREWELL, os._exit, 1)
+
+
+@serve.ingress()
+class Ingress:
+    """The HTTP server: everything but the model."""
+
+    def __init__(self, engines: "DeploymentHandle[EngineReplica]", settings: Settings) -> None:
+        self._engines, self._settings = engines, settings
+
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        description: Description = await self._engines.describe.remote()
+        app = create_app(RemoteEngine(self._engines, description), self._settings)
+        app.add_exception_handler(ClusterBusy, _on_cluster_busy)
+        return app
+
+
+async def _on_cluster_busy(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ClusterBusy)
+    response = error_response(503, str(error), code="overloaded", kind="server_error")
+    response.headers["Retry-After"] = str(error.retry_after)
+    return response
+
+
+def build(args: dict[str, Any]) -> Application:
+    """args: settings of `linalign serve` by their names, which go before the variables LINALIGN_*. Raises ValueError.
+
+    Each engine has tensor_parallel_size GPUs of one machine, or as many CPUs where the device is "cpu"; a configuration
+    of Ray Serve may say otherwise, as it may for everything that is set here.
+    """
+    if foreign := sorted(args.keys() & FOREIGN.keys()):
+        raise ValueError("; ".join(f"{name} has no meaning here: see {FOREIGN[name]}" for name in foreign))
+    settings = Settings(**args)
+    load_presets(settings.presets)  # for its complaints
+    engines = serve.deployment(
+        name="EngineReplica",
+        max_ongoing_requests=settings.max_num_seqs,
+        max_queued_requests=settings.max_queued_requests,
+        backpressure_config=BackpressureConfig(retry_after_s=5),
+        request_router_config={"request_router_class": PREFIX_ROUTER},
+        health_check_period_s=5,
+        health_check_timeout_s=10,
+        graceful_shutdown_timeout_s=300,  # for the replies that are on their way
+        **_resources(settings),
+    )(EngineReplica)
+    # What is too much is refused in front of the engines.
+    ingress = serve.deployment(name="Ingress", max_ongoing_requests=10_000)(Ingress)
+    return ingress.bind(engines.bind(settings), settings)
+
+
+def _resources(settings: Settings) -> dict[str, Any]:
+    """Of an engine: those of one placement group, where it has several processes."""
+    size = settings.tensor_parallel_size
+    needs = {"num_cpus": size, "num_gpus": 0 if settings.device == "cpu" else size}
+    options: dict[str, Any] = {"ray_actor_options": needs}
+    if size > 1:
+        bundle = {"CPU": needs["num_cpus"], "GPU": needs["num_gpus"]}
+        options["placement_group_bundles"] = [{name: number for name, number in bundle.items() if number}]
+        options["placement_group_strategy"] = "STRICT_PACK"
+    return options

@@ -1,0 +1,201 @@
+"""The engine as the HTTP server sees it, where engines are replicas of a Ray deployment."""
+
+import asyncio
+import itertools
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from alignment_core import EngineDead, Output, Prompt, SamplingParams
+from alignment_core.detokenizer import TokenBytes
+from alignment_core.prompts import PromptBuilder
+from alignment_core.sequence import FinishReason, Stats, nothing_of
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 6  # to find a replica that takes a request in
+LOSSES = 2  # replicas that a request may be lost with: it may be what ends them
+PAUSE = 0.25  # seconds before the second attempt, twice that before the third, and so on
+PATIENCE = 10.0  # seconds for replicas to say how they are
+
+
+class ClusterBusy(RuntimeError):
+    """Every replica is full, and so is the queue. retry_after: seconds after which it is worth another try."""
+
+    def __init__(self, retry_after: float | None) -> None:
+        super().__init__("every replica is busy; try again later")
+        self.retry_after = math.ceil(retry_after or 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What is to be known of a model in order to serve it: its name, and how text becomes tokens."""
+
+    model_id: str
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """Of one request, from its replica; none at first, which says that the engine has taken it in. clock: the
+    replica's time.monotonic(), which tells times on another machine nothing.
+    """
+
+    outputs: tuple[Output, ...]
+    clock: float
+
+
+@dataclass(slots=True)
+class Request:
+    """What is asked for, and how far it is. num_tokens: of each choice that has not ended. accepted: done when a first
+    replica has taken it in. is_taken_in: by the one at hand.
+    """
+
+    prompt: Prompt
+    params: SamplingParams
+    on_output: Callable[[Output], None]
+    num_tokens: dict[int, int]
+    accepted: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    is_taken_in: bool = False
+    has_begun: bool = False
+
+    def take(self, news: News) -> None:
+        """Raises EngineDead instead of handing out that the engine has failed."""
+        self.is_taken_in = True
+        if not self.accepted.done():
+            self.accepted.set_result(None)
+        lag = time.monotonic() - news.clock
+        for output in news.outputs:
+            if output.finish_reason == "error" and output.error is None:
+                raise EngineDead("the engine failed during this request")
+            self.has_begun = True
+            self.num_tokens[output.choice] += len(output.token_ids)
+            if output.finish_reason:
+                del self.num_tokens[output.choice]
+            self.on_output(replace(output, times=output.times and output.times.later(lag)))
+
+    def end(self, reason: FinishReason) -> None:
+        """Tell that the choices that are left have ended, and why."""
+        while self.num_tokens:
+            choice, num_tokens = self.num_tokens.popitem()
+            self.on_output(nothing_of(self.prompt, choice, reason, num_tokens))
+
+
+class RemoteEngine:
+    """An `EngineClient` over the replicas behind a handle of `EngineReplica`.
+
+    A request goes to one replica, with all its branches and choices. If that one dies before anything has come of the
+    request, another gets it; afterwards, the choices that are left end with "error".
+    """
+
+    def __init__(self, handle: DeploymentHandle[Any], description: Description) -> None:
+        self.model_id = description.model_id
+        self.tokenizer = description.tokenizer
+        self.vocab_size = description.vocab_size
+        self.max_model_len = description.max_model_len
+        self.prompts = PromptBuilder(description.tokenizer, description.max_model_len)
+        self.token_bytes = TokenBytes(description.tokenizer)
+        self._handle = handle
+        self._ids = itertools.count()
+        self._running: dict[int, asyncio.Task[None]] = {}
+
+    def __enter__(self) -> "RemoteEngine":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for task in self._running.values():
+            task.cancel()
+
+    def refuse_early(self) -> None:
+        """Nothing: whether there is room turns out when a replica is looked for."""
+
+    async def submit_async(
+        self, prompt: Prompt, params: SamplingParams, on_output: Callable[[Output], None], n: int = 1
+    ) -> int:
+        """Until a replica has taken the request in. Raises ClusterBusy, EngineDead, EngineBusy, InvalidRequest."""
+        request = Request(prompt, params, on_output, dict.fromkeys(range(n), 0))
+        request_id = next(self._ids)
+        self._running[request_id] = task = asyncio.create_task(self._run(request))
+        task.add_done_callback(lambda _: self._running.pop(request_id, None))
+        try:
+            await request.accepted
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        return request_id
+
+    def abort(self, request_id: int) -> None:
+        if task := self._running.get(request_id):
+            task.cancel()
+
+    async def check_health(self) -> None:
+        """Raises EngineDead unless there is a replica that is well."""
+        try:
+            await self.all_stats()
+        except Exception as error:
+            raise EngineDead("no replica can be reached") from error
+
+    async def all_stats(self) -> dict[str, Stats]:
+        """Of the replicas that are there now, by their ids. Raises TimeoutError and Ray's errors."""
+        answers = await self._handle.broadcast("stats").results_async(timeout_s=PATIENCE)
+        if not answers:
+            raise EngineDead("there is no replica")
+        return dict(answers)
+
+    async def _run(self, request: Request) -> None:
+        """From replica to replica until the request is done, or was lost with one that had begun it."""
+        num_losses = 0
+        try:
+            for attempt in range(ATTEMPTS):
+                request.is_taken_in = False
+                try:
+                    async for news in self._news(request):
+                        request.take(news)
+                    return
+                except EngineDead as error:
+                    num_losses += request.is_taken_in
+                    if request.has_begun or num_losses == LOSSES or attempt == ATTEMPTS - 1:
+                        raise
+                    log.warning("A request goes to another replica: %s", error)
+                await asyncio.sleep(PAUSE * 2**attempt)
+        except asyncio.CancelledError:
+            request.end("abort")
+            raise
+        except Exception as error:
+            if request.accepted.done():
+                log.error("A request has failed: %s", error)
+                request.end("error")
+            else:
+                request.accepted.set_exception(error)
+
+    async def _news(self, request: Request) -> AsyncIterator[News]:
+        """What one replica makes of the request; it is told if nobody listens any more. Raises ClusterBusy, EngineDead
+        if the replica is lost, and what the engine does.
+        """
+        stream: Any = self._handle.options(stream=True).generate.remote(
+            request.prompt, request.params, len(request.num_tokens)
+        )
+        try:
+            async for news in stream:
+                yield news
+        except BackPressureError as error:
+            raise ClusterBusy(error._retry_after_s) from None
+        except RayTaskError as error:
+            raise error.cause from None
+        except RayActorError as error:
+            raise EngineDead("the engine's replica was lost") from error
+        finally:
+            stream.cancel()

@@ -1,0 +1,54 @@
+"""The application with engines that break when told to, and a router that does not look at prompts."""
+
+import os
+import pathlib
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ray.serve import Application
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+from alignment_core import Prompt, SamplingParams
+from deploy.ray import application
+from deploy.ray.remote_engine import News
+
+DIES, HANGS = 13, 14  # seeds of requests that do it, once each: as long as there is a file of that name in $FAULTS
+
+
+def _raise(*_: object) -> None:
+    raise RuntimeError("injected")
+
+
+def _sleep(*_: object) -> None:
+    time.sleep(10**6)
+
+
+class Faulty(application.EngineReplica):
+    async def generate(self, prompt: Prompt, params: SamplingParams, n: int) -> AsyncIterator[News]:
+        for seed, fault in ((DIES, _raise), (HANGS, _sleep)):
+            trigger = pathlib.Path(os.environ["FAULTS"]) / str(seed)
+            if params.seed == seed and trigger.exists():
+                trigger.unlink()
+                self._engine.runner.forward = fault
+        async for news in super().generate(prompt, params, n):
+            yield news
+
+
+def build(args: dict[str, Any]) -> Application:
+    application.EngineReplica = Faulty  # in the process that only builds
+    return application.build(args)
+
+
+class RoundRobin(RequestRouter):
+    def initialize_state(self) -> None:
+        self._turn = 0
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        if pending_request is not None:
+            pending_request.routing_context.should_backoff = True
+        self._turn += 1
+        replicas = sorted(candidate_replicas, key=lambda replica: str(replica.replica_id))
+        return [[replicas[(self._turn + i) % len(replicas)]] for i in range(len(replicas))]
