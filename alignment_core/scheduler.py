@@ -129,6 +129,8 @@ class Scheduler:
             for row in rows:
                 row.branch.num_computed = row.end - len(row.drafts)
                 sequence.num_tokens_computed += row.num_tokens
+                if row.branch is not sequence.branches[0]:
+                    sequence.num_tokens_extra += row.num_tokens
 
     def _admits(self, sequence: Sequence, step: Step) -> bool:
         # One spare page a running sequence, so that an admission is not undone by the next decode.

@@ -220,7 +220,8 @@ class Times:
 class Usage:
     """What a request took: the user's view of it, and the work behind.
 
-    prompt_cached_tokens: of the first principled branch, from what others have computed.
+    prompt_cached_tokens: of the first principled branch, from what others have computed. extra_tokens_computed: of
+    branch_tokens_computed, those of all branches but the first.
     """
 
     prompt_tokens: int
@@ -228,6 +229,7 @@ class Usage:
     completion_tokens: int
     branches: int
     branch_tokens_computed: int
+    extra_tokens_computed: int
     prefix_cached_tokens: int
 
 
@@ -296,7 +298,7 @@ class Output:
 def nothing_of(prompt: Prompt, choice: int, reason: FinishReason, num_tokens: int = 0) -> Output:
     """The end of a choice that no engine has computed, or of which nothing but the number of its tokens is known."""
     num_prompt_tokens = len(prompt.principled[0]) + len(prompt.given)
-    usage = Usage(num_prompt_tokens, 0, num_tokens, len(prompt.branches), 0, 0)
+    usage = Usage(num_prompt_tokens, 0, num_tokens, len(prompt.branches), 0, 0, 0)
     return Output("", (), reason, usage, choice, times=Times())
 
 
@@ -322,6 +324,7 @@ class Sequence:
     branches: list[Branch] = field(init=False)
     output_ids: list[int] = field(default_factory=list)
     num_tokens_computed: int = 0
+    num_tokens_extra: int = 0
     num_tokens_cached: int = 0
     num_prompt_cached: int = 0
     last_turn: int = 0
@@ -399,6 +402,7 @@ class Sequence:
             completion_tokens=max(self.num_replied, 0),
             branches=len(self.branches),
             branch_tokens_computed=self.num_tokens_computed,
+            extra_tokens_computed=self.num_tokens_extra,
             prefix_cached_tokens=self.num_tokens_cached,
         )
         news = news or Output("", choice=self.choice)

@@ -109,6 +109,7 @@ class Measures:
         self._ends = counter("request_success", "Choices that have ended, by their finish_reason", "finished_reason")
         self._aligned = counter("aligned_requests", "Choices with a principle that changes the logits")
         self._computed = counter("branch_tokens_computed", "Tokens that were computed, all branches")
+        self._extra = counter("extra_tokens_computed", "Of them, those of all branches but a choice's first")
         self._ratio = histogram("request_alignment_ratio", "Ratio of aligned choices, unsigned", RATIOS)
         self._kl = histogram("alignment_kl_nats", "KL(aligned || base) of tokens with an alignment_trace", NATS)
         self.responses = counter("http_responses", "Responses, by route and status", "path", "status")
@@ -144,6 +145,7 @@ class Measures:
             self._prompts.inc(len(prompt.principled[0]) + len(prompt.given))
         if output.usage:
             self._computed.inc(output.usage.branch_tokens_computed)
+            self._extra.inc(output.usage.extra_tokens_computed)
         if prompt.base is not None:
             self._aligned.inc()
             # Unsigned, as a sum that may fall is no counter.

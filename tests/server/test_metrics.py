@@ -109,6 +109,19 @@ def test_alignment_is_counted(url):
     assert told("branch_tokens_computed_total") > computed > 0
 
 
+def test_tokens_of_all_branches_but_the_first_are_counted_apart(own_server):
+    url, _ = own_server
+    plain = chat(url, HISTORY, principle=None)["usage"]["alignment_details"]["branch_tokens_computed"]
+    assert scrape(url)["linalign:extra_tokens_computed_total"] == 0
+    before = scrape(url)
+    aligned = chat(url, [{"role": "user", "content": "Elsewhere, " + HISTORY[0]["content"]}])["usage"]
+    told = change(before, scrape(url))
+    extra = told("extra_tokens_computed_total")
+    assert plain > 0
+    assert aligned["completion_tokens"] <= extra < told("branch_tokens_computed_total")
+    assert told("branch_tokens_computed_total") == aligned["alignment_details"]["branch_tokens_computed"]
+
+
 def test_ends_and_refusals_are_counted_by_what_they_were(url):
     before = scrape(url)
     chat(url, HISTORY, max_tokens=1)
