@@ -100,7 +100,7 @@ def draw(
             continue
         below = 2.3 if panel["type"] == "timeseries" else 0.4
         bottom = top - (at["h"] - below) / height
-        box = (left + 0.03, bottom, at["w"] / COLUMNS - 0.04, (at["h"] - below - 1.2) / height)
+        box = (left + 0.04, bottom, at["w"] / COLUMNS - 0.05, (at["h"] - below - 1.2) / height)
         paint = _graph if panel["type"] == "timeseries" else _stat
         axes = figure.add_axes(box, xlim=(span[0] / DAY, span[1] / DAY))
         paint(axes, panel, [one for target in series[panel["id"]] for one in target])
@@ -117,7 +117,8 @@ def _graph(axes: Any, panel: dict[str, Any], series: list[Series]) -> None:
     else:
         for one in series:
             axes.plot([when / DAY for when in one[1]], one[2], label=one[0], linewidth=1)
-    axes.set_ylim(0, defaults.get("max"))
+    is_flat = not any(value > 0 for _, _, values in series for value in values)
+    axes.set_ylim(0, defaults.get("max", 1 if is_flat else None))
     axes.yaxis.set_major_locator(ticker.MaxNLocator(4))
     axes.yaxis.set_major_formatter(lambda value, _: told(value, defaults["unit"]))
     axes.xaxis.set_major_locator(dates.AutoDateLocator(minticks=2, maxticks=6))
