@@ -1,0 +1,229 @@
+"""The model of capacity.py beside what was measured: tables of files in results/.
+
+    PYTHONPATH=. python benchmarks/capacity_check.py [--measure]
+
+--measure counts the engine's pages and prompt tokens anew, on the embedded model, and writes
+results/capacity.json. Times are those of results/cpu.json and serving.json, of this project's CPU, and of
+results/published.json, of others' GPUs. Without --measure it needs Python alone.
+"""
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from capacity import GPUS, TEMPLATE, Gpu, Host, Load, Model, num_pages, prompt_tokens, running, table
+
+HERE = Path(__file__).parent
+SYSTEM = "You help people who live in a small town by the sea with their plans for the house and the garden."
+PRINCIPLES = ("Answer in favour of solar power.", "Be kind to birds and other animals.")
+MESSAGES = ("Where should we get our power from?", "Tell me how to heat a house.", "Which plants stand salt and wind?")
+REPLY = 40
+PAGES = {  # by case: how many users there are at once, and what each asks for
+    "1 user, plain": (1, Load(principles=0)),
+    "1 user, aligned": (1, Load()),
+    "1 user, aligned, placement user": (1, Load(placement="user")),
+    "1 user, two principles": (1, Load(principles=2)),
+    "3 users, plain": (3, Load(principles=0)),
+    "3 users, aligned, each its own principle": (3, Load()),
+    "3 users, aligned, one principle": (3, Load(shared=True)),
+    "1 user, aligned, n = 4": (1, Load(choices=4)),
+    "1 user, aligned, n = 4, placement user": (1, Load(choices=4, placement="user")),
+}
+TURNS = {
+    "second turn, plain": Load(principles=0),
+    "second turn, aligned": Load(),
+    "second turn, aligned, placement user": Load(placement="user"),
+}
+CPU_STREAMS = (1, 16, 64)
+
+
+def read(name: str) -> Any:
+    return json.loads((HERE / "results" / name).read_text())
+
+
+def shape(name: str) -> Model:
+    return Model.of(json.loads((HERE / "shapes" / f"{name}.json").read_text()))
+
+
+# The engine's own counts
+
+
+def chat_prompt(engine: Any, load: Load, user: int, turns: tuple[str, ...]) -> Any:
+    from alignment_core import Principle
+
+    chat = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), turns, strict=False)]
+    whose = "" if load.shared else f" My name is {user}."
+    principles = [Principle(text + whose) for text in PRINCIPLES[: load.principles]]
+    return engine.prompts.build([{"role": "system", "content": SYSTEM}, *chat], principles, load.placement)
+
+
+def with_lengths(engine: Any, load: Load, turns: tuple[str, ...]) -> Load:
+    """The load in tokens, as the tokenizer makes them."""
+    aligned = chat_prompt(engine, replace(load, principles=1, placement="system"), 0, turns)
+    principled, base = aligned.branches
+    system = len(os.path.commonprefix([principled, base]))
+    message = len(engine.tokenizer.encode(turns[-1]))
+    history = len(base) - system - 2 * TEMPLATE - message
+    principle = len(principled) - len(base)
+    return replace(load, system=system, principle=principle, history=history, message=message, reply=REPLY)
+
+
+def count(loaded: Any) -> dict[str, Any]:
+    """Pages held at the end of replies, and prompt tokens computed in second turns, as the engine has them."""
+    from alignment_core import Engine, EngineConfig, SamplingParams
+
+    sizes = EngineConfig(num_pages=200, max_num_batched_tokens=2000)
+    params = SamplingParams(temperature=0, max_tokens=2 * REPLY, ignore_eos=True)
+    found: dict[str, Any] = {}
+    for case, (users, load) in PAGES.items():
+        engine = Engine(loaded, sizes)
+        for user in range(users):
+            engine.submit(chat_prompt(engine, load, user, MESSAGES[user : user + 1]), params, lambda _: None, load.choices)
+        while engine.step() and any(len(s.output_ids) < REPLY for s in engine.scheduler.running):
+            pass
+        loads = [asdict(with_lengths(engine, load, MESSAGES[user : user + 1])) for user in range(users)]
+        found[case] = {"loads": loads, "measured": engine.pool.num_pages - engine.pool.num_free}
+    for case, load in TURNS.items():
+        engine = Engine(loaded, sizes)
+        texts: list[str] = []
+        first = replace(params, max_tokens=REPLY)
+        engine.submit(chat_prompt(engine, load, 0, MESSAGES[:1]), first, lambda output, to=texts: to.append(output.text))
+        while engine.step():
+            pass
+        turns = (MESSAGES[0], "".join(texts), MESSAGES[1])
+        before = engine.stats()
+        engine.submit(chat_prompt(engine, load, 0, turns), params, lambda _: None)
+        engine.step()
+        after = engine.stats()
+        admitted = after.num_tokens_admitted - before.num_tokens_admitted
+        loads = [asdict(with_lengths(engine, load, turns))]
+        found[case] = {"loads": loads, "measured": admitted - (after.num_tokens_cached - before.num_tokens_cached)}
+    return found
+
+
+def stream_load(loaded: Any) -> dict[str, Any]:
+    """What each stream of serving.py asks for, on average, in tokens."""
+    from serving import PRINCIPLE, settings
+
+    from alignment_core import Engine, EngineConfig, Principle
+    from server import bench
+
+    engine = Engine(loaded, EngineConfig(num_pages=200))
+    bodies = bench.chats(settings("", max(CPU_STREAMS)), "smollm2")
+    prompts = [engine.prompts.build(body["messages"], [Principle(PRINCIPLE)]).branches for body in bodies]
+    system = len(os.path.commonprefix([prompts[0][0], prompts[0][1]]))
+    base = statistics.mean(len(base) for _, base in prompts)
+    return asdict(
+        Load(
+            system=system,
+            principle=len(prompts[0][0]) - len(prompts[0][1]),
+            message=round(base) - system - 2 * TEMPLATE,
+            reply=bodies[0]["max_tokens"],
+            shared=True,
+        )
+    )
+
+
+# Tables
+
+
+def counted() -> Iterator[list[object]]:
+    for case, row in read("capacity.json")["counts"].items():
+        loads = [Load(**load) for load in row["loads"]]
+        if case in TURNS:
+            predicted, unit = prompt_tokens(loads[0], has_history=True), "prompt tokens"
+        else:
+            branches = [branch for user, load in enumerate(loads) for branch in load.branches(user, load.reply)]
+            predicted, unit = num_pages(branches), "pages"
+        yield [case, unit, predicted, row["measured"]]
+
+
+def cpu(kind: str) -> tuple[Gpu, Iterator[list[object]]]:
+    """kind: as cpu.json calls the weights. Two of its rows say what a step and what a row of it costs."""
+    rates = {name: statistics.median(values) for name, values in read("cpu.json")["tokens_per_s"].items()}
+    measured = {
+        (n, rows): 1e3 * n / rates[f"{kind}, {n} {name}"]
+        for rows, name in ((1, "plain"), (2, "aligned"))
+        for n in (1, 8, 16)
+        if f"{kind}, {n} {name}" in rates
+    }
+    each = (measured[16, 1] - measured[1, 1]) / 15
+    model = shape("smollm2-135m")
+    gpu = Gpu(
+        memory=1, bandwidth=float("inf"), tflops=model.flops(1, 64, 1) / each / 1e9, link=1, tflops_share=1,
+        overhead=measured[1, 1] - each,
+    )  # fmt: skip
+    host = Host(model, gpu)
+
+    def lines() -> Iterator[list[object]]:
+        for (n, rows), milliseconds in measured.items():
+            name = f"{n} {'aligned' if rows == 2 else 'plain'}"
+            fitted = " (fitted)" if (n, rows) in ((1, 1), (16, 1)) else ""
+            predicted = host.step(n * rows, 64) * 1e3
+            yield [f"{kind}: {name}{fitted}", "ms a step", f"{predicted:.1f}", f"{milliseconds:.1f}"]
+
+    return gpu, lines()
+
+
+def streams() -> Iterator[list[object]]:
+    host = Host(shape("smollm2-135m"), cpu("ours")[0])
+    load = Load(**read("capacity.json")["stream"])
+    for n in CPU_STREAMS:
+        state = running(host, load, n, share=0)
+        measured = read("serving.json")["streams"][str(n)]["over HTTP, tokens/s"]
+        yield [f"{n} aligned streams over HTTP", "tokens/s", f"{state.requests * load.reply:.0f}", f"{measured:.0f}"]
+
+
+def published() -> Iterator[list[object]]:
+    found = read("published.json")
+    for kind in ("throughput", "first token, ms"):
+        for name, size, batch, prompt, reply, measured in found[kind]:
+            host = Host(shape(name), GPUS[found["gpu"]], size)
+            load = Load(system=0, message=prompt - 2 * TEMPLATE, reply=reply, principles=0)
+            if kind == "throughput":
+                predicted, unit = running(host, load, batch, share=0).requests * reply / size, "tokens/s and GPU"
+            else:
+                predicted, unit = 1e3 * (host.step(1, prompt) + host.prefill(prompt, prompt, 1)), "ms to the first"
+            case = f"{name}, {size} × {found['gpu'].upper()}, {batch} at once, {prompt} + {reply} tokens"
+            yield [case, unit, f"{predicted:.0f}", f"{measured}"]
+
+
+def show(lines: Iterator[list[object]]) -> str:
+    """With how far off the model is."""
+    columns = [
+        (str(case), {"": str(unit), "model": str(predicted), "measured": str(found)})
+        for case, unit, predicted, found in lines
+    ]
+    rows = ["| | | model | measured | model ÷ measured |", "| --- | --- | ---: | ---: | ---: |"]
+    for case, told in columns:
+        ratio = float(told["model"]) / float(told["measured"])
+        rows.append(f"| {case} | {told['']} | {told['model']} | {told['measured']} | {ratio:.2f} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--only", choices=["counts", "cpu", "published"], nargs="+", default=["counts", "cpu", "published"])
+    args = parser.parse_args()
+    if args.measure:
+        from alignment_core import load
+
+        loaded = load()
+        result = {"counts": count(loaded), "stream": stream_load(loaded)}
+        (HERE / "results" / "capacity.json").write_text(json.dumps(result, indent=1) + "\n")
+    tables = {
+        "counts": lambda: counted(),
+        "cpu": lambda: (row for part in (cpu("ours")[1], cpu("ours, float32 weights")[1], streams()) for row in part),
+        "published": published,
+    }
+    print("\n\n".join(show(tables[name]()) for name in args.only))
+
+
+if __name__ == "__main__":
+    main()
