@@ -284,7 +284,7 @@ def prompt_tokens(load: Load, has_history: bool) -> int:
     """Computed for one request: others have been there, and the same user where has_history."""
     known = list(load.branches(1, 1))
     if has_history:  # the turn before had another message, so a principle at its end is of no use any more;
-        # and neither was its last token computed, nor what the template puts after it.
+        # and of its reply all but the newest computed token has been published.
         computed = max(0, load.history - TEMPLATE - 1)
         principles = 0 if load.placement == "user" else load.principles
         before = replace(load, history=computed, message=0, principles=principles)

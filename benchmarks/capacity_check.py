@@ -22,7 +22,9 @@ HERE = Path(__file__).parent
 SYSTEM = "You help people who live in a small town by the sea with their plans for the house and the garden."
 PRINCIPLES = ("Answer in favour of solar power.", "Be kind to birds and other animals.")
 MESSAGES = ("Where should we get our power from?", "Tell me how to heat a house.", "Which plants stand salt and wind?")
-REPLY = 40
+ANSWER = "From the wind, which is strong by the sea, and from the sun. Both are cheap, and neither makes any noise."
+NAMES = ("Ann", "Zoltan", "Margaret")
+REPLY = 24
 PAGES = {  # by case: how many users there are at once, and what each asks for
     "1 user, plain": (1, Load(principles=0)),
     "1 user, aligned": (1, Load()),
@@ -57,14 +59,14 @@ def chat_prompt(engine: Any, load: Load, user: int, turns: tuple[str, ...]) -> A
     from alignment_core import Principle
 
     chat = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), turns, strict=False)]
-    whose = "" if load.shared else f" My name is {user}."
-    principles = [Principle(text + whose) for text in PRINCIPLES[: load.principles]]
+    whose = "" if load.shared else f"{NAMES[user]} wants this. "
+    principles = [Principle(whose + text) for text in PRINCIPLES[: load.principles]]
     return engine.prompts.build([{"role": "system", "content": SYSTEM}, *chat], principles, load.placement)
 
 
-def with_lengths(engine: Any, load: Load, turns: tuple[str, ...]) -> Load:
+def with_lengths(engine: Any, load: Load, user: int, turns: tuple[str, ...]) -> Load:
     """The load in tokens, as the tokenizer makes them."""
-    aligned = chat_prompt(engine, replace(load, principles=1, placement="system"), 0, turns)
+    aligned = chat_prompt(engine, replace(load, principles=1, placement="system"), user, turns)
     principled, base = aligned.branches
     system = len(os.path.commonprefix([principled, base]))
     message = len(engine.tokenizer.encode(turns[-1]))
@@ -86,22 +88,22 @@ def count(loaded: Any) -> dict[str, Any]:
             engine.submit(chat_prompt(engine, load, user, MESSAGES[user : user + 1]), params, lambda _: None, load.choices)
         while engine.step() and any(len(s.output_ids) < REPLY for s in engine.scheduler.running):
             pass
-        loads = [asdict(with_lengths(engine, load, MESSAGES[user : user + 1])) for user in range(users)]
+        loads = [asdict(with_lengths(engine, load, user, MESSAGES[user : user + 1])) for user in range(users)]
         found[case] = {"loads": loads, "measured": engine.pool.num_pages - engine.pool.num_free}
     for case, load in TURNS.items():
-        engine = Engine(loaded, sizes)
-        texts: list[str] = []
-        first = replace(params, max_tokens=REPLY)
-        engine.submit(chat_prompt(engine, load, 0, MESSAGES[:1]), first, lambda output, to=texts: to.append(output.text))
+        engine = Engine(loaded, replace(sizes, max_num_batched_tokens=load.rows))  # no room for drafts: one by one
+        said = replace(chat_prompt(engine, load, 0, MESSAGES[:1]), given=tuple(engine.tokenizer.encode(ANSWER)))
+        engine.submit(said, replace(params, max_tokens=1), lambda _: None)
         while engine.step():
             pass
-        turns = (MESSAGES[0], "".join(texts), MESSAGES[1])
+        engine.scheduler.max_num_batched_tokens = sizes.max_num_batched_tokens
+        turns = (MESSAGES[0], ANSWER, MESSAGES[1])
         before = engine.stats()
         engine.submit(chat_prompt(engine, load, 0, turns), params, lambda _: None)
         engine.step()
         after = engine.stats()
         admitted = after.num_tokens_admitted - before.num_tokens_admitted
-        loads = [asdict(with_lengths(engine, load, turns))]
+        loads = [asdict(with_lengths(engine, load, 0, turns))]
         found[case] = {"loads": loads, "measured": admitted - (after.num_tokens_cached - before.num_tokens_cached)}
     return found
 
