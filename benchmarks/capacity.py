@@ -259,7 +259,7 @@ class Running:
 def running(host: Host, load: Load, sequences: int, share: float = 1.0) -> Running:
     """share: of the turns that come to the replica that had the turn before."""
     own, common = held(load)
-    kept = max(0.0, (host.pool - common) / own * load.choices - sequences)  # histories beside what runs
+    kept = max(0.0, (host.pool - common) / own)  # users whose pages are there, running or not
     warm, cold = (prefill_seconds(host, load, has_history) for has_history in (True, False))
     step = host.step(sequences * load.rows, load.prompt + load.reply / 2)
     batch = sequences / load.choices
@@ -268,7 +268,7 @@ def running(host: Host, load: Load, sequences: int, share: float = 1.0) -> Runni
         prefill = hits * warm + (1 - hits) * cold
         requests = batch / (batch * prefill + load.reply * step)
         users = batch + requests * load.think
-        hits = share * min(1.0, (kept + sequences) / users)
+        hits = share * min(1.0, kept / users)
     busy = requests * prefill  # share of the time that goes into prefills
     first = host.step(sequences * load.rows, load.prompt) + prefill * (1 + busy / (2 * (1 - busy)))  # M/D/1
     return Running(sequences, hits, first, batch / requests / load.reply, requests, users)
@@ -329,12 +329,12 @@ def replicas(host: Host, load: Load, limits: Limits, affinity: bool) -> int | No
 
 def rows(host: Host, load: Load, limits: Limits, sequences: int | None) -> dict[str, str]:
     """The column of one plan. sequences: run at once, in place of the most that the limits allow."""
-    own, common = held(load)
+    own, _ = held(load)
     model, size = host.model, host.size
     told = {
         "weights a GPU, GB": f"{model.weight_bytes(size) / 1e9:.1f}",
         "KV cache, KB a token and branch": f"{model.kv_bytes() / 1e3:.0f}",
-        "KV cache, tokens": f"{max(0, host.pool) * PAGE_SIZE:,}",
+        "KV cache, tokens (pages)": f"{max(0, host.pool) * PAGE_SIZE:,} ({max(0, host.pool):,})",
         "pages a user at the reply's end": f"{own:,}",
         "prompt tokens computed, history cached or not": " / ".join(
             f"{prompt_tokens(load, has):,}" for has in (True, False)
@@ -351,17 +351,23 @@ def rows(host: Host, load: Load, limits: Limits, sequences: int | None) -> dict[
         "first token, ms, alone / so many": f"{alone.first * 1e3:.0f} / {state.first * 1e3:.0f}",
         "time a token, ms, alone / so many": f"{alone.token * 1e3:.1f} / {state.token * 1e3:.1f}",
         "reply tokens/s": f"{state.requests * load.reply * load.choices:,.0f}",
-        "turns that find their history": f"{state.hits:.0%}",
     }
     if sequences is not None:
         return told
-    numbers = [replicas(host, load, limits, affinity) for affinity in (True, False)]
-    return told | {
+    number = replicas(host, load, limits, affinity=True)
+    told |= {
         "users a replica": f"{state.users:.0f}",
-        f"replicas for {limits.users:,} users": f"{numbers[0]}",
-        "GPUs for them": f"{(numbers[0] or 0) * size}",
-        "GPUs without prefix affinity": f"{numbers[1] * size}" if numbers[1] else "too slow",
+        f"replicas for {limits.users:,} users, GPUs": f"{number}, {(number or 0) * size}",
     }
+    if load.history and number:
+        mean = limits.users / number
+        others = replicas(host, load, limits, affinity=False)
+        told |= {
+            "turns that find their history": f"{state.hits:.0%}",
+            "replicas where turns go to any": str(others or "too slow"),
+            "users of the fullest, if only hashed": f"{mean + math.sqrt(2 * mean * math.log(number)):.0f}",
+        }
+    return told
 
 
 def table(columns: list[tuple[str, dict[str, str]]]) -> str:
@@ -387,7 +393,12 @@ def parser() -> argparse.ArgumentParser:
     add("--placement", nargs="+", choices=["system", "user"], default=["system"])
     add("--shared", action="store_true", help="all users have the same principles")
     for name in ("system", "principle", "history", "message", "reply", "choices"):
-        add(f"--{name}", type=int, default=getattr(Load(), name), help="choices of a request" if name == "choices" else "tokens")
+        add(
+            f"--{name}",
+            type=int,
+            default=getattr(Load(), name),
+            help="choices of a request" if name == "choices" else "tokens",
+        )
     add("--think", type=float, default=Load().think, help="seconds between a reply and the user's next turn")
     add("--users", type=int, default=100)
     add("--max-num-seqs", type=int, default=64)

@@ -8,15 +8,15 @@ results/published.json, of others' GPUs. Without --measure it needs Python alone
 """
 
 import argparse
+import itertools
 import json
-import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from capacity import GPUS, TEMPLATE, Gpu, Host, Load, Model, num_pages, prompt_tokens, running, table
+from benchmarks.capacity import CHUNK, GPUS, TEMPLATE, Gpu, Host, Load, Model, num_pages, prompt_tokens, running
 
 HERE = Path(__file__).parent
 SYSTEM = "You help people who live in a small town by the sea with their plans for the house and the garden."
@@ -42,6 +42,7 @@ TURNS = {
     "second turn, aligned, placement user": Load(placement="user"),
 }
 CPU_STREAMS = (1, 16, 64)
+Line = tuple[str, str, float | str, float | str]  # case, unit, by the model, measured
 
 
 def read(name: str) -> Any:
@@ -64,11 +65,15 @@ def chat_prompt(engine: Any, load: Load, user: int, turns: tuple[str, ...]) -> A
     return engine.prompts.build([{"role": "system", "content": SYSTEM}, *chat], principles, load.placement)
 
 
+def num_shared(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+
 def with_lengths(engine: Any, load: Load, user: int, turns: tuple[str, ...]) -> Load:
     """The load in tokens, as the tokenizer makes them."""
     aligned = chat_prompt(engine, replace(load, principles=1, placement="system"), user, turns)
     principled, base = aligned.branches
-    system = len(os.path.commonprefix([principled, base]))
+    system = num_shared(principled, base)
     message = len(engine.tokenizer.encode(turns[-1]))
     history = len(base) - system - 2 * TEMPLATE - message
     principle = len(principled) - len(base)
@@ -79,13 +84,15 @@ def count(loaded: Any) -> dict[str, Any]:
     """Pages held at the end of replies, and prompt tokens computed in second turns, as the engine has them."""
     from alignment_core import Engine, EngineConfig, SamplingParams
 
-    sizes = EngineConfig(num_pages=200, max_num_batched_tokens=2000)
+    sizes = EngineConfig(num_pages=200, max_num_batched_tokens=CHUNK)
     params = SamplingParams(temperature=0, max_tokens=2 * REPLY, ignore_eos=True)
     found: dict[str, Any] = {}
     for case, (users, load) in PAGES.items():
         engine = Engine(loaded, sizes)
         for user in range(users):
-            engine.submit(chat_prompt(engine, load, user, MESSAGES[user : user + 1]), params, lambda _: None, load.choices)
+            engine.submit(
+                chat_prompt(engine, load, user, MESSAGES[user : user + 1]), params, lambda _: None, load.choices
+            )
         while engine.step() and any(len(s.output_ids) < REPLY for s in engine.scheduler.running):
             pass
         loads = [asdict(with_lengths(engine, load, user, MESSAGES[user : user + 1])) for user in range(users)]
@@ -96,7 +103,7 @@ def count(loaded: Any) -> dict[str, Any]:
         engine.submit(said, replace(params, max_tokens=1), lambda _: None)
         while engine.step():
             pass
-        engine.scheduler.max_num_batched_tokens = sizes.max_num_batched_tokens
+        engine.scheduler.max_num_batched_tokens = CHUNK
         turns = (MESSAGES[0], ANSWER, MESSAGES[1])
         before = engine.stats()
         engine.submit(chat_prompt(engine, load, 0, turns), params, lambda _: None)
@@ -110,15 +117,14 @@ def count(loaded: Any) -> dict[str, Any]:
 
 def stream_load(loaded: Any) -> dict[str, Any]:
     """What each stream of serving.py asks for, on average, in tokens."""
-    from serving import PRINCIPLE, settings
-
     from alignment_core import Engine, EngineConfig, Principle
+    from benchmarks.serving import PRINCIPLE, settings
     from server import bench
 
     engine = Engine(loaded, EngineConfig(num_pages=200))
     bodies = bench.chats(settings("", max(CPU_STREAMS)), "smollm2")
     prompts = [engine.prompts.build(body["messages"], [Principle(PRINCIPLE)]).branches for body in bodies]
-    system = len(os.path.commonprefix([prompts[0][0], prompts[0][1]]))
+    system = num_shared(*prompts[0])
     base = statistics.mean(len(base) for _, base in prompts)
     return asdict(
         Load(
@@ -134,7 +140,7 @@ def stream_load(loaded: Any) -> dict[str, Any]:
 # Tables
 
 
-def counted() -> Iterator[list[object]]:
+def counted() -> Iterator[Line]:
     for case, row in read("capacity.json")["counts"].items():
         loads = [Load(**load) for load in row["loads"]]
         if case in TURNS:
@@ -142,10 +148,10 @@ def counted() -> Iterator[list[object]]:
         else:
             branches = [branch for user, load in enumerate(loads) for branch in load.branches(user, load.reply)]
             predicted, unit = num_pages(branches), "pages"
-        yield [case, unit, predicted, row["measured"]]
+        yield case, unit, predicted, row["measured"]
 
 
-def cpu(kind: str) -> tuple[Gpu, Iterator[list[object]]]:
+def cpu(kind: str) -> tuple[Gpu, Iterator[Line]]:
     """kind: as cpu.json calls the weights. Two of its rows say what a step and what a row of it costs."""
     rates = {name: statistics.median(values) for name, values in read("cpu.json")["tokens_per_s"].items()}
     measured = {
@@ -162,26 +168,26 @@ def cpu(kind: str) -> tuple[Gpu, Iterator[list[object]]]:
     )  # fmt: skip
     host = Host(model, gpu)
 
-    def lines() -> Iterator[list[object]]:
+    def lines() -> Iterator[Line]:
         for (n, rows), milliseconds in measured.items():
             name = f"{n} {'aligned' if rows == 2 else 'plain'}"
             fitted = " (fitted)" if (n, rows) in ((1, 1), (16, 1)) else ""
             predicted = host.step(n * rows, 64) * 1e3
-            yield [f"{kind}: {name}{fitted}", "ms a step", f"{predicted:.1f}", f"{milliseconds:.1f}"]
+            yield f"{kind}: {name}{fitted}", "ms a step", f"{predicted:.1f}", f"{milliseconds:.1f}"
 
     return gpu, lines()
 
 
-def streams() -> Iterator[list[object]]:
+def streams() -> Iterator[Line]:
     host = Host(shape("smollm2-135m"), cpu("ours")[0])
     load = Load(**read("capacity.json")["stream"])
     for n in CPU_STREAMS:
         state = running(host, load, n, share=0)
         measured = read("serving.json")["streams"][str(n)]["over HTTP, tokens/s"]
-        yield [f"{n} aligned streams over HTTP", "tokens/s", f"{state.requests * load.reply:.0f}", f"{measured:.0f}"]
+        yield f"{n} aligned streams over HTTP", "tokens/s", f"{state.requests * load.reply:.0f}", f"{measured:.0f}"
 
 
-def published() -> Iterator[list[object]]:
+def published() -> Iterator[Line]:
     found = read("published.json")
     for kind in ("throughput", "first token, ms"):
         for name, size, batch, prompt, reply, measured in found[kind]:
@@ -192,26 +198,53 @@ def published() -> Iterator[list[object]]:
             else:
                 predicted, unit = 1e3 * (host.step(1, prompt) + host.prefill(prompt, prompt, 1)), "ms to the first"
             case = f"{name}, {size} × {found['gpu'].upper()}, {batch} at once, {prompt} + {reply} tokens"
-            yield [case, unit, f"{predicted:.0f}", f"{measured}"]
+            yield case, unit, f"{predicted:.0f}", measured
 
 
-def show(lines: Iterator[list[object]]) -> str:
+def times() -> Iterator[Line]:
+    for kind in ("ours", "ours, float32 weights"):
+        yield from cpu(kind)[1]
+    yield from streams()
+
+
+def goals() -> str:
+    """What the model says of the README's goals for one H200."""
+    host = Host(shape("llama-3.1-8b"), GPUS["h200"])
+    load = Load(system=0, message=512 - 2 * TEMPLATE)
+    plain = replace(load, principles=0)
+
+    def requests(load: Load, sequences: int) -> float:
+        return running(host, load, sequences, share=0).requests
+
+    ratios = {
+        "time per token, 1 aligned ÷ 1 plain": (host.step(2, 672) / host.step(1, 640), "≤ 1.05"),
+        "total time, 64 aligned ÷ 64 plain": (requests(plain, 64) / requests(load, 64), "≤ 1.35"),
+        "tokens/s of all rows, 256 aligned ÷ 512 plain": (2 * requests(load, 256) / requests(plain, 512), "≥ 0.95"),
+    }
+    lines = [f"| {name} | {ratio:.2f} | {goal} | not measured |" for name, (ratio, goal) in ratios.items()]
+    return "\n".join(["| | model | goal | measured |", "| --- | ---: | ---: | ---: |", *lines])
+
+
+def show(lines: Iterator[Line]) -> str:
     """With how far off the model is."""
-    columns = [
-        (str(case), {"": str(unit), "model": str(predicted), "measured": str(found)})
-        for case, unit, predicted, found in lines
-    ]
     rows = ["| | | model | measured | model ÷ measured |", "| --- | --- | ---: | ---: | ---: |"]
-    for case, told in columns:
-        ratio = float(told["model"]) / float(told["measured"])
-        rows.append(f"| {case} | {told['']} | {told['model']} | {told['measured']} | {ratio:.2f} |")
+    for case, unit, predicted, measured in lines:
+        rows.append(f"| {case} | {unit} | {predicted} | {measured} | {float(predicted) / float(measured):.2f} |")
     return "\n".join(rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "counts": lambda: show(counted()),
+    "cpu": lambda: show(times()),
+    "published": lambda: show(published()),
+    "goals": goals,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true")
-    parser.add_argument("--only", choices=["counts", "cpu", "published"], nargs="+", default=["counts", "cpu", "published"])
+    parser.add_argument("--only", choices=TABLES, nargs="+", default=list(TABLES))
     args = parser.parse_args()
     if args.measure:
         from alignment_core import load
@@ -219,12 +252,7 @@ def main() -> None:
         loaded = load()
         result = {"counts": count(loaded), "stream": stream_load(loaded)}
         (HERE / "results" / "capacity.json").write_text(json.dumps(result, indent=1) + "\n")
-    tables = {
-        "counts": lambda: counted(),
-        "cpu": lambda: (row for part in (cpu("ours")[1], cpu("ours, float32 weights")[1], streams()) for row in part),
-        "published": published,
-    }
-    print("\n\n".join(show(tables[name]()) for name in args.only))
+    print("\n\n".join(TABLES[name]() for name in args.only))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,113 @@
+"""docs/scaling.md says what its commands print, and the model of benchmarks/capacity.py counts as the engine does."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from alignment_core import EngineConfig
+from alignment_core.model_runner import ModelRunner, RunnerConfig
+from benchmarks import capacity, capacity_check
+
+ROOT = Path(__file__).parent.parent.parent
+EXAMPLES = re.findall(
+    r"```sh\n(?:PYTHONPATH=\. )?python (benchmarks/.+)\n```\n\n((?:\|.*\n)+)", (ROOT / "docs" / "scaling.md").read_text()
+)
+SIZES = {
+    "vocab_size": 600,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_every_command_has_its_table():
+    text = (ROOT / "docs" / "scaling.md").read_text()
+    assert len(EXAMPLES) == text.count("```sh\n") > 0
+
+
+@pytest.mark.parametrize(("command", "printed"), EXAMPLES, ids=[command for command, _ in EXAMPLES])
+def test_the_document_says_what_the_command_prints(command, printed):
+    done = run(*shlex.split(command))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == printed
+
+
+def test_the_engine_counts_as_it_did(embedded):
+    """And as the model does: pages at the end of replies, prompt tokens of second turns."""
+    recorded = capacity_check.read("capacity.json")["counts"]
+    assert capacity_check.count(embedded) == recorded
+    for case, unit, predicted, measured in capacity_check.counted():
+        assert predicted == measured, (case, unit)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"num_key_value_heads": 4}),
+        ("qwen3", {"head_dim": 32}),
+    ],
+)
+def test_sizes_are_the_models(model_type, changes):
+    config = CONFIG_MAPPING[model_type](**SIZES | changes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    counted = capacity.Model.of(json.loads(config.to_json_string(use_diff=False)) | {"dtype": "float32"})
+    matrices = sum(parameter.nbytes for parameter in model.parameters() if parameter.dim() > 1)
+    assert counted.weight_bytes() == matrices  # norms are left out
+    runner = ModelRunner(model, RunnerConfig(page_size=EngineConfig().page_size, max_model_len=64))
+    assert counted.kv_bytes() * capacity.PAGE_SIZE == runner.page_bytes()
+
+
+def test_the_engines_defaults():
+    assert EngineConfig().page_size == capacity.PAGE_SIZE
+    assert EngineConfig().gpu_memory_utilization == capacity.UTILIZATION
+
+
+def test_a_directory_and_numbers_of_ones_own(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SIZES))
+    done = run("benchmarks/capacity.py", str(tmp_path), "--bandwidth", "1", "--memory", "4", "--principles", "1")
+    assert done.returncode == 0, done.stderr
+    assert "| sequences at once | 64 |" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "said"),
+    [
+        ({"num_local_experts": 8}, [], "experts"),
+        ({}, ["--tensor-parallel-size", "4"], "2 key heads"),
+        ({}, ["--tensor-parallel-size", "2", "--quantization", "fp8"], "fp8"),
+    ],
+)
+def test_what_is_not_modelled_is_refused(tmp_path, changes, arguments, said):
+    (tmp_path / "config.json").write_text(json.dumps(SIZES | changes))
+    done = run("benchmarks/capacity.py", str(tmp_path), *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_a_model_that_does_not_fit(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SIZES))
+    done = run("benchmarks/capacity.py", str(tmp_path), "--memory", "3")
+    assert "does not fit" in done.stdout
