@@ -1,6 +1,6 @@
 """What a GPU holds of a model and a load, and how fast it may be: arithmetic, nothing runs. See docs/scaling.md.
 
-    python benchmarks/capacity.py CONFIG.json --gpu h100 --users 200 [--principles 0 1] [--tensor-parallel-size 1 2] …
+    python benchmarks/capacity.py CONFIG.json … --gpu h100 --users 200 [--principles 0 1] [--tensor-parallel-size 1 2] …
 
 CONFIG.json is a checkpoint's own (transformers' names), of a decoder without experts. One column for each
 combination of what takes several values. Needs Python alone.
@@ -342,11 +342,10 @@ def rows(host: Host, load: Load, limits: Limits, sequences: int | None) -> dict[
     }
     state, limit = most(host, load, limits) if sequences is None else (running(host, load, sequences), "as asked")
     if state is None:
-        return told | {"sequences at once": "–", "limited by": limit}
+        return told | {"sequences at once, because of": f"none, {limit}"}
     alone = running(host, load, load.choices)
     told |= {
-        "sequences at once": f"{state.sequences}",
-        "limited by": limit,
+        "sequences at once, because of": f"{state.sequences}, {limit}",
         "rows a step": f"{state.sequences * load.rows}",
         "first token, ms, alone / so many": f"{alone.first * 1e3:.0f} / {state.first * 1e3:.0f}",
         "time a token, ms, alone / so many": f"{alone.token * 1e3:.1f} / {state.token * 1e3:.1f}",
@@ -380,7 +379,7 @@ def table(columns: list[tuple[str, dict[str, str]]]) -> str:
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = found.add_argument
-    add("config", type=Path, help="config.json, or a directory that has one")
+    add("config", type=Path, nargs="+", help="a config.json, or a directory that has one")
     add("--gpu", nargs="+", choices=GPUS, default=["h100"])
     for name in ("memory", "bandwidth", "tflops", "link", "latency", "overhead", "reserve"):
         add(f"--{name}", type=float, help="in place of the table's, for all of --gpu")
@@ -410,23 +409,25 @@ def parser() -> argparse.ArgumentParser:
 
 def columns(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, str]]]:
     """Raises ValueError."""
-    path = args.config / "config.json" if args.config.is_dir() else args.config
-    config = json.loads(path.read_text())
     limits = Limits(args.users, args.max_num_seqs, args.first, args.token / 1e3)
     given = {name: getattr(args, name) for name in Gpu.__dataclass_fields__ if getattr(args, name) is not None}
     lengths = {
         name: getattr(args, name)
         for name in ("system", "principle", "history", "message", "reply", "choices", "shared", "think")
     }
-    options = (args.gpu, args.quantization, args.tensor_parallel_size, args.principles, args.placement)
-    for gpu, quantization, size, principles, placement in itertools.product(*options):
+    options = (args.config, args.gpu, args.quantization, args.tensor_parallel_size, args.principles, args.placement)
+    for config, gpu, quantization, size, principles, placement in itertools.product(*options):
         if principles == 0 and placement != args.placement[0]:
             continue
-        model = Model.of(config, None if quantization == "none" else quantization, args.kv_cache_dtype)
+        path = config / "config.json" if config.is_dir() else config
+        model = Model.of(
+            json.loads(path.read_text()), None if quantization == "none" else quantization, args.kv_cache_dtype
+        )
         if model.kv_heads % size or (size > 1 and quantization != "none"):
             raise ValueError(f"{model.kv_heads} key heads, {quantization} weights: not for {size} GPUs")
         kind = {0: "plain", 1: "aligned"}.get(principles, f"{principles} principles")
         parts = [
+            (config.stem, args.config),
             (gpu, args.gpu),
             (f"{size} GPU{'s' * (size > 1)}", args.tensor_parallel_size),
             (quantization, args.quantization),

@@ -18,7 +18,8 @@ from benchmarks import capacity, capacity_check
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = re.findall(
-    r"```sh\n(?:PYTHONPATH=\. )?python (benchmarks/.+)\n```\n\n((?:\|.*\n)+)", (ROOT / "docs" / "scaling.md").read_text()
+    r"```sh\n(?:PYTHONPATH=\. )?python (benchmarks/.+)\n```\n\n((?:\|.*\n)+)",
+    (ROOT / "docs" / "scaling.md").read_text(),
 )
 SIZES = {
     "vocab_size": 600,
@@ -89,7 +90,7 @@ def test_a_directory_and_numbers_of_ones_own(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SIZES))
     done = run("benchmarks/capacity.py", str(tmp_path), "--bandwidth", "1", "--memory", "4", "--principles", "1")
     assert done.returncode == 0, done.stderr
-    assert "| sequences at once | 64 |" in done.stdout
+    assert "| sequences at once, because of | 64, --max-num-seqs |" in done.stdout
 
 
 @pytest.mark.parametrize(
