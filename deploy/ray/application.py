@@ -33,6 +33,7 @@ FOREIGN = {
     "config": "args of the application",
 }
 PREFIX_ROUTER = "deploy.ray.prefix_router.PrefixRouter"
+OFTEN = 0.5  # seconds between the stats of a replica that go with its news
 FAREWELL = 1.0  # seconds for the requests of an engine that has died to be told
 
 
@@ -42,6 +43,7 @@ class EngineReplica:
     def __init__(self, settings: Settings) -> None:
         self._engine = build_engine(settings).start()
         self._id = serve.get_replica_context().replica_id.unique_id
+        self._told = 0.0  # when the stats went out last
 
     def __del__(self) -> None:
         if hasattr(self, "_engine"):
@@ -51,9 +53,12 @@ class EngineReplica:
         engine = self._engine
         return Description(engine.model_id, engine.tokenizer, engine.vocab_size, engine.max_model_len)
 
+    def record_replica_metadata(self) -> dict[str, int]:
+        """Asked by Ray once, for routers."""
+        return {"num_pages": self._engine.pool.num_pages}
+
     def stats(self) -> tuple[str, Stats]:
-        """With the replica's id. Raises EngineDead."""
-        self._engine.ensure_accepting()
+        """With the replica's id."""
         return self._id, self._engine.stats()
 
     def check_health(self) -> None:
@@ -76,17 +81,23 @@ class EngineReplica:
         request_id, left = None, n
         try:
             request_id = await self._engine.submit_async(prompt, params, on_output, n)
-            yield News((), time.monotonic())
+            yield self._news()
             while left:
                 new = [await outputs.get()]
                 new += [outputs.get_nowait() for _ in range(outputs.qsize())]
                 left -= sum(output.finish_reason is not None for output in new)
-                yield News(tuple(new), time.monotonic())
+                yield self._news(*new)
         finally:
             if request_id is not None and left:
                 self._engine.abort(request_id)
             if not self._engine.alive:
                 loop.call_later(FAREWELL, os._exit, 1)
+
+    def _news(self, *outputs: Output) -> News:
+        now = time.monotonic()
+        is_time = now - self._told >= OFTEN
+        self._told = now if is_time else self._told
+        return News(outputs, now, self.stats() if is_time else None)
 
 
 @serve.ingress()

@@ -19,16 +19,14 @@ class PrefixRouter(RequestRouter):
     would have to compute, `tokens_per_request` for each request that is there already, and as much again where others
     have fewer pages, so that new conversations spread although they all begin alike.
 
-    What a replica has cached is what has been sent there, newest first, up to `max_pages`; it is not asked. Prompts
-    share pages under the same hashes as in the engine's own cache (`alignment_core.kv_cache`). Every process that
-    sends requests has a router, and learns alone.
+    What a replica has cached is what has been sent there, newest first, as many pages as it has; it is not asked.
+    Prompts share pages under the same hashes as in the engine's own cache (`alignment_core.kv_cache`). Every process
+    that sends requests has a router, and learns alone.
     """
 
-    def initialize_state(  # type: ignore[override] # Ray checks the names by calling it
-        self, *, tokens_per_request: int = 128, max_pages: int = 1 << 16
-    ) -> None:
+    def initialize_state(self, *, tokens_per_request: int = 128) -> None:  # type: ignore[override]
         """Keyword arguments from `request_router_kwargs` in the deployment's configuration."""
-        self._tokens_per_request, self._max_pages = tokens_per_request, max_pages
+        self._tokens_per_request = tokens_per_request
         self._pages: dict[ReplicaID, Pages] = {}
 
     async def choose_replicas(
@@ -59,7 +57,8 @@ class PrefixRouter(RequestRouter):
             for page in reversed(_hashes(branch)):  # so that a prefix outlives what follows it
                 pages[page] = None
                 pages.move_to_end(page)
-        while len(pages) > self._max_pages:
+        replica = self.curr_replicas.get(replica_id)
+        while replica and len(pages) > replica.replica_metadata["num_pages"]:
             pages.popitem(last=False)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:

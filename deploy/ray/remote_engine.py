@@ -1,11 +1,12 @@
 """The engine as the HTTP server sees it, where engines are replicas of a Ray deployment."""
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 6  # to find a replica that takes a request in
 LOSSES = 2  # replicas that a request may be lost with: it may be what ends them
 PAUSE = 0.25  # seconds before the second attempt, twice that before the third, and so on
-PATIENCE = 10.0  # seconds for replicas to say how they are
+PATIENCE = 1.0  # seconds for replicas to say how they are, which Ray lets none do that is full
 
 
 class ClusterBusy(RuntimeError):
@@ -49,11 +50,12 @@ class Description:
 @dataclass(frozen=True, slots=True)
 class News:
     """Of one request, from its replica; none at first, which says that the engine has taken it in. clock: the
-    replica's time.monotonic(), which tells times on another machine nothing.
+    replica's time.monotonic(), which tells times on another machine nothing. stats: the replica's, now and then.
     """
 
     outputs: tuple[Output, ...]
     clock: float
+    stats: tuple[str, Stats] | None
 
 
 @dataclass(slots=True)
@@ -109,6 +111,7 @@ class RemoteEngine:
         self._handle = handle
         self._ids = itertools.count()
         self._running: dict[int, asyncio.Task[None]] = {}
+        self._stats: dict[str, Stats] = {}  # the newest of every replica
 
     def __enter__(self) -> "RemoteEngine":
         return self
@@ -143,17 +146,18 @@ class RemoteEngine:
 
     async def check_health(self) -> None:
         """Raises EngineDead unless there is a replica that is well."""
-        try:
-            await self.all_stats()
-        except Exception as error:
-            raise EngineDead("no replica can be reached") from error
+        if not await self.all_stats():
+            raise EngineDead("no replica can be reached")
 
     async def all_stats(self) -> dict[str, Stats]:
-        """Of the replicas that are there now, by their ids. Raises TimeoutError and Ray's errors."""
-        answers = await self._handle.broadcast("stats").results_async(timeout_s=PATIENCE)
-        if not answers:
-            raise EngineDead("there is no replica")
-        return dict(answers)
+        """Of the replicas that are there now, by their ids: what they say, or said last with their news."""
+        asked = self._handle.broadcast("stats")
+        try:
+            answers = await asked.results_async(timeout_s=PATIENCE, return_exceptions=True)
+        except TimeoutError:
+            return self._stats
+        self._stats = dict(answer for answer in answers if not isinstance(answer, BaseException))
+        return self._stats
 
     async def _run(self, request: Request) -> None:
         """From replica to replica until the request is done, or was lost with one that had begun it."""
@@ -162,8 +166,9 @@ class RemoteEngine:
             for attempt in range(ATTEMPTS):
                 request.is_taken_in = False
                 try:
-                    async for news in self._news(request):
-                        request.take(news)
+                    async with contextlib.aclosing(self._news(request)) as stream:
+                        async for news in stream:
+                            request.take(news)
                     return
                 except EngineDead as error:
                     num_losses += request.is_taken_in
@@ -181,21 +186,25 @@ class RemoteEngine:
             else:
                 request.accepted.set_exception(error)
 
-    async def _news(self, request: Request) -> AsyncIterator[News]:
+    async def _news(self, request: Request) -> AsyncGenerator[News]:
         """What one replica makes of the request; it is told if nobody listens any more. Raises ClusterBusy, EngineDead
         if the replica is lost, and what the engine does.
         """
-        stream: Any = self._handle.options(stream=True).generate.remote(
-            request.prompt, request.params, len(request.num_tokens)
-        )
+        generate = self._handle.options(stream=True).generate
+        stream: Any = None
         try:
+            stream = generate.remote(request.prompt, request.params, len(request.num_tokens))
             async for news in stream:
+                if news.stats:
+                    self._stats.update([news.stats])
                 yield news
+        except (asyncio.CancelledError, GeneratorExit):
+            if stream is not None:
+                stream.cancel()
+            raise
         except BackPressureError as error:
-            raise ClusterBusy(error._retry_after_s) from None
+            raise ClusterBusy(error.retry_after_s) from None
         except RayTaskError as error:
             raise error.cause from None
         except RayActorError as error:
             raise EngineDead("the engine's replica was lost") from error
-        finally:
-            stream.cancel()

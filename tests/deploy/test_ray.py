@@ -25,7 +25,7 @@ from tests.serving import free_port
 ROOT = Path(__file__).parents[2]
 SEQS = 4  # at once on each replica, and as many may wait in front
 LONG = 2000  # tokens that nobody waits for
-TOWNS = ["Bergen", "Cork", "Delft", "Evora", "Fano", "Graz"]
+TOWNS = ["Bergen", "Cork", "Delft", "Evora", "Fano"]  # an odd number: in turn, each has another replica every time
 PRINCIPLE = {"principle": "Mention the sea.", "alignment_ratio": 2}
 
 
@@ -117,9 +117,9 @@ def replicas(url):
     return set(metric(url, "num_requests_running"))
 
 
-def chat(url, text="Tell me about towns.", messages=None, **fields):
+def chat(url, text="Tell me about towns.", messages=None, timeout=300, **fields):
     body = {"model": "smollm2", "messages": messages or [{"role": "user", "content": text}], "temperature": 0}
-    return httpx.post(f"{url}/v1/chat/completions", json={**body, **PRINCIPLE, **fields}, timeout=300)
+    return httpx.post(f"{url}/v1/chat/completions", json={**body, **PRINCIPLE, **fields}, timeout=timeout)
 
 
 def sdk(url):
@@ -154,6 +154,7 @@ class Stream(threading.Thread):
                     self.num_tokens = chunk.usage.completion_tokens
         except openai.APIError as error:
             self.error = error
+            self.begun.set()
 
 
 def pid_of(replica):
@@ -219,7 +220,7 @@ def test_bad_input_is_refused_as_by_one_server(cluster, url):
 
 
 def test_conversations_stay_where_their_pages_are(cluster):
-    """Six conversations of four turns: how much of the prompts the caches spare, by prefix and in turn."""
+    """Five conversations of four turns: how much of the prompts the caches spare, by prefix and in turn."""
 
     def share_cached(url):
         before = [metric(url, name) for name in ("prefix_cache_hits_total", "prefix_cache_queries_total")]
@@ -261,47 +262,59 @@ def test_a_client_that_leaves_takes_its_work_with_it(cluster):
     wait(lambda: num_running() == 0, seconds=30)
 
 
+def fill(url, about, num_tokens):
+    """Streams that keep all seats of two replicas, others that wait in front of them, and what one more gets."""
+    running = []
+    for number in range(2 * SEQS):  # one by one: those that Ray looks for a seat for wait, too
+        running.append(Stream(url, f"Tell me about {number} {about}.", num_tokens))
+        assert running[-1].begun.wait(60)
+    waiting = [Stream(url, f"Tell me about some {number} {about}.", num_tokens) for number in range(SEQS - 1)]
+    while (refused := one_more(url)) is None:
+        waiting.append(Stream(url, f"Tell me about {len(waiting)} other {about}.", num_tokens))
+        assert len(waiting) <= SEQS
+    assert not any(stream.error for stream in running + waiting)
+    assert not any(stream.begun.is_set() for stream in waiting)
+    return running, waiting, refused
+
+
+def one_more(url):
+    """What a request gets at once, or None if it would wait; it leaves the queue again."""
+    with contextlib.suppress(httpx.ReadTimeout):
+        return chat(url, max_tokens=1, timeout=1)
+
+
 def test_what_neither_replicas_nor_queue_can_hold_is_a_503(cluster):
     url = cluster[0] + "/pair"
-    streams = [Stream(url, f"Tell me about {number} towns.", 200) for number in range(3 * SEQS)]
-    wait(lambda: sum(stream.begun.is_set() for stream in streams) == 2 * SEQS, seconds=60)  # the others wait
-    refused = chat(url, max_tokens=1)
+    running, waiting, refused = fill(url, "towns", 400)
     assert refused.status_code == 503
     assert refused.json()["error"]["code"] == "overloaded"
     assert int(refused.headers["retry-after"]) >= 1
-    for stream in streams:
+    assert httpx.get(url + "/health", timeout=30).status_code == 200
+    for stream in running + waiting:
         stream.join()
         assert stream.error is None
-        assert stream.num_tokens == 200
+        assert stream.num_tokens == 400
     assert chat(url, max_tokens=1).status_code == 200
 
 
 def test_a_replica_that_is_killed_takes_only_what_it_had_begun(cluster):
     url = cluster[0] + "/pair"
-    alone = [Stream(url, f"Tell me about {number} lakes.", 200) for number in range(3 * SEQS)]
-    for stream in alone:
-        stream.join()
     before = replicas(url)
-    streams = [Stream(url, f"Tell me about {number} lakes.", 200) for number in range(3 * SEQS)]
-    wait(lambda: sum(stream.begun.is_set() for stream in streams) == 2 * SEQS, seconds=60)
-    waited = [stream for stream in streams if not stream.begun.is_set()]
+    running, waiting, _ = fill(url, "lakes", 400)
     assert metric(url, "num_requests_running") == dict.fromkeys(before, SEQS)
     victim = min(before)
     os.kill(pid_of(victim), signal.SIGKILL)
-    for stream in streams:
+    for stream in running + waiting:
         stream.join()
-    failed = [stream for stream in streams if stream.error]
-    assert len(failed) == SEQS
-    assert not any(stream.error for stream in waited)
-    for stream, reference in zip(streams, alone, strict=True):
-        if stream.error is None:
-            assert stream.text == reference.text
-        else:
+    assert sum(stream.error is not None for stream in running) == SEQS
+    assert not any(stream.error for stream in waiting)
+    for stream in running:
+        if stream.error is not None:
             assert stream.error.body["code"] == "engine_dead"  # an event of the stream
-            assert reference.text.startswith(stream.text)
-            again = Stream(url, stream.question, 200)  # as a client would
+            again = Stream(url, stream.question, 400)  # as a client would
             again.join()
-            assert again.text == reference.text
+            assert (again.error, again.num_tokens) == (None, 400)
+            assert again.text.startswith(stream.text)
     wait(lambda: len(replicas(url)) == 2 and victim not in replicas(url))
 
 
