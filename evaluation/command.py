@@ -6,63 +6,109 @@ import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+import httpx
 from pydantic import Field
-from pydantic_settings import CliApp, CliPositionalArg, SettingsConfigDict
+from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
+from alignment_core import LoadingError
 from evaluation import follow, hh, personal_preference
 from evaluation.checkers import PROMPTS
 from evaluation.records import Cell, Record, Records, cells
 from evaluation.report import write
 from evaluation.target import Target, in_process, remote
-from server.settings import Arguments, client_key
+from server.command_line import parse
+from server.settings import API_KEY, FIRST_MODEL, Arguments, client_key
 
 Task = Literal["personal-preference", "follow", "hh"]
 
 
 class EvalSettings(Arguments):
-    """Measure what principles and ratios do to a model's replies.
+    """Measure what principles and ratios do to a model's replies, at a server or in this process.
 
-    personal-preference: does it choose the answer that fits a preference (the paper's protocol)? follow: do replies
-    keep to principles that a program can check, and what does it cost the text? hh: does a judge prefer aligned
-    replies to prompted ones? A run that was cut off goes on where it was.
+    tasks:
+      personal-preference  does it choose the answer that fits a preference?
+      follow               do replies keep to principles that a program can check,
+                           and what does it cost the text?
+      hh                   does a judge prefer aligned replies to prompted ones?
     """
+
+    EPILOG: ClassVar[str] = """
+A run that was cut off goes on where it was when it is started again with the same --output. Every combination of
+methods, ratios, masses and temperatures is run: the defaults take hours on a CPU, --limit makes it a sample.
+
+examples:
+  linalign eval personal-preference --output results/preference
+  linalign eval follow --output results/follow --methods linear --ratios 0,2,8
+  linalign eval follow --output results/smoke --limit 1
+  linalign eval follow --output results/large --url http://127.0.0.1:8000
+  linalign eval hh --output results/hh --judge-url http://127.0.0.1:9000
+
+files:
+  records.jsonl  every reply, as it comes
+  results.json   settings and summary
+  report.md      tables and figures (*.png)
+
+exit status:
+  0  done
+  1  no such server or model, or an option's value can't be
+  2  an unknown option
+"""
 
     model_config = SettingsConfigDict(cli_prog_name="linalign eval")
 
-    task: CliPositionalArg[Task]
-    output: Path = Field(description="folder for records.jsonl, results.json, report.md and the figures")
+    task: CliPositionalArg[Task] = Field(description="personal-preference, follow or hh")
+    output: Path = Field(title="FOLDER", description="for records, results, report and figures; made if need be")
     url: str | None = Field(
-        None, description="a server that takes our fields, without /v1; in this process where none is"
+        None,
+        title="URL",
+        description="a server that takes our fields, without /v1 (default: a model in this process)",
     )
-    model: str | None = Field(None, description="its name at the server, or what to load, as for linalign serve")
-    api_key: str = Field(default_factory=client_key, description="LINALIGN_API_KEY where none is given")
-    dtype: str = Field("auto", description="of a model in this process, as for linalign serve")
-    quantization: Literal["auto", "none", "int8", "int4", "fp8"] = "auto"
-    methods: str = Field("linear,cfg,opad,amulet,adaptive", description="comma-separated")
-    ratios: str = Field("0,0.5,1,2,3,5,8", description="comma-separated; 0 is prompting")
-    alignment_top_ps: str | None = Field(None, description="comma-separated; each method's own where none are")
-    temperatures: str = Field("0.5", description="comma-separated; 0 is greedy")
-    concurrency: int = Field(16, ge=1, description="requests at once")
-    seed: int = Field(0, description="of the order of answers")
+    model: str | None = Field(
+        None,
+        title="NAME",
+        description="its name at the server, or what to load, as for linalign serve (default: the server's first, or "
+        "the embedded model)",
+    )
+    api_key: str = Field(default_factory=client_key, title="KEY", description=API_KEY)
+    dtype: str = Field("auto", title="DTYPE", description="of a model in this process, as for linalign serve")
+    quantization: Literal["auto", "none", "int8", "int4", "fp8"] = Field(
+        "auto", description="of a model in this process, as for linalign serve"
+    )
+    methods: str = Field("linear,cfg,opad,amulet,adaptive", title="NAMES", description="comma-separated")
+    ratios: str = Field("0,0.5,1,2,3,5,8", title="RATIOS", description="comma-separated; 0 is prompting")
+    alignment_top_ps: str | None = Field(
+        None, title="MASSES", description="comma-separated, of the plausible set (default: each method's own)"
+    )
+    temperatures: str = Field("0.5", title="TS", description="comma-separated; 0 is greedy")
+    concurrency: int = Field(16, ge=1, title="N", description="requests at once")
+    seed: int = Field(0, title="N", description="decides the order of answers")
     dataset: str | None = Field(
         None,
-        description="personal-preference: a file, or kkuusou/personal_preference_eval; hh: a file as HH-RLHF has them; "
-        "our own where none is named",
+        title="DATA",
+        description="personal-preference: a file, or kkuusou/personal_preference_eval; hh: a file as HH-RLHF has them "
+        "(default: our own)",
     )
-    limit: int | None = Field(None, ge=1, description="questions, prompts or dialogues at most")
-    judge_url: str | None = Field(None, description="hh: any OpenAI-compatible server")
-    judge_model: str | None = None
-    judge_api_key: str = "none"
+    limit: int | None = Field(
+        None, ge=1, title="N", description="questions, prompts or dialogues at most (default: all)"
+    )
+    judge_url: str | None = Field(
+        None, title="URL", description="hh: any OpenAI-compatible server, without /v1 (default: none)"
+    )
+    judge_model: str | None = Field(None, title="NAME", description=f"hh: {FIRST_MODEL}")
+    judge_api_key: str = Field("none", title="KEY", description="hh: the judge's, where it wants one")
 
 
 def main(args: list[str]) -> None:
-    settings = CliApp.run(EvalSettings, cli_args=args)
+    settings = parse(EvalSettings, args)
     if settings.task == "hh" and not settings.judge_url:
         sys.exit("linalign eval: hh needs --judge-url URL")
     settings.output.mkdir(parents=True, exist_ok=True)
-    asyncio.run(evaluate(settings))
+    try:
+        asyncio.run(evaluate(settings))
+    except (httpx.HTTPError, LoadingError) as error:
+        sys.exit(f"linalign eval: {error or repr(error)}")
 
 
 async def evaluate(settings: EvalSettings) -> None:

@@ -9,42 +9,70 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import quantiles
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 from httpx_sse import SSEError, aconnect_sse
 from pydantic import Field
-from pydantic_settings import CliApp, CliPositionalArg, SettingsConfigDict
+from pydantic_settings import CliPositionalArg, SettingsConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from server.settings import Arguments, client_key
+from server.command_line import parse
+from server.settings import API_KEY, FIRST_MODEL, Arguments, client_key
 
 WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
 
 
 class BenchSettings(Arguments):
-    """Send chats to an OpenAI-compatible server and report latencies and throughput."""
+    """Send chats of random words to an OpenAI-compatible server, and print latencies and tokens a second."""
+
+    EPILOG: ClassVar[str] = """
+The table goes to stdout, a progress bar to stderr. Percentiles are over the requests that were answered; others are
+counted, and their errors listed below the table.
+
+examples:
+  linalign bench --concurrency 16
+  linalign bench --principle "Be brief." --requests 64 --output aligned.json
+  linalign bench --request-rate 2 --requests 100     # whether or not others end
+  linalign bench --prompt-words 2000 --max-tokens 1  # prefill alone
+  linalign bench http://127.0.0.1:8123 --model smollm2:teacher
+  LINALIGN_API_KEY=key-1 linalign bench https://models.example.org
+
+exit status:
+  0  done, also where requests have failed
+  1  there is no such server, or an option's value can't be
+  2  an unknown option
+"""
 
     model_config = SettingsConfigDict(cli_prog_name="linalign bench")
 
     url: CliPositionalArg[str] = Field("http://127.0.0.1:8000", description="the server, without /v1")
-    model: str | None = Field(None, description="the first that the server lists where none is given")
-    api_key: str = Field(default_factory=client_key, description="LINALIGN_API_KEY where none is given")
-    requests: int = Field(16, ge=1, description="requests that count")
-    warmup: int = Field(2, ge=0, description="requests before them that do not")
-    concurrency: int = Field(1, ge=1, description="requests at once")
+    model: str | None = Field(None, title="NAME", description=FIRST_MODEL)
+    api_key: str = Field(default_factory=client_key, title="KEY", description=API_KEY)
+    requests: int = Field(16, ge=1, title="N", description="requests that count")
+    warmup: int = Field(2, ge=0, title="N", description="requests before them that do not")
+    concurrency: int = Field(1, ge=1, title="N", description="requests at once")
     request_rate: float | None = Field(
-        None, gt=0, description="arrivals a second (Poisson) in place of a fixed concurrency"
+        None,
+        gt=0,
+        title="RATE",
+        description="arrivals a second (Poisson), in place of a fixed concurrency (default: none)",
     )
-    prompt_words: int = Field(40, ge=1, description="random words a prompt, a token each or nearly")
-    max_tokens: int = Field(128, ge=1)
-    temperature: float = Field(0.0, ge=0)
-    principle: str | None = Field(None, description="align the replies; for linalign servers")
-    alignment_ratio: float | None = None
-    seed: int = 0
-    output: Path | None = Field(None, description="write the result, settings included, as JSON here too")
+    prompt_words: int = Field(40, ge=1, title="N", description="random words a prompt, a token each or nearly")
+    max_tokens: int = Field(128, ge=1, title="TOKENS", description="longest reply")
+    temperature: float = Field(0.0, ge=0, title="T", description="0 is greedy")
+    principle: str | None = Field(
+        None, title="TEXT", description="align the replies; for linalign servers (default: none)"
+    )
+    alignment_ratio: float | None = Field(
+        None, title="RATIO", description="how far to follow the principle (default: the server's own)"
+    )
+    seed: int = Field(0, title="N", description="decides words and arrivals")
+    output: Path | None = Field(
+        None, title="FILE", description="write the result, settings included, as JSON here too (default: nowhere)"
+    )
 
 
 @dataclass(slots=True)
@@ -59,7 +87,7 @@ class Measured:
 
 
 def main(args: list[str]) -> None:
-    settings = CliApp.run(BenchSettings, cli_args=args)
+    settings = parse(BenchSettings, args)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("requests", total=settings.warmup + settings.requests)

@@ -5,15 +5,16 @@ import contextlib
 import json
 import math
 import sys
+import textwrap
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 from httpx_sse import aconnect_sse
 from markdown_it import MarkdownIt
-from pydantic import Field, ValidationError
-from pydantic_settings import CliApp, CliPositionalArg, SettingsConfigDict
+from pydantic import Field
+from pydantic_settings import CliPositionalArg, SettingsConfigDict
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.markdown import Markdown
@@ -22,7 +23,8 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from server.settings import Arguments, client_key, complaints
+from server.command_line import parse
+from server.settings import API_KEY, FIRST_MODEL, Arguments, client_key
 
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401 - the arrow keys bring earlier lines back
@@ -31,27 +33,53 @@ LEAST_RATIO, MOST_RATIO = -10, 20
 PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
 HELP = """\
 /principle TEXT   prefer this from now on; without a text: no principle
-/ratio NUMBER     how far to extrapolate from it; without a number: the server's own
-/compare TEXT     three replies side by side: without the principle, prompted, aligned
+/ratio NUMBER     how far to go with it; without a number: the server's own
+/compare TEXT     three replies side by side: without it, prompted, aligned
 /history          the conversation so far
 /new              begin another conversation
 /quit             leave (or Ctrl-D); Ctrl-C stops a reply"""
 
 
 class ChatSettings(Arguments):
-    """Chat with the model of a running server. /help lists what can be typed beside messages."""
+    """Chat with the model of a running server, under a principle. URL is any OpenAI-compatible server; principles and
+    ratios are for those of linalign.
+    """
+
+    EPILOG: ClassVar[str] = f"""
+to be typed beside messages:
+{textwrap.indent(HELP, "  ")}
+
+examples:
+  linalign chat
+  linalign chat --principle "Encourage cycling." --alignment-ratio 4
+  linalign chat http://127.0.0.1:8123 --model smollm2:teacher
+  LINALIGN_API_KEY=key-1 linalign chat https://models.example.org
+
+exit status:
+  0  the input has ended
+  1  there is no such server, it refuses, or an option's value can't be
+  2  an unknown option
+"""
 
     model_config = SettingsConfigDict(cli_prog_name="linalign chat")
 
     url: CliPositionalArg[str] = Field("http://127.0.0.1:8000", description="the server, without /v1")
-    model: str | None = Field(None, description="the first that the server lists where none is given")
-    api_key: str = Field(default_factory=client_key, description="LINALIGN_API_KEY where none is given")
-    principle: str = Field("", description="a preference, in plain words")
+    model: str | None = Field(None, title="NAME", description=FIRST_MODEL)
+    api_key: str = Field(default_factory=client_key, title="KEY", description=API_KEY)
+    principle: str = Field("", title="TEXT", description="a preference, in plain words (default: none)")
     alignment_ratio: float | None = Field(
-        None, ge=LEAST_RATIO, le=MOST_RATIO, description="the server's own where none is given"
+        None,
+        ge=LEAST_RATIO,
+        le=MOST_RATIO,
+        title="RATIO",
+        description=f"from {LEAST_RATIO} to {MOST_RATIO}, how far to follow the principle (default: the server's own)",
     )
-    temperature: float | None = Field(None, ge=0, le=2)
-    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(
+        None, ge=0, le=2, title="T", description="from 0, always the likeliest word, to 2 (default: the server's own)"
+    )
+    max_tokens: int | None = Field(
+        None, ge=1, title="TOKENS", description="longest reply (default: as long as the context allows)"
+    )
 
 
 class Refused(Exception):
@@ -67,12 +95,10 @@ class Conversation:
 
 def main(args: list[str]) -> None:
     console = Console(highlight=False)
+    settings = parse(ChatSettings, args)
     try:
-        settings = CliApp.run(ChatSettings, cli_args=args)
         with httpx.Client(base_url=settings.url, headers=_headers(settings)) as client:
             model = settings.model or _first_model(client)
-    except ValidationError as error:
-        sys.exit("linalign chat: " + complaints(error))
     except (httpx.HTTPError, httpx.InvalidURL, Refused, ValueError) as error:  # what answers may be no such server
         sys.exit(f"linalign chat: {error} (`linalign serve` starts a server)")
     console.print(f"[bold]{model}[/bold] at {settings.url}. /help says what there is.")

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import gc
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -18,11 +19,48 @@ if TYPE_CHECKING:
     from server.settings import Settings
 
 COMMANDS = {
-    "serve": "an OpenAI-compatible server",
-    "chat": "talk with the model of such a server",
+    "serve": "an OpenAI-compatible server, with a playground",
+    "chat": "talk with the model of such a server in the terminal",
     "bench": "a load test of such a server",
     "eval": "what principles and ratios do to a model's replies",
 }
+DESCRIPTION = """
+Inference whose replies follow a principle in plain words, such as "Encourage cycling.", as far as a ratio says: Linear
+Alignment, at decoding time, without training.
+"""
+EPILOG = """
+Begin with `linalign serve`, which needs no model of yours, then open http://127.0.0.1:8000 or ask `linalign chat`.
+
+examples:
+  linalign serve
+  linalign serve Qwen/Qwen3-8B --port 8123
+  linalign chat --principle "Encourage cycling."
+  linalign bench --concurrency 16 --principle "Be brief."
+  linalign eval follow --output results/follow --methods linear --ratios 0,2
+
+  curl http://127.0.0.1:8000/v1/chat/completions \\
+    -H "Content-Type: application/json" -d '{"model": "smollm2",
+      "messages": [{"role": "user", "content": "How do I get to work?"}],
+      "principle": "Encourage cycling.", "alignment_ratio": 2}'
+
+environment:
+  LINALIGN_NAME         any setting of serve, see `linalign serve --help`
+  LINALIGN_API_KEY      the key that chat, bench and eval send
+  HF_HUB_OFFLINE=1      no model hub is asked; HF_TOKEN and others hold as well
+  CUDA_VISIBLE_DEVICES  the GPUs that may be used
+  OMP_NUM_THREADS       threads that compute on a CPU
+  CXX                   compiler of the CPU kernels, c++ where it is not set
+
+files:
+  ~/.cache/linalign         what the first start makes: kernels and the
+                            embedded model, converted ($XDG_CACHE_HOME)
+  ~/.cache/huggingface/hub  models from the hub ($HF_HOME)
+
+exit status:
+  0  done, or stopped by SIGTERM
+  1  it can't be done: one line on stderr says why
+  2  the command line is wrong
+"""
 
 
 OPEN_TO_EVERYONE = """
@@ -33,15 +71,25 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    lines = [f"  {name}  {what} (linalign {name} --help)" for name, what in COMMANDS.items()]
+    from server.command_line import Page
+
+    commands = "commands:\n" + "\n".join(f"  {name:8}{what}" for name, what in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="linalign",
-        description="Inference with Linear Alignment.",
-        epilog="commands:\n" + "\n".join(lines),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="linalign COMMAND [OPTION ...]",
+        description=f"{DESCRIPTION}\n{commands}",
+        epilog=EPILOG,
+        formatter_class=Page,
     )
-    parser.add_argument("command", choices=COMMANDS)
-    command, args = parser.parse_args(sys.argv[1:2]).command, sys.argv[2:]
+    parser.add_argument("--version", action="store_true", help="show the version and exit")
+    parser.add_argument("command", nargs="?", choices=COMMANDS, help=argparse.SUPPRESS)
+    asked, args = parser.parse_args(sys.argv[1:2]), sys.argv[2:]
+    if asked.version:
+        print(f"linalign {importlib.metadata.version('linalign')}")
+        return
+    if not asked.command:
+        parser.error(f"which command? {', '.join(COMMANDS)}")
+    command = asked.command
     if command == "serve":
         serve(args)
     elif command == "chat":
@@ -86,11 +134,13 @@ def build_engine(settings: "Settings") -> "Engine":
 
 def serve(args: list[str]) -> None:
     from server import logs
-    from server.presets import load_presets
-    from server.settings import PREFIX, complaints, load_settings
+    from server.command_line import complaints
+    from server.settings import PREFIX, load_settings
 
     try:
         settings = load_settings(args)
+        from server.presets import load_presets  # here, as it takes seconds, which --help can do without
+
         load_presets(settings.presets)  # before the model is
     except ValidationError as error:
         sys.exit("linalign serve: " + complaints(error))
@@ -149,3 +199,7 @@ def _allow_many_connections() -> None:
 
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+if __name__ == "__main__":
+    main()

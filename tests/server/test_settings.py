@@ -1,3 +1,5 @@
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
@@ -6,8 +8,13 @@ from hashlib import sha256
 import pytest
 
 from alignment_core import EngineConfig
+from evaluation.command import EvalSettings
+from server import cli
+from server.bench import BenchSettings
+from server.chat import ChatSettings
 from server.cli import engine_config
-from server.settings import load_settings
+from server.command_line import page, parse
+from server.settings import Settings, load_settings
 
 
 def test_precedence_is_flag_then_variable_then_file_then_default(tmp_path, monkeypatch):
@@ -137,3 +144,87 @@ def test_api_keys(tmp_path, monkeypatch, way):
         monkeypatch.setenv("LINALIGN_API_KEYS", "first-key, second-key")
     settings = load_settings(args)
     assert settings.api_keys == tuple(sha256(key).digest() for key in (b"first-key", b"second-key"))
+
+
+PAGES = {"serve": Settings, "chat": ChatSettings, "bench": BenchSettings, "eval": EvalSettings}
+EXAMPLES = re.findall(
+    r"^  (?:LINALIGN_\w+=\S+ )?linalign .*", "\n".join([cli.EPILOG, *(of.EPILOG for of in PAGES.values())]), re.M
+)
+
+
+@pytest.mark.parametrize("command", PAGES)
+def test_every_option_says_what_it_is_and_what_it_is_by_default(command):
+    options = {action.dest: action for action in page(PAGES[command]).root_parser._actions if action.dest != "help"}
+    assert set(options) == set(PAGES[command].model_fields)
+    for name, action in options.items():
+        required = PAGES[command].model_fields[name].is_required()
+        what, mark, _ = action.help.partition(" (required)" if required else " (default: ")
+        assert len(what) > 5, name
+        assert mark, name
+        assert action.nargs == 0 or re.fullmatch(r"[A-Z]+|\{[a-z0-9,]+\}", action.metavar), name  # no Python types
+
+
+def test_sections_begin_with_settings_that_are_there():
+    assert set(Settings.SECTIONS) <= set(Settings.model_fields)
+    assert next(iter(Settings.SECTIONS)) == next(iter(Settings.model_fields))
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+@pytest.mark.parametrize("args", [["--help"], *([command, "--help"] for command in PAGES)])
+def test_help_is_as_wide_as_the_terminal_up_to_a_hundred_columns(args, columns, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["linalign", *args])
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("LINALIGN_API_KEY", "not to be shown")
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    shown = capsys.readouterr().out
+    assert exit.value.code == 0
+    assert "not to be shown" not in shown
+    longest = max(map(len, shown.splitlines()))
+    assert longest <= 80 if columns <= 80 else longest <= 100
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_examples_of_the_help_are_what_the_commands_take(example, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    block = re.search(r"^server\.yaml:\n((?:  .+\n)+)", Settings.EPILOG, re.M).group(1).replace("/run/secrets/", "")
+    (tmp_path / "server.yaml").write_text(re.sub("^  ", "", block, flags=re.M))
+    (tmp_path / "linalign-keys").write_text("key-1\n")
+    words = shlex.split(example, comments=True)
+    while "=" in words[0]:
+        name, _, value = words.pop(0).partition("=")
+        monkeypatch.setenv(name, value)
+    _, command, *args = words
+    settings = load_settings(args) if command == "serve" else parse(PAGES[command], args)
+    flags = [word for word in args if word.startswith("--")]
+    assert {flag[2:].replace("-", "_") for flag in flags} <= settings.model_fields_set
+    if "server.yaml" in args:
+        assert (settings.model, settings.default_alignment_ratio) == ("Qwen/Qwen3-8B", 1.5)
+
+
+def test_there_is_an_example_of_every_command():
+    assert {re.search(r"linalign (\w+)", example).group(1) for example in EXAMPLES} == set(PAGES) == set(cli.COMMANDS)
+    assert len(EXAMPLES) > 20
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "words"),
+    [
+        ([], 2, "which command? serve, chat, bench, eval"),
+        (["srve"], 2, "invalid choice: 'srve'"),
+        (["bench", "--requests", "0"], 1, "linalign bench: requests: Input should be greater"),
+        (["chat", "--alignment-ratio", "21"], 1, "linalign chat: alignment_ratio: Input should be less"),
+        (["eval", "follow"], 1, "linalign eval: output: Field required"),
+        (["eval", "follow", "--output", "out", "--url", "http://127.0.0.1:1"], 1, "linalign eval: "),
+        (["serve", "--port", "70000"], 1, "linalign serve: port: Input should be less"),
+        (["serve", "--por", "1"], 2, "unrecognized arguments: --por"),
+    ],
+)
+def test_command_lines_that_can_not_be(args, status, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["linalign", *args])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    said = capsys.readouterr().err if isinstance(exit.value.code, int) else exit.value.code
+    assert (exit.value.code if isinstance(exit.value.code, int) else 1) == status
+    assert words in said

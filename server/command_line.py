@@ -1,0 +1,96 @@
+"""Command lines of settings classes, and help for them that is documentation."""
+
+import argparse
+import inspect
+import shutil
+import sys
+import textwrap
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, CliApp, CliSettingsSource
+
+WIDEST = 100  # columns: longer lines are hard to read
+
+T = TypeVar("T", bound=BaseSettings)
+
+
+class Page(argparse.HelpFormatter):
+    """As wide as the terminal, up to WIDEST. Paragraphs are filled, those with an indented line stay as they are."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28, width=min(shutil.get_terminal_size().columns, WIDEST) - 2)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        del indent
+        parts = text.strip().split("\n\n")
+        return "\n\n".join(part if "\n  " in part else "\n".join(self._split_lines(part, width)) for part in parts)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False, break_long_words=False)
+
+
+def page(cls: type[T]) -> CliSettingsSource[argparse.ArgumentParser]:
+    """The command line of a settings class, whose `--help` is its docstring; its fields under the titles of SECTIONS,
+    which has the first field of each; and its EPILOG.
+
+    The title of a field is what its value is called; where the default isn't told by the field, its description does.
+    """
+    parser = argparse.ArgumentParser(
+        prog=cls.model_config["cli_prog_name"],
+        description=inspect.getdoc(cls),
+        epilog=getattr(cls, "EPILOG", None),
+        formatter_class=Page,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    sections: dict[str, str] = getattr(cls, "SECTIONS", {})
+    section, groups, usage = parser.add_argument_group("options"), {}, []
+    for name in cls.model_fields:
+        if name in sections:
+            section = parser.add_argument_group(sections[name])
+        groups[name] = section
+
+    def add(_: object, *flags: str, **options: Any) -> None:
+        name = options.get("dest", flags[0])
+        field = cls.model_fields[name]
+        if field.title:
+            options["metavar"] = field.title
+        options["help"] = _described(field).replace("%", "%%")
+        action = groups[name].add_argument(*flags, **options)
+        if not action.option_strings:
+            usage.append(f"{action.metavar}" if field.is_required() else f"[{action.metavar}]")
+        elif field.is_required():
+            usage.append(f"{flags[0]} {action.metavar}")
+
+    source: CliSettingsSource[argparse.ArgumentParser] = CliSettingsSource(
+        cls, root_parser=parser, add_argument_method=add
+    )
+    section.add_argument("-h", "--help", action="help", help="show this page")
+    parser.usage = " ".join([parser.prog, *usage, "[OPTION ...]"])
+    return source
+
+
+def _described(field: FieldInfo) -> str:
+    """With its default, where that is a value."""
+    description, default = field.description or "", field.default
+    if field.is_required():
+        return f"{description} (required)"
+    if default in (None, "") or field.default_factory:
+        return description
+    shown = {True: "on", False: "off"}[default] if isinstance(default, bool) else default
+    return f"{description} (default: {shown})" if default != () else f"{description} (default: none)"
+
+
+def complaints(error: ValidationError) -> str:
+    """What is wrong with which settings, in one line."""
+    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
+
+
+def parse(cls: type[T], args: list[str]) -> T:
+    """The settings of a command line. Ends the process where they can't be, and after `--help`."""
+    try:
+        return CliApp.run(cls, cli_args=args, cli_settings_source=page(cls))
+    except ValidationError as error:
+        sys.exit(f"{cls.model_config['cli_prog_name']}: {complaints(error)}")
