@@ -133,6 +133,8 @@ def build_engine(settings: "Settings") -> "Engine":
 
 
 def serve(args: list[str]) -> None:
+    # Until uvicorn has its own: the first process of a container is not ended by a signal that it does not handle.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     from server import logs
     from server.command_line import complaints
     from server.settings import PREFIX, load_settings
