@@ -1,0 +1,175 @@
+"""The Dockerfile without an engine for it: linted, its build context built, and its last lines obeyed by a real server
+in namespaces of its own, as a stranger, with nothing to write to but its cache.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from alignment_core.loading import EMBEDDED_REQUIREMENT
+from tests.alignment_core.test_cache import package  # noqa: F401 - a fixture: the embedded model cut down
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+STAGES = re.split(r"^FROM ", (ROOT / "Dockerfile").read_text().replace("\\\n", " "), flags=re.MULTILINE)
+CACHE = "/cache"
+
+# The first process of a container that has a loopback and no other network, and in which everything is read-only
+# but two directories. $1: the cache. $2: for temporary files. Then a user id and the command.
+CONTAINER = """
+set -e
+cache=$1 scratch=$2 user=$3
+shift 3
+"$PYTHON" -c 'import fcntl, socket, struct; fcntl.ioctl(socket.socket(), 0x8914, struct.pack("16sh", b"lo", 1))'
+mount --bind "$cache" "$cache"
+mount --bind "$scratch" "$scratch"
+findmnt --raw --noheadings --output TARGET | while read -r target; do
+    case $target in "$cache" | "$scratch" | /proc | /proc/*) ;; *) mount -o remount,bind,ro "$target" ;; esac
+done
+cd "$cache"
+# It may read everything, as in an image; the checkout may be in a directory of root's.
+exec setpriv --reuid "$user" --regid "$user" --clear-groups --no-new-privs --inh-caps=-all,+dac_read_search \\
+    --ambient-caps=-all,+dac_read_search --bounding-set=-all,+dac_read_search "$@"
+"""
+ASK = """
+import httpx
+body = {"model": "smollm2", "messages": [{"role": "user", "content": "a"}], "principle": "b", "max_tokens": 5}
+httpx.post("http://127.0.0.1:8000/v1/chat/completions", json=body).raise_for_status()
+"""
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may make namespaces and become others in them")
+
+
+def argument(instruction):
+    """What the image's last stage says, in exec form."""
+    return json.loads(re.search(rf"^\s*{instruction} .*?(\[.*\])$", STAGES[-1], re.MULTILINE)[1])
+
+
+def environment(cache):
+    """Of the cpu variant, where /cache is elsewhere."""
+    stages = [stage for stage in STAGES if re.match(r"base AS runtime-cpu|runtime-\$", stage)]
+    assert len(stages) == 2
+    lines = re.findall(r"^ENV (.*)$", "\n".join(stages), re.MULTILINE)
+    pairs = dict(pair.split("=", 1) for line in lines for pair in shlex.split(line))
+    pairs = {name: value.replace(CACHE, str(cache), value.startswith(CACHE)) for name, value in pairs.items()}
+    return {**pairs, "PATH": pairs["PATH"].replace("/venv/bin", str(BIN)).replace("$PATH", os.environ["PATH"])}
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    unshare: subprocess.Popen
+    environment: dict[str, str]
+    log: Path
+
+    @property
+    def first(self):
+        """Its first process, as this namespace calls it."""
+        return Path(f"/proc/{self.unshare.pid}/task/{self.unshare.pid}/children").read_text().strip()
+
+    def run(self, *command):
+        inside = ["nsenter", f"--net=/proc/{self.first}/ns/net", *command]
+        return subprocess.run(inside, env=self.environment, capture_output=True, text=True, timeout=60)
+
+    def stop(self):
+        """What `docker stop` does; its exit status."""
+        subprocess.run(["kill", "-s", re.search(r"^STOPSIGNAL (\w+)$", STAGES[-1], re.MULTILINE)[1][3:], self.first])
+        return self.unshare.wait(60)
+
+    def wait_until(self, condition):
+        deadline = time.monotonic() + 300
+        while not condition():
+            assert self.unshare.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.2)
+
+
+@pytest.fixture
+def container(package, tmp_path):  # noqa: F811
+    cache, scratch, log = tmp_path / "cache", tmp_path / "scratch", tmp_path / "log"
+    for directory in (cache, scratch):
+        directory.mkdir()
+        directory.chmod(0o1777)
+    variables = environment(cache) | {
+        "PYTHON": sys.executable,
+        "PYTHONPATH": f"{package}:{ROOT}",
+        "TMPDIR": str(scratch),
+    }
+    namespaces = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    command = ["sh", "-c", CONTAINER, "sh", str(cache), str(scratch), "54321"]
+    command += [*argument("ENTRYPOINT"), *argument("CMD")]
+    with (
+        log.open("w") as stderr,
+        subprocess.Popen(namespaces + command, env=variables, stderr=stderr) as unshare,
+    ):
+        yield Container(unshare, variables, log)
+        unshare.kill()  # --kill-child
+    print(log.read_text())
+
+
+@needs_root
+def test_a_stranger_with_nothing_but_a_cache_serves_is_healthy_and_stops(container, tmp_path):
+    check = argument("HEALTHCHECK")
+    assert container.run(*check).returncode == 1  # nobody listens yet
+    container.wait_until(lambda: container.run(*check).returncode == 0)
+    asked = container.run(sys.executable, "-c", ASK)
+    assert asked.returncode == 0, asked.stderr
+    status = Path(f"/proc/{container.first}/status").read_text()
+    assert re.search(r"^Uid:\s+54321\s+54321", status, re.MULTILINE)
+    assert re.search(r"^NSpid:\s+\d+\s+1$", status, re.MULTILINE)
+    mounts = [line.split() for line in Path(f"/proc/{container.first}/mountinfo").read_text().splitlines()]
+    uppermost = {mount[4]: mount[5].split(",") for mount in mounts if not mount[4].startswith("/proc")}
+    writable = {path for path, options in uppermost.items() if "rw" in options}
+    assert writable == {f"{tmp_path}/cache", f"{tmp_path}/scratch"}
+    kept = sorted(path.name for path in (tmp_path / "cache" / "linalign").iterdir())
+    assert [name.split("-")[0] for name in kept] == ["kernels", "smollm2"]
+    assert "can't be kept" not in container.log.read_text()
+    assert container.stop() == 0
+
+
+@needs_root
+def test_a_server_that_still_loads_stops_when_it_is_told_to(container):
+    container.wait_until(lambda: "Converting" in container.log.read_text())
+    assert container.stop() == 0
+    assert "Uvicorn running" not in container.log.read_text()
+
+
+def test_hadolint_finds_nothing():
+    linted = subprocess.run([BIN / "hadolint", ROOT / "Dockerfile"], capture_output=True, text=True)
+    assert linted.returncode == 0, linted.stdout + linted.stderr
+
+
+@pytest.mark.parametrize("variant", ["cuda", "cpu"])
+def test_an_image_has_the_versions_that_the_tests_run_with(variant):
+    script = [sys.executable, ROOT / "deploy/docker/requirements.py", variant]
+    lines = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {line.replace("+cpu", "") for line in lines} >= set(project["dependencies"])
+    assert [line.endswith("+cpu") for line in lines if line.startswith("torch==")] == [variant == "cpu"]
+    assert EMBEDDED_REQUIREMENT in (ROOT / "Dockerfile").read_text()
+
+
+def test_what_gets_into_the_build_is_enough_and_nothing_else_is_installed(tmp_path):
+    context = tmp_path / "context"
+    let_in = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    for name in let_in:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        (context / name).parent.mkdir(parents=True, exist_ok=True)
+        copy(ROOT / name, context / name)
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, context], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    installed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    packages = [name for name in let_in if (ROOT / name).is_dir()]
+    tracked = subprocess.run(["git", "ls-files", *packages], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert installed == set(tracked.stdout.splitlines())
