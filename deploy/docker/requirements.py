@@ -1,19 +1,25 @@
-"""Print what an image installs before the sources: pyproject.toml's own versions. Argument: cuda or cpu."""
+"""Print what an image installs before the sources: pyproject.toml's own requirements, with some of its extras.
+
+Arguments: cuda or cpu, and names of further extras, comma-separated.
+"""
 
 import argparse
+import re
 import tomllib
 from pathlib import Path
 
-EXTRAS = {"cuda": ("otel", "cuda"), "cpu": ("otel",)}
+EXTRAS = {"cuda": ["otel", "cuda"], "cpu": ["otel"]}
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("variant", choices=EXTRAS)
-variant = parser.parse_args().variant
+parser.add_argument("extras", nargs="?", default="")
+asked = parser.parse_args()
 
 project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-requirements = project["dependencies"] + [
-    line for extra in EXTRAS[variant] for line in project["optional-dependencies"][extra]
-]
-for line in requirements:
-    # PyPI's torch is the CUDA build: gigabytes that a CPU never loads.
-    print(line + "+cpu" if variant == "cpu" and line.startswith("torch==") else line)
+lines = project["dependencies"]
+for extra in [*EXTRAS[asked.variant], *filter(None, asked.extras.split(","))]:
+    lines += project["optional-dependencies"][extra]
+if asked.variant == "cpu":  # PyPI's torch is the CUDA build: gigabytes that a CPU never loads
+    (version,) = re.findall(r"^torch==(\S+)$", Path("constraints.txt").read_text(), re.MULTILINE)
+    lines.append(f"torch=={version}+cpu")
+print("\n".join(lines))

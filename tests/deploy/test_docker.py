@@ -150,13 +150,17 @@ def test_hadolint_finds_nothing():
 
 
 @pytest.mark.parametrize("variant", ["cuda", "cpu"])
-def test_an_image_has_the_versions_that_the_tests_run_with(variant):
-    script = [sys.executable, ROOT / "deploy/docker/requirements.py", variant]
+def test_an_image_has_what_the_project_asks_for(variant):
+    script = [sys.executable, ROOT / "deploy/docker/requirements.py", variant, "ray"]
     lines = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert {line.replace("+cpu", "") for line in lines} >= set(project["dependencies"])
-    assert [line.endswith("+cpu") for line in lines if line.startswith("torch==")] == [variant == "cpu"]
-    assert EMBEDDED_REQUIREMENT in (ROOT / "Dockerfile").read_text()
+    extras = project["optional-dependencies"]
+    assert set(lines) >= {*project["dependencies"], *extras["otel"], *extras["ray"]}
+    assert (set(extras["cuda"]) <= set(lines)) == (variant == "cuda")
+    assert any(line.startswith("torch==") and line.endswith("+cpu") for line in lines) == (variant == "cpu")
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert EMBEDDED_REQUIREMENT in dockerfile
+    assert "install -c constraints.txt -r requirements.txt" in dockerfile
 
 
 def test_what_gets_into_the_build_is_enough_and_nothing_else_is_installed(tmp_path):
