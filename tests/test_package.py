@@ -105,7 +105,7 @@ def run(installed, elsewhere, *args):
 
 def test_the_wheel_has_what_runs_and_nothing_else(wheel, sources):
     ours = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    packages = ("alignment_core/", "server/", "evaluation/", "configs/")
+    packages = ("alignment_core/", "server/", "evaluation/", "configs/", "deploy/ray/")
     assert ours == {name for name in sources if name.startswith(packages)}
     assert {"alignment_core/py.typed", "alignment_core/cpu/kernels.cpp", "server/playground/index.html"} <= ours
 
