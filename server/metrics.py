@@ -31,41 +31,17 @@ RATIOS = (0, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 15, 20)
 NATS = (0.001, 0.01, 0.03, 0.1, 0.3, 1, 2, 3, 5, 10, 20)
 
 
+GAUGE, COUNTER = GaugeMetricFamily, CounterMetricFamily
 ENGINE: tuple[tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, Callable[[Stats], float]], ...] = (
-    (GaugeMetricFamily, "num_requests_running", "Sequences in the running batch", lambda s: s.num_running),
-    (GaugeMetricFamily, "num_requests_waiting", "Sequences that wait for admission", lambda s: s.num_waiting),
-    (
-        GaugeMetricFamily,
-        "kv_cache_usage_perc",
-        "Share of the KV cache's pages that are held, 0 to 1",
-        lambda s: s.kv_cache_usage,
-    ),
-    (CounterMetricFamily, "generation_tokens", "Tokens generated, once a sequence", lambda s: s.num_tokens_generated),
-    (CounterMetricFamily, "num_preemptions", "Sequences preempted", lambda s: s.num_preemptions),
-    (
-        CounterMetricFamily,
-        "prefix_cache_queries",
-        "Context tokens admitted, all branches",
-        lambda s: s.num_tokens_admitted,
-    ),
-    (
-        CounterMetricFamily,
-        "prefix_cache_hits",
-        "Context tokens that prefix reuse spared",
-        lambda s: s.num_tokens_cached,
-    ),
-    (
-        CounterMetricFamily,
-        "spec_decode_num_draft_tokens",
-        "Tokens drafted by prompt lookup",
-        lambda s: s.num_tokens_drafted,
-    ),
-    (
-        CounterMetricFamily,
-        "spec_decode_num_accepted_tokens",
-        "Drafted tokens that were drawn",
-        lambda s: s.num_tokens_accepted,
-    ),
+    (GAUGE, "num_requests_running", "Sequences in the running batch", lambda s: s.num_running),
+    (GAUGE, "num_requests_waiting", "Sequences that wait for admission", lambda s: s.num_waiting),
+    (GAUGE, "kv_cache_usage_perc", "Share of the KV cache's pages that are held, 0 to 1", lambda s: s.kv_cache_usage),
+    (COUNTER, "generation_tokens", "Tokens generated, once a sequence", lambda s: s.num_tokens_generated),
+    (COUNTER, "num_preemptions", "Sequences preempted", lambda s: s.num_preemptions),
+    (COUNTER, "prefix_cache_queries", "Context tokens admitted, all branches", lambda s: s.num_tokens_admitted),
+    (COUNTER, "prefix_cache_hits", "Context tokens that prefix reuse spared", lambda s: s.num_tokens_cached),
+    (COUNTER, "spec_decode_num_draft_tokens", "Tokens drafted by prompt lookup", lambda s: s.num_tokens_drafted),
+    (COUNTER, "spec_decode_num_accepted_tokens", "Drafted tokens that were drawn", lambda s: s.num_tokens_accepted),
 )
 
 

@@ -8,14 +8,14 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-
-from alignment_core import EngineDead, Output, Prompt, SamplingParams
-from alignment_core.sequence import Stats
-from deploy.ray.remote_engine import ClusterBusy, Description, News, RemoteEngine
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
+
+from alignment_core import EngineDead, Output, Prompt, SamplingParams
+from alignment_core.sequence import Stats
+from deploy.ray.remote_engine import ClusterBusy, Description, News, RemoteEngine
 from server.app import create_app
 from server.cli import build_engine
 from server.presets import load_presets

@@ -2,15 +2,16 @@
 
 import random
 from collections import OrderedDict
-from collections.abc import Sequence
+from functools import lru_cache
+from itertools import takewhile
+
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from alignment_core import EngineConfig, Prompt
 from alignment_core.kv_cache import hash_pages
 from alignment_core.sequence import Branch
-from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 Pages = OrderedDict[bytes, None]  # their hashes, the newest last
-NONE = Pages()
 PAGE_SIZE = EngineConfig().page_size
 
 
@@ -37,15 +38,16 @@ class PrefixRouter(RequestRouter):
             return [list(candidate_replicas)]
         pending_request.routing_context.should_backoff = True  # where all are full
         branches = _branches(pending_request)
-
-        known = {replica.replica_id: self._pages.get(replica.replica_id, NONE) for replica in candidate_replicas}
+        known = {replica.replica_id: self._pages.get(replica.replica_id, Pages()) for replica in candidate_replicas}
         fewest = min(map(len, known.values()), default=0)
 
         def cost(replica: RunningReplica) -> tuple[int, float]:
             pages = known[replica.replica_id]
             load = self.replica_queue_len_cache.get(replica.replica_id) or 0
-            missing = sum(len(branch.tokens) - PAGE_SIZE * _num_known(branch, pages) for branch in branches)
-            return missing + self._tokens_per_request * (load + (len(pages) > fewest)), random.random()
+            num_missing = sum(
+                len(branch) - sum(1 for _ in takewhile(pages.__contains__, branch)) for branch in branches
+            )
+            return PAGE_SIZE * num_missing + self._tokens_per_request * (load + (len(pages) > fewest)), random.random()
 
         return [[replica] for replica in sorted(candidate_replicas, key=cost)]
 
@@ -54,7 +56,7 @@ class PrefixRouter(RequestRouter):
         del result
         pages = self._pages.setdefault(replica_id, Pages())
         for branch in _branches(pending_request):
-            for page in reversed(_hashes(branch)):  # so that a prefix outlives what follows it
+            for page in reversed(branch):  # so that a prefix outlives what follows it
                 pages[page] = None
                 pages.move_to_end(page)
         replica = self.curr_replicas.get(replica_id)
@@ -70,15 +72,12 @@ class PrefixRouter(RequestRouter):
         self._pages.pop(replica_id, None)
 
 
-def _branches(request: PendingRequest) -> list[Branch]:
-    prompts = [argument for argument in request.args if isinstance(argument, Prompt)]
-    return [Branch(list(ids), salt=prompt.salt) for prompt in prompts for ids in prompt.branches]
+def _branches(request: PendingRequest) -> list[tuple[bytes, ...]]:
+    """The hashes of every branch's full pages; of none where it is no prompt that is sent."""
+    return [branch for argument in request.args if isinstance(argument, Prompt) for branch in _pages_of(argument)]
 
 
-def _hashes(branch: Branch) -> Sequence[bytes]:
-    return hash_pages(branch, len(branch.tokens) // PAGE_SIZE, PAGE_SIZE)
-
-
-def _num_known(branch: Branch, pages: Pages) -> int:
-    """How many of the branch's first pages are among them."""
-    return next((index for index, page in enumerate(_hashes(branch)) if page not in pages), len(_hashes(branch)))
+@lru_cache(maxsize=1024)  # a request that waits is looked at again and again
+def _pages_of(prompt: Prompt) -> tuple[tuple[bytes, ...], ...]:
+    branches = [Branch(list(ids), salt=prompt.salt) for ids in prompt.branches]
+    return tuple(tuple(hash_pages(branch, len(branch.tokens) // PAGE_SIZE, PAGE_SIZE)) for branch in branches)

@@ -11,15 +11,15 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
 from transformers import PreTrainedTokenizerBase
 
 from alignment_core import EngineDead, Output, Prompt, SamplingParams
 from alignment_core.detokenizer import TokenBytes
 from alignment_core.prompts import PromptBuilder
 from alignment_core.sequence import FinishReason, Stats, nothing_of
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError
-from ray.serve.handle import DeploymentHandle
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +137,7 @@ class RemoteEngine:
             await request.accepted
         except asyncio.CancelledError:
             task.cancel()
+            request.end("abort")  # also where the task has come to its end meanwhile
             raise
         return request_id
 

@@ -309,26 +309,14 @@ def test_a_replica_that_is_killed_takes_only_what_it_had_begun(cluster):
     wait(lambda: len(replicas(url)) == 2 and victim not in replicas(url))
 
 
-def test_an_engine_that_dies_is_replaced_and_what_it_had_not_begun_goes_elsewhere(cluster):
-    url, folder = cluster[0] + "/pair", cluster[1]
+@pytest.mark.parametrize("fault", [DIES, HANGS], ids=["dies", "hangs"])
+def test_an_engine_that_fails_is_replaced_and_what_it_had_not_begun_goes_elsewhere(cluster, fault):
+    url, trigger = cluster[0] + "/pair", cluster[1] / str(fault)
     before = wait(lambda: len(found := replicas(url)) == 2 and found)
     expected = chat(url, "Tell me about hills.", max_tokens=12)
-    (folder / str(DIES)).touch()
-    reply = chat(url, "Tell me about hills.", max_tokens=12, seed=DIES)
-    assert not (folder / str(DIES)).exists()
-    assert reply.status_code == 200
-    assert reply.json()["choices"] == expected.json()["choices"]
-    wait(lambda: len(now := replicas(url)) == 2 and len(now - before) == 1)
-    assert httpx.get(url + "/health", timeout=60).status_code == 200
-
-
-def test_a_replica_whose_step_hangs_is_replaced(cluster):
-    url, folder = cluster[0] + "/pair", cluster[1]
-    before = wait(lambda: len(found := replicas(url)) == 2 and found)
-    expected = chat(url, "Tell me about woods.", max_tokens=12)
-    (folder / str(HANGS)).touch()
-    reply = chat(url, "Tell me about woods.", max_tokens=12, seed=HANGS)
-    assert not (folder / str(HANGS)).exists()
+    trigger.touch()
+    reply = chat(url, "Tell me about hills.", max_tokens=12, seed=fault)
+    assert not trigger.exists()  # the fault did happen
     assert reply.json()["choices"] == expected.json()["choices"]
     wait(lambda: len(now := replicas(url)) == 2 and len(now - before) == 1)
 
@@ -358,6 +346,19 @@ def test_the_processes_of_one_engine_are_one_placement_group(cluster, url):
     (group,) = json.loads(told.splitlines()[-1])
     assert group["strategy"] == "STRICT_PACK"
     assert list(group["bundles"].values()) == [{"CPU": 3.0}]
+
+
+def test_health_says_when_no_replica_is_well(cluster):
+    url = cluster[0] + "/parallel"
+    assert httpx.get(url + "/health", timeout=30).status_code == 200
+    (only,) = replicas(url)
+    os.kill(pid_of(only), signal.SIGKILL)
+    error = wait(
+        lambda: (answer := httpx.get(url + "/health", timeout=30)).status_code == 503 and answer.json()["error"]
+    )
+    assert error["code"] == "engine_dead"
+    wait(lambda: httpx.get(url + "/health", timeout=30).status_code == 200)  # Ray has replaced it, all three processes
+    assert chat(url, max_tokens=4).status_code == 200
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "deploy/ray").glob("*.yaml")), ids=lambda file: file.name)
