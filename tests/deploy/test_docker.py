@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 
 from alignment_core.loading import EMBEDDED_REQUIREMENT
-from tests.alignment_core.test_cache import package  # noqa: F401 - a fixture: the embedded model cut down
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -95,7 +94,7 @@ class Container:
 
 
 @pytest.fixture
-def container(package, tmp_path):  # noqa: F811
+def container(package, tmp_path):
     cache, scratch, log = tmp_path / "cache", tmp_path / "scratch", tmp_path / "log"
     for directory in (cache, scratch):
         directory.mkdir()
