@@ -27,20 +27,21 @@ import httpx
 
 from server.bench import WORDS
 
+NUM_PAGES = 600
 # A small KV cache, all of it in memory from the start, and counts that only the process itself knows.
-SERVER = """
+SERVER = f"""
+NUM_PAGES = {NUM_PAGES}
 import asyncio, threading
 import torch
 import alignment_core.engine, alignment_core.model_runner, server.metrics
 from prometheus_client.core import GaugeMetricFamily
-alignment_core.engine._num_pages = lambda *_: 600
+alignment_core.engine._num_pages = lambda *_: NUM_PAGES
 alignment_core.model_runner._zeros = lambda shape, dtype, device: torch.zeros(shape, dtype=dtype, device=device)
 collect = server.metrics.EngineCollector.collect
 def with_more(self):
     yield from collect(self)
     yield GaugeMetricFamily("soak_tasks", "", len(asyncio.all_tasks()))
     yield GaugeMetricFamily("soak_threads", "", threading.active_count())
-    yield GaugeMetricFamily("soak_free_pages", "", self._engine.pool.num_free)
 server.metrics.EngineCollector.collect = with_more
 from server.cli import main; main()
 """
@@ -162,7 +163,7 @@ async def traffic(url: str, num_clients: int, seconds: float, seed: int) -> Coun
 
 def seen(url: str) -> dict[str, float]:
     """What the server holds at this moment."""
-    metrics = httpx.get(url + "/metrics", headers={"Connection": "close"}, timeout=60).text
+    metrics = httpx.get(url + "/metrics", headers={"Connection": "close"}, timeout=60).raise_for_status().text
     found = {name: float(value) for name, value in re.findall(r"^(\S+) (\S+)$", metrics, re.MULTILINE)}
     return {
         "running": found["linalign:num_requests_running"] + found["linalign:num_requests_waiting"],
@@ -170,7 +171,7 @@ def seen(url: str) -> dict[str, float]:
         "open_files": found["process_open_fds"],
         "tasks": found["soak_tasks"],
         "threads": found["soak_threads"],
-        "free_pages": found["soak_free_pages"],
+        "free_pages": NUM_PAGES * (1 - found["linalign:kv_cache_usage_perc"]),
     }
 
 

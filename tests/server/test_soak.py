@@ -1,6 +1,6 @@
 """A short run of benchmarks/soak.py, whose long runs docs/reliability.md tells of."""
 
-from benchmarks.soak import DONE, LEFT, REFUSED, soak
+from benchmarks.soak import DONE, LEFT, NUM_PAGES, REFUSED, soak
 
 GROWTH_MB = 40  # caches that are still filling up: compiled grammars, chat templates, malloc's own
 
@@ -10,7 +10,7 @@ def test_a_minute_of_random_traffic_with_aborts_leaves_nothing_behind():
     before, after = told["after_warm_up"], told["at_the_end"]
     assert set(told["requests"]) == {DONE, LEFT, REFUSED}
     assert min(told["requests"].values()) >= 10
-    assert after["free_pages"] == before["free_pages"] == 600
+    assert after["free_pages"] == before["free_pages"] == NUM_PAGES
     assert after["open_files"] <= before["open_files"]
     assert after["tasks"] <= before["tasks"]
     assert after["threads"] <= before["threads"] + 1  # of pools that have not needed all of theirs before
