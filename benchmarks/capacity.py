@@ -10,7 +10,7 @@ import argparse
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -256,22 +256,39 @@ class Running:
     users: float
 
 
-def running(host: Host, load: Load, sequences: int, share: float = 1.0) -> Running:
-    """share: of the turns that come to the replica that had the turn before."""
+def running(host: Host, load: Load, sequences: int, spread: int = 1) -> Running:
+    """spread: replicas that a user's turns go to by chance, 1 with affinity."""
     own, common = held(load)
+    lacking = missing(load, spread)
     kept = max(0.0, (host.pool - common) / own)  # users whose pages are there, running or not
+    copies = spread * (1 - lacking)  # of a user's pages, on all replicas
     warm, cold = (prefill_seconds(host, load, has_history) for has_history in (True, False))
     step = host.step(sequences * load.rows, load.prompt + load.reply / 2)
     batch = sequences / load.choices
-    hits = share
-    for _ in range(20):  # the users' number follows from the hits, and the hits from the number
-        prefill = hits * warm + (1 - hits) * cold
+
+    def state(hits: float) -> Running:
+        prefill = cold - hits * (1 - lacking) * (cold - warm)
         requests = batch / (batch * prefill + load.reply * step)
+        busy = requests * prefill  # share of the time that goes into prefills
+        first = host.step(sequences * load.rows, load.prompt) + prefill * (1 + busy / (2 * (1 - busy)))  # M/D/1
         users = batch + requests * load.think
-        hits = share * min(1.0, kept / users)
-    busy = requests * prefill  # share of the time that goes into prefills
-    first = host.step(sequences * load.rows, load.prompt) + prefill * (1 + busy / (2 * (1 - busy)))  # M/D/1
-    return Running(sequences, hits, first, batch / requests / load.reply, requests, users)
+        return Running(sequences, hits, first, batch / requests / load.reply, requests, users)
+
+    # The users' number follows from the hits, and the hits from the number: the more hit, the fewer fit.
+    low, high = 0.0, 1.0
+    if kept >= copies * state(1.0).users:
+        return state(1.0)
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if middle > kept / (copies * state(middle).users) else (middle, high)
+    return state(low)
+
+
+def missing(load: Load, spread: int) -> float:
+    """Share of the history that a replica lacks on average: the turns since the last one that came to it."""
+    turns = load.history / (load.message + load.reply + 2 * TEMPLATE)
+    elsewhere = 1 - 1 / spread
+    return sum(min(1.0, turns - i) * elsewhere ** (i + 1) for i in range(math.ceil(turns))) / turns if turns else 0.0
 
 
 def held(load: Load) -> tuple[int, int]:
@@ -281,10 +298,11 @@ def held(load: Load) -> tuple[int, int]:
 
 
 def prompt_tokens(load: Load, has_history: bool) -> int:
-    """Computed for one request: others have been there, and the same user where has_history."""
+    """Computed for one request: others have been there, and the same user's turns before where has_history."""
     known = list(load.branches(1, 1))
-    if has_history:  # the turn before had another message, so a principle at its end is of no use any more;
-        # and of its reply all but the newest computed token has been published.
+    if has_history and load.history:
+        # The turn before had another message, so a principle at its end is of no use any more; and of its reply all
+        # but the newest computed token has been published.
         computed = max(0, load.history - TEMPLATE - 1)
         principles = 0 if load.placement == "user" else load.principles
         before = replace(load, history=computed, message=0, principles=principles)
@@ -296,16 +314,21 @@ def prefill_seconds(host: Host, load: Load, has_history: bool) -> float:
     return host.prefill(prompt_tokens(load, has_history), load.prompt, load.rows * load.choices)
 
 
-def most(host: Host, load: Load, limits: Limits, share: float = 1.0) -> tuple[Running | None, str]:
-    """The largest crowd within the limits, and what keeps it from being larger."""
+def fits(host: Host, load: Load) -> int:
+    """Sequences whose pages fit at once."""
     own, common = held(load)
-    fits = (host.pool - common) // own * load.choices
-    if host.pool < 0 or fits < load.choices:
+    return max(0, (host.pool - common) // own * load.choices)
+
+
+def most(host: Host, load: Load, limits: Limits, spread: int = 1) -> tuple[Running | None, str]:
+    """The largest crowd within the limits, and what keeps it from being larger."""
+    room = fits(host, load)
+    if room < load.choices:
         return None, "does not fit"
     found = None
     for sequences in range(load.choices, limits.sequences + 1, load.choices):
-        state = running(host, load, sequences, share)
-        if sequences > fits:
+        state = running(host, load, sequences, spread)
+        if sequences > room:
             return found, "memory"
         if state.token > limits.token:
             return found, "time a token"
@@ -316,10 +339,10 @@ def most(host: Host, load: Load, limits: Limits, share: float = 1.0) -> tuple[Ru
 
 
 def replicas(host: Host, load: Load, limits: Limits, affinity: bool) -> int | None:
-    """For all users. Without affinity a turn comes to the replica of the turn before by chance."""
+    """For all users. Without affinity each turn comes to one of them by chance."""
     number = 1
     while True:
-        state, _ = most(host, load, limits, 1.0 if affinity else 1 / number)
+        state, _ = most(host, load, limits, 1 if affinity else number)
         if state is None:
             return None
         if number * state.users >= limits.users:
@@ -340,7 +363,13 @@ def rows(host: Host, load: Load, limits: Limits, sequences: int | None) -> dict[
             f"{prompt_tokens(load, has):,}" for has in (True, False)
         ),
     }
-    state, limit = most(host, load, limits) if sequences is None else (running(host, load, sequences), "as asked")
+    state: Running | None
+    if sequences is None:
+        state, limit = most(host, load, limits)
+    elif sequences > fits(host, load):
+        state, limit = None, "does not fit"
+    else:
+        state, limit = running(host, load, sequences), "as asked"
     if state is None:
         return told | {"sequences at once, because of": f"none, {limit}"}
     alone = running(host, load, load.choices)
@@ -376,6 +405,15 @@ def table(columns: list[tuple[str, dict[str, str]]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return int(text)
+
+    return number
+
+
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = found.add_argument
@@ -385,30 +423,30 @@ def parser() -> argparse.ArgumentParser:
         add(f"--{name}", type=float, help="in place of the table's, for all of --gpu")
     for name in ("bandwidth-share", "tflops-share"):
         add(f"--{name}", type=float, help=f"of it that is reached ({getattr(GPUS['h100'], name.replace('-', '_'))})")
-    add("--tensor-parallel-size", type=int, nargs="+", default=[1])
+    add("--tensor-parallel-size", type=at_least(1), nargs="+", default=[1])
     add("--quantization", nargs="+", choices=["none", "fp8", "int8", "int4"], default=["none"])
     add("--kv-cache-dtype", choices=["float32", "bfloat16", "float16", "fp8"])
-    add("--principles", type=int, nargs="+", default=[0, 1], help="0 is plain, 1 aligned")
+    add("--principles", type=at_least(0), nargs="+", default=[0, 1], help="0 is plain, 1 aligned")
     add("--placement", nargs="+", choices=["system", "user"], default=["system"])
     add("--shared", action="store_true", help="all users have the same principles")
     for name in ("system", "principle", "history", "message", "reply", "choices"):
         add(
             f"--{name}",
-            type=int,
+            type=at_least(1 if name in ("message", "reply", "choices") else 0),
             default=getattr(Load(), name),
             help="choices of a request" if name == "choices" else "tokens",
         )
     add("--think", type=float, default=Load().think, help="seconds between a reply and the user's next turn")
-    add("--users", type=int, default=100)
-    add("--max-num-seqs", type=int, default=64)
+    add("--users", type=at_least(1), default=100)
+    add("--max-num-seqs", type=at_least(1), default=64)
     add("--first", type=float, default=1.0, help="seconds to the first token, on average, at most")
     add("--token", type=float, default=50.0, help="milliseconds a token, at most")
-    add("--sequences", type=int, help="run so many at once, whatever the limits say")
+    add("--sequences", type=at_least(1), help="run so many at once, whatever the limits say")
     return found
 
 
 def columns(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, str]]]:
-    """Raises ValueError."""
+    """Raises ValueError, OSError."""
     limits = Limits(args.users, args.max_num_seqs, args.first, args.token / 1e3)
     given = {name: getattr(args, name) for name in Gpu.__dataclass_fields__ if getattr(args, name) is not None}
     lengths = {
@@ -445,7 +483,7 @@ def main() -> None:
     args = arguments.parse_args()
     try:
         print(table(list(columns(args))))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         arguments.error(str(error))
 
 

@@ -182,7 +182,7 @@ def streams() -> Iterator[Line]:
     host = Host(shape("smollm2-135m"), cpu("ours")[0])
     load = Load(**read("capacity.json")["stream"])
     for n in CPU_STREAMS:
-        state = running(host, load, n, share=0)
+        state = running(host, load, n)
         measured = read("serving.json")["streams"][str(n)]["over HTTP, tokens/s"]
         yield f"{n} aligned streams over HTTP", "tokens/s", f"{state.requests * load.reply:.0f}", f"{measured:.0f}"
 
@@ -194,7 +194,7 @@ def published() -> Iterator[Line]:
             host = Host(shape(name), GPUS[found["gpu"]], size)
             load = Load(system=0, message=prompt - 2 * TEMPLATE, reply=reply, principles=0)
             if kind == "throughput":
-                predicted, unit = running(host, load, batch, share=0).requests * reply / size, "tokens/s and GPU"
+                predicted, unit = running(host, load, batch).requests * reply / size, "tokens/s and GPU"
             else:
                 predicted, unit = 1e3 * (host.step(1, prompt) + host.prefill(prompt, prompt, 1)), "ms to the first"
             case = f"{name}, {size} × {found['gpu'].upper()}, {batch} at once, {prompt} + {reply} tokens"
@@ -214,7 +214,7 @@ def goals() -> str:
     plain = replace(load, principles=0)
 
     def requests(load: Load, sequences: int) -> float:
-        return running(host, load, sequences, share=0).requests
+        return running(host, load, sequences).requests
 
     ratios = {
         "time per token, 1 aligned ÷ 1 plain": (host.step(2, 672) / host.step(1, 640), "≤ 1.05"),

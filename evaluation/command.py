@@ -6,19 +6,21 @@ import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import httpx
-from pydantic import Field
-from pydantic_settings import CliPositionalArg, SettingsConfigDict
+from pydantic import Field, field_validator
+from pydantic_settings import CliPositionalArg, NoDecode, SettingsConfigDict
 
 from alignment_core import LoadingError
+from alignment_core.alignment import Method
 from evaluation import follow, hh, personal_preference
 from evaluation.checkers import PROMPTS
 from evaluation.records import Cell, Record, Records, cells
 from evaluation.report import write
 from evaluation.target import Target, in_process, remote
 from server.command_line import parse
+from server.protocol.generation import Ratio
 from server.settings import API_KEY, FIRST_MODEL, Arguments, client_key
 
 Task = Literal["personal-preference", "follow", "hh"]
@@ -52,7 +54,7 @@ files:
 
 exit status:
   0  done
-  1  no such server or model, or an option's value can't be
+  1  no such server or model, an option's value can't be, or the server fails
   2  an unknown option
 """
 
@@ -76,12 +78,18 @@ exit status:
     quantization: Literal["auto", "none", "int8", "int4", "fp8"] = Field(
         "auto", description="of a model in this process, as for linalign serve"
     )
-    methods: str = Field("linear,cfg,opad,amulet,adaptive", title="NAMES", description="comma-separated")
-    ratios: str = Field("0,0.5,1,2,3,5,8", title="RATIOS", description="comma-separated; 0 is prompting")
-    alignment_top_ps: str | None = Field(
+    methods: Annotated[tuple[Method, ...], NoDecode] = Field(
+        ("linear", "cfg", "opad", "amulet", "adaptive"), title="NAMES", description="comma-separated"
+    )
+    ratios: Annotated[tuple[Ratio, ...], NoDecode] = Field(
+        (0, 0.5, 1, 2, 3, 5, 8), title="RATIOS", description="comma-separated; 0 is prompting"
+    )
+    alignment_top_ps: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...] | None, NoDecode] = Field(
         None, title="MASSES", description="comma-separated, of the plausible set (default: each method's own)"
     )
-    temperatures: str = Field("0.5", title="TS", description="comma-separated; 0 is greedy")
+    temperatures: Annotated[tuple[Annotated[float, Field(ge=0, le=2)], ...], NoDecode] = Field(
+        (0.5,), title="TS", description="comma-separated; 0 is greedy"
+    )
     concurrency: int = Field(16, ge=1, title="N", description="requests at once")
     seed: int = Field(0, title="N", description="decides the order of answers")
     dataset: str | None = Field(
@@ -99,6 +107,12 @@ exit status:
     judge_model: str | None = Field(None, title="NAME", description=f"hh: {FIRST_MODEL}")
     judge_api_key: str = Field("none", title="KEY", description="hh: the judge's, where it wants one")
 
+    @field_validator("methods", "ratios", "alignment_top_ps", "temperatures", mode="before")
+    @classmethod
+    def _split(cls, given: Any) -> Any:
+        """From "a,b", as a command line has them."""
+        return given.split(",") if isinstance(given, str) else given
+
 
 def main(args: list[str]) -> None:
     settings = parse(EvalSettings, args)
@@ -113,8 +127,7 @@ def main(args: list[str]) -> None:
 
 async def evaluate(settings: EvalSettings) -> None:
     """Run what has not been run yet, then write results and report. Raises httpx.HTTPError, LoadingError."""
-    masses = _numbers(settings.alignment_top_ps) if settings.alignment_top_ps else (None,)
-    asked = cells(settings.methods.split(","), _numbers(settings.ratios), _numbers(settings.temperatures), masses)
+    asked = cells(settings.methods, settings.ratios, settings.temperatures, settings.alignment_top_ps or (None,))
     records = Records(settings.output / "records.jsonl")
     async with AsyncExitStack() as stack:
         if settings.url:
@@ -157,7 +170,3 @@ def _some(rows: list[Any], limit: int | None) -> list[Any]:
     if limit is None or limit >= len(rows):
         return rows
     return [rows[index * len(rows) // limit] for index in range(limit)]
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]

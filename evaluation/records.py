@@ -46,7 +46,10 @@ class Cell:
 
 
 def cells(
-    methods: list[str], ratios: list[float], temperatures: list[float], top_ps: Sequence[float | None] = (None,)
+    methods: Sequence[str],
+    ratios: Sequence[float],
+    temperatures: Sequence[float],
+    top_ps: Sequence[float | None] = (None,),
 ) -> list[Cell]:
     """Every method at every ratio with every plausible set; ratio 0 is prompting, whatever the method."""
     found = []
@@ -93,7 +96,10 @@ class Records:
                 file.flush()
                 progress.advance(bar)
 
-            async with asyncio.TaskGroup() as tasks:
-                for key, job in jobs.items():
-                    if key not in self:
-                        tasks.create_task(do(key, job))
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    for key, job in jobs.items():
+                        if key not in self:
+                            tasks.create_task(do(key, job))
+            except ExceptionGroup as group:
+                raise group.exceptions[0] from None  # the others end with it

@@ -55,9 +55,9 @@ class AccessLog:
             self._record(scope, status or CLIENT_GONE, has_left)
 
     def _record(self, scope: Scope, status: int, has_left: bool) -> None:
-        exchange, route = exchange_of(scope), scope.get("route")
+        exchange, route = exchange_of(scope), getattr(scope.get("route"), "path", "other")
         seconds = time.monotonic() - exchange.began
-        self._measures.responses.labels(getattr(route, "path", "other"), status).inc()
+        self._measures.responses.labels(route, status).inc()
         if exchange.error_code:
             self._measures.rejected.labels(exchange.error_code).inc()
         path = scope["raw_path"].decode("ascii", "replace")[:256]  # with line ends and the like still quoted
@@ -76,5 +76,5 @@ class AccessLog:
         }
         facts = {name: value for name, value in facts.items() if value}
         words = " ".join(f"{name}={value}" for name, value in facts.items())
-        level = logging.DEBUG if path in QUIET and status < 400 else logging.INFO
+        level = logging.DEBUG if route in QUIET and status < 400 else logging.INFO
         log.log(level, words, extra={"request": facts})

@@ -70,6 +70,9 @@ def create_app(engine: EngineClient, settings: Settings) -> FastAPI:
     app.include_router(metrics.router)
     app.include_router(playground.router)
     app.mount("/playground", playground.files)
+    for path in app.openapi()["paths"]:
+        if path.startswith("/v1/"):
+            measures.expect(path)
     _name_models(app.openapi(), [engine.model_id, *(f"{engine.model_id}:{name}" for name in app.state.presets)])
     return app
 

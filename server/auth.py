@@ -28,7 +28,7 @@ class KeyRequired:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "lifespan":
             exchange_of(scope).key = key = self._known(Headers(scope=scope))
-            if key is None and not self._is_open(scope["path"]):
+            if key is None and not self._is_open(scope["path"].removeprefix(scope.get("root_path", ""))):
                 told = "an API key is needed: Authorization: Bearer KEY"
                 refusal = error_response(401, told, code="invalid_api_key")
                 refusal.headers["WWW-Authenticate"] = "Bearer"

@@ -57,9 +57,10 @@ files:
   ~/.cache/huggingface/hub  models from the hub ($HF_HOME)
 
 exit status:
-  0  done, or stopped by SIGTERM
-  1  it can't be done: one line on stderr says why
-  2  the command line is wrong
+  0    done, or stopped by SIGTERM
+  1    it can't be done: the last line on stderr says why
+  2    the command line is wrong
+  130  stopped by SIGINT
 """
 
 
@@ -89,7 +90,13 @@ def main() -> None:
         return
     if not asked.command:
         parser.error(f"which command? {', '.join(COMMANDS)}")
-    command = asked.command
+    try:
+        run(asked.command, args)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def run(command: str, args: list[str]) -> None:
     if command == "serve":
         serve(args)
     elif command == "chat":
@@ -104,7 +111,7 @@ def main() -> None:
         try:
             from evaluation import command as evaluation
         except ModuleNotFoundError as error:
-            sys.exit(f"linalign eval needs more: pip install 'linalign[eval]' ({error})")
+            sys.exit(f"linalign eval needs the extra linalign[eval] ({error})")
         evaluation.main(args)
 
 
@@ -150,7 +157,7 @@ def serve(args: list[str]) -> None:
         sys.exit(f"linalign serve: {error}")
 
     if settings.otlp_traces_endpoint and importlib.util.find_spec("opentelemetry.sdk") is None:
-        sys.exit("linalign serve: otlp_traces_endpoint needs more: pip install 'linalign[otel]'")
+        sys.exit("linalign serve: otlp_traces_endpoint needs the extra linalign[otel]")
     logs.begin(settings.log_format)
     if settings.is_reachable and not settings.api_keys:
         log.warning(OPEN_TO_EVERYONE, settings.host)

@@ -80,7 +80,9 @@ def _described(field: FieldInfo) -> str:
     if default in (None, "") or field.default_factory:
         return description
     shown = {True: "on", False: "off"}[default] if isinstance(default, bool) else default
-    return f"{description} (default: {shown})" if default != () else f"{description} (default: none)"
+    if isinstance(default, tuple):
+        shown = ",".join(map(str, default)) or "none"
+    return f"{description} (default: {shown})"
 
 
 def complaints(error: ValidationError) -> str:

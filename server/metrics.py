@@ -3,6 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from typing import get_args
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
@@ -19,7 +20,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from alignment_core import Output, Prompt
-from alignment_core.sequence import Stats
+from alignment_core.sequence import FinishReason, Stats
 
 router = APIRouter()
 
@@ -90,6 +91,15 @@ class Measures:
         self._kl = histogram("alignment_kl_nats", "KL(aligned || base) of tokens with an alignment_trace", NATS)
         self.responses = counter("http_responses", "Responses, by route and status", "path", "status")
         self.rejected = counter("requests_rejected", "Requests that were not served, by their error's code", "code")
+        # rate() does not see the step from no series to one above 0: what alerts look at is there from the start.
+        for reason in get_args(FinishReason):
+            self._ends.labels(reason)
+        self.rejected.labels("queue_full")
+
+    def expect(self, path: str) -> None:
+        """Count the responses of a route from 0 on, errors of the server among them."""
+        for status in (200, 500, 503):
+            self.responses.labels(path, status)
 
     def of(self, prompt: Prompt, began: float) -> Callable[[Output], None]:
         """For every output of one request, in the engine's thread. began: its arrival, of time.monotonic()."""

@@ -314,13 +314,20 @@ def _check_file(file: str) -> None:
         raise ValueError(f"{file} can't name another config file")
 
 
-def load_settings(args: list[str]) -> Settings:
-    """Settings from a command line. Raises ValueError (pydantic's own included), SystemExit for --help."""
+def check_variables() -> None:
+    """Raises ValueError if one of the environment's variables LINALIGN_* is no setting."""
     known = [PREFIX + name.upper() for name in (*Settings.model_fields, "api_key")]  # the last is for our clients
-    for name in os.environ:
-        if name.upper().startswith(PREFIX) and name.upper() not in known:
+    given = [name for name in os.environ if name.upper().startswith(PREFIX)]
+    if any(name.endswith("_SERVICE_HOST") for name in given):
+        raise ValueError("variables are there of a Service called linalign: its pods need enableServiceLinks: false")
+    for name in given:
+        if name.upper() not in known:
             raise ValueError(f"there is no setting {name}{nearest(name.upper(), known)}")
 
+
+def load_settings(args: list[str]) -> Settings:
+    """Settings from a command line. Raises ValueError (pydantic's own included), SystemExit for --help."""
+    check_variables()
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", default=os.environ.get(PREFIX + "CONFIG"))
     file: str | None = finder.parse_known_args(args)[0].config

@@ -16,9 +16,12 @@ parser.add_argument("extras", nargs="?", default="")
 asked = parser.parse_args()
 
 project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+known = {name: lines for name, lines in project["optional-dependencies"].items() if name != "dev"}
 lines = project["dependencies"]
-for extra in [*EXTRAS[asked.variant], *filter(None, asked.extras.split(","))]:
-    lines += project["optional-dependencies"][extra]
+for extra in [*EXTRAS[asked.variant], *filter(None, map(str.strip, asked.extras.split(",")))]:
+    if extra not in known:
+        parser.error(f"there is no extra {extra} for an image: {', '.join(known)}")
+    lines += known[extra]
 if asked.variant == "cpu":  # PyPI's torch is the CUDA build: gigabytes that a CPU never loads
     (version,) = re.findall(r"^torch==(\S+)$", Path("constraints.txt").read_text(), re.MULTILINE)
     lines.append(f"torch=={version}+cpu")

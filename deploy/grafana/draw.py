@@ -40,7 +40,8 @@ def main() -> None:
     end = time.time()
     span = (end - 60 * args.minutes, end, args.scrape_interval)
     with httpx.Client(base_url=args.prometheus, timeout=30) as client:
-        series = {panel["id"]: series_of(client, panel, span) for panel in panels}
+        servers = {f"${label}": all_of(client, label, span) for label in ("job", "instance")}
+        series = {panel["id"]: series_of(client, panel, servers, span) for panel in panels}
     draw(panels, series, span, args.picture)
     empty = [
         f"{panel['title']}: {target['expr']}"
@@ -52,7 +53,16 @@ def main() -> None:
         sys.exit("without data:\n" + "\n".join(empty))
 
 
-def series_of(client: httpx.Client, panel: dict[str, Any], span: tuple[float, float, int]) -> list[list[Series]]:
+def all_of(client: httpx.Client, label: str, span: tuple[float, float, int]) -> str:
+    """What Grafana puts in the place of a variable that is All: a pattern of the servers' values of the label."""
+    asked = {"match[]": "linalign:num_requests_running", "start": span[0], "end": span[1]}
+    answer = client.get(f"/api/v1/label/{label}/values", params=asked).raise_for_status()
+    return "(" + "|".join(re.escape(value).replace("\\", "\\\\") for value in answer.json()["data"]) + ")"
+
+
+def series_of(
+    client: httpx.Client, panel: dict[str, Any], variables: dict[str, str], span: tuple[float, float, int]
+) -> list[list[Series]]:
     """What each target of the panel brings. span: seconds since the epoch, and the seconds between two scrapes."""
     start, end, interval = span
     step = max(interval, round((end - start) / 300))
@@ -60,7 +70,8 @@ def series_of(client: httpx.Client, panel: dict[str, Any], span: tuple[float, fl
     found = []
     for target in panel.get("targets", ()):
         expression = target["expr"].replace("$__rate_interval", f"{window}s")
-        expression = re.sub(r"\$(job|instance)\b", ".+", expression)
+        for name, value in variables.items():
+            expression = expression.replace(name, value)
         asked = {"query": expression, "start": start, "end": end, "step": step}
         answer = client.post("/api/v1/query_range", data=asked)
         answer.raise_for_status()

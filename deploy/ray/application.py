@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig
@@ -16,11 +17,13 @@ from ray.serve.handle import DeploymentHandle
 from alignment_core import EngineDead, Output, Prompt, SamplingParams
 from alignment_core.sequence import Stats
 from deploy.ray.remote_engine import ClusterBusy, Description, News, RemoteEngine
+from server import logs
 from server.app import create_app
 from server.cli import build_engine
+from server.command_line import complaints
 from server.presets import load_presets
 from server.protocol.errors import error_response
-from server.settings import Settings
+from server.settings import Settings, check_variables
 from server.shutdown import patience
 
 # Of `linalign serve` alone, and what is set instead of them in a configuration of Ray Serve.
@@ -28,12 +31,12 @@ FOREIGN = {
     "host": "http_options.host",
     "port": "http_options.port",
     "forwarded_allow_ips": "a proxy in front of Ray's",
-    "log_format": "logging_config",
-    "shutdown_timeout": "graceful_shutdown_timeout_s of EngineReplica",
+    "shutdown_timeout": "graceful_shutdown_timeout_s of both deployments",
     "config": "args of the application",
 }
 PREFIX_ROUTER = "deploy.ray.prefix_router.PrefixRouter"
 OFTEN = 0.5  # seconds between the stats of a replica that go with its news
+GRACE = 300.0  # seconds for the replies that are on their way when a replica leaves
 FAREWELL = 1.0  # seconds for the requests of an engine that has died to be told
 
 
@@ -41,6 +44,7 @@ class EngineReplica:
     """One engine with all of its GPUs. Raises LoadingError, ValueError."""
 
     def __init__(self, settings: Settings) -> None:
+        logs.begin(settings.log_format)
         self._engine = build_engine(settings).start()
         self._id = serve.get_replica_context().replica_id.unique_id
         self._told = 0.0  # when the stats went out last
@@ -58,7 +62,8 @@ class EngineReplica:
         return {"num_pages": self._engine.pool.num_pages}
 
     def stats(self) -> tuple[str, Stats]:
-        """With the replica's id."""
+        """With the replica's id. Raises EngineDead."""
+        self.check_health()
         return self._id, self._engine.stats()
 
     def check_health(self) -> None:
@@ -95,9 +100,9 @@ class EngineReplica:
 
     def _news(self, *outputs: Output) -> News:
         now = time.monotonic()
-        is_time = now - self._told >= OFTEN
+        is_time = now - self._told >= OFTEN and self._engine.alive
         self._told = now if is_time else self._told
-        return News(outputs, now, self.stats() if is_time else None)
+        return News(outputs, now, (self._id, self._engine.stats()) if is_time else None)
 
 
 @serve.ingress()
@@ -105,6 +110,7 @@ class Ingress:
     """The HTTP server: everything but the model."""
 
     def __init__(self, engines: "DeploymentHandle[EngineReplica]", settings: Settings) -> None:
+        logs.begin(settings.log_format)
         self._engines, self._settings = engines, settings
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
@@ -129,7 +135,11 @@ def build(args: dict[str, Any]) -> Application:
     """
     if foreign := sorted(args.keys() & FOREIGN.keys()):
         raise ValueError("; ".join(f"{name} has no meaning here: see {FOREIGN[name]}" for name in foreign))
-    settings = Settings(**args)
+    check_variables()
+    try:
+        settings = Settings(**args)
+    except ValidationError as error:
+        raise ValueError(complaints(error)) from None  # pydantic's own words show what was given, keys included
     load_presets(settings.presets)  # for its complaints
     engines = serve.deployment(
         name="EngineReplica",
@@ -139,12 +149,14 @@ def build(args: dict[str, Any]) -> Application:
         request_router_config={"request_router_class": PREFIX_ROUTER},
         health_check_period_s=5,
         health_check_timeout_s=10,
-        graceful_shutdown_timeout_s=300,  # for the replies that are on their way
+        graceful_shutdown_timeout_s=GRACE,
         **_resources(settings),
     )(EngineReplica)
     # What is too much is refused in front of the engines.
-    ingress = serve.deployment(name="Ingress", max_ongoing_requests=10_000)(Ingress)
-    return ingress.bind(engines.bind(settings), settings)
+    ingress = serve.deployment(
+        name="Ingress", max_ongoing_requests=10_000, graceful_shutdown_timeout_s=GRACE + FAREWELL
+    )(Ingress)
+    return ingress.bind(engines.bind(settings.model_copy(update={"api_keys": ()})), settings)
 
 
 def _resources(settings: Settings) -> dict[str, Any]:

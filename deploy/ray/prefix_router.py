@@ -1,10 +1,14 @@
 """Which replica a request goes to: where the most of its prompt is cached, unless others wait much less."""
 
+import asyncio
+import math
 import random
 from collections import OrderedDict
-from functools import lru_cache
 from itertools import takewhile
+from typing import Any
+from weakref import WeakKeyDictionary
 
+from ray.exceptions import RayError
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from alignment_core import EngineConfig, Prompt
@@ -12,13 +16,15 @@ from alignment_core.kv_cache import hash_pages
 from alignment_core.sequence import Branch
 
 Pages = OrderedDict[bytes, None]  # their hashes, the newest last
+Branches = list[list[bytes]]  # the hashes of every branch's full pages
 PAGE_SIZE = EngineConfig().page_size
+PATIENCE = 0.1  # seconds for a replica to say how many requests it has
 
 
 class PrefixRouter(RequestRouter):
     """Sends each request to the replica that costs it least: the prompt tokens of all its branches that the replica
-    would have to compute, `tokens_per_request` for each request that is there already, and as much again where others
-    have fewer pages, so that new conversations spread although they all begin alike.
+    would have to compute, those that branches share once, `tokens_per_request` for each request that is there already,
+    and as much again where others have fewer pages, so that new conversations spread although they all begin alike.
 
     What a replica has cached is what has been sent there, newest first, as many pages as it has; it is not asked.
     Prompts share pages under the same hashes as in the engine's own cache (`alignment_core.kv_cache`). Every process
@@ -29,6 +35,7 @@ class PrefixRouter(RequestRouter):
         """Keyword arguments from `request_router_kwargs` in the deployment's configuration."""
         self._tokens_per_request = tokens_per_request
         self._pages: dict[ReplicaID, Pages] = {}
+        self._hashes: WeakKeyDictionary[asyncio.Future[Any], Branches] = WeakKeyDictionary()
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -37,25 +44,39 @@ class PrefixRouter(RequestRouter):
         if pending_request is None:
             return [list(candidate_replicas)]
         pending_request.routing_context.should_backoff = True  # where all are full
-        branches = _branches(pending_request)
+        branches = self._branches_of(pending_request)
         known = {replica.replica_id: self._pages.get(replica.replica_id, Pages()) for replica in candidate_replicas}
         fewest = min(map(len, known.values()), default=0)
 
-        def cost(replica: RunningReplica) -> tuple[int, float]:
+        async def cost(replica: RunningReplica) -> tuple[float, float]:
             pages = known[replica.replica_id]
-            load = self.replica_queue_len_cache.get(replica.replica_id) or 0
-            num_missing = sum(
-                len(branch) - sum(1 for _ in takewhile(pages.__contains__, branch)) for branch in branches
-            )
-            return PAGE_SIZE * num_missing + self._tokens_per_request * (load + (len(pages) > fewest)), random.random()
+            num_missing = len({page for branch in branches for page in branch[_num_cached(branch, pages) :]})
+            load = await self._load(replica) + (len(pages) > fewest)
+            return PAGE_SIZE * num_missing + self._tokens_per_request * load, random.random()
 
-        return [[replica] for replica in sorted(candidate_replicas, key=cost)]
+        costs = await asyncio.gather(*map(cost, candidate_replicas))
+        return [
+            [replica] for _, replica in sorted(zip(costs, candidate_replicas, strict=True), key=lambda pair: pair[0])
+        ]
+
+    async def _load(self, replica: RunningReplica) -> float:
+        """How many requests it has: it is asked if Ray has not heard of it for a while; infinite if it does not say."""
+        known = self.replica_queue_len_cache.get(replica.replica_id)
+        if known is not None:
+            return known
+        try:
+            async with asyncio.timeout(PATIENCE):
+                load = await replica.get_queue_len(deadline_s=PATIENCE)
+        except (TimeoutError, RayError):
+            return math.inf
+        self.replica_queue_len_cache.update(replica.replica_id, load)
+        return load
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: object) -> None:
         """Its pages are there from now on."""
         del result
         pages = self._pages.setdefault(replica_id, Pages())
-        for branch in _branches(pending_request):
+        for branch in self._branches_of(pending_request):
             for page in reversed(branch):  # so that a prefix outlives what follows it
                 pages[page] = None
                 pages.move_to_end(page)
@@ -71,13 +92,16 @@ class PrefixRouter(RequestRouter):
         super().on_replica_actor_died(replica_id)
         self._pages.pop(replica_id, None)
 
+    def _branches_of(self, request: PendingRequest) -> Branches:
+        """None where it is no prompt that is sent. Kept while the request waits, as it is looked at again and again."""
+        if request.future not in self._hashes:
+            prompts = [argument for argument in request.args if isinstance(argument, Prompt)]
+            branches = [Branch(list(ids), salt=prompt.salt) for prompt in prompts for ids in prompt.branches]
+            self._hashes[request.future] = [
+                hash_pages(branch, len(branch.tokens) // PAGE_SIZE, PAGE_SIZE) for branch in branches
+            ]
+        return self._hashes[request.future]
 
-def _branches(request: PendingRequest) -> list[tuple[bytes, ...]]:
-    """The hashes of every branch's full pages; of none where it is no prompt that is sent."""
-    return [branch for argument in request.args if isinstance(argument, Prompt) for branch in _pages_of(argument)]
 
-
-@lru_cache(maxsize=1024)  # a request that waits is looked at again and again
-def _pages_of(prompt: Prompt) -> tuple[tuple[bytes, ...], ...]:
-    branches = [Branch(list(ids), salt=prompt.salt) for ids in prompt.branches]
-    return tuple(tuple(hash_pages(branch, len(branch.tokens) // PAGE_SIZE, PAGE_SIZE)) for branch in branches)
+def _num_cached(branch: list[bytes], pages: Pages) -> int:
+    return sum(1 for _ in takewhile(pages.__contains__, branch))

@@ -12,21 +12,22 @@ from types import TracebackType
 from typing import Any
 
 from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from transformers import PreTrainedTokenizerBase
 
-from alignment_core import EngineDead, Output, Prompt, SamplingParams
+from alignment_core import EngineBusy, EngineDead, Output, Prompt, SamplingParams
 from alignment_core.detokenizer import TokenBytes
 from alignment_core.prompts import PromptBuilder
 from alignment_core.sequence import FinishReason, Stats, nothing_of
 
 log = logging.getLogger(__name__)
 
-ATTEMPTS = 6  # to find a replica that takes a request in
+ATTEMPTS = 6  # with replicas that turn out to be dead
 LOSSES = 2  # replicas that a request may be lost with: it may be what ends them
 PAUSE = 0.25  # seconds before the second attempt, twice that before the third, and so on
-PATIENCE = 1.0  # seconds for replicas to say how they are, which Ray lets none do that is full
+PATIENCE = 0.5  # seconds for replicas to say how they are: a full one has to end a request before Ray lets it
+FRESH = 10.0  # seconds that what they have said holds
 
 
 class ClusterBusy(RuntimeError):
@@ -111,7 +112,8 @@ class RemoteEngine:
         self._handle = handle
         self._ids = itertools.count()
         self._running: dict[int, asyncio.Task[None]] = {}
-        self._stats: dict[str, Stats] = {}  # the newest of every replica
+        self._stats: dict[str, tuple[float, Stats]] = {}  # the newest of every replica, and when it came
+        self._asking: asyncio.Task[None] | None = None
 
     def __enter__(self) -> "RemoteEngine":
         return self
@@ -119,7 +121,7 @@ class RemoteEngine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for task in self._running.values():
+        for task in [*self._running.values(), *filter(None, [self._asking])]:
             task.cancel()
 
     def refuse_early(self) -> None:
@@ -128,7 +130,7 @@ class RemoteEngine:
     async def submit_async(
         self, prompt: Prompt, params: SamplingParams, on_output: Callable[[Output], None], n: int = 1
     ) -> int:
-        """Until a replica has taken the request in. Raises ClusterBusy, EngineDead, EngineBusy, InvalidRequest."""
+        """Until a replica has taken the request in. Raises ClusterBusy, EngineDead, InvalidRequest."""
         request = Request(prompt, params, on_output, dict.fromkeys(range(n), 0))
         request_id = next(self._ids)
         self._running[request_id] = task = asyncio.create_task(self._run(request))
@@ -146,39 +148,58 @@ class RemoteEngine:
             task.cancel()
 
     async def check_health(self) -> None:
-        """Raises EngineDead unless there is a replica that is well."""
-        if not await self.all_stats():
+        """Raises EngineDead unless a replica has been well within the last seconds."""
+        if not self._fresh_stats() and not await self.all_stats():
             raise EngineDead("no replica can be reached")
 
     async def all_stats(self) -> dict[str, Stats]:
-        """Of the replicas that are there now, by their ids: what they say, or said last with their news."""
-        asked = self._handle.broadcast("stats")
+        """Of the replicas that are there and well, by their ids: what they say, or have said with their news."""
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._ask())
+        await asyncio.wait([self._asking], timeout=PATIENCE)  # one question at a time, however many want to know
+        return self._fresh_stats()
+
+    def _fresh_stats(self) -> dict[str, Stats]:
+        oldest = time.monotonic() - FRESH
+        self._stats = {id: (when, stats) for id, (when, stats) in self._stats.items() if when >= oldest}
+        return {id: stats for id, (_, stats) in self._stats.items()}
+
+    async def _ask(self) -> None:
+        """Forgets those that do not answer."""
+        asked = time.monotonic()
         try:
-            answers = await asked.results_async(timeout_s=PATIENCE, return_exceptions=True)
-        except TimeoutError:
-            return self._stats
-        self._stats = dict(answer for answer in answers if not isinstance(answer, BaseException))
-        return self._stats
+            answers = await self._handle.broadcast("stats").results_async(return_exceptions=True)
+        except DeploymentUnavailableError:
+            answers = []
+        told = {id: (asked, stats) for id, stats in (a for a in answers if not isinstance(a, BaseException))}
+        self._stats = {id: max(one, self._stats.get(id, one), key=lambda o: o[0]) for id, one in told.items()}
 
     async def _run(self, request: Request) -> None:
         """From replica to replica until the request is done, or was lost with one that had begun it."""
-        num_losses = 0
+        num_attempts = num_losses = 0
         try:
-            for attempt in range(ATTEMPTS):
+            while True:
                 request.is_taken_in = False
                 try:
                     async with contextlib.aclosing(self._news(request)) as stream:
                         async for news in stream:
                             request.take(news)
                     return
+                except ClusterBusy:
+                    if not request.accepted.done():
+                        raise
                 except EngineDead as error:
+                    num_attempts += 1
                     num_losses += request.is_taken_in
-                    if request.has_begun or num_losses == LOSSES or attempt == ATTEMPTS - 1:
+                    if request.has_begun or num_losses == LOSSES or num_attempts == ATTEMPTS:
                         raise
                     log.warning("A request goes to another replica: %s", error)
-                await asyncio.sleep(PAUSE * 2**attempt)
+                await asyncio.sleep(PAUSE * 2 ** (num_attempts - 1))
         except asyncio.CancelledError:
-            request.end("abort")
+            if request.accepted.done():
+                request.end("abort")
+            else:
+                request.accepted.set_exception(EngineDead("the server is stopping"))
             raise
         except Exception as error:
             if request.accepted.done():
@@ -189,23 +210,31 @@ class RemoteEngine:
 
     async def _news(self, request: Request) -> AsyncGenerator[News]:
         """What one replica makes of the request; it is told if nobody listens any more. Raises ClusterBusy, EngineDead
-        if the replica is lost, and what the engine does.
+        if the replica is lost, and InvalidRequest.
         """
-        generate = self._handle.options(stream=True).generate
         stream: Any = None
         try:
+            generate = self._handle.options(stream=True).generate
             stream = generate.remote(request.prompt, request.params, len(request.num_tokens))
             async for news in stream:
                 if news.stats:
-                    self._stats.update([news.stats])
+                    self._stats[news.stats[0]] = time.monotonic(), news.stats[1]
                 yield news
-        except (asyncio.CancelledError, GeneratorExit):
-            if stream is not None:
-                stream.cancel()
-            raise
+            stream = None
         except BackPressureError as error:
             raise ClusterBusy(error.retry_after_s) from None
         except RayTaskError as error:
+            if isinstance(error.cause, EngineBusy):
+                raise ClusterBusy(error.cause.retry_after) from None
             raise error.cause from None
-        except RayActorError as error:
+        except (RayActorError, DeploymentUnavailableError) as error:
             raise EngineDead("the engine's replica was lost") from error
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and not task.cancelling():
+                raise EngineDead("the engine's replica has dropped the request") from error
+            raise
+        finally:
+            if stream is not None:
+                with contextlib.suppress(Exception):  # Ray raises here what the call has failed with
+                    stream.cancel()

@@ -13,7 +13,9 @@ from alignment_core import Prompt, SamplingParams
 from deploy.ray import application
 from deploy.ray.remote_engine import News
 
-DIES, HANGS = 13, 14  # seeds of requests that do it, once each: as long as there is a file of that name in $FAULTS
+# Seeds of requests that do it, once each: as long as there is a file of that name in $FAULTS. An engine that stalls is
+# not known to hang.
+DIES, HANGS, STALLS = 13, 14, 15
 
 
 def _raise(*_: object) -> None:
@@ -26,11 +28,13 @@ def _sleep(*_: object) -> None:
 
 class Faulty(application.EngineReplica):
     async def generate(self, prompt: Prompt, params: SamplingParams, n: int) -> AsyncIterator[News]:
-        for seed, fault in ((DIES, _raise), (HANGS, _sleep)):
+        for seed, fault in ((DIES, _raise), (HANGS, _sleep), (STALLS, _sleep)):
             trigger = pathlib.Path(os.environ["FAULTS"]) / str(seed)
             if params.seed == seed and trigger.exists():
                 trigger.unlink()
                 self._engine.runner.forward = fault
+                if seed == STALLS:
+                    self._engine._longest_step = 10**6  # so one more that takes long is nothing to wonder at
         async for news in super().generate(prompt, params, n):
             yield news
 

@@ -93,9 +93,20 @@ def test_a_directory_and_numbers_of_ones_own(tmp_path):
     assert "| sequences at once, because of | 64, --max-num-seqs |" in done.stdout
 
 
+@pytest.mark.parametrize(("spread", "turns"), [(1, 0), (2, 1), (3, 2), (7, 6)])
+def test_where_turns_go_to_any_a_replica_lacks_those_since_its_last(spread, turns):
+    """As many as there are others, on average, where histories are long enough to be told apart."""
+    load = capacity.Load(history=10**6, message=100, reply=100)
+    assert capacity.missing(load, spread) * load.history == pytest.approx(turns * (200 + 2 * capacity.TEMPLATE))
+    short = capacity.Load(history=210, message=100, reply=100)  # one turn, which another has with this chance
+    assert capacity.missing(short, spread) == pytest.approx(1 - 1 / spread)
+
+
 @pytest.mark.parametrize(
     ("changes", "arguments", "said"),
     [
+        ({}, ["--reply", "0"], "0 is less than 1"),
+        ({}, ["nowhere.json"], "nowhere.json"),
         ({"num_local_experts": 8}, [], "experts"),
         ({}, ["--tensor-parallel-size", "4"], "2 key heads"),
         ({}, ["--tensor-parallel-size", "2", "--quantization", "fp8"], "fp8"),
@@ -110,5 +121,6 @@ def test_what_is_not_modelled_is_refused(tmp_path, changes, arguments, said):
 
 def test_a_model_that_does_not_fit(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SIZES))
-    done = run("benchmarks/capacity.py", str(tmp_path), "--memory", "3")
-    assert "does not fit" in done.stdout
+    for arguments in (["--memory", "3"], ["--sequences", "100000000"]):
+        done = run("benchmarks/capacity.py", str(tmp_path), *arguments)
+        assert "none, does not fit" in done.stdout

@@ -162,6 +162,14 @@ def test_an_image_has_what_the_project_asks_for(variant):
     assert "install -c constraints.txt -r requirements.txt" in dockerfile
 
 
+@pytest.mark.parametrize("extras", ["nope", "ray,dev"])
+def test_extras_that_an_image_can_not_have_are_refused(extras):
+    script = [sys.executable, ROOT / "deploy/docker/requirements.py", "cpu", extras]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"there is no extra {extras.split(',')[-1]} for an image: eval, cuda, ray, otel" in done.stderr
+
+
 def test_what_gets_into_the_build_is_enough_and_nothing_else_is_installed(tmp_path):
     context = tmp_path / "context"
     let_in = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]

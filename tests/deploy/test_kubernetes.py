@@ -16,10 +16,12 @@ from server.settings import Settings, load_settings
 
 FOLDER = Path(__file__).parents[2] / "deploy/kubernetes"
 RELEASE = "1.34"  # of Kubernetes; a schema of it is in kubernetes-validate
-MANIFESTS = list(yaml.safe_load_all((FOLDER / "linalign.yaml").read_text()))
+MANIFESTS = [
+    manifest for file in ("linalign.yaml", "cache.yaml") for manifest in yaml.safe_load_all((FOLDER / file).read_text())
+]
 SERVICE = yaml.safe_load((FOLDER / "rayservice.yaml").read_text())
 
-# What KubeRay's RayService has of what we use, after its Go types (ray-operator/apis/ray/v1, ray.io/v1).
+# Our own list of what KubeRay's RayService has, of what we use, read off its Go types (ray-operator/apis/ray/v1).
 COUNT = {"type": "integer", "minimum": 0}
 PARAMS = {"type": "object", "additionalProperties": {"type": "string"}}
 
@@ -39,6 +41,7 @@ RAY_SERVICE = thing(
         rayClusterConfig=thing(
             ["headGroupSpec"],
             rayVersion={"type": "string"},
+            authOptions=thing([], mode={"enum": ["disabled", "token"]}),
             enableInTreeAutoscaling={"type": "boolean"},
             autoscalerOptions=thing([], idleTimeoutSeconds=COUNT, upscalingMode={"type": "string"}),
             headGroupSpec=thing(["template"], rayStartParams=PARAMS, template={"type": "object"}),
@@ -90,11 +93,34 @@ def test_the_pods_are_valid_and_have_little_power(name, template):
     manifest = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": name}, "template": template}
     kubernetes_validate.validate(manifest, RELEASE, strict=True)
     assert template["spec"]["securityContext"]["runAsNonRoot"]
+    assert template["spec"]["enableServiceLinks"] is False  # see the next test
     (container,) = template["spec"]["containers"]
     assert container["image"].startswith(f"linalign:{version('linalign')}")
     assert container["resources"]["limits"]["memory"] == container["resources"]["requests"]["memory"]
-    volumes = {volume["name"] for volume in template["spec"]["volumes"]}
-    assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+    volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == volumes.keys()
+    claims = {
+        volume["persistentVolumeClaim"]["claimName"] for volume in volumes.values() if "persistentVolumeClaim" in volume
+    }
+    assert claims == {of_kind("PersistentVolumeClaim")["metadata"]["name"]}
+
+
+@pytest.mark.parametrize("file", ["linalign.yaml", "rayservice.yaml"])
+def test_a_manifest_tells_what_else_it_wants(file):
+    text = (FOLDER / file).read_text()
+    (secret,) = re.findall(r"secretName: ([\w-]+)", text)
+    assert f"kubectl create secret generic {secret} --from-file=api-keys=" in text
+    assert f"kubectl apply -f deploy/kubernetes/cache.yaml -f deploy/kubernetes/{file}" in text
+
+
+def test_links_to_a_service_called_like_us_are_no_settings(monkeypatch):
+    """What Kubernetes sets in each pod, unless told not to, of a Service that is there."""
+    for name, value in (("SERVICE_HOST", "10.0.0.1"), ("SERVICE_PORT", "80"), ("PORT", "tcp://10.0.0.1:80")):
+        monkeypatch.setenv("LINALIGN_" + name, value)
+    with pytest.raises(ValueError, match="enableServiceLinks: false"):
+        load_settings([])
+    with pytest.raises(ValueError, match="enableServiceLinks: false"):
+        build({})
 
 
 def test_the_server_of_the_deployment_starts_with_its_settings(monkeypatch):
@@ -120,6 +146,19 @@ def test_all_of_them_mean_the_same_pods():
     assert of_kind("PodDisruptionBudget")["spec"]["selector"]["matchLabels"] == labels
     target = of_kind("HorizontalPodAutoscaler")["spec"]["scaleTargetRef"]
     assert (target["kind"], target["name"]) == ("Deployment", of_kind("Deployment")["metadata"]["name"])
+
+
+def test_prometheus_finds_the_pods_as_the_job_that_is_asked_for():
+    (monitor,) = yaml.safe_load_all((FOLDER / "podmonitor.yaml").read_text())
+    template = of_kind("Deployment")["spec"]["template"]
+    assert monitor["spec"]["selector"]["matchLabels"] == template["metadata"]["labels"]
+    job = template["metadata"]["labels"][monitor["spec"]["jobLabel"]]
+    rules = (FOLDER.parent / "prometheus/alerts.yml").read_text()
+    assert set(re.findall(r'job="([^"]*)"', rules)) == {job}
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    (container,) = template["spec"]["containers"]
+    assert endpoint["port"] in [port["name"] for port in container["ports"]]
+    assert {"name": "LINALIGN_METRICS_WITHOUT_KEY", "value": "true"} in container["env"]
 
 
 def test_the_autoscaler_looks_at_a_metric_that_there_is():

@@ -1,6 +1,7 @@
 """compose.yaml and what it mounts: Prometheus's rules, Grafana's dashboard, and the queries of both."""
 
 import contextlib
+import importlib.util
 import json
 import re
 import shutil
@@ -21,6 +22,9 @@ from tests.serving import KEY, free_port
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
+_spec = importlib.util.spec_from_file_location("draw", DEPLOY / "grafana/draw.py")  # a script, in no package
+draw = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(draw)
 NAME = r"\b(?:linalign:|process_)\w+"  # of a metric, in queries and documents
 
 
@@ -112,6 +116,14 @@ def test_the_parts_of_the_composition_fit(services):
     ]
 
 
+@pytest.mark.parametrize("file", ["compose.yaml", "compose.gpu.yaml"])
+def test_the_composition_fits_the_schema_of_compose(file, tmp_path):
+    right, wrong = ROOT / file, tmp_path / file
+    wrong.write_text(right.read_text().replace("image:", "imag:"))
+    schema = [Path(sys.executable).with_name("check-jsonschema"), "--builtin-schema", "vendor.compose-spec"]
+    assert [subprocess.run([*schema, text], capture_output=True).returncode for text in (right, wrong)] == [0, 1]
+
+
 def test_alerts_come_when_they_should_and_only_then():
     need("promtool")
     for command in ("check config prometheus.yml", "test rules alerts_test.yml"):
@@ -119,7 +131,7 @@ def test_alerts_come_when_they_should_and_only_then():
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_query_of_the_dashboard_brings_something(url, tmp_path):
+def test_every_query_of_the_dashboard_brings_something(url, tmp_path, panels):
     with prometheus(url, tmp_path) as asking:
         deadline = time.monotonic() + 120
         while value(asking, "count_over_time(linalign:num_requests_running[1h])") < 8 or not rules_are_known(asking):
@@ -131,6 +143,11 @@ def test_every_query_of_the_dashboard_brings_something(url, tmp_path):
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "dashboard.png").stat().st_size > 0
         assert {rule["health"] for rule in rules(asking)} == {"ok"}
+        assert value(asking, "count(up)") == 2
+        assert {title: newest(panels, title, asking) for title in ("Servers up", "Uptime")} == {
+            "Servers up": [1],
+            "Uptime": [pytest.approx(value(asking, 'time() - process_start_time_seconds{job="linalign"}'), abs=2)],
+        }
 
 
 def test_a_server_with_keys_is_scraped_with_one(closed, tmp_path):
@@ -141,7 +158,7 @@ def test_a_server_with_keys_is_scraped_with_one(closed, tmp_path):
 
     with prometheus(closed, tmp_path, uncommented) as asking:
         deadline = time.monotonic() + 60
-        while value(asking, "up") != 1:
+        while value(asking, 'up{job="linalign"}') != 1:
             assert time.monotonic() < deadline
 
 
@@ -156,9 +173,10 @@ def prometheus(url, folder, change=lambda text: text):
     need("prometheus")
     config = (DEPLOY / "prometheus/prometheus.yml").read_text()
     config = config.replace("15s", "1s").replace("linalign:8000", url.removeprefix("http://"))
+    address = f"127.0.0.1:{free_port()}"
+    config += f"  - job_name: prometheus\n    static_configs: [targets: ['{address}']]\n"  # as most scrape themselves
     (folder / "prometheus.yml").write_text(change(config))
     shutil.copy(DEPLOY / "prometheus/alerts.yml", folder)
-    address = f"127.0.0.1:{free_port()}"
     command = [
         "prometheus",
         "--config.file=prometheus.yml",
@@ -189,6 +207,14 @@ def value(client, expression):
     time.sleep(0.1)
     found = client.get("/api/v1/query", params={"query": expression}).json()["data"]["result"]
     return float(found[0]["value"][1]) if found else 0
+
+
+def newest(panels, title, client):
+    """What the panel's series are now, where all servers are chosen."""
+    (panel,) = [panel for panel in panels if panel["title"] == title]
+    span = (time.time() - 60, time.time(), 1)
+    variables = {f"${label}": draw.all_of(client, label, span) for label in ("job", "instance")}
+    return [values[-1] for target in draw.series_of(client, panel, variables, span) for _, _, values in target]
 
 
 def rules(client):

@@ -19,12 +19,14 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from deploy.ray.application import build
-from tests.deploy.faulty import DIES, HANGS
+from tests.deploy.faulty import DIES, HANGS, STALLS
 from tests.serving import free_port
 
 ROOT = Path(__file__).parents[2]
 SEQS = 4  # at once on each replica, and as many may wait in front
 LONG = 2000  # tokens that nobody waits for
+RAYS_GRACE = 20  # seconds, of a deployment that doesn't say
+LOGS = Path("/tmp/ray/session_latest/logs")
 TOWNS = ["Bergen", "Cork", "Delft", "Evora", "Fano"]  # an odd number: in turn, each has another replica every time
 PRINCIPLE = {"principle": "Mention the sea.", "alignment_ratio": 2}
 
@@ -129,11 +131,11 @@ def sdk(url):
 class Stream(threading.Thread):
     """A reply that is being read. text, num_tokens: so far. error: what ended it, if anything but its own end."""
 
-    def __init__(self, url, question, max_tokens):
+    def __init__(self, url, question, max_tokens, **fields):
         super().__init__(daemon=True)
         self.question, self.text, self.num_tokens, self.error = question, "", 0, None
         self.begun = threading.Event()
-        self._url, self._max_tokens = url, max_tokens
+        self._url, self._max_tokens, self._fields = url, max_tokens, fields
         self.start()
 
     def run(self):
@@ -145,7 +147,7 @@ class Stream(threading.Thread):
                 max_tokens=self._max_tokens,
                 stream=True,
                 stream_options={"include_usage": True},
-                extra_body={**PRINCIPLE, "ignore_eos": True},
+                extra_body={**PRINCIPLE, "ignore_eos": True, **self._fields},
             ):
                 if chunk.choices and chunk.choices[0].delta.content:
                     self.text += chunk.choices[0].delta.content
@@ -200,6 +202,15 @@ def test_the_sdk_streams(cluster, client):
     texts, num_tokens = pieces(sdk(cluster[0] + "/pair"))
     assert (texts, num_tokens) == pieces(client)
     assert len(texts) > 10  # it came in pieces, not at the end
+
+
+def test_the_log_has_a_line_for_every_request(cluster):
+    chat(cluster[0] + "/pair", max_tokens=3)
+
+    def lines():
+        return [line for log in LOGS.glob("worker-*.err") for line in log.read_text().splitlines()]
+
+    wait(lambda: any("path=/pair/v1/chat" in line and "completion_tokens=3" in line for line in lines()))
 
 
 def test_bad_input_is_refused_as_by_one_server(cluster, url):
@@ -280,12 +291,41 @@ def test_what_neither_replicas_nor_queue_can_hold_is_a_503(cluster):
     running, waiting, refused = fill(url, "towns", 400)
     assert (refused.status_code, refused.body["code"]) == (503, "overloaded")
     assert int(refused.response.headers["retry-after"]) >= 1
-    assert httpx.get(url + "/health", timeout=30).status_code == 200
+    before = questions(replicas(url))
+    for _ in range(12):  # full engines are heard of without a question, which would wait for a seat of theirs
+        assert httpx.get(url + "/health", timeout=30).status_code == 200
+    assert questions(replicas(url)) <= before + 2 * 2  # those of `replicas` itself, at most
     for stream in running + waiting:
         stream.join()
         assert stream.error is None
         assert stream.num_tokens == 400
     assert chat(url, max_tokens=1).status_code == 200
+
+
+def questions(replicas):
+    """How often they were asked how they are, of which Ray writes a line each."""
+    logs = [log for replica in replicas for log in LOGS.glob(f"serve/replica_*EngineReplica_{replica}.log")]
+    assert len(logs) == len(replicas)
+    return sum(log.read_text().count("CALL stats ") for log in logs)
+
+
+def test_what_a_lost_replica_had_taken_in_but_not_begun_waits_for_a_seat_elsewhere(cluster):
+    url, trigger = cluster[0] + "/pair", cluster[1] / str(STALLS)
+    wait(lambda: len(replicas(url)) == 2)
+    trigger.touch()
+    streams = [Stream(url, "Tell me about seas.", 100, seed=STALLS)]  # its engine does nothing from now on
+    wait(lambda: not trigger.exists())
+    streams += [Stream(url, f"Tell me about {number} seas.", 100) for number in range(2 * SEQS - 1)]
+    (victim,) = wait(
+        lambda: [name for name, number in metric(url, "num_requests_waiting").items() if number == SEQS - 1]
+    )
+    streams += [Stream(url, f"Tell me about {number} other seas.", 100) for number in range(SEQS)]
+    wait(lambda: chat(url, max_tokens=1, timeout=5).status_code == 503)  # the queue is full, too
+    os.kill(pid_of(victim), signal.SIGKILL)
+    for stream in streams:
+        stream.join()
+        assert (stream.error, stream.num_tokens) == (None, 100)
+    wait(lambda: len(replicas(url)) == 2)
 
 
 def test_a_replica_that_is_killed_takes_only_what_it_had_begun(cluster):
@@ -353,12 +393,38 @@ def test_health_says_when_no_replica_is_well(cluster):
     assert httpx.get(url + "/health", timeout=30).status_code == 200
     (only,) = replicas(url)
     os.kill(pid_of(only), signal.SIGKILL)
-    error = wait(
-        lambda: (answer := httpx.get(url + "/health", timeout=30)).status_code == 503 and answer.json()["error"]
-    )
-    assert error["code"] == "engine_dead"
-    wait(lambda: httpx.get(url + "/health", timeout=30).status_code == 200)  # Ray has replaced it, all three processes
+    wait(lambda: httpx.get(url + "/health", timeout=30).status_code != 200)
+    codes = set()
+    while (answer := httpx.get(url + "/health", timeout=30)).status_code != 200:
+        codes.add((answer.status_code, answer.json()["error"]["code"]))
+        assert "linalign:http_responses_total" in httpx.get(url + "/metrics", timeout=30).raise_for_status().text
+        time.sleep(0.1)
+    assert codes == {(503, "engine_dead")}  # until Ray has replaced it, all three processes
     assert chat(url, max_tokens=4).status_code == 200
+
+
+def test_replies_outlive_a_deployment_of_what_answers_them(cluster):
+    """The old ingress goes on for longer than Ray would let it."""
+    url = cluster[0] + "/parallel"
+    args = {**APPLICATIONS[-1]["args"], "max_model_len": 1000}
+    redeploy = (
+        "import ray; from ray import serve; from tests.deploy.faulty import build; "
+        "ray.init('auto', namespace='serve', log_to_driver=False); "
+        f"serve.run(build({{'device': 'cpu', **{args}}}), name='parallel', route_prefix='/parallel')"
+    )
+    body = {"model": "smollm2", "prompt": "The sea", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", url + "/v1/completions", json=body, timeout=120) as response:
+        pieces = response.iter_text()
+        next(pieces)
+        before = replicas(url)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, "-c", redeploy], env=environment, cwd=cluster[1], check=True)
+        wait(lambda: (now := replicas(url)) and not now & before)
+        until = time.monotonic() + RAYS_GRACE + 5
+        while time.monotonic() < until:
+            assert "data: {" in next(pieces)
+    assert chat(url, max_tokens=4).status_code == 200
+    assert chat(url, max_tokens=1000).status_code == 400  # the new one's context
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "deploy/ray").glob("*.yaml")), ids=lambda file: file.name)
@@ -376,3 +442,15 @@ def test_settings_that_mean_nothing_on_ray_are_refused():
         build({"port": 8000})
     with pytest.raises(ValueError, match="modle"):
         build({"modle": "x"})
+
+
+def test_what_is_wrong_with_settings_is_told_without_their_values():
+    with pytest.raises(ValueError, match="api_keys") as told:
+        build({"api_keys": [1, "sekret"]})
+    assert "sekret" not in str(told.value)
+
+
+def test_variables_that_are_no_settings_are_refused(monkeypatch):
+    monkeypatch.setenv("LINALIGN_MAXNUMSEQS", "4")
+    with pytest.raises(ValueError, match="LINALIGN_MAXNUMSEQS; did you mean LINALIGN_MAX_NUM_SEQS"):
+        build({})

@@ -51,6 +51,18 @@ def test_a_second_turn_hits_the_first_ones_prefix_in_both_branches(own_server):
     assert after["linalign:num_requests_running"] == after["linalign:kv_cache_usage_perc"] == 0
 
 
+def test_what_alerts_look_at_is_there_before_it_happens(own_server):
+    """As rate() does not see a series that begins above 0."""
+    url, _ = own_server
+    seen = scrape(url)
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
+        for status in (200, 500, 503):
+            assert f"linalign:http_responses_total{{path={path},status={status}}}" in seen
+    for reason in ("stop", "length", "abort", "error"):
+        assert f"linalign:request_success_total{{finished_reason={reason}}}" in seen
+    assert "linalign:requests_rejected_total{code=queue_full}" in seen
+
+
 def test_running_requests_show_while_they_run(own_server):
     url, _ = own_server
     body = {"model": "smollm2", "messages": HISTORY, "max_tokens": 400, "stream": True}

@@ -207,6 +207,9 @@ def test_there_is_an_example_of_every_command():
     assert len(EXAMPLES) > 20
 
 
+EVAL = ["eval", "follow", "--output", "out"]
+
+
 @pytest.mark.parametrize(
     ("args", "status", "words"),
     [
@@ -215,7 +218,12 @@ def test_there_is_an_example_of_every_command():
         (["bench", "--requests", "0"], 1, "linalign bench: requests: Input should be greater"),
         (["chat", "--alignment-ratio", "21"], 1, "linalign chat: alignment_ratio: Input should be less"),
         (["eval", "follow"], 1, "linalign eval: output: Field required"),
-        (["eval", "follow", "--output", "out", "--url", "http://127.0.0.1:1"], 1, "linalign eval: "),
+        ([*EVAL, "--url", "http://127.0.0.1:1"], 1, "linalign eval: "),
+        ([*EVAL, "--ratios", "a,b"], 1, "linalign eval: ratios.0: Input should be a valid number"),
+        ([*EVAL, "--ratios", "1,99"], 1, "linalign eval: ratios.1: Input should be less"),
+        ([*EVAL, "--temperatures", "hot"], 1, "linalign eval: temperatures.0: Input should be a valid number"),
+        ([*EVAL, "--alignment-top-ps", "0"], 1, "linalign eval: alignment_top_ps.0: Input should be greater"),
+        ([*EVAL, "--methods", "linear,nonsense"], 1, "linalign eval: methods.1: Input should be 'linear'"),
         (["serve", "--port", "70000"], 1, "linalign serve: port: Input should be less"),
         (["serve", "--por", "1"], 2, "unrecognized arguments: --por"),
     ],
