@@ -27,7 +27,8 @@ ATTEMPTS = 6  # with replicas that turn out to be dead
 LOSSES = 2  # replicas that a request may be lost with: it may be what ends them
 PAUSE = 0.25  # seconds before the second attempt, twice that before the third, and so on
 PATIENCE = 0.5  # seconds for replicas to say how they are: a full one has to end a request before Ray lets it
-FRESH = 10.0  # seconds that what they have said holds
+RECENT = 2.0  # seconds for which nobody is asked who has said it
+FRESH = 10.0  # seconds for which it holds where nobody answers
 
 
 class ClusterBusy(RuntimeError):
@@ -149,7 +150,7 @@ class RemoteEngine:
 
     async def check_health(self) -> None:
         """Raises EngineDead unless a replica has been well within the last seconds."""
-        if not self._fresh_stats() and not await self.all_stats():
+        if not self._told_within(RECENT) and not await self.all_stats():
             raise EngineDead("no replica can be reached")
 
     async def all_stats(self) -> dict[str, Stats]:
@@ -157,12 +158,11 @@ class RemoteEngine:
         if self._asking is None or self._asking.done():
             self._asking = asyncio.create_task(self._ask())
         await asyncio.wait([self._asking], timeout=PATIENCE)  # one question at a time, however many want to know
-        return self._fresh_stats()
+        return self._told_within(FRESH)
 
-    def _fresh_stats(self) -> dict[str, Stats]:
-        oldest = time.monotonic() - FRESH
-        self._stats = {id: (when, stats) for id, (when, stats) in self._stats.items() if when >= oldest}
-        return {id: stats for id, (_, stats) in self._stats.items()}
+    def _told_within(self, seconds: float) -> dict[str, Stats]:
+        oldest = time.monotonic() - seconds
+        return {id: stats for id, (when, stats) in self._stats.items() if when >= oldest}
 
     async def _ask(self) -> None:
         """Forgets those that do not answer."""

@@ -313,18 +313,16 @@ def test_what_a_lost_replica_had_taken_in_but_not_begun_waits_for_a_seat_elsewhe
     url, trigger = cluster[0] + "/pair", cluster[1] / str(STALLS)
     wait(lambda: len(replicas(url)) == 2)
     trigger.touch()
-    streams = [Stream(url, "Tell me about seas.", 100, seed=STALLS)]  # its engine does nothing from now on
-    wait(lambda: not trigger.exists())
-    streams += [Stream(url, f"Tell me about {number} seas.", 100) for number in range(2 * SEQS - 1)]
-    (victim,) = wait(
-        lambda: [name for name, number in metric(url, "num_requests_waiting").items() if number == SEQS - 1]
-    )
-    streams += [Stream(url, f"Tell me about {number} other seas.", 100) for number in range(SEQS)]
-    wait(lambda: chat(url, max_tokens=1, timeout=5).status_code == 503)  # the queue is full, too
+    streams = [Stream(url, "Tell me about seas.", 300, seed=STALLS)]  # its engine does nothing from now on
+    (victim,) = wait(lambda: [name for name, number in metric(url, "num_requests_running").items() if number])
+    assert not trigger.exists()
+    streams += [Stream(url, f"Tell me about {number} seas.", 300) for number in range(3 * SEQS - 1)]
+    wait(lambda: chat(url, max_tokens=1, timeout=5).status_code == 503)  # all seats are taken, and the queue is full
+    assert sum(stream.begun.is_set() for stream in streams) <= SEQS
     os.kill(pid_of(victim), signal.SIGKILL)
     for stream in streams:
         stream.join()
-        assert (stream.error, stream.num_tokens) == (None, 100)
+        assert (stream.error, stream.num_tokens) == (None, 300)
     wait(lambda: len(replicas(url)) == 2)
 
 

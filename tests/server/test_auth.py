@@ -138,3 +138,17 @@ def test_no_object_of_the_application_holds_a_key(tiny, tmp_path, monkeypatch, w
         assert not (isinstance(found, str | bytes) and secret in str(found)), "a key is kept"
         pending += gc.get_referents(found)
     assert len(seen) > 10_000
+
+
+def test_below_a_prefix_the_same_is_open_and_errors_name_the_same_fields(embedded):
+    """As a proxy has it, or Ray: paths begin with root_path."""
+    app = create_app(make_engine(embedded, num_pages=8), Settings(api_keys=(KEY,)))
+    with TestClient(app, root_path="/one") as client:
+        assert client.get("/one/health").status_code == 200
+        assert client.get("/one/playground/main.js").status_code == 200
+        assert client.get("/one/v1/models").status_code == client.get("/one/metrics").status_code == 401
+        assert client.get("/one/one/health").status_code == client.get("/onehealth").status_code == 401
+        headers = {"Authorization": f"Bearer {KEY}"}
+        body = {"model": "smollm2", "prompt": "word " * 10_000}
+        error = client.post("/one/v1/completions", json=body, headers=headers).json()["error"]
+        assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")

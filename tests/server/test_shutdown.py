@@ -45,6 +45,14 @@ def test_a_stream_ends_in_order_on_sigterm():
     assert len(rest) > 20
 
 
+def test_an_interrupt_from_the_keyboard_is_no_traceback():
+    with serving(status=130, stderr=subprocess.PIPE, text=True) as (_, process):
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+        assert process.returncode == 130
+        assert "Traceback" not in said
+
+
 def test_a_second_sigterm_stops_at_once():
     with serving("--shutdown-timeout", "600") as (url, process):
         ends = []
