@@ -411,16 +411,18 @@ def test_replies_outlive_a_deployment_of_what_answers_them(cluster):
         f"serve.run(build({{'device': 'cpu', **{args}}}), name='parallel', route_prefix='/parallel')"
     )
     body = {"model": "smollm2", "prompt": "The sea", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with httpx.stream("POST", url + "/v1/completions", json=body, timeout=120) as response:
         pieces = response.iter_text()
         next(pieces)
         before = replicas(url)
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        subprocess.run([sys.executable, "-c", redeploy], env=environment, cwd=cluster[1], check=True)
-        wait(lambda: (now := replicas(url)) and not now & before)
+        # It ends when the old ingress has.
+        deploying = subprocess.Popen([sys.executable, "-c", redeploy], env=environment, cwd=cluster[1])
+        wait(lambda: (now := replicas(url)) and not now & before, deploying)
         until = time.monotonic() + RAYS_GRACE + 5
         while time.monotonic() < until:
-            assert "data: {" in next(pieces)
+            assert "data: {" in (piece := next(pieces)) or piece.startswith(": ping")
+    assert deploying.wait(120) == 0
     assert chat(url, max_tokens=4).status_code == 200
     assert chat(url, max_tokens=1000).status_code == 400  # the new one's context
 
