@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sys
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -152,11 +153,12 @@ def build(args: dict[str, Any]) -> Application:
         graceful_shutdown_timeout_s=GRACE,
         **_resources(settings),
     )(EngineReplica)
-    # What is too much is refused in front of the engines.
+    # What is too much is refused in front of the engines, and keys are known there.
+    behind = settings.model_copy(update={"api_keys": (), "max_queued_requests": sys.maxsize})
     ingress = serve.deployment(
         name="Ingress", max_ongoing_requests=10_000, graceful_shutdown_timeout_s=GRACE + FAREWELL
     )(Ingress)
-    return ingress.bind(engines.bind(settings.model_copy(update={"api_keys": ()})), settings)
+    return ingress.bind(engines.bind(behind), settings)
 
 
 def _resources(settings: Settings) -> dict[str, Any]:

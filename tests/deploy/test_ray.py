@@ -60,7 +60,7 @@ APPLICATIONS = [
             "downscale_delay_s": 2,
         },
     ),
-    application("parallel", args={"tensor_parallel_size": 3}),
+    application("parallel", args={"tensor_parallel_size": 3, "max_num_seqs": SEQS, "max_queued_requests": 1}),
 ]
 
 
@@ -300,6 +300,19 @@ def test_what_neither_replicas_nor_queue_can_hold_is_a_503(cluster):
         assert stream.error is None
         assert stream.num_tokens == 400
     assert chat(url, max_tokens=1).status_code == 200
+
+
+def test_choices_that_wait_in_an_engine_are_no_queue(cluster):
+    """Ray counts requests, in front of the engines; a request has a seat for all its choices."""
+    url = cluster[0] + "/parallel"
+    streams = [Stream(url, "Tell me about moors.", 100, n=SEQS)]
+    for num_waiting in (0, 2):
+        wait(lambda number=num_waiting: sum(metric(url, "num_requests_waiting").values()) == number)
+        assert streams[0].begun.wait(60)
+        streams.append(Stream(url, f"Tell me about {num_waiting} moors.", 100, n=2))
+    for stream, n in zip(streams, (SEQS, 2, 2), strict=True):
+        stream.join()
+        assert (stream.error, stream.num_tokens) == (None, n * 100)
 
 
 def questions(replicas):
