@@ -195,11 +195,11 @@ class RemoteEngine:
                         raise
                     log.warning("A request goes to another replica: %s", error)
                 await asyncio.sleep(PAUSE * 2 ** (num_attempts - 1))
-        except asyncio.CancelledError:
+        except asyncio.CancelledError:  # here, or by Ray, which cancels with a request what was called for it
             if request.accepted.done():
                 request.end("abort")
             else:
-                request.accepted.set_exception(EngineDead("the server is stopping"))
+                request.accepted.set_exception(EngineDead("the request was cancelled"))
             raise
         except Exception as error:
             if request.accepted.done():
@@ -229,11 +229,6 @@ class RemoteEngine:
             raise error.cause from None
         except (RayActorError, DeploymentUnavailableError) as error:
             raise EngineDead("the engine's replica was lost") from error
-        except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is not None and not task.cancelling():
-                raise EngineDead("the engine's replica has dropped the request") from error
-            raise
         finally:
             if stream is not None:
                 with contextlib.suppress(Exception):  # Ray raises here what the call has failed with

@@ -305,14 +305,19 @@ def test_what_neither_replicas_nor_queue_can_hold_is_a_503(cluster):
 def test_choices_that_wait_in_an_engine_are_no_queue(cluster):
     """Ray counts requests, in front of the engines; a request has a seat for all its choices."""
     url = cluster[0] + "/parallel"
-    streams = [Stream(url, "Tell me about moors.", 100, n=SEQS)]
-    for num_waiting in (0, 2):
+    streams = []
+    for num_waiting in (
+        0,
+        0,
+        2,
+        4,
+    ):  # after a stream has been sent: two sequences for each fill the engine with two streams
+        streams.append(Stream(url, f"Tell me about {len(streams)} moors.", 100, n=2))
+        assert num_waiting or streams[-1].begun.wait(60)
         wait(lambda number=num_waiting: sum(metric(url, "num_requests_waiting").values()) == number)
-        assert streams[0].begun.wait(60)
-        streams.append(Stream(url, f"Tell me about {num_waiting} moors.", 100, n=2))
-    for stream, n in zip(streams, (SEQS, 2, 2), strict=True):
+    for stream in streams:
         stream.join()
-        assert (stream.error, stream.num_tokens) == (None, n * 100)
+        assert (stream.error, stream.num_tokens) == (None, 200)
 
 
 def questions(replicas):
@@ -329,8 +334,10 @@ def test_what_a_lost_replica_had_taken_in_but_not_begun_waits_for_a_seat_elsewhe
     streams = [Stream(url, "Tell me about seas.", 300, seed=STALLS)]  # its engine does nothing from now on
     (victim,) = wait(lambda: [name for name, number in metric(url, "num_requests_running").items() if number])
     assert not trigger.exists()
-    streams += [Stream(url, f"Tell me about {number} seas.", 300) for number in range(3 * SEQS - 1)]
-    wait(lambda: chat(url, max_tokens=1, timeout=5).status_code == 503)  # all seats are taken, and the queue is full
+    while not (one := Stream(url, f"Tell me about {len(streams)} seas.", 300)).begun.wait(1) or one.error is None:
+        streams.append(one)  # one by one, as in `fill`
+    assert one.error.body["code"] == "overloaded"
+    assert len(streams) == 3 * SEQS  # all seats are taken, and the queue is full
     assert sum(stream.begun.is_set() for stream in streams) <= SEQS
     os.kill(pid_of(victim), signal.SIGKILL)
     for stream in streams:
