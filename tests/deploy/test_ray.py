@@ -87,7 +87,7 @@ def cluster(embedded, tmp_path_factory):  # noqa: ARG001 - loaded first, so that
         url = f"http://127.0.0.1:{port}"
         try:
             for one in APPLICATIONS:
-                wait(lambda name=one["name"]: replicas(f"{url}/{name}"), process)
+                wait(lambda name=one["name"]: replicas(f"{url}/{name}"), process, seconds=900)
             yield url, folder
         finally:
             process.send_signal(signal.SIGINT)
