@@ -312,12 +312,12 @@ def test_choices_that_wait_in_an_engine_are_no_queue(cluster):
         2,
         4,
     ):  # after a stream has been sent: two sequences for each fill the engine with two streams
-        streams.append(Stream(url, f"Tell me about {len(streams)} moors.", 100, n=2))
+        streams.append(Stream(url, f"Tell me about {len(streams)} moors.", 50, n=2))
         assert num_waiting or streams[-1].begun.wait(60)
         wait(lambda number=num_waiting: sum(metric(url, "num_requests_waiting").values()) == number)
     for stream in streams:
         stream.join()
-        assert (stream.error, stream.num_tokens) == (None, 200)
+        assert (stream.error, stream.num_tokens) == (None, 100)
 
 
 def questions(replicas):
