@@ -306,12 +306,7 @@ def test_choices_that_wait_in_an_engine_are_no_queue(cluster):
     """Ray counts requests, in front of the engines; a request has a seat for all its choices."""
     url = cluster[0] + "/parallel"
     streams = []
-    for num_waiting in (
-        0,
-        0,
-        2,
-        4,
-    ):  # after a stream has been sent: two sequences for each fill the engine with two streams
+    for num_waiting in (0, 0, 2, 4):  # choices, once one more stream is there: two streams fill the engine
         streams.append(Stream(url, f"Tell me about {len(streams)} moors.", 50, n=2))
         assert num_waiting or streams[-1].begun.wait(60)
         wait(lambda number=num_waiting: sum(metric(url, "num_requests_waiting").values()) == number)
