@@ -126,8 +126,7 @@ NAMES = {
 async def on_invalid_request(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, InvalidRequest)
     code = "context_length_exceeded" if "context holds" in str(error) else "invalid_value"
-    path = request.url.path.removeprefix(request.scope.get("root_path", ""))
-    param = NAMES.get(path, {}).get(error.param or "", error.param)
+    param = NAMES.get(request.scope["route"].path, {}).get(error.param or "", error.param)
     return error_response(400, str(error), param, code)
 
 
