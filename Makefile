@@ -1,6 +1,7 @@
 .PHONY: setup serve test quick vendor pictures
 TESTED := .venv/.ready .venv/.cuda .venv/clients/.ready .venv/playground/.ready
 PYTHON ?= python3
+PYTEST := HF_HUB_OFFLINE=1 .venv/bin/pytest
 ARGS ?=
 
 setup: .venv/.ready
@@ -37,11 +38,11 @@ test: $(TESTED)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	HF_HUB_OFFLINE=1 .venv/bin/pytest $(ARGS)
+	$(PYTEST) -m alone; alone=$$?; $(PYTEST) -m "not alone" -n 2 --dist loadfile && exit $$alone
 
 quick: $(TESTED)
-	HF_HUB_OFFLINE=1 .venv/bin/pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow and not alone" -n 2 --dist loadfile $(ARGS)
 
 pictures: $(TESTED) # the screenshots that the README shows
 	mkdir -p docs/images
-	HF_HUB_OFFLINE=1 PICTURES=docs/images .venv/bin/pytest tests/server/test_playground.py -k picture
+	PICTURES=docs/images $(PYTEST) tests/server/test_playground.py -k picture

@@ -1,9 +1,11 @@
+import contextlib
 import copy
 import importlib.util
 import os
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, as torch does
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; test_cpu.py has those with more threads
 
 import gguf
 import pytest
@@ -106,6 +108,17 @@ FEW_WORDS = 8
 def few_words(tokenizer):
     """A model of so small a vocabulary that n-grams come again, sometimes with what followed them before."""
     return tiny_pair(tokenizer, vocab_size=FEW_WORDS)
+
+
+@contextlib.contextmanager
+def threads(number):
+    """As many OpenMP threads as that."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def run_all(engine, requests):

@@ -13,7 +13,7 @@ from torch import nn
 from alignment_core import load
 from alignment_core.cpu.layers import PackedLinear, num_fused_layers, replace_layers
 from alignment_core.cpu.packing import pack
-from tests.conftest import make_engine, run_all, tiny_pair
+from tests.conftest import make_engine, run_all, threads, tiny_pair
 from tests.test_readme import reply
 
 GGUF_TYPES = {"Q4_0": "int4", "Q4_1": "int4", "Q8_0": "int8", "F16": "float32", "BF16": "bfloat16"}
@@ -82,6 +82,9 @@ def test_linear_is_exact_and_the_same_bits_for_a_row_wherever_it_stands(format):
     assert torch.equal(plain(x), y)
     for rows in (1, 2, 3, 4, 5, 6, 7, 13):
         assert torch.equal(compact(x[7 : 7 + rows]), y[7 : 7 + rows])
+    for number in (1, 2, 3, 5):
+        with threads(number):
+            assert torch.equal(compact(x), y)
 
 
 def test_a_long_row_crosses_the_blocks_of_k():
@@ -122,7 +125,7 @@ def test_the_embedded_model_keeps_its_own_four_bits(embedded):
 
 
 def test_logits_are_the_same_bits_alone_and_in_a_crowd(embedded, monkeypatch):
-    """Plain and aligned rows, prefills and decodes beside them, chunks of other sizes, pages of other sizes."""
+    """Plain and aligned rows, prefills and decodes beside them, other chunks, other pages, other numbers of threads."""
     from alignment_core.prompts import Principle, PromptBuilder
     from tests.alignment_core.test_embedded import CASES, GREEDY
 
@@ -148,9 +151,13 @@ def test_logits_are_the_same_bits_alone_and_in_a_crowd(embedded, monkeypatch):
         seen.append([])
         return engine
 
-    for config in ({"num_pages": 64}, {"num_pages": 600, "page_size": 5, "max_num_batched_tokens": 50}):
+    for number, config in (
+        (1, {"num_pages": 64}),
+        (3, {"num_pages": 600, "page_size": 5, "max_num_batched_tokens": 50}),
+    ):
         engine = watched(make_engine(embedded, **config), prompts[0])
-        run_all(engine, [(prompt, GREEDY) for prompt in (prompts if len(seen) > 1 else prompts[:1])])
+        with threads(number):
+            run_all(engine, [(prompt, GREEDY) for prompt in (prompts if len(seen) > 1 else prompts[:1])])
     alone, crowd = seen
     assert len(alone) == len(crowd) == 64
     assert all(torch.equal(a, b) for a, b in zip(alone, crowd, strict=True))

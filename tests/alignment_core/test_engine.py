@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from alignment_core import EngineDead, InvalidRequest, Prompt, RequestFailed, SamplingParams, model_runner
 from alignment_core import engine as engine_module
 from alignment_core.attention import native, sdpa
-from tests.conftest import make_engine, run_all, tiny_pair, token_ids
+from tests.conftest import make_engine, run_all, threads, tiny_pair, token_ids
 from tests.oracle import Setting
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -510,10 +510,11 @@ def test_nobody_is_overtaken_for_ever(tiny):
 def test_the_thread_that_loaded_keeps_no_threads_beside_the_engines(tokenizer):
     """With more OpenMP threads than cores libgomp's barriers sleep, and every step takes twice as long."""
     loaded, _ = tiny_pair(tokenizer)
-    torch.randn(1 << 20).exp()  # in parallel, so this thread has some of its own
-    before = num_os_threads()
-    make_engine(loaded, num_pages=64)
-    wait_until(lambda: num_os_threads() < before)
+    with threads(2):
+        torch.randn(1 << 20).exp()  # in parallel, so this thread has one beside it
+        before = num_os_threads()
+        make_engine(loaded, num_pages=64)
+        wait_until(lambda: num_os_threads() < before)
 
 
 def num_os_threads():

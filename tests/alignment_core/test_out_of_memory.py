@@ -3,7 +3,7 @@ and no more.
 """
 
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 import torch
@@ -127,7 +127,15 @@ def test_with_followers_there_is_no_second_try(tiny):
     assert len(engine.runner.followers) == 1
 
 
-LOGPROBS = replace(GREEDY, logprobs=2, trace=True)
+def numbers(outputs):
+    """All that is told of the tokens' probabilities, in order."""
+
+    def flat(value):
+        if isinstance(value, tuple):
+            return [number for part in value for number in flat(part)]
+        return [] if value is None else [value]
+
+    return [number for o in outputs for logprob in o.logprobs or () for number in flat(astuple(logprob))]
 
 
 @pytest.mark.parametrize("what", ["sample", "log_probabilities"])
@@ -160,7 +168,7 @@ def test_a_draw_that_is_too_large_is_made_in_parts(few_words, monkeypatch, confi
     monkeypatch.setattr(engine_module, what, small(getattr(engine_module, what)))
     for outputs, expected in zip(run_all(engine, wanted), undisturbed, strict=True):
         assert token_ids(outputs) == token_ids(expected)
-        assert [o.logprobs for o in outputs] == [o.logprobs for o in expected]
+        assert numbers(outputs) == pytest.approx(numbers(expected), abs=1e-5)  # torch sums a lone line otherwise
     assert len(failed) > 20
     assert engine.pool.num_free == engine.pool.num_pages
 
