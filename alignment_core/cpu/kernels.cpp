@@ -17,14 +17,21 @@
 
 namespace {
 
-constexpr int LANES = 16;    // output columns of a panel, and of a vector register
+constexpr int COLUMNS = 16;  // output columns of a panel
 constexpr int PANELS = 4;    // panels that a thread takes at a time
-#ifdef __AVX512F__
-constexpr int SUMS = 28, ROWS = 16;  // vectors of sums and rows of a tile: what the registers hold
+// A vector is what a register holds: GCC keeps wider ones in memory.
+#if defined __AVX512F__
+constexpr int LANES = 16;
+constexpr int SUMS = 28, ROWS = 16;  // panels of sums and rows of a tile: what all registers hold
 constexpr int WIDE_ROWS = 14;        // where weights are wide, two panels at a time load them faster
+#elif defined __AVX__
+constexpr int LANES = 8;
+constexpr int SUMS = 6, ROWS = 6, WIDE_ROWS = 6;
 #else
+constexpr int LANES = 4;
 constexpr int SUMS = 6, ROWS = 6, WIDE_ROWS = 6;
 #endif
+constexpr int PARTS = COLUMNS / LANES;  // vectors of a panel's row
 constexpr int GROUP = 32;    // weights that share a scale
 constexpr int KEYS = 32;     // keys per round of the running softmax
 constexpr int QUERIES = 16;  // tokens that share a round
@@ -125,33 +132,34 @@ inline vec next_weight(uvec& word, const float* scale, const float* offset) {
 // y[M rows][P panels] = (add ? y : 0) + x · wᵀ + bias.
 template <int FORMAT, int M, int P>
 void tile(const Matrix& w, int panel, const float* x, float* y, bool add) {
-    constexpr int PER_WORD = 32 / BITS<FORMAT>;
-    int64_t words = (int64_t)w.cols / PER_WORD * LANES, groups = w.cols / GROUP * LANES;
+    constexpr int PER_WORD = 32 / BITS<FORMAT>, VECTORS = P * PARTS;
+    int64_t words = (int64_t)w.cols / PER_WORD * COLUMNS, groups = w.cols / GROUP * COLUMNS;
     const uint32_t* data = (const uint32_t*)w.data + panel * words;
     const float *scale = w.scale + panel * groups, *offset = w.offset + panel * groups;
-    vec acc[M][P] = {};
+    vec acc[M][VECTORS] = {};
     const float* input = x;
-    for (int k = 0; k < w.cols; k += PER_WORD, data += LANES) {
-        int64_t group = k / GROUP * LANES;
-        uvec word[P];
-#pragma GCC unroll 4
-        for (int p = 0; p < P; p++) word[p] = load<uvec>(data + p * words);
+    for (int k = 0; k < w.cols; k += PER_WORD, data += COLUMNS) {
+        int64_t group = k / GROUP * COLUMNS;
+        uvec word[VECTORS];
+#pragma GCC unroll 16
+        for (int v = 0; v < VECTORS; v++) word[v] = load<uvec>(data + v / PARTS * words + v % PARTS * LANES);
 #pragma GCC unroll 8
         for (int i = 0; i < PER_WORD; i++, input++)
-#pragma GCC unroll 4
-            for (int p = 0; p < P; p++) {
-                vec v = next_weight<FORMAT>(word[p], scale + p * groups + group, offset + p * groups + group);
+#pragma GCC unroll 16
+            for (int v = 0; v < VECTORS; v++) {
+                int64_t at = v / PARTS * groups + group + v % PARTS * LANES;
+                vec weight = next_weight<FORMAT>(word[v], scale + at, offset + at);
 #pragma GCC unroll 32
-                for (int m = 0; m < M; m++) acc[m][p] += input[(int64_t)m * w.cols] * v;
+                for (int m = 0; m < M; m++) acc[m][v] += input[(int64_t)m * w.cols] * weight;
                 asm("" : "+r"(input));  // else the compiler keeps inputs in registers and spills sums
             }
     }
-    for (int p = 0; p < P; p++) {
-        int column = (panel + p) * LANES, width = std::min(LANES, w.rows - column);
+    for (int v = 0; v < VECTORS; v++) {
+        int column = panel * COLUMNS + v * LANES, width = std::min(LANES, w.rows - column);
         for (int m = 0; m < M; m++)
             for (int n = 0; n < width; n++) {
                 float* to = y + (int64_t)m * w.rows + column + n;
-                float value = acc[m][p][n] + (w.bias ? w.bias[column + n] : 0.0f);
+                float value = acc[m][v][n] + (w.bias ? w.bias[column + n] : 0.0f);
                 *to = add ? *to + value : value;
             }
     }
@@ -174,7 +182,7 @@ void linear(const Matrix& w, const float* x, int rows, float* y, bool add) {
                 : w.format == BFLOAT16 ? tiles<BFLOAT16>
                 : w.format == INT8     ? tiles<INT8>
                                        : tiles<INT4>;
-    int panels = (w.rows + LANES - 1) / LANES, most = w.format == FLOAT32 || w.format == BFLOAT16 ? WIDE_ROWS : ROWS;
+    int panels = (w.rows + COLUMNS - 1) / COLUMNS, most = w.format == FLOAT32 || w.format == BFLOAT16 ? WIDE_ROWS : ROWS;
 #pragma omp for schedule(static)
     for (int panel = 0; panel < panels; panel += PANELS) {
         int done = 0;
@@ -221,7 +229,18 @@ inline vec fold(vec a, vec b) {
     return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
 }
 
-// The products of one query head with 16 keys, in 16 lanes. N: vectors a head, 0 for any other size.
+// The sums of 2H vectors, each in the lane of its number.
+template <int H>
+inline vec folded(vec* p) {
+    if constexpr (H == 0) return p[0];
+    else {
+#pragma GCC unroll 8
+        for (int j = 0; j < H; j++) p[j] = fold<H>(p[j], p[j + H]);
+        return folded<H / 2>(p);
+    }
+}
+
+// The products of one query head with as many keys as there are lanes. N: vectors a head, 0 for any other size.
 template <int N>
 inline vec products(const float* query, const float* const* keys, int head_dim) {
     if constexpr (N == 0) {
@@ -234,14 +253,10 @@ inline vec products(const float* query, const float* const* keys, int head_dim) 
 #pragma GCC unroll 16
     for (int j = 0; j < LANES; j++) {
         p[j] = load<vec>(query) * load<vec>(keys[j]);
-#pragma GCC unroll 8
+#pragma GCC unroll 32
         for (int i = 1; i < N; i++) p[j] += load<vec>(query + i * LANES) * load<vec>(keys[j] + i * LANES);
     }
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; j++) p[j] = fold<8>(p[j], p[j + 8]);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) p[j] = fold<4>(p[j], p[j + 4]);
-    return fold<1>(fold<2>(p[0], p[2]), fold<2>(p[1], p[3]));
+    return folded<LANES / 2>(p);
 }
 
 // out += Σ weights[j] · values[j].
@@ -251,12 +266,15 @@ inline void accumulate(const float* weights, const float* const* values, int cou
         for (int j = 0; j < count; j++)
             for (int d = 0; d < head_dim; d++) out[d] += weights[j] * values[j][d];
     } else {
-        vec o[N];
-        for (int i = 0; i < N; i++) o[i] = load<vec>(out + i * LANES);
-        for (int j = 0; j < count; j++)
+        constexpr int HELD = std::min(N, 8);  // in registers
+        for (int d = 0; d < N * LANES; d += HELD * LANES) {
+            vec o[HELD];
+            for (int i = 0; i < HELD; i++) o[i] = load<vec>(out + d + i * LANES);
+            for (int j = 0; j < count; j++)
 #pragma GCC unroll 8
-            for (int i = 0; i < N; i++) o[i] += weights[j] * load<vec>(values[j] + i * LANES);
-        for (int i = 0; i < N; i++) store(out + i * LANES, o[i]);
+                for (int i = 0; i < HELD; i++) o[i] += weights[j] * load<vec>(values[j] + d + i * LANES);
+            for (int i = 0; i < HELD; i++) store(out + d + i * LANES, o[i]);
+        }
     }
 }
 
@@ -333,7 +351,7 @@ void attend(const Attention& a, const Batch& batch, Block block, int kv_head) {
 
 // Called by all threads of a team; ends in a barrier.
 void attention(const Attention& a, const Batch& batch, const std::vector<Block>& blocks) {
-    auto one = a.head_dim == 64 ? attend<4> : a.head_dim == 128 ? attend<8> : attend<0>;
+    auto one = a.head_dim == 64 ? attend<64 / LANES> : a.head_dim == 128 ? attend<128 / LANES> : attend<0>;
 #pragma omp for schedule(dynamic)
     for (int item = 0; item < (int)blocks.size() * a.kv_heads; item++)
         one(a, batch, blocks[item / a.kv_heads], item % a.kv_heads);
@@ -392,7 +410,7 @@ int32_t linalign_encode(const float* weights, int32_t rows, int32_t cols, const 
     uint32_t mask = (1u << bits) - 1;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(| : inexact)
     for (int n = 0; n < rows; n++) {
-        uint32_t* column = words + (int64_t)(n / LANES) * (cols / per_word) * LANES + n % LANES;
+        uint32_t* column = words + (int64_t)(n / COLUMNS) * (cols / per_word) * COLUMNS + n % COLUMNS;
         for (int g = 0; g < cols / GROUP; g++) {
             const float* from = weights + (int64_t)n * cols + g * GROUP;
             float s = scale[(int64_t)n * (cols / GROUP) + g], o = offset[(int64_t)n * (cols / GROUP) + g];
@@ -405,7 +423,7 @@ int32_t linalign_encode(const float* weights, int32_t rows, int32_t cols, const 
                 codes[i] = (int32_t)code;
             }
             for (int i = 0; i < GROUP; i++)
-                column[(int64_t)(g * GROUP + i) / per_word * LANES] |= (codes[i] & mask) << (i % per_word * bits);
+                column[(int64_t)(g * GROUP + i) / per_word * COLUMNS] |= (codes[i] & mask) << (i % per_word * bits);
         }
     }
     return !inexact;

@@ -1,6 +1,7 @@
 """The CPU kernels: what they store, what they compute, where they are used, and what happens without them."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -163,11 +164,11 @@ def test_logits_are_the_same_bits_alone_and_in_a_crowd(embedded, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(alone, crowd, strict=True))
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
-def test_rounded_weights_run_as_the_oracle_with_those_weights(tokenizer, quantization):
+@pytest.mark.parametrize(("quantization", "head_dim"), [("int8", 64), ("int4", 128), ("int4", 16)])
+def test_rounded_weights_run_as_the_oracle_with_those_weights(tokenizer, quantization, head_dim):
     from tests.alignment_core.test_engine import GREEDY, judge, prompts
 
-    sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96}
+    sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "head_dim": head_dim}
     loaded, oracle = tiny_pair(tokenizer, kernels=False, **sizes)
     for module in oracle.model.modules():
         if isinstance(module, nn.Linear):
@@ -186,6 +187,25 @@ def test_dtypes(dtype):
     formats = {matrix.format for module in loaded.model.modules() for matrix in getattr(module, "matrices", ())}
     assert formats == {dtype}
     assert loaded.model.dtype == torch.float32
+
+
+IN_NARROW_VECTORS = """
+import sys
+import pytest
+from alignment_core.cpu import native
+others = tuple(flag for flag in native.FLAGS if flag != "-O3" and not flag.startswith("-march"))
+native.FLAGS = (*others, "-march={processor}")
+sys.exit(pytest.main(["-q", "-k", "linear or long_row or rounded", "tests/alignment_core/test_cpu.py"]))
+"""
+
+
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3"] if platform.machine() == "x86_64" else [])
+def test_older_processors_compute_the_same(processor):
+    """Four and eight numbers a vector, which the code for AVX-512 knows nothing of."""
+    code = IN_NARROW_VECTORS.format(processor=processor)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout
+    assert "8 passed" in ran.stdout
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])

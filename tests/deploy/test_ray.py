@@ -22,6 +22,7 @@ from deploy.ray.application import build
 from tests.deploy.faulty import DIES, HANGS, STALLS
 from tests.serving import free_port
 
+pytestmark = pytest.mark.alone  # fourteen processes that start at once, and clocks of Ray's own
 ROOT = Path(__file__).parents[2]
 SEQS = 4  # at once on each replica, and as many may wait in front
 LONG = 2000  # tokens that nobody waits for

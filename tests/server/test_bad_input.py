@@ -274,6 +274,7 @@ def longest_gap(times):
     return max(after - before for before, after in itertools.pairwise(times))
 
 
+@pytest.mark.alone
 def test_nobody_waits_for_what_is_refused(url):
     """The median of three rounds' longest gaps, as this machine has other work too."""
     bodies = [body for body, _ in BODIES.values()]
@@ -309,6 +310,7 @@ BOMBS = [
 ]
 
 
+@pytest.mark.alone
 def test_nobody_waits_for_bombs(url):
     """All at once, compiled and decoded: a stream goes on, and a short structure is served."""
     gaps = []

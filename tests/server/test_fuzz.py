@@ -286,6 +286,7 @@ def resident_bytes(process):
     return int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.alone  # how long others wait is measured
 @pytest.mark.timeout(7200)
 def test_no_broken_request_breaks_anything(embedded):
     found = sorted(routes(embedded))
