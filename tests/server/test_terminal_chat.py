@@ -160,7 +160,7 @@ def test_a_reply_taller_than_the_terminal_is_there_once(url, client):
     lines = ["".join(line[x].data for x in range(40)).strip() for line in screen.history.top] + screen.display
     asked = {"messages": [{"role": "user", "content": question}], "max_tokens": 300}
     reply = create(client, **asked).choices[0].message.content
-    assert words(" ".join(lines)) == words(question + " " + reply)
+    assert words(" ".join(lines)) == words(question + " " + reply), "\n".join(lines)
     assert len(lines) > 3 * 12
 
 
