@@ -2,6 +2,7 @@ import contextlib
 import copy
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, as torch does
@@ -18,6 +19,7 @@ from alignment_core.loading import EMBEDDED_FILE, LoadedModel
 from tests.oracle import Oracle
 
 pytest_plugins = ["tests.serving"]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what runs in the background
 
 
 @pytest.fixture(scope="session")
