@@ -6,6 +6,7 @@ many there are.
 
 import contextlib
 import copy
+import functools
 import itertools
 import json
 import os
@@ -27,7 +28,7 @@ from tests.serving import serving
 NUM_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "2000"))
 NUM_AT_ONCE, ROUND = 4, 1000
 MOST_BYTES = 200_000  # larger ones are test_bad_input's
-LONGEST_STALL = 1.0  # seconds, the issue's own bound
+LONGEST_STALL = 1.0  # seconds, the issue's own bound, beside what requests without a flaw cost others here
 MOST_GROWTH = 150 << 20  # bytes: compiled structures, of which the cache holds 32, and what the allocator keeps
 # A KV cache that is full after some requests, so that its pages do not look like a leak.
 FEW_PAGES = "import alignment_core.engine as engine\nengine._num_pages = lambda *_: 200"
@@ -282,6 +283,12 @@ class Bystander:
             self.overruns.append(max(0, time.monotonic() - began - 0.01))
 
 
+def send_flawless(client, url, number):
+    """A request as long as the context, so its steps are as long as this machine's get; another each time."""
+    body = {"model": "smollm2", "prompt": f"{number}" + " na" * 200, "max_tokens": 8}
+    client.post(url + "/v1/completions", json=body).raise_for_status()
+
+
 def resident_bytes(process):
     return int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -313,6 +320,8 @@ def test_no_broken_request_breaks_anything(embedded):
             if seed % 20 == 0:
                 sizes.append((seed, resident_bytes(process)))
 
+        with Bystander(url) as usual, ThreadPoolExecutor(NUM_AT_ONCE) as pool:
+            list(pool.map(functools.partial(send_flawless, client, url), range(20)))
         gaps, overruns, num_chunks = [], [], 0
         for begin in range(0, NUM_EXAMPLES, ROUND):
             seeds = range(begin, min(begin + ROUND, NUM_EXAMPLES))
@@ -333,10 +342,10 @@ def test_no_broken_request_breaks_anything(embedded):
         for low in (1 / 3, 2 / 3)
     )
     print(f"answers {sorted(statuses.items())}; the slowest took {max(slowest):.1f} s")
-    print(f"a bystander's {num_chunks} chunks, longest gaps {sorted(gaps)[-3:]}")
+    print(f"a bystander's {num_chunks} chunks, longest gaps {sorted(gaps)[-3:]}, usually {max(usual.gaps)}")
     print(f"this process waited {max(overruns):.2f} s at most; resident {warm >> 20} and {end >> 20} MiB")
     assert wrong == []
-    assert max(gaps) <= LONGEST_STALL + max(overruns)
+    assert max(gaps) <= max(usual.gaps) + LONGEST_STALL + max(overruns)
     assert end - warm <= MOST_GROWTH
     for path in BODIES:
         assert statuses[path, 400], f"nothing was refused at {path}"
