@@ -38,10 +38,10 @@ test: $(TESTED)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	$(PYTEST) -m alone; alone=$$?; $(PYTEST) -m "not alone" -n 2 --dist loadfile && exit $$alone
+	$(PYTEST) -m alone; alone=$$?; $(PYTEST) -m "not alone" -n 2 --dist loadfile --no-loadscope-reorder && exit $$alone
 
 quick: $(TESTED)
-	$(PYTEST) -m "not slow and not alone" -n 2 --dist loadfile $(ARGS)
+	$(PYTEST) -m "not slow and not alone" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 pictures: $(TESTED) # the screenshots that the README shows
 	mkdir -p docs/images
