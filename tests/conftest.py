@@ -19,6 +19,8 @@ from alignment_core.loading import EMBEDDED_FILE, LoadedModel
 from tests.oracle import Oracle
 
 pytest_plugins = ["tests.serving"]
+for name in ("COLUMNS", "LINES"):  # readline sets them when it is imported, for all children: xdist's workers, chats
+    os.environ.pop(name, None)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what runs in the background
 
 

@@ -274,7 +274,7 @@ def longest_gap(times):
     return max(after - before for before, after in itertools.pairwise(times))
 
 
-@pytest.mark.alone
+@pytest.mark.alone  # how long others wait is measured, here and below
 def test_nobody_waits_for_what_is_refused(url):
     """The median of three rounds' longest gaps, as this machine has other work too."""
     bodies = [body for body, _ in BODIES.values()]

@@ -141,7 +141,6 @@ def test_control_c_stops_a_reply_and_keeps_what_is_there(begin):
     terminal.until(r"╯\s+>$")
 
 
-@pytest.mark.alone  # in the midst of all others it has failed, by itself never: to be found out, see its message
 def test_a_reply_taller_than_the_terminal_is_there_once(url, client):
     question = "Write a long letter to a friend."
     console = pexpect.spawn(
