@@ -164,6 +164,7 @@ def serve(args: list[str]) -> None:
     for name in [name for name in os.environ if name.upper() == PREFIX + "API_KEYS"]:
         del os.environ[name]  # no child needs them
     _allow_many_connections()
+    sys.setswitchinterval(0.0005)  # s: a step asks for the GIL many times, beside a thread that reads a long body
     gc.disable()  # a start makes a million objects that stay: looking for garbage among them takes a second
     import uvicorn
 

@@ -9,6 +9,8 @@ import time
 import httpx
 import pytest
 
+from server.strict_json import MOST_VALUES, strict
+
 POST = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize"]
 CHAT, COMPLETIONS, RESPONSES, TOKENIZE, DETOKENIZE = POST
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -145,7 +147,11 @@ BODIES = {
     "a key twice, further inside": (TEXT.replace('"role"', '"role": "system", "role"').encode(), "'role'"),
     "a key twice, spelt otherwise": (TEXT.replace('"role"', '"r\\u006fle": "system", "role"').encode(), "'role'"),
     "many keys": (json.dumps({f"k{i}": 1 for i in range(100_000)}).encode(), "keys"),
-    "many values": (b'{"messages": [' + b"1.5," * 1_900_000 + b"1.5]}", "values"),
+    "many numbers": (b'{"messages": [' + b"1.5," * 1_900_000 + b"1.5]}", "values"),
+    "many lists": (b'{"messages": [' + b"[]," * 2_600_000 + b"[]]}", "values"),
+    "many lists in few": (b'{"messages": [' + b"[[[[[[[[9]]]]]]]]," * 40_000 + b"[]]}", "values"),
+    "many names": (b'{"messages": [' + b'{"a":9},' * 200_000 + b"{}]}", "values"),
+    "many values, and no JSON": (b'{"messages": [' + b"null," * 400_000 + b"?", "values"),  # told before it is read
 }
 
 
@@ -154,6 +160,19 @@ def test_what_is_not_a_json_object_in_utf_8_is_refused(url, name):
     body, told = BODIES[name]
     for path in POST if len(body) < 1000 else [CHAT]:
         assert_refused(post(url, path, body), None, told)
+
+
+@pytest.mark.parametrize("value", ['"a"', '"\\"[,"', "{}", "1.5e5", "-1E5", "true", "false", "null"])
+def test_values_are_counted_to_the_last(value):
+    beside = 3  # the object, a name and the list
+    strict('{"a": [' + ", ".join([value] * (MOST_VALUES - beside)) + "]}")
+    with pytest.raises(ValueError, match="more than 300000 values"):
+        strict('{"a": [' + ", ".join([value] * (MOST_VALUES - beside + 1)) + "]}")
+
+
+@pytest.mark.parametrize("text", ["[1, -2, {}], " * 400_000, '\\" [, ' * 400_000, '"'])
+def test_what_stands_in_a_string_is_no_value(text):
+    assert strict(json.dumps({"a": text, "b": [*range(400_000)]})) == {"a": text, "b": [*range(400_000)]}
 
 
 @pytest.mark.parametrize(
@@ -219,7 +238,7 @@ LONG = {
     ),
     "a prompt": (COMPLETIONS, {"prompt": MEGABYTE}, "prompt"),
     "prompts": (COMPLETIONS, {"prompt": ["a"] * 20_000}, "prompt"),
-    "token ids": (COMPLETIONS, {"prompt": [5] * 1_000_000}, "prompt"),
+    "token ids": (COMPLETIONS, {"prompt": [5] * 2_700_000}, "prompt"),
     "an input": (RESPONSES, {"input": MEGABYTE}, "input"),
     "items": (RESPONSES, {"input": HELLO * 20_000}, "input"),
     "instructions": (RESPONSES, {"instructions": MEGABYTE}, "input"),
