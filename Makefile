@@ -38,7 +38,8 @@ test: $(TESTED)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	$(PYTEST) -m alone; alone=$$?; $(PYTEST) -m "not alone" -n 2 --dist loadfile --no-loadscope-reorder && exit $$alone
+	$(PYTEST) -m alone
+	$(PYTEST) -m "not alone" -n 2 --dist loadfile --no-loadscope-reorder
 
 quick: $(TESTED)
 	$(PYTEST) -m "not slow and not alone" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 import logging
-import os
 import queue
 import secrets
 import threading
@@ -12,29 +11,28 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from alignment_core.attention.paged_batch import to_host
 from alignment_core.backlog import Backlog
 from alignment_core.cpu.native import release_threads
 from alignment_core.detokenizer import TextStream, TokenBytes
+from alignment_core.engine_config import EngineConfig, pages_that_fit
+from alignment_core.flight import Drawn, Flight, Sampler, draw
 from alignment_core.grammars import Grammars
 from alignment_core.kv_cache import PagePool
+from alignment_core.limits import Limits
 from alignment_core.loading import LoadedModel, load
-from alignment_core.logprobs import Logprobs, log_probabilities
 from alignment_core.model_runner import ModelRunner, RunnerConfig
 from alignment_core.prompts import DEFAULT_RATIO, Message, Placement, Principle, PromptBuilder
 from alignment_core.sampling import sample
 from alignment_core.scheduler import SPECULATIVE_BATCH, Scheduler, Step
 from alignment_core.sequence import (
     FinishReason,
-    InvalidRequest,
     Output,
     Prompt,
     RequestFailed,
@@ -44,79 +42,13 @@ from alignment_core.sequence import (
     TokenLogprob,
     nothing_of,
 )
-from alignment_core.static_sampling import StaticSampler, draw_everything
+from alignment_core.static_sampling import StaticSampler
 
 log = logging.getLogger(__name__)
 
 
-Sampler = Callable[[Tensor, Seq[Sequence], Seq[int]], Tensor]
-Drawn = tuple[Tensor, Logprobs | None]
-
-
 class EngineDead(RuntimeError):
     """The engine's loop has ended on an error, or was stopped."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """Sizes. None means: from the model and the memory at hand.
-
-    max_model_len: tokens of the longest branch, reply included.
-    max_num_seqs: sequences that run at once.
-    max_num_batched_tokens: query tokens of one forward pass; streams stall for as long as it takes, so
-    None means 128 on a CPU, where longer ones are not quicker by the token, and 2048 on a GPU.
-    num_pages × page_size: tokens in the KV cache, all branches together.
-    gpu_memory_utilization: share of the GPU memory that weights and steps leave, for the KV cache.
-    kv_cache_dtype: auto (the model's), float32, bfloat16, float16 or fp8 (e4m3, without a scale).
-    num_speculative_tokens: the longest draft of prompt lookup; 0 switches it off. None means 8 on a GPU
-    and 0 on a CPU, where every row costs time.
-    batch_invariant: a reply does not depend on what else is in the batch. Always so on a CPU.
-    static: decodes run in a few fixed shapes (CUDA graphs), the device draws the tokens, and every step is
-    launched before those of the one before are known, so that the device never waits for the host. None
-    means on a GPU.
-    enforce_eager: neither CUDA graphs nor torch.compile.
-    max_queued_requests, max_queued_tokens: choices, and prompt tokens of all their branches, that may wait for
-    their first step; None for any number. One request is always let in.
-    """
-
-    max_model_len: int | None = None
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int | None = None
-    page_size: int = 16
-    num_pages: int | None = None
-    gpu_memory_utilization: float = 0.9
-    num_speculative_tokens: int | None = None
-    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = "auto"
-    batch_invariant: bool = False
-    static: bool | None = None
-    enforce_eager: bool = False
-    max_queued_requests: int | None = None
-    max_queued_tokens: int | None = None
-
-
-class Flight:
-    """A step that has been launched, and the tokens that it draws.
-
-    drawn: tokens in one part or several, each [S] int64, on the device.
-    """
-
-    def __init__(self, step: Step, drawn: Seq[Drawn]) -> None:
-        self.step = step
-        self._host = [  # the next step draws to the same place
-            (to_host(tokens), logprobs.to_host() if logprobs else None) for tokens, logprobs in drawn
-        ]
-        self._arrived = None
-        if any(tokens.is_cuda for tokens, _ in drawn):
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record()
-
-    def wait(self) -> Iterator[tuple[int, tuple[TokenLogprob, ...]]]:
-        """The tokens, once they are there, each with what is to be reported of it."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        for part, logprobs in self._host:
-            tokens: list[int] = part.tolist()
-            yield from zip(tokens, logprobs.reports(tokens) if logprobs else [()] * len(tokens), strict=True)
 
 
 class Engine:
@@ -153,7 +85,7 @@ class Engine:
             eager=config.enforce_eager,
         )
         self.runner = ModelRunner(loaded.model, runner_config, loaded.followers)
-        num_pages = config.num_pages or _num_pages(self.runner, config, self.max_model_len, max_num_batched_tokens)
+        num_pages = config.num_pages or pages_that_fit(self.runner, config, self.max_model_len, max_num_batched_tokens)
         self.runner.allocate(num_pages)
         self.pool = PagePool(num_pages, self.runner.page_size)
         self._sample: Sampler = sample
@@ -163,6 +95,9 @@ class Engine:
                 sampler.warm_up()
             self._sample = sampler.sample
         self.scheduler = Scheduler(self.pool, config.max_num_seqs, max_num_batched_tokens, num_speculative_tokens)
+        self._limits = Limits(
+            self.vocab_size, self.max_model_len, config.max_num_seqs, max_num_batched_tokens, self.pool
+        )
         self.grammars = Grammars(loaded.tokenizer, self.vocab_size, loaded.eos_token_ids)
         self.token_bytes = TokenBytes(loaded.tokenizer)
         self.prompts = PromptBuilder(loaded.tokenizer, self.max_model_len)
@@ -229,13 +164,7 @@ class Engine:
 
         on_output: called from the engine's thread with every Output, each choice's last with a finish_reason.
         """
-        if n < 1 or n * len(prompt.branches) > max(self.scheduler.max_num_seqs, len(prompt.branches)):
-            raise InvalidRequest(
-                f"n is {n}, but {len(prompt.branches)} branches times n must be in [1, {self.scheduler.max_num_seqs}]",
-                "n",
-            )
-        self._refuse_foreign_tokens(params)
-        max_tokens = self._max_tokens(prompt, params)
+        max_tokens = self._limits.max_tokens(prompt, params, n)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         request_id = next(self._ids)
         decode = partial(self._decode, skip_special_tokens=params.skip_special_tokens)
@@ -404,21 +333,12 @@ class Engine:
             (s, s.num_drawn - len(s.prompt.given) + i) for s in step.drawing for i in range(1 + len(step.drafts(s)))
         ]
         try:
-            drawn = [self._draw(logits, places, self._sample)] if places else []
+            drawn = [draw(logits, places, self._sample)] if places else []
         except Exception:
             log.exception("A step's tokens could not be drawn together")
         else:
             return Flight(step, drawn)
         return Flight(step, self._draw_apart(step, logits, places))
-
-    def _draw(self, logits: Tensor, places: Seq[tuple[Sequence, int]], sampler: Sampler) -> Drawn:
-        """places: (sequence, position) of every token to be drawn."""
-        sequences, positions = zip(*places, strict=True)
-        tokens = sampler(logits, sequences, positions)
-        for line, (sequence, position) in enumerate(places):
-            if position < 0:
-                tokens[line] = sequence.prompt.given[position]
-        return tokens, log_probabilities(logits, sequences, positions, tokens)
 
     def _draw_apart(self, step: Step, logits: Tensor, places: Seq[tuple[Sequence, int]]) -> list[Drawn]:
         """Draw for each sequence alone, which takes less memory too. Those that can't be drawn for end, the others go
@@ -430,7 +350,7 @@ class Engine:
         for sequence in step.drawing:
             mine = [place for place, (s, _) in enumerate(places) if s is sequence]
             try:
-                drawn.append(self._draw(torch.cat([rows[i] for i in mine]), [places[i] for i in mine], sample))
+                drawn.append(draw(torch.cat([rows[i] for i in mine]), [places[i] for i in mine], sample))
             except Exception as error:
                 self._fail(sequence, error)
         step.drawing = [sequence for sequence in step.drawing if not sequence.ended]
@@ -593,85 +513,9 @@ class Engine:
             log.exception("The listener of request %d failed", sequence.request_id)
             self.abort(sequence.request_id)
 
-    # Limits
-
-    def _refuse_foreign_tokens(self, params: SamplingParams) -> None:
-        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-            for id in ids:
-                if not 0 <= id < self.vocab_size:
-                    raise InvalidRequest(f"{name}: the vocabulary has no token {id}", name)
-
-    def _max_tokens(self, prompt: Prompt, params: SamplingParams) -> int:
-        """How long the reply may be, what is given included; refuses what does not fit the context or the cache
-        (invariant 8).
-        """
-        num_given = len(prompt.given)
-        lengths = [len(ids) + num_given for ids in prompt.branches]
-        longest = max(lengths)
-        if longest >= self.max_model_len + (params.max_tokens == 0):
-            raise InvalidRequest(
-                f"the prompt has {_lengths(lengths)} tokens, but the context holds {self.max_model_len}, "
-                "the reply included; shorten the messages or the principle",
-                "messages",
-            )
-        if len(lengths) > self.scheduler.max_num_batched_tokens:
-            raise InvalidRequest(f"{len(lengths)} branches are more than one step can take", "principle")
-        if params.max_tokens == 0 and not num_given:
-            raise InvalidRequest("max_tokens must be ≥ 1, got 0", "max_tokens")
-        max_tokens = params.max_tokens
-        if max_tokens is None:
-            max_tokens = min(self.max_model_len - longest, self._room(lengths))
-        if longest + max_tokens > self.max_model_len:
-            raise InvalidRequest(
-                f"the prompt has {_lengths(lengths)} tokens and max_tokens is {max_tokens}, but the context holds "
-                f"{self.max_model_len}, the reply included",
-                "max_tokens",
-            )
-        pages = sum(self.pool.pages_for(length + max_tokens) for length in lengths)
-        if pages > self.pool.num_pages:
-            raise InvalidRequest(
-                f"{len(lengths)} branches of up to {longest + max_tokens} tokens need {pages} pages of KV cache, "
-                f"but there are {self.pool.num_pages}; set a smaller max_tokens",
-                "max_tokens",
-            )
-        return num_given + max_tokens
-
-    def _room(self, lengths: list[int]) -> int:
-        """The longest reply that the cache can hold beside these prompts; 1 at least."""
-        pages, size = self.pool.num_pages // len(lengths), self.pool.page_size
-        return max(1, pages * size - max(lengths))
-
     def _decode(self, ids: Seq[int], skip_special_tokens: bool) -> str:
         text = self.tokenizer.decode(
             list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
         assert isinstance(text, str)
         return text
-
-
-def _lengths(lengths: list[int]) -> str:
-    if len(set(lengths)) == 1:
-        return str(lengths[0])
-    return f"{max(lengths)} (with the principle; {min(lengths)} without)"
-
-
-def _num_pages(runner: ModelRunner, config: EngineConfig, max_model_len: int, max_num_batched_tokens: int) -> int:
-    """Room for at least one aligned sequence of full length; more where memory allows."""
-    least = 2 * -(-max_model_len // runner.page_size)
-    if runner.model.device.type == "cuda":
-        num_rows = max(runner.config.max_rows, 1)
-        taken = runner.activation_bytes(max_num_batched_tokens, num_rows, draw_everything)
-        torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(runner.model.device)
-        budget = int((free - taken) * config.gpu_memory_utilization)
-    else:
-        budget = max(least * runner.page_bytes(), 1 << 30)
-        budget = min(budget, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
-    num_pages = budget // runner.page_bytes()
-    if num_pages < 1:
-        raise ValueError("there is no memory left for a KV cache")
-    if num_pages < least:
-        log.warning(
-            "The KV cache holds %d tokens: too few for an aligned reply of full length", num_pages * runner.page_size
-        )
-    return num_pages

@@ -146,10 +146,10 @@ def shares(engine: Engine, prompt: Prompt) -> dict[str, float]:
     schedule, commit = engine.scheduler.schedule, engine.scheduler.commit
 
     def timed(call: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: object) -> object:
+        def run(*arguments: object, **named: object) -> object:
             nonlocal spent
             started = time.perf_counter()
-            found = call(*arguments)
+            found = call(*arguments, **named)
             spent += time.perf_counter() - started
             return found
 

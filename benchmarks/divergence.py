@@ -12,10 +12,11 @@ import argparse
 import json
 from collections.abc import Sequence as Seq
 
+import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from alignment_core import Engine, EngineConfig, Principle, SamplingParams, engine, load
+from alignment_core import Engine, EngineConfig, Principle, SamplingParams, load
 from alignment_core.loading import Quantization
 from alignment_core.sampling import sample
 from alignment_core.sequence import Sequence
@@ -48,25 +49,26 @@ class Recorder:
         self.logits: list[Tensor] = []
         self.chosen: list[int] = []
 
-    def __call__(self, logits: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> list[int]:
+    def __call__(self, logits: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> Tensor:
+        chosen = sample(logits, sequences, positions)
         self.logits.append(logits.clone())
-        self.chosen += sample(logits, sequences, positions).tolist()
-        return self.chosen[-1:] if self.forced is None else [self.forced[len(self.logits) - 1]]
+        self.chosen += chosen.tolist()
+        return chosen if self.forced is None else torch.tensor([self.forced[len(self.logits) - 1]])
 
 
 def record(
     name: str | None, dtype: str, quantization: Quantization, num_tokens: int, forced: list[int] | None
 ) -> Recorder:
     loaded = load(name, dtype=dtype, quantization=quantization, device="cpu")
-    running = Engine(loaded, EngineConfig(max_model_len=min(2048, loaded.max_model_len)))
+    engine = Engine(loaded, EngineConfig(max_model_len=min(2048, loaded.max_model_len)))
     recorder = Recorder(forced)
-    engine.sample = recorder
+    engine._sample = recorder
     params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
     for question in QUESTIONS:
         for principle in PRINCIPLES:
-            prompt = running.prompts.build([{"role": "user", "content": question}], [Principle(principle, ratio=RATIO)])
-            running.submit(prompt, params, lambda _: None)
-            while running.step():
+            prompt = engine.prompts.build([{"role": "user", "content": question}], [Principle(principle, ratio=RATIO)])
+            engine.submit(prompt, params, lambda _: None)
+            while engine.step():
                 pass
     return recorder
 

@@ -35,7 +35,7 @@ import asyncio, threading
 import torch
 import alignment_core.engine, alignment_core.model_runner, server.metrics
 from prometheus_client.core import GaugeMetricFamily
-alignment_core.engine._num_pages = lambda *_: NUM_PAGES
+alignment_core.engine.pages_that_fit = lambda *_: NUM_PAGES
 alignment_core.model_runner._zeros = lambda shape, dtype, device: torch.zeros(shape, dtype=dtype, device=device)
 collect = server.metrics.EngineCollector.collect
 def with_more(self):

@@ -12,7 +12,7 @@ from alignment_core.attention import paged_triton
 from alignment_core.attention.paged_batch import Plan
 from alignment_core.batch_invariant import ROWS, in_blocks, run_in_blocks
 from alignment_core.cuda_graphs import padded_size
-from alignment_core.engine import _num_pages
+from alignment_core.engine_config import pages_that_fit
 from alignment_core.model_runner import compile_layers
 from alignment_core.scheduler import Row
 from alignment_core.sequence import Branch
@@ -202,8 +202,8 @@ def test_the_pool_is_sized_from_what_weights_and_a_full_step_leave(monkeypatch):
         page_bytes=lambda: 10,
         activation_bytes=activation_bytes,
     )
-    assert _num_pages(runner, EngineConfig(gpu_memory_utilization=0.5), 16, 99) == 40
+    assert pages_that_fit(runner, EngineConfig(gpu_memory_utilization=0.5), 16, 99) == 40
     assert profiled == [(99, 12)]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (205, 5000))
     with pytest.raises(ValueError, match="memory"):
-        _num_pages(runner, EngineConfig(), 16, 99)
+        pages_that_fit(runner, EngineConfig(), 16, 99)

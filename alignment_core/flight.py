@@ -1,0 +1,50 @@
+"""A step on its way: what it draws, and how that comes back to the host."""
+
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from alignment_core.attention.paged_batch import to_host
+from alignment_core.logprobs import Logprobs, log_probabilities
+from alignment_core.scheduler import Step
+from alignment_core.sequence import Sequence, TokenLogprob
+
+Sampler = Callable[[Tensor, Seq[Sequence], Seq[int]], Tensor]
+Drawn = tuple[Tensor, Logprobs | None]
+
+
+def draw(logits: Tensor, places: Seq[tuple[Sequence, int]], sampler: Sampler) -> Drawn:
+    """places: (sequence, position) of every token to be drawn."""
+    sequences, positions = zip(*places, strict=True)
+    tokens = sampler(logits, sequences, positions)
+    for line, (sequence, position) in enumerate(places):
+        if position < 0:
+            tokens[line] = sequence.prompt.given[position]
+    return tokens, log_probabilities(logits, sequences, positions, tokens)
+
+
+class Flight:
+    """A step that has been launched, and the tokens that it draws.
+
+    drawn: tokens in one part or several, each [S] int64, on the device.
+    """
+
+    def __init__(self, step: Step, drawn: Seq[Drawn]) -> None:
+        self.step = step
+        self._host = [  # the next step draws to the same place
+            (to_host(tokens), logprobs.to_host() if logprobs else None) for tokens, logprobs in drawn
+        ]
+        self._arrived = None
+        if any(tokens.is_cuda for tokens, _ in drawn):
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+
+    def wait(self) -> Iterator[tuple[int, tuple[TokenLogprob, ...]]]:
+        """The tokens, once they are there, each with what is to be reported of it."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        for part, logprobs in self._host:
+            tokens: list[int] = part.tolist()
+            yield from zip(tokens, logprobs.reports(tokens) if logprobs else [()] * len(tokens), strict=True)

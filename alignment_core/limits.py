@@ -1,0 +1,70 @@
+"""What an engine can never serve, whatever else it does: told before anything is computed (DESIGN section 2, 8)."""
+
+from dataclasses import dataclass
+
+from alignment_core.kv_cache import PagePool
+from alignment_core.sequence import InvalidRequest, Prompt, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """An engine's sizes, as in EngineConfig, and its model's vocabulary."""
+
+    vocab_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    pool: PagePool
+
+    def max_tokens(self, prompt: Prompt, params: SamplingParams, n: int) -> int:
+        """How long each of n replies may be, in tokens, what is given included. Raises InvalidRequest."""
+        num_branches = len(prompt.branches)
+        if n < 1 or n * num_branches > max(self.max_num_seqs, num_branches):
+            told = f"n is {n}, but {num_branches} branches times n must be in [1, {self.max_num_seqs}]"
+            raise InvalidRequest(told, "n")
+        if num_branches > self.max_num_batched_tokens:
+            raise InvalidRequest(f"{num_branches} branches are more than one step can take", "principle")
+        self._refuse_foreign_tokens(params)
+        if params.max_tokens == 0 and not prompt.given:
+            raise InvalidRequest("max_tokens must be ≥ 1, got 0", "max_tokens")
+        lengths = [len(ids) + len(prompt.given) for ids in prompt.branches]
+        return len(prompt.given) + self._room(lengths, params.max_tokens)
+
+    def _refuse_foreign_tokens(self, params: SamplingParams) -> None:
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            for id in ids:
+                if not 0 <= id < self.vocab_size:
+                    raise InvalidRequest(f"{name}: the vocabulary has no token {id}", name)
+
+    def _room(self, lengths: list[int], max_tokens: int | None) -> int:
+        """Tokens of a reply behind branches of these lengths: max_tokens if they fit, None for as many as do."""
+        longest = max(lengths)
+        if longest >= self.max_model_len + (max_tokens == 0):
+            raise InvalidRequest(
+                f"the prompt has {_told(lengths)} tokens, but the context holds {self.max_model_len}, "
+                "the reply included; shorten the messages or the principle",
+                "messages",
+            )
+        if max_tokens is None:
+            num_cached = self.pool.num_pages // len(lengths) * self.pool.page_size
+            max_tokens = max(1, min(self.max_model_len, num_cached) - longest)
+        if longest + max_tokens > self.max_model_len:
+            raise InvalidRequest(
+                f"the prompt has {_told(lengths)} tokens and max_tokens is {max_tokens}, but the context holds "
+                f"{self.max_model_len}, the reply included",
+                "max_tokens",
+            )
+        pages = sum(self.pool.pages_for(length + max_tokens) for length in lengths)
+        if pages > self.pool.num_pages:
+            raise InvalidRequest(
+                f"{len(lengths)} branches of up to {longest + max_tokens} tokens need {pages} pages of KV cache, "
+                f"but there are {self.pool.num_pages}; set a smaller max_tokens",
+                "max_tokens",
+            )
+        return max_tokens
+
+
+def _told(lengths: list[int]) -> str:
+    if len(set(lengths)) == 1:
+        return str(lengths[0])
+    return f"{max(lengths)} (with the principle; {min(lengths)} without)"
