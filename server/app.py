@@ -5,6 +5,7 @@ import hashlib
 import re
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
@@ -41,7 +42,7 @@ def create_app(engine: EngineClient, settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        with engine:
+        with engine, ThreadPoolExecutor(1, "long-bodies") as app.state.long_bodies:
             yield
         await asyncio.to_thread(tracing.close)
 

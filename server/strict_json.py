@@ -1,6 +1,5 @@
 """JSON of strangers: what RFC 8259 has, read in one way only, of a size and a depth that costs no one else anything."""
 
-import asyncio
 import itertools
 import json
 import math
@@ -12,10 +11,11 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
+from server.threads import LONG, in_thread
+
 MOST_KEYS = 10_000  # of one object: each that is unknown is a complaint of its own
-MOST_VALUES = 300_000  # names too, integers apart: prompts may be token ids
+MOST_VALUES = 100_000  # names too, integers apart: prompts may be token ids
 MOST_LEVELS = 128
-LONG = 1 << 16  # bytes of a body that is worth another thread
 HALF = re.compile("[\ud800-\udfff]")
 VALUE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{]|\.[eE]?|[eEnN]', re.DOTALL)  # a part of each
 Place = tuple["Place", str | int] | None  # a value's: its container's, and where it is there
@@ -45,7 +45,7 @@ class StrictRequest(Request):
     async def json(self) -> Any:
         """The body. Raises InvalidBody."""
         body = await self.body()
-        return await asyncio.to_thread(_of, body) if len(body) > LONG else _of(body)
+        return await in_thread(self, _of, body) if len(body) > LONG else _of(body)
 
 
 def _of(body: bytes) -> Any:

@@ -1,6 +1,5 @@
 """POST /v1/chat/completions."""
 
-import asyncio
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +13,7 @@ from server.models import serving
 from server.protocol.chat import ChatCompletionRequest
 from server.streaming import STREAMED, ChatCompletion, Replies, event_stream, gather
 from server.strict_json import StrictJSON
+from server.threads import in_thread
 from server.tool_calls import ReplyParser, end_of_thinking, marks_are_special
 from server.tool_grammars import demanded, kept_to, literal
 
@@ -52,7 +52,7 @@ async def begin(body: ChatCompletionRequest, request: Request) -> tuple[Replies,
         prompt = engine.prompts.build(messages, principles, placement, rendering, method)
         return prompt, "" if rendering.continues else engine.prompts.generation_prompt(rendering)
 
-    prompt, begun = await asyncio.to_thread(build)
+    prompt, begun = await in_thread(request, build)
     params = body.sampling_params(**_for_tools(body, engine, end_of_thinking(begun)))
     most_calls = 1 if body.parallel_tool_calls is False else math.inf
     replies = await Replies.of(request, body, prompt, params)

@@ -28,6 +28,7 @@ from server.streaming import (
     usage_object,
 )
 from server.strict_json import StrictJSON
+from server.threads import in_thread
 
 router = APIRouter(route_class=StrictJSON)
 
@@ -45,7 +46,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         method = body.alignment_method or "linear"
         return texts, [engine.prompts.build_text(ids, principles, body.scores, method) for ids in texts]
 
-    texts, prompts = await asyncio.to_thread(build)
+    texts, prompts = await in_thread(request, build)
     params = body.sampling_params()
     replies: list[Replies] = []
     try:

@@ -1,6 +1,5 @@
 """POST /tokenize and /detokenize."""
 
-import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -10,6 +9,7 @@ from server.engine_client import EngineClient
 from server.models import preset_of, serving
 from server.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from server.strict_json import StrictJSON
+from server.threads import in_thread
 
 router = APIRouter(route_class=StrictJSON)
 
@@ -22,12 +22,12 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     principles = body.principles(request.app.state.settings.default_alignment_ratio)
     method = body.alignment_method or "linear"
     if body.messages is None:
-        prompt = await asyncio.to_thread(engine.prompts.build_text, body.prompt or "", principles, method=method)
+        prompt = await in_thread(request, engine.prompts.build_text, body.prompt or "", principles, method=method)
     else:
         messages = [message.rendered() for message in body.messages]
         placement = body.principle_placement or "system"
-        prompt = await asyncio.to_thread(
-            engine.prompts.build, messages, principles, placement, body.rendering(), method
+        prompt = await in_thread(
+            request, engine.prompts.build, messages, principles, placement, body.rendering(), method
         )
     branches: list[dict[str, Any]] = [
         {"branch": "principled", "weight": weight, "ratio": ratio, "tokens": list(ids)}
@@ -46,4 +46,4 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str
     for id in body.tokens:
         if id >= engine.vocab_size:
             raise InvalidRequest(f"the vocabulary has no token {id}", "tokens")
-    return {"prompt": await asyncio.to_thread(engine.tokenizer.decode, body.tokens)}
+    return {"prompt": await in_thread(request, engine.tokenizer.decode, body.tokens)}

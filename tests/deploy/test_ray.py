@@ -354,13 +354,12 @@ def test_a_replica_that_is_killed_takes_only_what_it_had_begun(cluster):
         stream.join()
     assert sum(stream.error is not None for stream in running) == SEQS
     assert not any(stream.error for stream in waiting)
-    for stream in running:
-        if stream.error is not None:
-            assert stream.error.body["code"] == "engine_dead"  # an event of the stream
-            again = Stream(url, stream.question, 400)  # as a client would
-            again.join()
-            assert (again.error, again.num_tokens) == (None, 400)
-            assert again.text.startswith(stream.text)
+    lost = [stream for stream in running if stream.error is not None]
+    for stream, again in [(stream, Stream(url, stream.question, 400)) for stream in lost]:  # as a client would
+        assert stream.error.body["code"] == "engine_dead"  # an event of the stream
+        again.join()
+        assert (again.error, again.num_tokens) == (None, 400)
+        assert again.text.startswith(stream.text)
     wait(lambda: len(replicas(url)) == 2 and victim not in replicas(url))
 
 

@@ -146,7 +146,7 @@ BODIES = {
     "a key twice": (TEXT.replace('"max_tokens"', '"model": "other", "max_tokens"').encode(), "'model'"),
     "a key twice, further inside": (TEXT.replace('"role"', '"role": "system", "role"').encode(), "'role'"),
     "a key twice, spelt otherwise": (TEXT.replace('"role"', '"r\\u006fle": "system", "role"').encode(), "'role'"),
-    "many keys": (json.dumps({f"k{i}": 1 for i in range(100_000)}).encode(), "keys"),
+    "many keys": (json.dumps({f"k{i}": 1 for i in range(90_000)}).encode(), "keys"),
     "many numbers": (b'{"messages": [' + b"1.5," * 1_900_000 + b"1.5]}", "values"),
     "many lists": (b'{"messages": [' + b"[]," * 2_600_000 + b"[]]}", "values"),
     "many lists in few": (b'{"messages": [' + b"[[[[[[[[9]]]]]]]]," * 40_000 + b"[]]}", "values"),
@@ -166,7 +166,7 @@ def test_what_is_not_a_json_object_in_utf_8_is_refused(url, name):
 def test_values_are_counted_to_the_last(value):
     beside = 3  # the object, a name and the list
     strict('{"a": [' + ", ".join([value] * (MOST_VALUES - beside)) + "]}")
-    with pytest.raises(ValueError, match="more than 300000 values"):
+    with pytest.raises(ValueError, match=f"more than {MOST_VALUES} values"):
         strict('{"a": [' + ", ".join([value] * (MOST_VALUES - beside + 1)) + "]}")
 
 
@@ -197,7 +197,7 @@ FIELDS = {
     "no such bias": ({"logit_bias": {"9" * 9: 1}}, "logit_bias"),
     "many wrong biases": ({"logit_bias": {f"x{i}": "a" for i in range(9000)}}, "logit_bias"),
     "a megabyte of principle": ({"principle": MEGABYTE}, None),
-    "a megabyte of a list": ({"stop": ["a"] * 290_000}, "stop"),
+    "a megabyte of a list": ({"stop": ["a"] * 90_000}, "stop"),
     "an empty principle": ({"principle": " "}, "principle"),
     "infinity": ({"temperature": float("inf")}, "temperature"),
     "not a number": ({"alignment_ratio": float("nan")}, "alignment_ratio"),
@@ -208,7 +208,7 @@ FIELDS = {
     "a seed of 400 digits": ({"seed": 10**400}, "seed"),
     "max_tokens of 400 digits": ({"max_tokens": 10**400}, "max_tokens"),
     "stop tokens": ({"stop_token_ids": [-1] * 200_000}, "stop_token_ids"),
-    "two million choices": ({"structured_outputs": {"choice": ["x"] * 250_000}}, "structured_outputs"),
+    "many choices": ({"structured_outputs": {"choice": ["x"] * 90_000}}, "structured_outputs"),
 }
 
 
@@ -222,14 +222,14 @@ def test_fields_beyond_their_bounds_are_refused(url, name, path):
 def test_100_000_biases_are_refused(url):
     biases = {str(i): 1 for i in range(100_000)}
     for path in (CHAT, COMPLETIONS):
-        assert_refused(post(url, path, body_for(path, logit_bias=biases)), None, "100000 keys")
+        assert_refused(post(url, path, body_for(path, logit_bias=biases)), None, "more than 100000 values")
 
 
 LONG = {
     "a message": (CHAT, {"messages": [{"role": "user", "content": MEGABYTE}]}, "messages"),
-    "messages": (CHAT, {"messages": HELLO * 20_000}, "messages"),
-    "parts": (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 50_000}]}, "messages"),
-    "tools": (CHAT, {"tools": [tool(name=f"f{i}") for i in range(20_000)]}, "tools"),
+    "messages": (CHAT, {"messages": HELLO * 19_000}, "messages"),
+    "parts": (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 19_000}]}, "messages"),
+    "tools": (CHAT, {"tools": [tool(name=f"f{i}") for i in range(12_000)]}, "tools"),
     "a description": (CHAT, {"tools": [tool(description=MEGABYTE)]}, "messages"),
     "a tool's output": (
         CHAT,
@@ -240,9 +240,9 @@ LONG = {
     "prompts": (COMPLETIONS, {"prompt": ["a"] * 20_000}, "prompt"),
     "token ids": (COMPLETIONS, {"prompt": [5] * 2_700_000}, "prompt"),
     "an input": (RESPONSES, {"input": MEGABYTE}, "input"),
-    "items": (RESPONSES, {"input": HELLO * 20_000}, "input"),
+    "items": (RESPONSES, {"input": HELLO * 19_000}, "input"),
     "instructions": (RESPONSES, {"instructions": MEGABYTE}, "input"),
-    "objects that are no messages": (CHAT, {"messages": [{}] * 200_000}, "messages.0"),
+    "objects that are no messages": (CHAT, {"messages": [{}] * 90_000}, "messages.0"),
     "numbers that are no messages": (CHAT, {"messages": [0] * 2_000_000}, "messages.0"),
 }
 

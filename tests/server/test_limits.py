@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from alignment_core import EngineBusy, Prompt, SamplingParams
+from server.threads import LONG
 from tests.conftest import make_engine, run_all
 from tests.serving import serving
 
@@ -117,6 +118,40 @@ def test_beyond_the_queue_requests_are_refused_at_once_and_the_others_are_served
     texts = {response.json()["choices"][0]["message"]["content"] for response in served}
     assert len(texts) == 1
     assert metric(small, "num_requests_waiting") == 0
+
+
+def test_short_bodies_do_not_wait_behind_long_ones(own_server, monkeypatch):
+    """However many of the latter, and however long each takes: here until it is told to go on."""
+    url, engine = own_server
+    original, begun, go_on, statuses = engine.prompts.build, [], threading.Event(), []
+
+    def build(messages, *more):
+        if len(messages[0]["content"]) > LONG:
+            begun.append(threading.current_thread())
+            assert go_on.wait(60)
+        return original(messages, *more)
+
+    def ask(content):
+        asked = body(messages=[{"role": "user", "content": content}], max_tokens=1)
+        return httpx.post(f"{url}/v1/chat/completions", json=asked, timeout=120).status_code
+
+    monkeypatch.setattr(engine.prompts, "build", build)
+    threads = [threading.Thread(target=lambda: statuses.append(ask("na " * LONG))) for _ in range(40)]
+    for thread in threads:
+        thread.start()
+    try:
+        while not begun:
+            assert not statuses
+            time.sleep(0.01)
+        assert [ask(f"{number} towns") for number in range(5)] == [200] * 5
+        assert len(begun) == 1
+    finally:
+        go_on.set()
+        for thread in threads:
+            thread.join()
+    assert statuses == [400] * 40  # the context's bound
+    assert len(begun) == 40
+    assert len(set(begun)) == 1
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])

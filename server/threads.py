@@ -1,0 +1,20 @@
+"""Work on requests beside the event loop, where what is long does not hold up what is short."""
+
+import asyncio
+import contextvars
+from collections.abc import Callable
+from functools import partial
+from typing import ParamSpec, TypeVar
+
+from starlette.requests import Request
+
+LONG = 1 << 16  # bytes of a body
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+async def in_thread(request: Request, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
+    """What the call returns. All requests with long bodies have one thread, in turn: `app.state.long_bodies`."""
+    pool = request.app.state.long_bodies if len(await request.body()) > LONG else None
+    context = contextvars.copy_context()
+    return await asyncio.get_running_loop().run_in_executor(pool, partial(context.run, call, *args, **named))
