@@ -16,7 +16,9 @@ Drawn = tuple[Tensor, Logprobs | None]
 
 
 def draw(logits: Tensor, places: Seq[tuple[Sequence, int]], sampler: Sampler) -> Drawn:
-    """places: (sequence, position) of every token to be drawn."""
+    """A token for each place, (sequence, position); where it is given, that one. logits: [R, V], a row for each branch
+    of each place in turn, more behind them where shapes are fixed.
+    """
     sequences, positions = zip(*places, strict=True)
     tokens = sampler(logits, sequences, positions)
     for line, (sequence, position) in enumerate(places):

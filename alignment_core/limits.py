@@ -22,12 +22,18 @@ class Limits:
         if n < 1 or n * num_branches > max(self.max_num_seqs, num_branches):
             told = f"n is {n}, but {num_branches} branches times n must be in [1, {self.max_num_seqs}]"
             raise InvalidRequest(told, "n")
+        self._refuse_foreign_tokens(params)
+        lengths = [len(ids) + len(prompt.given) for ids in prompt.branches]
+        if max(lengths) >= self.max_model_len + (params.max_tokens == 0):
+            raise InvalidRequest(
+                f"the prompt has {_told(lengths)} tokens, but the context holds {self.max_model_len}, "
+                "the reply included; shorten the messages or the principle",
+                "messages",
+            )
         if num_branches > self.max_num_batched_tokens:
             raise InvalidRequest(f"{num_branches} branches are more than one step can take", "principle")
-        self._refuse_foreign_tokens(params)
         if params.max_tokens == 0 and not prompt.given:
             raise InvalidRequest("max_tokens must be ≥ 1, got 0", "max_tokens")
-        lengths = [len(ids) + len(prompt.given) for ids in prompt.branches]
         return len(prompt.given) + self._room(lengths, params.max_tokens)
 
     def _refuse_foreign_tokens(self, params: SamplingParams) -> None:
@@ -37,14 +43,8 @@ class Limits:
                     raise InvalidRequest(f"{name}: the vocabulary has no token {id}", name)
 
     def _room(self, lengths: list[int], max_tokens: int | None) -> int:
-        """Tokens of a reply behind branches of these lengths: max_tokens if they fit, None for as many as do."""
+        """Tokens of a reply behind branches of these lengths: max_tokens where they fit, or as many as do."""
         longest = max(lengths)
-        if longest >= self.max_model_len + (max_tokens == 0):
-            raise InvalidRequest(
-                f"the prompt has {_told(lengths)} tokens, but the context holds {self.max_model_len}, "
-                "the reply included; shorten the messages or the principle",
-                "messages",
-            )
         if max_tokens is None:
             num_cached = self.pool.num_pages // len(lengths) * self.pool.page_size
             max_tokens = max(1, min(self.max_model_len, num_cached) - longest)

@@ -42,8 +42,9 @@ def create_app(engine: EngineClient, settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        with engine, ThreadPoolExecutor(1, "long-bodies") as app.state.long_bodies:
+        with engine:
             yield
+        await asyncio.to_thread(app.state.long_bodies.shutdown, cancel_futures=True)
         await asyncio.to_thread(tracing.close)
 
     AppStatus.enable_automatic_graceful_drain = False  # streams have as much time to end as other replies
@@ -61,6 +62,7 @@ def create_app(engine: EngineClient, settings: Settings) -> FastAPI:
     app.state.presets = load_presets(settings.presets)
     app.state.measures = measures
     app.state.tracer = tracing.tracer
+    app.state.long_bodies = ThreadPoolExecutor(1, "long-bodies")
     app.state.started = int(time.time())
     app.state.fingerprint = _fingerprint(engine, settings)
     app.include_router(chat.router)

@@ -9,7 +9,7 @@ from alignment_core import SamplingParams
 from alignment_core.prompts import Rendering
 from alignment_core.sequence import MAX_LOGPROBS
 from server.protocol.generation import FIRST, AlignmentFields, GenerationRequest, Schema, refused
-from server.strict_json import InvalidBody, strict
+from server.strict_json import InvalidBody, refuse_too_many_values, strict
 
 MAX_TOOLS = 1024
 
@@ -26,14 +26,12 @@ class FunctionCall(Schema):
     name: str
     arguments: str = Field(description="a JSON object, as a string")
 
-    @model_validator(mode="after")
-    def _is_an_object(self) -> "FunctionCall":
-        try:
-            if isinstance(strict(self.arguments or "{}"), dict):
-                return self
-        except (ValueError, InvalidBody):
-            pass
-        raise ValueError("arguments must be a JSON object, as a string")
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(strict(text), dict)
+    except (ValueError, InvalidBody):
+        return False
 
 
 class ToolCall(Schema):
@@ -158,6 +156,24 @@ class ChatFields(AlignmentFields):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     continue_final_message: bool | None = Field(None, description="go on with the last, the assistant's message")
     add_generation_prompt: bool | None = Field(None, description="false goes with continue_final_message alone")
+
+    @model_validator(mode="after")
+    def _arguments_are_objects(self) -> Self:
+        """All calls' together have as few values as a body."""
+        calls = {
+            f"messages.{i}.tool_calls.{j}.function.arguments": call.function.arguments or "{}"
+            for i, message in enumerate(self.messages or ())
+            if isinstance(message, AssistantMessage)
+            for j, call in enumerate(message.tool_calls or ())
+        }
+        try:
+            refuse_too_many_values(",".join(calls.values()))
+        except ValueError as error:
+            raise refused("messages", f"the arguments of calls are too long: {error}") from error
+        for param, arguments in calls.items():
+            if not _is_object(arguments):
+                raise refused(param, f"{param}: arguments must be a JSON object, as a string")
+        return self
 
     @model_validator(mode="after")
     def _continues_or_begins(self) -> Self:

@@ -44,8 +44,11 @@ def tool(**function):
     return {"type": "function", "function": {"name": "f", **function}}
 
 
-def called_with(arguments):
-    calls = [{"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}}]
+CALL = {"call_id": "a", "name": "f"}
+
+
+def called_with(*arguments):
+    calls = [{"id": "a", "type": "function", "function": {"name": "f", "arguments": one}} for one in arguments]
     return {"messages": [*HELLO, {"role": "assistant", "tool_calls": calls}]}
 
 
@@ -119,7 +122,7 @@ def test_arguments_are_as_strict(url, name):
     text = ARGUMENTS[name]
     for path in (CHAT, TOKENIZE):
         assert_refused(post(url, path, body_for(path, **called_with(text))), "messages", "JSON object")
-    item = {"type": "function_call", "call_id": "a", "name": "f", "arguments": text}
+    item = {"type": "function_call", **CALL, "arguments": text}
     assert_refused(post(url, RESPONSES, body_for(RESPONSES, input=[item])), "input", "JSON object")
 
 
@@ -162,7 +165,13 @@ def test_what_is_not_a_json_object_in_utf_8_is_refused(url, name):
         assert_refused(post(url, path, body), None, told)
 
 
-@pytest.mark.parametrize("value", ['"a"', '"\\"[,"', "{}", "1.5e5", "-1E5", "true", "false", "null"])
+def test_neighbours_are_counted_apart():
+    assert strict('{"a": [' + "1.5, 1e5, " * 49_000 + "1]}")
+    with pytest.raises(ValueError, match=f"more than {MOST_VALUES} values"):
+        strict('{"a": [' + "1.5, 1e5, " * 51_000 + "1]}")
+
+
+@pytest.mark.parametrize("value", ['"a"', '"\\"[,"', "{}", "1.5", "1e5", "-1E5", "true", "false", "null"])
 def test_values_are_counted_to_the_last(value):
     beside = 3  # the object, a name and the list
     strict('{"a": [' + ", ".join([value] * (MOST_VALUES - beside)) + "]}")
@@ -225,6 +234,7 @@ def test_100_000_biases_are_refused(url):
         assert_refused(post(url, path, body_for(path, logit_bias=biases)), None, "more than 100000 values")
 
 
+ARRAY = '{"a": [' + "{}, " * 90_000 + "{}]}"
 LONG = {
     "a message": (CHAT, {"messages": [{"role": "user", "content": MEGABYTE}]}, "messages"),
     "messages": (CHAT, {"messages": HELLO * 19_000}, "messages"),
@@ -240,6 +250,8 @@ LONG = {
     "prompts": (COMPLETIONS, {"prompt": ["a"] * 20_000}, "prompt"),
     "token ids": (COMPLETIONS, {"prompt": [5] * 2_700_000}, "prompt"),
     "an input": (RESPONSES, {"input": MEGABYTE}, "input"),
+    "arguments": (CHAT, called_with(*[ARRAY] * 20), "messages"),
+    "arguments of items": (RESPONSES, {"input": [{"type": "function_call", **CALL, "arguments": ARRAY}] * 20}, "input"),
     "items": (RESPONSES, {"input": HELLO * 19_000}, "input"),
     "instructions": (RESPONSES, {"instructions": MEGABYTE}, "input"),
     "objects that are no messages": (CHAT, {"messages": [{}] * 90_000}, "messages.0"),
