@@ -29,10 +29,13 @@ def body(content: str, **fields: Any) -> dict[str, Any]:
 
 
 async def stream(client: httpx.AsyncClient, number: int, arrivals: list[float]) -> None:
+    """One reply after the other, until it is cancelled."""
     asked = body(f"{number}. Tell me about towns.", stream=True, max_tokens=8000)
-    async with client.stream("POST", "/v1/chat/completions", json=asked) as response:
-        async for line in response.aiter_lines():
-            arrivals += [time.perf_counter()] if line.startswith("data: {") else []
+    while True:
+        async with client.stream("POST", "/v1/chat/completions", json=asked) as response:
+            response.raise_for_status()
+            async for line in response.aiter_lines():
+                arrivals += [time.perf_counter()] if line.startswith("data: {") else []
 
 
 async def prompt(client: httpx.AsyncClient, number: int, num_words: int) -> float:
