@@ -46,4 +46,4 @@ quick: $(TESTED)
 
 pictures: $(TESTED) # the screenshots that the README shows
 	mkdir -p docs/images
-	PICTURES=docs/images $(PYTEST) tests/server/test_playground.py -k picture
+	PICTURES=docs/images $(PYTEST) tests/server/playground -k picture
