@@ -1,4 +1,4 @@
-"""What an engine can never serve, whatever else it does: told before anything is computed (DESIGN section 2, 8)."""
+"""What an engine can never serve, whatever else it does: told before anything is computed (DESIGN 5, invariant 8)."""
 
 from dataclasses import dataclass
 

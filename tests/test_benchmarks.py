@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
         ("fairness.py --streams 1 --prompts 1 --prompt-tokens 100", '"p99_over_median"'),
     ],
 )
-def test_what_the_readme_runs(package, tmp_path, script, told):
+def test_others(package, tmp_path, script, told):
     """On a model of one layer."""
     environment = os.environ | {"PYTHONPATH": f"{package}:{ROOT}", "XDG_CACHE_HOME": str(tmp_path)}
     name, *args = script.split()

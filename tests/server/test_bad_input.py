@@ -249,6 +249,8 @@ LONG = {
     "a prompt": (COMPLETIONS, {"prompt": MEGABYTE}, "prompt"),
     "prompts": (COMPLETIONS, {"prompt": ["a"] * 20_000}, "prompt"),
     "token ids": (COMPLETIONS, {"prompt": [5] * 2_700_000}, "prompt"),
+    "lists of token ids": (COMPLETIONS, {"prompt": [[5] * 12] * 90_000}, "prompt"),
+    "a long list of token ids": (COMPLETIONS, {"prompt": [[5], [5] * 2_700_000]}, "prompt"),
     "an input": (RESPONSES, {"input": MEGABYTE}, "input"),
     "arguments": (CHAT, called_with(*[ARRAY] * 20), "messages"),
     "arguments of items": (RESPONSES, {"input": [{"type": "function_call", **CALL, "arguments": ARRAY}] * 20}, "input"),
