@@ -6,12 +6,15 @@ principle induces is the closed form of one policy-optimisation step. The plausi
 nucleus mask of the authors' implementation, whose mass is 0.8 there.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from alignment_core.transfer import to_device
 
 Method = Literal["linear", "context_steering", "cfg", "opad", "amulet", "adaptive"]
 Coefficients = tuple[float, ...]  # c_i in z = Σ w_i z_i + Σ c_i (z_i − z_b), one for each principled branch
@@ -86,7 +89,7 @@ def adaptive(coefficients: Tensor, weights: Tensor, principled: Tensor, base: Te
     coefficients, weights: [k]; principled, base: logits, [V].
     """
     log_p, log_q = principled.log_softmax(dim=-1), base.log_softmax(dim=-1)
-    log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0))
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     divergence = (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum() / 2
     return torch.minimum(coefficients, weights * ADAPTIVE_SCALE * divergence)
 
@@ -126,14 +129,18 @@ class Mixing:
             None if self.addition is None else self.addition[index],
         )
 
+    def to(self, device: torch.device) -> "Mixing":
+        """From the host to a device."""
+        return Mixing(
+            *(to_device(line, device) for line in (self.principled, self.weights, self.coefficients, self.base))
+        )
+
     @classmethod
     def plan(
-        cls,
-        sequences: Sequence[tuple[Sequence[float], Sequence[float], bool]],
-        device: torch.device,
-        may_turn: bool = True,
+        cls, sequences: Sequence[tuple[Sequence[float], Sequence[float], bool]], may_turn: bool = True
     ) -> "Mixing":
-        """Number the rows in order: each sequence's principled branches, then its base branch if it has one.
+        """Number the rows in order: each sequence's principled branches, then its base branch if it has one. The
+        tensors are on the host.
 
         sequences: (weights, coefficients, has a base branch) of each. may_turn: where a sequence starts from its
         base, it is mixed from there: z_b + Σ (w_i + c_i)(z_i − z_b), which is the same.
@@ -150,10 +157,10 @@ class Mixing:
         padded = [[*line, *[(line[0][0], 0.0, 0.0)] * (k - len(line))] for line in lines]
         principled, all_weights, all_coefficients = zip(*(zip(*line, strict=True) for line in padded), strict=True)
         return cls(
-            principled=torch.tensor(principled, device=device),
-            weights=torch.tensor(all_weights, dtype=torch.float32, device=device),
-            coefficients=torch.tensor(all_coefficients, dtype=torch.float32, device=device),
-            base=torch.tensor(base, device=device),
+            principled=torch.tensor(principled),
+            weights=torch.tensor(all_weights, dtype=torch.float32),
+            coefficients=torch.tensor(all_coefficients, dtype=torch.float32),
+            base=torch.tensor(base),
         )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from alignment_core.sequence import Sequence
+from alignment_core.transfer import to_device
 
 
 def edit(y: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> None:
@@ -31,10 +32,10 @@ def _edit(y: Tensor, sequence: Sequence, position: int) -> None:
         ids = _ids(list(sequence.seen), y)
         y[ids] = torch.where(y[ids] > 0, y[ids] / params.repetition_penalty, y[ids] * params.repetition_penalty)
     if (params.presence_penalty or params.frequency_penalty) and sequence.counts:
-        times = torch.tensor(list(sequence.counts.values()), dtype=y.dtype, device=y.device)
+        times = to_device(torch.tensor(list(sequence.counts.values()), dtype=y.dtype), y.device)
         y[_ids(list(sequence.counts), y)] -= params.presence_penalty + params.frequency_penalty * times
     if params.logit_bias:
-        y[_ids(list(params.logit_bias), y)] += torch.tensor(list(params.logit_bias.values()), device=y.device)
+        y[_ids(list(params.logit_bias), y)] += to_device(torch.tensor(list(params.logit_bias.values())), y.device)
     unwanted = sequence.unwanted_ends(position)
     if sequence.matcher is None and not unwanted:
         return
@@ -45,8 +46,8 @@ def _edit(y: Tensor, sequence: Sequence, position: int) -> None:
     unended = forbidden.clone()
     unended[list(unwanted)] = True
     forbidden = forbidden if unended.all() else unended  # a structure that is complete ends
-    y.masked_fill_(forbidden.to(y.device), -torch.inf)
+    y.masked_fill_(to_device(forbidden, y.device), -torch.inf)
 
 
 def _ids(ids: list[int], y: Tensor) -> Tensor:
-    return torch.tensor(ids, dtype=torch.int64, device=y.device)
+    return to_device(torch.tensor(ids, dtype=torch.int64), y.device)

@@ -6,10 +6,10 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
-from alignment_core.attention.paged_batch import to_host
 from alignment_core.logprobs import Logprobs, log_probabilities
 from alignment_core.scheduler import Step
 from alignment_core.sequence import Sequence, TokenLogprob
+from alignment_core.transfer import to_host
 
 Sampler = Callable[[Tensor, Seq[Sequence], Seq[int]], Tensor]
 Drawn = tuple[Tensor, Logprobs | None]

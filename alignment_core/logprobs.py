@@ -1,6 +1,5 @@
 """What the policies make of the tokens that were drawn: log-probabilities, alternatives, traces."""
 
-from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
@@ -9,10 +8,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from alignment_core.alignment import principled_logits
-from alignment_core.attention.paged_batch import to_host
 from alignment_core.edits import edit
 from alignment_core.sampling import Settings, candidates, mixing_of, plan
 from alignment_core.sequence import Sequence, TokenLogprob, Trace
+from alignment_core.transfer import to_device, to_host
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,24 +109,28 @@ def log_probabilities(logits: Tensor, sequences: Seq[Sequence], positions: Seq[i
     drawn_from, principled, base = (Opinions.none(len(sequences), most, device) for _ in range(3))
     num_plausible = torch.zeros(len(sequences), dtype=torch.int64, device=device)
     kl = torch.zeros(len(sequences), device=device)
-    unturned = plan(sequences, device, may_turn=False)
+    unturned = plan(sequences, may_turn=False).to(device)
 
-    def lines(chosen: Iterable[bool]) -> Tensor:
-        return torch.tensor([i for i, is_one in enumerate(chosen) if is_one], dtype=torch.int64, device=device)
+    def on_device(lines: list[int]) -> Tensor:
+        return to_device(torch.tensor(lines), device)
 
-    def has(is_aligned: bool) -> Tensor:
-        return lines(
-            n is not None and (sequence.prompt.base is not None) == is_aligned
-            for n, sequence in zip(wanted, sequences, strict=True)
-        )
+    def reported(is_aligned: bool) -> list[int]:
+        return [
+            line
+            for line, (n, sequence) in enumerate(zip(wanted, sequences, strict=True))
+            if n is not None and (sequence.prompt.base is not None) == is_aligned
+        ]
 
-    if len(index := has(is_aligned=False)):
+    if lines := reported(is_aligned=False):
+        index = on_device(lines)
         drawn_from.put(index, principled_logits(logits, unturned[index]).log_softmax(dim=-1), tokens[index])
-    if len(index := has(is_aligned=True)):
-        mixing, settings = mixing_of(logits, sequences, positions)[index], Settings.of(sequences, positions, device)
+    if lines := reported(is_aligned=True):
+        index = on_device(lines)
+        mixing = mixing_of(logits, sequences, positions)[index]
+        settings = Settings.of([sequences[i] for i in lines], [positions[i] for i in lines])
         y = principled_logits(logits, mixing)
-        edit(y, [sequences[i] for i in index.tolist()], [positions[i] for i in index.tolist()])
-        for some, ids, z in candidates(logits, y, mixing, settings[index]):
+        edit(y, [sequences[i] for i in lines], [positions[i] for i in lines])
+        for some, ids, z in candidates(logits, y, mixing, settings):
             z = z.log_softmax(dim=-1)
             drawn_from.put(index[some], z, tokens[index[some]], ids)
             if any(traced):
@@ -135,7 +138,8 @@ def log_probabilities(logits: Tensor, sequences: Seq[Sequence], positions: Seq[i
                 possible = z > -torch.inf
                 num_plausible[index[some]] = possible.sum(dim=-1)
                 kl[index[some]] = torch.where(possible, z.exp() * (z - of_base), 0).sum(dim=-1)
-    if len(index := lines(traced)):
+    if any(traced):
+        index = on_device([line for line, is_one in enumerate(traced) if is_one])
         principled.put(index, principled_logits(logits, unturned[index]).log_softmax(dim=-1), tokens[index])
         base.put(index, logits[unturned.base[index]].log_softmax(dim=-1), tokens[index])
     return Logprobs(wanted, traced, drawn_from, principled, base, num_plausible, kl)

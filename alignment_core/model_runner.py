@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from alignment_core.attention import native, sdpa
-from alignment_core.attention.paged_batch import PagedBatch, Plan, to_device
+from alignment_core.attention.paged_batch import PagedBatch, Plan
 from alignment_core.batch_invariant import run_in_blocks
 from alignment_core.cpu.native import library
 from alignment_core.cuda_graphs import Graphs, padded_size
@@ -21,6 +21,7 @@ from alignment_core.scheduler import Row, Step
 from alignment_core.sequence import Branch
 from alignment_core.static_decodes import StaticDecodes, resolve
 from alignment_core.tensor_parallel import Followers
+from alignment_core.transfer import to_device
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from alignment_core import static_draw
 from alignment_core.alignment import (
     METHODS,
     Mixing,
@@ -23,8 +23,9 @@ from alignment_core.alignment import (
 from alignment_core.cpu import vocabulary
 from alignment_core.edits import edit
 from alignment_core.sequence import Sequence
+from alignment_core.static_draw import Filters, inverse_transform
+from alignment_core.transfer import to_device
 
-BLOCK = 128
 MASK64 = (1 << 64) - 1
 
 
@@ -49,8 +50,10 @@ class Settings:
     uniform: Tensor
 
     @classmethod
-    def of(cls, sequences: Seq[Sequence], positions: Seq[int], device: torch.device) -> "Settings":
-        """positions: how many tokens of each reply come before the one to draw; negative where it is given."""
+    def of(cls, sequences: Seq[Sequence], positions: Seq[int]) -> "Settings":
+        """positions: how many tokens of each reply come before the one to draw; negative where the token is given.
+        The tensors are on the host.
+        """
         params = [sequence.params for sequence in sequences]
         aligned = [sequence.prompt.base is not None for sequence in sequences]
         nuclei = []
@@ -62,23 +65,25 @@ class Settings:
                 nuclei.append((p.top_p, p.temperature, 1.0))
             else:
                 nuclei.append((1.0, 1.0, p.top_p))
-        nucleus_top_p, nucleus_temperature, of_mixed = torch.tensor(nuclei, dtype=torch.float32, device=device).unbind(
-            1
-        )
+        nucleus_top_p, nucleus_temperature, of_mixed = torch.tensor(nuclei, dtype=torch.float32).unbind(1)
         counter = [(s.seed, s.choice, position) for s, position in zip(sequences, positions, strict=True)]
         return cls(
-            aligned=torch.tensor(aligned, device=device),
+            aligned=torch.tensor(aligned),
             nucleus_top_p=nucleus_top_p,
             nucleus_temperature=nucleus_temperature.clamp(1e-30, 1e30),  # what float32 can divide by
-            temperature=torch.tensor([float(p.temperature) for p in params], device=device),
-            top_k=torch.tensor([min(p.top_k, 1 << 62) for p in params], device=device),
-            min_p=torch.tensor([float(p.min_p) for p in params], device=device),
+            temperature=torch.tensor([float(p.temperature) for p in params]),
+            top_k=torch.tensor([min(p.top_k, 1 << 62) for p in params]),
+            min_p=torch.tensor([float(p.min_p) for p in params]),
             top_p=of_mixed,
-            uniform=torch.tensor([uniform(*numbers) for numbers in counter], dtype=torch.float64, device=device),
+            uniform=torch.tensor([uniform(*numbers) for numbers in counter], dtype=torch.float64),
         )
 
     def __getitem__(self, index: Tensor | slice) -> "Settings":
         return Settings(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def to(self, device: torch.device) -> "Settings":
+        """From the host to a device."""
+        return Settings(*(to_device(getattr(self, field.name), device) for field in fields(self)))
 
 
 def sample(logits: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> Tensor:
@@ -88,9 +93,11 @@ def sample(logits: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> Ten
     order of `sequences`. positions: see `Settings.of`.
     """
     mixing = mixing_of(logits, sequences, positions)
-    settings = Settings.of(sequences, positions, logits.device)
+    settings = Settings.of(sequences, positions)
     y = principled_logits(logits, mixing)
     edit(y, sequences, positions)
+    if y.is_cuda:
+        return static_draw.choose(logits, y, mixing, settings.to(y.device), Filters.of(settings))
     tokens = torch.empty(len(y), dtype=torch.int64, device=y.device)
     decided = ~settings.aligned & (settings.temperature == 0)
     if decided.any():
@@ -102,22 +109,22 @@ def sample(logits: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> Ten
     return tokens
 
 
-def plan(sequences: Seq[Sequence], device: torch.device, may_turn: bool = True) -> Mixing:
+def plan(sequences: Seq[Sequence], may_turn: bool = True) -> Mixing:
     """How the rows of these sequences are mixed, as far as no logit is needed to tell: see `Mixing.plan`."""
     prompts = [sequence.prompt for sequence in sequences]
-    return Mixing.plan([(p.weights, p.coefficients, p.base is not None) for p in prompts], device, may_turn)
+    return Mixing.plan([(p.weights, p.coefficients, p.base is not None) for p in prompts], may_turn)
 
 
 def mixing_of(logits: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> Mixing:
     """How the rows of logits, [rows, V], are mixed: see `sample`."""
-    mixing, row = plan(sequences, logits.device), 0
+    mixing, row = plan(sequences).to(logits.device), 0
     additions = torch.zeros(0)
     for line, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
         rows, prompt = logits[row : row + len(sequence.branches)], sequence.prompt
         row += len(rows)
         if prompt.base is None or not prompt.follows_logits:
             continue
-        weights, coefficients = torch.tensor([prompt.weights, prompt.coefficients], device=logits.device)
+        weights, coefficients = to_device(torch.tensor([prompt.weights, prompt.coefficients]), logits.device)
         if prompt.method == "adaptive":
             limited = adaptive(coefficients, weights, weights @ rows[:-1], rows[-1])
             away = int(starts_from_base(prompt.coefficients))
@@ -152,8 +159,14 @@ def candidates(
 ) -> Iterator[tuple[Tensor | slice, Tensor, Tensor]]:
     """The tokens that can be drawn and their mixed logits, for some of the lines at a time.
 
-    logits, y: as for `choose`. Yields an index of lines, and for those [N, K] int64 and float32, see `narrow`.
+    logits, y: as for `choose`; settings: on the host. Yields an index of lines, and for those [N, K] int64 and
+    float32, see `narrow`: on CUDA all tokens of all lines, as the host does not wait to see which of them matter.
     """
+    if y.is_cuda:
+        ids = torch.arange(y.shape[1], device=y.device).expand(y.shape)
+        filters = Filters.of(settings)
+        yield slice(None), ids, static_draw.mixed_logits(logits, y, mixing, settings.to(y.device), filters)
+        return
     totals_of = vocabulary.log_totals if vocabulary.has_kernels(y) else log_totals
     best, totals = totals_of(y, settings.nucleus_temperature)
     bounds = floor(y, best, totals, settings)
@@ -232,22 +245,6 @@ def draw(z: Tensor, settings: Settings) -> Tensor:
     else:
         mass = mass * (mass >= settings.min_p[:, None])
     return torch.where(greedy, first.squeeze(1), inverse_transform(mass, settings.uniform))
-
-
-def inverse_transform(mass: Tensor, uniform: Tensor) -> Tensor:
-    """The first place where the running sum of mass, [S, K], passes uniform × total; [S] int64."""
-    blocks = pad(mass, (0, -mass.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))  # type: ignore[no-untyped-call]
-    sums = blocks.sum(dim=-1).double().cumsum(dim=-1)
-    target = _below(uniform[:, None] * sums[:, -1:], sums[:, -1:])
-    block = torch.searchsorted(sums, target, right=True).clamp(max=blocks.shape[1] - 1)  # only NaN is beyond
-    target = target - torch.where(block == 0, 0.0, sums.gather(1, (block - 1).clamp(min=0)))
-    within = blocks[torch.arange(len(mass), device=mass.device), block.squeeze(1)].double().cumsum(dim=-1)
-    place = torch.searchsorted(within, _below(target, within[:, -1:]), right=True)
-    return (block * BLOCK + place).squeeze(1).clamp(max=mass.shape[1] - 1)
-
-
-def _below(x: Tensor, limit: Tensor) -> Tensor:
-    return torch.minimum(x, limit.nextafter(torch.zeros_like(limit)))
 
 
 def _kept(mass: Tensor, settings: Settings) -> Tensor:

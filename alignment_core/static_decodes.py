@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alignment_core.attention.paged_batch import PagedBatch, Plan, to_device
+from alignment_core.attention.paged_batch import PagedBatch, Plan
 from alignment_core.cuda_graphs import Graphs, padded_size, padded_sizes
 from alignment_core.scheduler import Row
 from alignment_core.sequence import Branch
+from alignment_core.transfer import to_device
 
 
 class StaticDecodes:

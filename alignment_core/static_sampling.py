@@ -1,64 +1,23 @@
-"""The draw of `sampling`, in shapes that depend on [S, V] alone and without a look at any value on the host:
-what a CUDA graph can hold and torch.compile can fuse.
-
-Where `sampling` sorts the few tokens that matter, this looks for the threshold that sorting would
-find, bit by bit: a float's bits, read as an integer, are in the order of the floats.
-"""
+"""Draws in shapes that repeat, from and to fixed places on the device, as CUDA graphs."""
 
 import itertools
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import astuple, dataclass, fields
+from dataclasses import fields
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from alignment_core.alignment import Mixing, direction, principled_logits, starts_from_base
-from alignment_core.attention.paged_batch import to_device
+from alignment_core.alignment import Mixing, starts_from_base
 from alignment_core.cuda_graphs import padded_sizes
 from alignment_core.model_runner import ModelRunner
-from alignment_core.sampling import Settings, inverse_transform, plan, sample
+from alignment_core.sampling import Settings, plan, sample
 from alignment_core.sequence import Sequence
+from alignment_core.static_draw import PREPARED, Filters, draw, weights_above
+from alignment_core.transfer import to_device
 
-DIGIT = 4  # bits that one pass over the vocabulary finds
 Draw = Callable[..., Tensor]
-WeightsAbove = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-TINY = torch.finfo(torch.float32).tiny
-
-
-@dataclass(frozen=True, slots=True)
-class Filters:
-    """What some sequence of a step asks for; each costs passes over the vocabulary for all of them."""
-
-    nucleus: bool = False
-    top_k: bool = False
-    top_p: bool = False
-    random: bool = False
-
-    @classmethod
-    def of(cls, settings: Settings) -> "Filters":
-        """settings: on the host."""
-        return cls(
-            nucleus=bool((settings.nucleus_top_p < 1).any()),
-            top_k=bool((settings.top_k > 0).any()),
-            top_p=bool((settings.top_p < 1).any()),
-            random=bool((settings.temperature > 0).any()),
-        )
-
-    @property
-    def prepared(self) -> "Filters":
-        """The least of PREPARED that includes these: what is compiled and captured is little, and done at the start."""
-        return next(more for more in PREPARED if all(a >= b for a, b in zip(astuple(more), astuple(self), strict=True)))
-
-
-PREPARED = (
-    Filters(),
-    Filters(random=True),
-    Filters(nucleus=True),
-    Filters(nucleus=True, random=True),
-    Filters(nucleus=True, top_k=True, top_p=True, random=True),
-)
 
 
 class StaticSampler:
@@ -79,7 +38,7 @@ class StaticSampler:
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> Tensor:
-        """As `sampling.sample`; the result is valid until the next draw. The host waits for unusual sequences only."""
+        """As `sampling.sample`; the result is valid until the next draw."""
         fits = logits.data_ptr() == self._runner.logits.data_ptr()
         is_usual = [fits and _is_usual(sequence) for sequence in sequences]
         usual = [i for i, is_one in enumerate(is_usual) if is_one]
@@ -87,11 +46,12 @@ class StaticSampler:
             return self._of_usual(sequences, positions, usual)
         tokens = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
         if usual:
-            tokens[usual] = self._of_usual(sequences, positions, usual)
+            tokens[_index(usual, logits)] = self._of_usual(sequences, positions, usual)
         ends = list(itertools.accumulate(len(sequence.branches) for sequence in sequences))
         for lines in self._groups([i for i, is_one in enumerate(is_usual) if not is_one]):
             rows = [row for i in lines for row in range(ends[i] - len(sequences[i].branches), ends[i])]
-            tokens[lines] = sample(logits[rows], [sequences[i] for i in lines], [positions[i] for i in lines])
+            drawn = sample(logits[_index(rows, logits)], [sequences[i] for i in lines], [positions[i] for i in lines])
+            tokens[_index(lines, logits)] = drawn
         return self._runner.drawn[: len(sequences)].copy_(tokens)
 
     def _groups(self, unusual: list[int]) -> list[list[int]]:
@@ -99,12 +59,11 @@ class StaticSampler:
         return [[line] for line in unusual] if self._runner.config.batch_invariant else [unusual]
 
     def _of_usual(self, sequences: Seq[Sequence], positions: Seq[int], lines: list[int]) -> Tensor:
-        host = torch.device("cpu")
-        mixing = plan(sequences, host)[torch.tensor(lines)]
-        settings = Settings.of([sequences[i] for i in lines], [positions[i] for i in lines], host)
+        mixing = plan(sequences)[torch.tensor(lines)]
+        settings = Settings.of([sequences[i] for i in lines], [positions[i] for i in lines])
         filters = Filters.of(settings).prepared
         size = next(size for size in self._sizes if size >= len(lines))
-        self._asked[:, :size].copy_(to_device(_pack(mixing, settings, size).numpy(), self._asked.device))
+        self._asked[:, :size].copy_(to_device(_pack(mixing, settings, size), self._asked.device))
         self._runner.graphs.run(("draw", size, filters), lambda: self._step(size, filters))
         return self._runner.drawn[: len(lines)]
 
@@ -119,6 +78,10 @@ class StaticSampler:
     def _step(self, size: int, filters: Filters) -> None:
         mixing, settings = _unpack(self._asked[:, :size])
         self._runner.drawn[:size].copy_(self._draw(self._runner.logits, mixing, settings, filters))
+
+
+def _index(lines: list[int], like: Tensor) -> Tensor:
+    return to_device(torch.tensor(lines), like.device)
 
 
 def _is_usual(sequence: Sequence) -> bool:
@@ -164,77 +127,7 @@ def _unpack(packed: Tensor) -> tuple[Mixing, Settings]:
     return mixing, settings
 
 
-def _weights_above(keys: Tensor, weight: Tensor, low: Tensor, width: int) -> Tensor:
-    """The weight above the last key of each part but the last, parts being `width` keys from `low` on; [parts, S]."""
-    ends = [(low + part * width - 1).int()[:, None] for part in range(1, 1 << DIGIT)]
-    return torch.stack([torch.where(keys > end, weight, 0).sum(dim=-1) for end in ends])
-
-
-def draw(
-    logits: Tensor,
-    mixing: Mixing,
-    settings: Settings,
-    filters: Filters,
-    weights_above: WeightsAbove = _weights_above,
-) -> Tensor:
-    """One token a sequence, [S] int64: DESIGN sections 2.1 to 2.5.
-
-    logits: [rows, V] float32. weights_above: as `_weights_above`.
-    """
-    y = principled_logits(logits, mixing)
-    z = y + direction(logits, mixing)
-    if filters.nucleus:
-        best = y.amax(dim=-1, keepdim=True)
-        mass = ((y - best) / settings.nucleus_temperature[:, None]).exp()
-        kept = leading(y, mass, _share(settings.nucleus_top_p, mass), weights_above)
-        z = z.masked_fill(~kept, -torch.inf)
-    if filters.top_k:
-        limit = torch.where(settings.top_k > 0, settings.top_k.float(), torch.inf)
-        kept = leading(z, torch.ones_like(z), limit, weights_above)
-        z = z.masked_fill(~kept, -torch.inf)
-    best, first = z.max(dim=-1, keepdim=True)
-    if not filters.random:
-        return first.squeeze(1)
-    greedy = settings.temperature == 0
-    mass = ((z - best) / torch.where(greedy, 1.0, settings.temperature)[:, None]).exp()
-    mass = mass * (mass >= settings.min_p[:, None])
-    if filters.top_p:
-        kept = leading(z, mass, _share(settings.top_p, mass), weights_above)
-        mass = mass * kept
-    return torch.where(greedy, first.squeeze(1), inverse_transform(mass, settings.uniform))
-
-
-def leading(x: Tensor, weight: Tensor, limit: Tensor, weights_above: WeightsAbove) -> Tensor:
-    """[S, V] bool: in falling order of x, ties by token id, those before which there is less than `limit`.
-
-    x: [S, V] float32; weight: [S, V] float32, ≥ 0, the same where x is the same. limit: [S] > 0.
-    """
-    bits = (x + 0.0).view(torch.int32)  # −0.0 is 0.0
-    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    threshold: Tensor = _threshold(keys, weight, limit, weights_above)[:, None]
-    above = torch.where(keys > threshold, weight, 0).sum(dim=-1, keepdim=True)
-    tied = keys == threshold
-    each = torch.where(tied, weight, 0).amax(dim=-1, keepdim=True)
-    earlier = tied.cumsum(dim=-1, dtype=torch.int32) - 1
-    return (keys > threshold) | (tied & (above + earlier * each < limit[:, None]))
-
-
-@torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]  # unrolled it takes minutes
-def _threshold(keys: Tensor, weight: Tensor, limit: Tensor, weights_above: WeightsAbove) -> Tensor:
-    """The least key of each line above which the weight is below its limit; [S] int32."""
-    low = torch.full((len(keys),), -(1 << 31), dtype=torch.int64, device=keys.device)
-    for shift in range(32 - DIGIT, -1, -DIGIT):
-        above = weights_above(keys, weight, low, 1 << shift)
-        low = low + ((above >= limit).sum(dim=0) << shift)
-    return low.int()
-
-
 def compiled_draw(backend: str = "inductor") -> Draw:
     """`draw` in few kernels."""
-    weights_above = torch.compile(_weights_above, dynamic=True, backend=backend)  # one pass over memory
-    return partial(torch.compile(draw, dynamic=True, backend=backend), weights_above=weights_above)
-
-
-def _share(top_p: Tensor, mass: Tensor) -> Tensor:
-    """The limit that is top_p of the whole mass; none where top_p is 1."""
-    return torch.where(top_p < 1, (top_p * mass.sum(dim=-1)).clamp(min=TINY), torch.inf)
+    one_pass = torch.compile(weights_above, dynamic=True, backend=backend)
+    return partial(torch.compile(draw, dynamic=True, backend=backend), weights_above=one_pass)

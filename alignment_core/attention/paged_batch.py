@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from alignment_core.scheduler import Row
+from alignment_core.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,17 +147,3 @@ class PagedBatch:
             rows, starts = to_device(np.array(pieces, np.int32).T.copy(), self.row.device)
             self._tiles[num_queries] = rows, starts
         return self._tiles[num_queries]
-
-
-def to_device(array: "np.ndarray[Any, Any]", device: torch.device) -> Tensor:
-    """A copy that the host does not wait for."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-def to_host(tensor: Tensor) -> Tensor:
-    """A copy on the host; on CUDA it is there once the stream has come so far."""
-    if not tensor.is_cuda:
-        return tensor.clone()
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)

@@ -74,9 +74,10 @@ def store(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     paged.layers[layer] = asked
     for pool, new in ((paged.keys[layer], key), (paged.values[layer], value)):
-        if pool.dtype != new.dtype:
-            limit = torch.finfo(pool.dtype).max
-            new = new.clamp(-limit, limit).to(pool.dtype)
+        limit = torch.finfo(pool.dtype).max
+        if limit < torch.finfo(new.dtype).max:
+            new = new.clamp(-limit, limit)
+        new = new.to(pool.dtype)
         _bytes_of(pool).flatten(0, 1).index_copy_(0, paged.slots, _bytes_of(new[0].transpose(0, 1)))
     return paged.keys[layer], paged.values[layer]
 
@@ -105,9 +106,7 @@ def _mask(paged: PagedBatch, rows: slice, window: int | None) -> Tensor:
         num_queries = paged.num_queries[rows.start]
         device = paged.slots.device
         places = torch.arange(_width(paged, rows) * paged.keys[0].shape[1], device=device)
-        ends = torch.tensor(paged.context_lens[rows], device=device)[:, None] - torch.arange(
-            num_queries - 1, -1, -1, device=device
-        )
+        ends = paged.contexts[rows, None] - torch.arange(num_queries - 1, -1, -1, device=device)
         position = ends[:, None, :, None] - 1
         seen = places <= position
         if window is not None:

@@ -10,8 +10,6 @@ from alignment_core.cpu import vocabulary
 from alignment_core.sampling import Settings, choose, draw, uniform
 from tests.oracle import Oracle, Setting
 
-CPU = torch.device("cpu")
-
 
 def settings(n, numbers=None, **changes):
     """n plain sequences at temperature 1; changes: a value for all or a list of n."""
@@ -46,7 +44,7 @@ def test_mixing_equals_the_formula(ratios):
     k = len(ratios)
     weights = tuple(w / sum(range(1, k + 1)) for w in range(1, k + 1))
     logits = torch.randn(k + 1, 50) * 5
-    mixing = Mixing.plan([(weights, linear(weights, ratios), True)], CPU)
+    mixing = Mixing.plan([(weights, linear(weights, ratios), True)])
     z = principled_logits(logits, mixing) + everywhere(logits, mixing)
     setting, prompt = Setting(ratios, weights, top_p=float("inf")), Prompt(((1,),) * k, weights, ratios, (1,))
     oracle = object.__new__(Oracle)  # of logits that are there already
@@ -56,14 +54,14 @@ def test_mixing_equals_the_formula(ratios):
 
 def test_a_plain_row_beside_aligned_ones_is_untouched_to_the_bit():
     logits = torch.randn(6, 1000)
-    mixing = Mixing.plan([((0.5, 0.5), (1.0, 2.0), True), ((1.0,), (0.0,), False), ((1.0,), (3.0,), True)], CPU)
+    mixing = Mixing.plan([((0.5, 0.5), (1.0, 2.0), True), ((1.0,), (0.0,), False), ((1.0,), (3.0,), True)])
     z = principled_logits(logits, mixing) + everywhere(logits, mixing)
     assert torch.equal(z[1], logits[3])
 
 
 def test_the_direction_is_free_of_nan_when_edits_are_minus_infinity():
     logits = torch.randn(2, 10)
-    mixing = Mixing.plan([((1.0,), (5.0,), True)], CPU)
+    mixing = Mixing.plan([((1.0,), (5.0,), True)])
     y = principled_logits(logits, mixing)
     y[:, 3] = -torch.inf
     z = y + everywhere(logits, mixing)
@@ -133,7 +131,7 @@ def test_what_is_left_out_early_makes_no_difference(filters, narrows, monkeypatc
     torch.manual_seed(2)
     logits = torch.randn(64, 3000) * 4
     aligned = filters.get("aligned", False)
-    mixing = Mixing.plan([((1.0,), (2.0 * aligned,), aligned)] * 32, CPU)
+    mixing = Mixing.plan([((1.0,), (2.0 * aligned,), aligned)] * 32)
     y, chosen = principled_logits(logits, mixing), settings(32, **filters)
     sizes, narrow = [], sampling.narrow
 
@@ -171,7 +169,7 @@ def test_the_kernels_passes_over_a_vocabulary_are_torchs(size, share, monkeypatc
 def test_narrow_and_wide_lines_mix():
     torch.manual_seed(3)
     logits = torch.randn(8, 500) * 3
-    mixing = Mixing.plan([((1.0,), (2.0 * a,), a) for a in (True, False, False, True)], CPU)
+    mixing = Mixing.plan([((1.0,), (2.0 * a,), a) for a in (True, False, False, True)])
     y = principled_logits(logits, mixing)
     mixed = settings(
         4, aligned=[True, False, False, True], nucleus_top_p=[0.8, 1.0, 0.5, 1.0], temperature=[0.0, 1.0, 1.0, 2.0]

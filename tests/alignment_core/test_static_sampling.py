@@ -10,16 +10,9 @@ from alignment_core.alignment import Mixing, principled_logits
 from alignment_core.cuda_graphs import Graphs
 from alignment_core.model_runner import ModelRunner
 from alignment_core.sampling import choose
-from alignment_core.static_sampling import (
-    PREPARED,
-    Filters,
-    StaticSampler,
-    _weights_above,
-    compiled_draw,
-    draw,
-    leading,
-)
-from tests.alignment_core.test_alignment import CPU, settings
+from alignment_core.static_draw import PREPARED, Filters, draw, leading, weights_above
+from alignment_core.static_sampling import StaticSampler, compiled_draw
+from tests.alignment_core.test_alignment import settings
 from tests.alignment_core.test_engine import GREEDY, aligned, judge
 from tests.conftest import make_engine, run_all
 
@@ -47,7 +40,7 @@ def step(filters, lines, ties):
     if ties:
         logits = (logits * 2).round() / 2
     aligned = filters.get("aligned", False)
-    mixing = Mixing.plan([((1.0,), (2.0 * aligned,), True)] * lines, CPU)
+    mixing = Mixing.plan([((1.0,), (2.0 * aligned,), True)] * lines)
     return logits, mixing, settings(lines, **filters)
 
 
@@ -81,7 +74,7 @@ def test_sequences_of_all_kinds_in_one_step():
         "top_p": 1.0,
     }
     asked = settings(len(CASES), **{name: [c.get(name, value) for c in CASES] for name, value in values.items()})
-    mixing = Mixing.plan([((1.0,), (2.0 * c.get("aligned", False),), True) for c in CASES], CPU)
+    mixing = Mixing.plan([((1.0,), (2.0 * c.get("aligned", False),), True) for c in CASES])
     together = draw(logits, mixing, asked, Filters.of(asked))
     for i, case in enumerate(CASES):
         index = torch.tensor([i])
@@ -160,7 +153,7 @@ def test_unusual_sequences_are_drawn_beside_usual_ones(tiny, batch_invariant):
 def test_several_principles():
     torch.manual_seed(7)
     logits = torch.randn(5, 500) * 3
-    mixing = Mixing.plan([((0.25, 0.75), (1.0, 3.0), True), ((1.0,), (2.0,), True)], CPU)
+    mixing = Mixing.plan([((0.25, 0.75), (1.0, 3.0), True), ((1.0,), (2.0,), True)])
     asked = settings(2, aligned=True, nucleus_top_p=0.9)
     assert torch.equal(draw(logits, mixing, asked, Filters.of(asked)), expected(logits, mixing, asked))
 
@@ -172,7 +165,7 @@ def test_leading_against_sorting():
     x[:, 3] = -0.0
     weight = x.exp()
     limit = torch.rand(50) * weight.sum(dim=-1)
-    kept = leading(x, weight, limit, _weights_above)
+    kept = leading(x, weight, limit, weights_above)
     for line in range(50):
         order = torch.sort(x[line], descending=True, stable=True).indices
         before = weight[line][order].double().cumsum(0) - weight[line][order]

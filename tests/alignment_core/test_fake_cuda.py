@@ -1,0 +1,381 @@
+"""What is meant for a GPU, on a made-up one: the engine as it is there, CUDA graphs that replay what they recorded,
+attention by the Triton kernels, every copy and every wait seen. Judged by the oracle.
+
+Layers and draw are not compiled here, see test_compiled_for_cuda.py.
+"""
+
+import copy
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+
+from alignment_core import (
+    Prompt,
+    alignment,
+    model_runner,
+    scheduler,
+    static_decodes,
+    static_draw,
+    static_sampling,
+)
+from alignment_core import engine as engine_module
+from alignment_core.attention import paged_triton
+from alignment_core.cuda_graphs import Graphs
+from alignment_core.sequence import Structure
+from alignment_core.transfer import to_device, to_host
+from tests.alignment_core import test_speculation
+from tests.alignment_core.test_engine import GREEDY, aligned, judge
+from tests.alignment_core.test_grammars import allowed_by
+from tests.conftest import make_engine, run_all, tiny_pair, token_ids
+from tests.fake_cuda import CUDA, CudaTensor, FakeCuda, Fault
+
+SHORT = replace(GREEDY, max_tokens=6)
+WHERE_THE_HOST_WAITS = {"flight.py:wait: Event.synchronize"}  # for the tokens of the step before, and nowhere else
+
+
+@pytest.fixture
+def cuda(monkeypatch, caplog):
+    """The device, entered while the test runs. What fails in a draw is logged and done otherwise, so nothing may be."""
+    device = FakeCuda()
+    device.patch(monkeypatch, (paged_triton, "_attend_kernel"), (paged_triton, "_combine_kernel"))
+    monkeypatch.setattr(paged_triton, "PROGRAMS", 8)  # few, as Triton's interpreter is slow
+    for module in (engine_module, scheduler):
+        monkeypatch.setattr(module, "SPECULATIVE_BATCH", 4)  # few sizes are captured
+    monkeypatch.setattr(model_runner, "compile_layers", lambda _: None)
+    monkeypatch.setattr(static_sampling, "compiled_draw", lambda: static_draw.draw)
+    with device:
+        yield device
+    assert [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR] == []
+
+
+def several():
+    """Two principles."""
+    one, two = (aligned(2.0, extra=extra).principled[0] for extra in (9, 4))
+    return Prompt((one, two), (0.25, 0.75), (2.0, 1.0), aligned(2.0).base)
+
+
+def engine_on(cuda, tokenizer, dtype=torch.float32, model=None, warm_up=False, **config):
+    """A tiny model's engine on the device, and the oracle.
+
+    model: changes of its configuration. warm_up: everything is captured at the start, as on a GPU, or else when it is
+    first run, which is sooner done.
+    """
+    changes = {"vocab_size": 300, "num_hidden_layers": 2, **(model or {})}
+    loaded, oracle = tiny_pair(tokenizer, kernels=False, **changes)
+    rotary = copy.deepcopy(loaded.model.model.rotary_emb)
+    loaded.model.to(dtype)
+    loaded.model.model.rotary_emb = rotary  # a checkpoint's stays float32
+    cuda.take(loaded.model)
+    with pytest.MonkeyPatch.context() as patch:
+        if not warm_up:
+            for part in (static_sampling.StaticSampler, static_decodes.StaticDecodes):
+                patch.setattr(part, "warm_up", lambda _: None)
+        sizes = {"num_pages": 100, "max_num_seqs": 4, "num_speculative_tokens": 0}
+        engine = make_engine(loaded, **sizes | config)
+    assert engine.runner.backend == paged_triton.NAME
+    assert set(cuda.waits) == set()
+    cuda.num_launches = 0
+    return engine, oracle
+
+
+def replays(engine):
+    return sum(graph.num_replays for graph in engine.runner.graphs._graphs.values())
+
+
+FEATURES = {
+    "plain and aligned": [(aligned(2.0, 20), SHORT, {}), (aligned(0, 35, 3), SHORT, {})],
+    "several principles": [(several(), SHORT, {}), (aligned(2.0, 20), SHORT, {})],
+    "away from a principle": [(aligned(-3.0, 20), SHORT, {})],
+    "penalties": [
+        (aligned(2.0, 20), replace(SHORT, presence_penalty=2.0, frequency_penalty=1.0),
+         {"presence": 2.0, "frequency": 1.0}),
+        (aligned(0, 20), replace(SHORT, repetition_penalty=1.5), {"repetition": 1.5}),
+    ],
+    "biases": [(aligned(2.0, 20), replace(SHORT, logit_bias={5: 90.0, 76: -90.0}), {"bias": ((5, 90.0), (76, -90.0))})],
+    "min_tokens": [
+        (aligned(0, 20), replace(SHORT, min_tokens=5, ignore_eos=False, stop_token_ids=frozenset({85})),
+         {"min_tokens": 5, "stop_ids": (2, 85)}),
+    ],
+    "adaptive": [(replace(aligned(2.0, 20), method="adaptive"), SHORT, {"scale": alignment.ADAPTIVE_SCALE})],
+    "opad": [(replace(aligned(2.0, 20), method="opad"), SHORT, {"top_p": 1.0})],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_replies_equal_the_oracle_and_the_host_waits_for_tokens_alone(cuda, tokenizer, feature):
+    engine, oracle = engine_on(cuda, tokenizer)
+    asked = FEATURES[feature]
+    replies = run_all(engine, [(prompt, params) for prompt, params, _ in asked])
+    assert set(cuda.waits) == WHERE_THE_HOST_WAITS
+    assert replays(engine) >= 5
+    assert cuda.num_launches > 0
+    for (prompt, _, setting), outputs in zip(asked, replies, strict=True):
+        assert len(judge(oracle, prompt, outputs, method=prompt.method, **setting)) == 6
+
+
+def test_all_is_captured_at_the_start(cuda, tokenizer):
+    """So that no request waits for a capture; and nothing waits for the device."""
+    engine, oracle = engine_on(cuda, tokenizer, warm_up=True)
+    captured = len(engine.runner.graphs)
+    assert captured == 4 + 3 * len(static_draw.PREPARED)  # 1, 2, 4 and 8 rows; 2, 4 and 8 sequences
+    (outputs,) = run_all(engine, [(aligned(2.0, 20), SHORT)])
+    judge(oracle, aligned(2.0, 20), outputs)
+    assert len(engine.runner.graphs) == captured
+
+
+def test_chunks_and_preemption(cuda, tokenizer):
+    engine, oracle = engine_on(cuda, tokenizer, page_size=8, num_pages=14, max_num_batched_tokens=40)
+    requests = [(prompt, SHORT) for prompt in (aligned(2.0, 20), aligned(0, 35, 3), aligned(2.0, 20, 5))]
+    for (prompt, _), outputs in zip(requests, run_all(engine, requests), strict=True):
+        assert len(judge(oracle, prompt, outputs)) == 6
+    assert engine.scheduler.num_preemptions
+    assert set(cuda.waits) == WHERE_THE_HOST_WAITS
+    assert engine.pool.num_free == engine.pool.num_pages
+
+
+def test_a_prefix_is_found(cuda, tokenizer):
+    engine, oracle = engine_on(cuda, tokenizer)
+    for _ in range(2):
+        (outputs,) = run_all(engine, [(aligned(2.0, 40), SHORT)])
+        judge(oracle, aligned(2.0, 40), outputs)
+    assert outputs[-1].usage.prefix_cached_tokens >= 64
+    assert set(cuda.waits) == WHERE_THE_HOST_WAITS
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {"temperature": 0.7, "top_p": 0.9},
+        {"temperature": 1.0, "top_k": 5, "min_p": 0.01},
+        {"temperature": 1.0, "top_k": 5, "presence_penalty": 1.0},  # not captured
+    ],
+    ids=str,
+)
+def test_a_seed_draws_the_tokens_of_a_cpu(cuda, tokenizer, filters):
+    prompts = [aligned(2.0, 20), aligned(0, 25), several()]
+    requests = [(prompt, replace(SHORT, seed=i, **filters)) for i, prompt in enumerate(prompts)]
+    engine, _ = engine_on(cuda, tokenizer)
+    drawn = [token_ids(outputs) for outputs in run_all(engine, requests)]
+    assert set(cuda.waits) == WHERE_THE_HOST_WAITS
+    on_cpu = tiny_pair(tokenizer, kernels=False, vocab_size=300, num_hidden_layers=2)[0]
+    assert drawn == [token_ids(outputs) for outputs in run_all(make_engine(on_cpu, num_pages=100), requests)]
+
+
+def test_log_probabilities_and_traces(cuda, tokenizer):
+    """The numbers of a CPU, where test_edits.py and test_methods.py judge them."""
+    params = replace(SHORT, logprobs=3, logit_bias={7: 1.0})
+    requests = [
+        (aligned(2.0, 20), replace(params, trace=True)),
+        (aligned(0, 25), params),
+        (several(), replace(params, trace=True, presence_penalty=1.0)),
+        (replace(aligned(2.0, 15), given=(7, 8, 9)), replace(params, logit_bias={})),
+    ]
+    engine, _ = engine_on(cuda, tokenizer)
+    reports = [[report for output in outputs for report in output.logprobs] for outputs in run_all(engine, requests)]
+    assert set(cuda.waits) == WHERE_THE_HOST_WAITS
+    on_cpu = tiny_pair(tokenizer, kernels=False, vocab_size=300, num_hidden_layers=2)[0]
+    expected = run_all(make_engine(on_cpu, num_pages=100), requests)
+    for mine, outputs in zip(reports, expected, strict=True):
+        theirs = [report for output in outputs for report in output.logprobs]
+        assert len(mine) == len(theirs) >= 6
+        for a, b in zip(mine, theirs, strict=True):
+            assert flat(a)[0] == flat(b)[0]
+            assert flat(a)[1] == pytest.approx(flat(b)[1], abs=1e-4)
+
+
+def flat(report):
+    """Its integers, and its floats."""
+    parts = [report] if report.trace is None else [report, report.trace.principled, report.trace.base]
+    ids = [[part.token_id, *(id for id, _ in part.top)] for part in parts]
+    values = [value for part in parts for value in (part.logprob, *(value for _, value in part.top))]
+    if report.trace is not None:
+        ids.append([report.trace.num_plausible])
+        values.append(report.trace.kl)
+    return ids, values
+
+
+def test_masks_of_a_structure(cuda, tokenizer):
+    engine, oracle = engine_on(cuda, tokenizer, model={"vocab_size": len(tokenizer)}, max_num_seqs=2)
+    structure = Structure("regex", "[a-c]{3,6} [0-9]z")
+    prompt, params = aligned(2.0, 20), replace(SHORT, structure=structure, ignore_eos=False)
+    (outputs,) = run_all(engine, [(prompt, params)])
+    judge(oracle, prompt, outputs, allowed=allowed_by(engine, structure))
+    assert set(cuda.waits) == WHERE_THE_HOST_WAITS
+
+
+def test_drafts_are_accepted(cuda, tokenizer):
+    engine, oracle = engine_on(
+        cuda, tokenizer, model={"vocab_size": 8, "num_hidden_layers": 3}, num_speculative_tokens=4, max_num_seqs=2
+    )
+    prompt = test_speculation.prompts()[1]
+    (outputs,) = run_all(engine, [(prompt, replace(GREEDY, max_tokens=30))])
+    judge(oracle, prompt, outputs)
+    assert engine.stats().num_tokens_accepted > 0
+    assert set(cuda.waits) == WHERE_THE_HOST_WAITS
+
+
+def test_a_step_in_halves(cuda, tokenizer):
+    """The host waits where a step is taken apart: there is no memory to go on without."""
+    engine, oracle = engine_on(cuda, tokenizer)
+    run, failed = engine.runner.run, []
+
+    def little_memory(plan):
+        if len(plan.token_ids) > 16:
+            failed.append(len(plan.token_ids))
+            raise torch.OutOfMemoryError("injected")
+        return run(plan)
+
+    engine.runner.run = little_memory
+    (outputs,) = run_all(engine, [(aligned(2.0, 20), SHORT)])
+    judge(oracle, aligned(2.0, 20), outputs)
+    assert failed
+    in_halves = {
+        "model_runner.py:<listcomp>: a copy to the host",
+        "model_runner.py:_in_place: a copy from pageable memory",
+    }
+    assert set(cuda.waits) == WHERE_THE_HOST_WAITS | in_halves
+
+
+@pytest.mark.parametrize("config", [{"enforce_eager": True}, {"batch_invariant": True}], ids=str)
+def test_other_ways_to_run(cuda, tokenizer, config):
+    engine, oracle = engine_on(cuda, tokenizer, **config)
+    assert engine.runner.captures == ("enforce_eager" not in config)
+    (outputs,) = run_all(engine, [(aligned(2.0, 20), SHORT)])
+    judge(oracle, aligned(2.0, 20), outputs)
+    assert set(cuda.waits) == WHERE_THE_HOST_WAITS
+
+
+def test_attention_that_gathers(cuda, tokenizer, monkeypatch):
+    """Where there is no Triton."""
+    monkeypatch.setattr(model_runner, "_choose_backend", lambda _: model_runner.sdpa.NAME)
+    monkeypatch.setattr(paged_triton, "NAME", model_runner.sdpa.NAME)
+    engine, oracle = engine_on(cuda, tokenizer)
+    (outputs,) = run_all(engine, [(aligned(2.0, 20), SHORT)])
+    judge(oracle, aligned(2.0, 20), outputs)
+    assert cuda.num_launches == 0
+    assert set(cuda.waits) == WHERE_THE_HOST_WAITS
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv_cache_dtype"),
+    [
+        (torch.float32, "bfloat16"),
+        (torch.float32, "float16"),
+        (torch.float32, "fp8"),
+        (torch.bfloat16, "auto"),
+        (torch.bfloat16, "float32"),
+        (torch.bfloat16, "fp8"),
+    ],
+    ids=str,
+)
+def test_keys_and_values_of_any_dtype(cuda, tokenizer, dtype, kv_cache_dtype):
+    """Logits of a prompt in two chunks, beside those of float32: as near as the dtypes allow."""
+    small = {"initializer_range": 0.1}
+    prompt = aligned(0, 40)
+    engine, oracle = engine_on(
+        cuda, tokenizer, dtype, small, kv_cache_dtype=kv_cache_dtype, max_num_batched_tokens=25, enforce_eager=True
+    )
+    seen = []
+    forward = engine.runner.forward
+    engine.runner.forward = lambda step: seen.append(forward(step)) or seen[-1]
+    run_all(engine, [(prompt, replace(SHORT, max_tokens=1))])
+    expected = oracle.logits(list(prompt.principled[0]))[-1].log_softmax(-1)
+    got = seen[-1].inner[0].double().log_softmax(-1)
+    assert (expected.exp() * (expected - got)).sum() < 0.02
+    assert engine.runner._keys[0].dtype == model_runner.KV_DTYPES.get(kv_cache_dtype, dtype)
+    assert set(cuda.waits) == WHERE_THE_HOST_WAITS
+
+
+# Planted faults
+
+
+def plant(monkeypatch, module, name, fault):
+    """Let a function do something before it does what it does."""
+    function = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args, **kwargs: (fault(*args), function(*args, **kwargs))[1])
+
+
+def test_a_look_at_a_value_in_the_draw_is_seen(cuda, tokenizer, monkeypatch):
+    plant(monkeypatch, static_draw, "inverse_transform", lambda mass, _: mass.sum().item())
+    with pytest.raises(Fault, match=r"refuses aten\._local_scalar_dense.*test_fake_cuda\.py:\d+"):
+        engine_on(cuda, tokenizer, warm_up=True)
+
+
+def test_a_nonzero_in_what_is_captured_is_seen(cuda, tokenizer, monkeypatch):
+    plant(monkeypatch, static_draw, "leading", lambda x, *_: (x > 0).nonzero())
+    with pytest.raises(Fault, match=r"refuses aten\.nonzero.*test_fake_cuda\.py:\d+"):
+        engine_on(cuda, tokenizer, warm_up=True)
+
+
+def test_a_look_beside_what_is_captured_is_seen(cuda, tokenizer, monkeypatch):
+    engine, _ = engine_on(cuda, tokenizer)
+    plant(monkeypatch, engine_module, "draw", lambda logits, *_: logits.isnan().any().item())
+    run_all(engine, [(aligned(2.0, 20), SHORT)])
+    assert set(cuda.waits) - WHERE_THE_HOST_WAITS == {"test_fake_cuda.py:<lambda>: aten._local_scalar_dense.default"}
+
+
+def test_an_index_on_the_host_in_the_mixing_is_seen(cuda, tokenizer, monkeypatch):
+    monkeypatch.setattr(alignment.Mixing, "to", lambda mixing, _: mixing)
+    engine, _ = engine_on(cuda, tokenizer)
+    run_all(engine, [(several(), SHORT)])
+    assert any("with an index on the host" in wait for wait in cuda.waits)
+
+
+@pytest.mark.parametrize(
+    ("fault", "refused"),
+    [
+        (lambda x: x + torch.ones(3), "operands on two devices"),
+        (lambda x: torch.cat([x, torch.ones(3)]), "operands on two devices"),
+        (lambda x: x[torch.tensor([0, 2])], "index on the host"),
+        (lambda x: x[[0, 2]], "a list as an index"),
+        (lambda x: x[x > 0], "index.Tensor"),
+        (lambda x: x.normal_(), "random numbers"),
+        (lambda x: x.tolist(), "tolist"),
+        (lambda x: bool(x.any()), "_local_scalar_dense"),
+        (lambda x: x.to("cpu"), "a copy to the host"),
+        (lambda x: to_host(x), "a copy to the host"),
+        (lambda x: to_device(torch.ones(3), x.device), "a copy from the host"),
+        (lambda x: torch.tensor([1.0], device=x.device), "tensor"),
+        (lambda _: torch.cuda.empty_cache(), "empty_cache"),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("cuda")
+def test_what_a_capture_refuses(fault, refused):
+    x = CudaTensor(torch.ones(3))
+    graphs = Graphs(CUDA)
+    with pytest.raises(Fault, match=refused):
+        graphs.run("key", lambda: fault(x))
+    assert len(graphs) == 0
+
+
+def test_a_graph_repeats_what_it_recorded(cuda):
+    """Python does not run again, so a number that it has changed meanwhile is not seen."""
+    x, out, numbers = CudaTensor(torch.ones(2)), CudaTensor(torch.zeros(2)), [10]
+    graphs = Graphs(CUDA)
+    with torch.inference_mode():
+        for value, number, expected in ((1, 10, 12), (5, 99, 20)):
+            x.fill_(value)
+            numbers[0] = number
+            graphs.run("key", lambda: out.copy_((x * 2).add_(numbers[0])))
+            assert out.inner.tolist() == [expected] * 2
+    assert cuda.waits == {}
+
+
+@pytest.mark.usefixtures("cuda")
+def test_the_host_has_a_copy_only_after_an_event():
+    device = CudaTensor(torch.ones(2))
+    host = to_host(device)
+    assert host.isnan().all()
+    event = torch.cuda.Event()
+    event.record()
+    device.fill_(2.0)
+    event.synchronize()
+    assert host.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.usefixtures("cuda")
+def test_what_nobody_has_written_is_noticed():
+    assert torch.empty(2, device=CUDA).inner.isnan().all()
+    assert CudaTensor(torch.ones(2)).new_empty(2).inner.isnan().all()
