@@ -247,10 +247,10 @@ def has_outliers(model: PreTrainedModel) -> bool:
     return bool(getattr(model, "is_loaded_in_8bit", False))
 
 
-def compile_layers(model: PreTrainedModel) -> None:
+def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
     """Let torch fuse what decoder layers do around their attention."""
     for layer in model.get_decoder().layers:
-        layer.compile(dynamic=True)
+        layer.compile(dynamic=True, backend=backend)
 
 
 def _choose_backend(model: PreTrainedModel) -> str:

@@ -1,5 +1,6 @@
 """What is made for CUDA, as far as a CPU goes: the same code around kernels that Triton interprets."""
 
+from collections import defaultdict
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -65,6 +66,36 @@ def test_compiled_layers_equal_the_oracle(tokenizer):
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     run_all(engine, [(aligned(2.0, 20, i), params) for i in range(4)])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before  # whatever the number of rows
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_layers_are_compiled_at_the_start_and_never_again(tokenizer, model_type, monkeypatch):
+    """However many layers, rows and tokens a step has; they break at their attention and nowhere else.
+
+    The kernels do nothing here: what layers compute is judged above.
+    """
+    monkeypatch.setattr(model_runner, "_choose_backend", lambda _: paged_triton.NAME)
+    AttentionInterface.register(paged_triton.NAME, paged_triton.attend)
+    for name in ("_attend_kernel", "_combine_kernel"):
+        monkeypatch.setattr(paged_triton, name, defaultdict(lambda: lambda *_, **__: None))
+    num_layers = torch._dynamo.config.recompile_limit + 1  # a graph for each would be more than torch keeps
+    changes = {"vocab_size": 300, "num_hidden_layers": num_layers, **ARCHITECTURES[model_type]}
+    loaded, _ = tiny_pair(tokenizer, model_type, kernels=False, **changes)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_layers(loaded.model, "aot_eager")
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        engine = make_engine(loaded, static=True, num_pages=400, max_num_seqs=2, max_num_batched_tokens=40)
+        engine.runner._static.warm_up()
+        counters = torch._dynamo.utils.counters
+        compiled = counters["stats"]["unique_graphs"]
+        assert compiled
+        for length, company in ((20, 0), (45, 1), (70, 2)):
+            requests = [(aligned(2.0, length), replace(GREEDY, max_tokens=3))] * (1 + company)
+            run_all(engine, requests)
+            assert counters["stats"]["unique_graphs"] == compiled
+    (reason,) = counters["graph_break"]
+    assert "function attend" in reason
 
 
 def test_padded_sizes():
