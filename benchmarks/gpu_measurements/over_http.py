@@ -1,0 +1,56 @@
+"""As many streams as stand for 256 through the server and its own load test, against the engine alone."""
+
+import asyncio
+import socket
+import threading
+import time
+from dataclasses import replace
+from typing import Any
+
+from alignment_core import Principle
+from gpu_measurements.bench import GREEDY, RATIO, Bench, finish, start
+
+
+def over_http(bench: Bench) -> dict[str, float]:
+    import uvicorn  # here, as nothing else needs the server's packages
+
+    from server.app import create_app
+    from server.bench import BenchSettings, chats
+    from server.bench import bench as load_test
+    from server.settings import Settings
+
+    many, reply = bench.shape.many, bench.shape.reply
+    settings = BenchSettings(
+        requests=many, warmup=0, concurrency=many, prompt_words=bench.shape.prompt, max_tokens=reply,
+        principle="w5 " * bench.shape.principle, alignment_ratio=RATIO,
+    )  # fmt: skip
+    alone = rate_alone(bench, chats(settings, "random"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    app = create_app(bench.engine, Settings())
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.1)
+        settings.url = f"http://127.0.0.1:{port}"
+        result = asyncio.run(load_test(settings))
+    finally:
+        server.should_exit = True
+        thread.join()
+    assert not result["failures"], result["failures"][:3]
+    return {"256 over HTTP, tokens/s": result["tokens_per_s"], "256 without HTTP, tokens/s": alone}
+
+
+def rate_alone(bench: Bench, bodies: list[Any]) -> float:
+    """Tokens a second of the engine for the same requests; it forgets their prefixes afterwards."""
+    engine = bench.engine
+    prompts = [engine.prompts.build(b["messages"], [Principle(b["principle"], ratio=RATIO)]) for b in bodies]
+    replies = start(engine, prompts, replace(GREEDY, max_tokens=bench.shape.reply, ignore_eos=False))
+    seconds = bench.timed(lambda: finish(engine))
+    engine.pool._page_of.clear()
+    engine.pool._hash_of.clear()
+    return sum(map(len, replies)) / seconds

@@ -1,0 +1,101 @@
+"""How near the device comes to the float64 oracle, and whether its numbers depend on the company."""
+
+import hashlib
+import json
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.nn.functional import kl_div
+
+from alignment_core import Engine, EngineConfig, Prompt
+from alignment_core.loading import LoadedModel
+from gpu_measurements.bench import GREEDY, RATIO, SMALL, Bench, exact_model, finish, random_model, start
+from gpu_measurements.smoke import EXPECTED
+
+SEED, SCALE = 2, 0.1
+REPLY = 64
+NUM_PROMPTS = 24
+CONFIG = EngineConfig(max_num_seqs=32, num_pages=2000, static=True, num_speculative_tokens=0)
+
+
+def judged_prompt(number: int) -> Prompt:
+    """One of those that the oracle has been asked about."""
+    ids = tuple((37 * i * i + 101 * i + 977 * number) % 31_000 + 10 for i in range(50))
+    return Prompt((ids[:5] + tuple(range(50, 60)) + ids[5:],), (1.0,), (RATIO,), ids)
+
+
+def float32(bench: Bench) -> dict[str, Any]:
+    """24 greedy aligned replies of 64 tokens in float32: how many differ from the oracle's."""
+    expected = json.loads(EXPECTED.read_text())["float32"]
+    chosen = expected["replies"] if bench.on_cuda else expected["replies"][:1]
+    most = REPLY if bench.on_cuda else 8
+    loaded = exact_model(SMALL, torch.float32, bench.device, SCALE, SEED)
+    assert checksum(loaded) == expected["weights"], "the weights are not those that the oracle was asked about"
+    engine = Engine(loaded, CONFIG)
+    replies = start(engine, [judged_prompt(r["prompt"]) for r in chosen], replace(GREEDY, max_tokens=most))
+    finish(engine)
+    wrong = [
+        {"prompt": r["prompt"], "expected": r["tokens"][:most], "got": tokens}
+        for r, tokens in zip(chosen, replies, strict=True)
+        if r["tokens"][:most] != tokens
+    ]
+    return {"float32 replies that differ": len(wrong), "float32 replies": len(chosen), "those that differ": wrong[:2]}
+
+
+def checksum(loaded: LoadedModel) -> str:
+    digest = hashlib.sha256()
+    for parameter in loaded.model.parameters():
+        digest.update(parameter.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def bfloat16(bench: Bench) -> dict[str, float]:
+    """Mean KL of the engine in bfloat16 to transformers' own pass in float32, nats a token of a greedy reply."""
+    expected = json.loads(EXPECTED.read_text())["float32"]["replies"][: 8 if bench.on_cuda else 1]
+    exact = exact_model(SMALL, torch.float32, bench.device, SCALE, SEED)
+    engine = Engine(exact_model(SMALL, torch.bfloat16, bench.device, SCALE, SEED), CONFIG)
+    divergences = []
+    for reply in expected:
+        prompt, tokens = judged_prompt(reply["prompt"]), reply["tokens"][: REPLY if bench.on_cuda else 4]
+        wanted = log_probabilities(exact.model, prompt.principled[0], tokens)
+        got = forced(engine, Prompt(prompt.principled), tokens)
+        divergences.append(kl_div(got, wanted, log_target=True, reduction="none").sum(-1))
+    return {"bfloat16 KL, nats": float(torch.cat(divergences).mean())}
+
+
+@torch.inference_mode()
+def log_probabilities(model: Any, prompt: tuple[int, ...], tokens: list[int]) -> torch.Tensor:
+    """[tokens, V] of each token of a reply, by one call without a cache in torch's own attention."""
+    model.set_attn_implementation("eager")
+    ids = torch.tensor([[*prompt, *tokens[:-1]]], device=model.device)
+    return model(ids, use_cache=False).logits[0, len(prompt) - 1 :].float().log_softmax(-1)
+
+
+def forced(engine: Engine, prompt: Prompt, tokens: list[int]) -> torch.Tensor:
+    """[tokens, V] log-probabilities of the engine's own path while it is made to reply `tokens`."""
+    seen: list[torch.Tensor] = []
+    sample, wanted = engine._sample, iter(tokens)
+
+    def spy(logits: torch.Tensor, *_: object) -> torch.Tensor:
+        seen.append(logits[:1].float().log_softmax(-1).clone())
+        return engine.runner.drawn[:1].fill_(next(wanted))
+
+    engine._sample = spy
+    start(engine, [prompt], replace(GREEDY, max_tokens=len(tokens)))
+    finish(engine)
+    engine._sample = sample
+    return torch.cat(seen)
+
+
+def invariance(bench: Bench) -> dict[str, int]:
+    """A greedy reply in bfloat16, alone and among others, in batch-invariant mode: tokens that differ."""
+    shape = SMALL if bench.on_cuda else bench.shape.model
+    replies = []
+    for company in (0, 15 if bench.on_cuda else 2):
+        loaded = random_model(shape, torch.bfloat16, bench.device, 0.06)
+        engine = Engine(loaded, replace(CONFIG, batch_invariant=True))
+        prompts = [bench.prompt(i, True, shape["vocab_size"]) for i in range(1 + company)]
+        replies.append(start(engine, prompts, replace(GREEDY, max_tokens=64 if bench.on_cuda else 8))[0])
+        finish(engine)
+    return {"tokens that differ in company": sum(a != b for a, b in zip(*replies, strict=True))}

@@ -1,0 +1,101 @@
+"""Attention alone, by backend; and prompt lookup where it is right."""
+
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from alignment_core import Prompt
+from alignment_core.attention import sdpa
+from alignment_core.attention.paged_batch import LayerAttention, PagedBatch, Plan
+from alignment_core.scheduler import Row
+from alignment_core.sequence import Branch
+from gpu_measurements.bench import RATIO, Bench, finish, forget, start_decodes
+
+
+def attention(bench: Bench) -> dict[str, Any]:
+    """One layer's attention of decodes over a paged cache: our backends and torch's, where it takes pages.
+
+    In bytes of keys and values a second, for one aligned request and for many.
+    """
+    shape = bench.shape
+    dtype, heads, kv_heads = torch.bfloat16, shape.model["num_attention_heads"], shape.model["num_key_value_heads"]
+    dim = shape.model["hidden_size"] // heads
+    context = shape.prompt + shape.principle + shape.reply
+    measured: dict[str, Any] = {}
+    for num_rows in (2, 2 * shape.many):
+        for name, attend, page_size in backends(bench.on_cuda):
+            num_pages = -(-context // page_size)
+            pages = torch.randperm(num_rows * num_pages).view(num_rows, num_pages).tolist()
+            rows = [Row(Branch([0] * context, own), context - 1, context) for own in pages]
+            pool = [
+                torch.randn(num_rows * num_pages, page_size, kv_heads, dim, device=bench.device, dtype=dtype)
+                for _ in range(2)
+            ]
+            paged = PagedBatch.of(Plan.of(rows, [], page_size), *([part] for part in pool))
+            query, key, value = (
+                torch.randn(1, n, num_rows, dim, device=bench.device, dtype=dtype) for n in (heads, kv_heads, kv_heads)
+            )
+            layer = torch.nn.Module()
+            layer.layer_idx = 0  # type: ignore[assignment]
+
+            def run() -> None:
+                for _ in range(10):
+                    attend(layer, query, key, value, None, paged=paged, scaling=dim**-0.5)  # noqa: B023
+
+            label = f"attention, {num_rows} rows, {name}, GB/s"
+            try:
+                run()
+                seconds = statistics.median(bench.timed(run) for _ in range(5)) / 10
+            except (TypeError, RuntimeError, NotImplementedError) as error:
+                measured[label] = f"{type(error).__name__}: {error}"
+                continue
+            measured[label] = 2 * num_rows * context * kv_heads * dim * dtype.itemsize / seconds / 1e9
+    return measured
+
+
+def backends(on_cuda: bool) -> Iterator[tuple[str, Any, int]]:
+    """Name, function and page size of what can attend to pages here."""
+    yield "gathered", sdpa.attend, 16
+    if not on_cuda:
+        return
+    from alignment_core.attention import paged_triton
+
+    yield "Triton", paged_triton.attend, 16
+    from torch.nn.attention.varlen import varlen_attn
+
+    def torchs(layer: Any, query: Any, key: Any, value: Any, _: None, *, paged: PagedBatch, scaling: float) -> None:
+        keys, values = sdpa.store(layer, key, value, paged, LayerAttention(scaling, None, None))
+        varlen_attn(
+            query[0].transpose(0, 1), keys, values, paged.query_ends, None, 1, max(paged.context_lens),
+            scale=scaling, window_size=(-1, 0), enable_gqa=True, seqused_k=paged.contexts, block_table=paged.page_table,
+        )  # fmt: skip
+
+    yield "torch's varlen", torchs, 256  # the least that its kernels of Ampere take
+
+
+def prompt_lookup(bench: Bench) -> dict[str, float]:
+    """A model that copies: after word n it says word n + 1, whatever its layers compute. The same work, with drafts."""
+    period, model = bench.shape.prompt, bench.loaded.model
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        words = torch.arange(10, 10 + period, device=bench.device)
+        output[words.roll(-1)] = embedding[words]
+    ids = tuple((i % period) + 10 for i in range(2 * period))
+    prompt = Prompt(((*ids[:5], 5, 6, 7, *ids[5:]),), (1.0,), (RATIO,), ids)
+    measured = {}
+    for name, most in (("without drafts, s", 0), ("with drafts, s", 8)):
+        engine = bench.new_engine(num_speculative_tokens=most, max_num_seqs=4)
+        for _ in range(2):
+            forget(engine)
+            start_decodes(engine, [prompt], bench.shape.reply)
+            measured[name] = bench.timed(lambda engine=engine: finish(engine))  # type: ignore[misc]
+        if most:
+            assert engine.stats().num_tokens_accepted > bench.shape.reply / 2
+        del engine
+        bench.tidy()
+    return measured

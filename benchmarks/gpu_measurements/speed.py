@@ -1,0 +1,159 @@
+"""The engine on the large model: one request, 64, 256; and where the time of a step goes."""
+
+import statistics
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from gpu_measurements.bench import GREEDY, Bench, finish, forget, start, start_decodes
+
+PROFILED_STEPS = 8
+TOP = 20  # kernels
+
+
+def engine_start(bench: Bench) -> dict[str, Any]:
+    """Weights, KV cache, compiled layers and draws, CUDA graphs: what later measurements share."""
+    weights = bench.timed(lambda: bench.loaded)
+    engine_seconds = bench.timed(lambda: bench.engine)
+    engine = bench.engine
+    model = bench.loaded.model
+    read = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
+    return {
+        "making the weights, s": weights,
+        "engine start, s": engine_seconds,
+        "bytes of weights that a step reads": read,
+        "CUDA graphs": len(engine.runner.graphs),
+        "attention": engine.runner.backend,
+        "pages of the KV cache": engine.pool.num_pages,
+    }
+
+
+def one(bench: Bench) -> dict[str, float]:
+    """Decode steps of one request, and the copy bandwidth that bounds them."""
+    measured: dict[str, float] = {"copy bandwidth, bytes/s": bandwidth(bench)}
+    decode_time(bench, 1, True)  # the first time is for what is compiled late
+    for name, aligned in (("plain", False), ("aligned", True)):
+        measured[f"1 {name}, s a step"] = bench.median(lambda aligned=aligned: decode_time(bench, 1, aligned))  # type: ignore[misc]
+    return measured
+
+
+def some(bench: Bench) -> dict[str, float]:
+    """From the first prefill to the last token of 64 requests."""
+    number = bench.shape.some
+    total_time(bench, number, True, max_tokens=4)
+    return {"row tokens of 64 aligned": 2 * number * bench.shape.reply} | {
+        f"64 {name}, s": bench.median(lambda aligned=aligned: total_time(bench, number, aligned))  # type: ignore[misc]
+        for name, aligned in (("plain", False), ("aligned", True))
+    }
+
+
+def many(bench: Bench) -> dict[str, float]:
+    """The same for 256 aligned requests, and for 512 plain ones, which have as many rows."""
+    number = bench.shape.many
+    total_time(bench, number, True, max_tokens=4)
+    return {
+        "256 aligned, s": total_time(bench, number, True),
+        "512 plain, s": total_time(bench, 2 * number, False),
+        "256 aligned, s a step": decode_time(bench, number, True, max_tokens=32),
+        "draw of 256, s": draw_time(bench),
+    }
+
+
+def profile_one(bench: Bench) -> dict[str, Any]:
+    return {"profile of 1 aligned": profiled(bench, 1)}
+
+
+def profile_some(bench: Bench) -> dict[str, Any]:
+    return {"profile of 64 aligned": profiled(bench, bench.shape.some)}
+
+
+def profiled(bench: Bench, sequences: int) -> dict[str, Any]:
+    """Where decode steps spend their time: the kernels that take most of it, and when the device does nothing."""
+    engine = bench.engine
+    forget(engine)
+    start_decodes(engine, [bench.prompt(i, True) for i in range(sequences)], PROFILED_STEPS + 8)
+    engine.step()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if bench.on_cuda else [])]
+    with profile(activities=activities) as profiler:
+
+        def steps() -> None:
+            for _ in range(PROFILED_STEPS):
+                engine.step()
+
+        seconds = bench.timed(steps)
+    finish(engine)
+    kind = DeviceType.CUDA if bench.on_cuda else DeviceType.CPU
+    kernels: dict[str, list[float]] = {}
+    for event in profiler.events():
+        if event.device_type == kind:
+            time_us = event.device_time_total if bench.on_cuda else event.self_cpu_time_total
+            kernels.setdefault(event.name, []).append(time_us)
+    busiest = sorted(kernels.items(), key=lambda item: -sum(item[1]))
+    busy = sum(map(sum, kernels.values())) / 1e6
+    return {
+        "s a step": seconds / PROFILED_STEPS,
+        "s a step in kernels": busy / PROFILED_STEPS,
+        "s a step without a kernel": max(0.0, seconds - busy) / PROFILED_STEPS,
+        "kernels": [
+            {"name": name[:120], "us a step": sum(times) / PROFILED_STEPS, "calls a step": len(times) / PROFILED_STEPS}
+            for name, times in busiest[:TOP]
+        ],
+        "share of the kernels listed": sum(sum(times) for _, times in busiest[:TOP]) / 1e6 / busy if busy else None,
+    }
+
+
+def bandwidth(bench: Bench) -> float:
+    """Bytes read and written a second by a large copy on the device."""
+    source = torch.randn(1 << (29 if bench.on_cuda else 22), device=bench.device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    seconds = statistics.median(bench.timed(lambda: target.copy_(source)) for _ in range(10))
+    return 2 * source.nbytes / seconds
+
+
+def decode_time(bench: Bench, sequences: int, aligned: bool, max_tokens: int | None = None) -> float:
+    """Seconds a decode step, prefill left out."""
+    engine = bench.engine
+    forget(engine)
+    start_decodes(engine, [bench.prompt(i, aligned) for i in range(sequences)], max_tokens or bench.shape.reply)
+    before = engine.runner.num_forwards
+    seconds = bench.timed(lambda: finish(engine))
+    return seconds / (engine.runner.num_forwards - before)
+
+
+def total_time(bench: Bench, sequences: int, aligned: bool, max_tokens: int | None = None) -> float:
+    """Seconds from the first prefill to the last token."""
+    forget(bench.engine)
+    params = replace(GREEDY, max_tokens=max_tokens or bench.shape.reply)
+    start(bench.engine, [bench.prompt(i, aligned) for i in range(sequences)], params)
+    return bench.timed(lambda: finish(bench.engine))
+
+
+def draw_time(bench: Bench) -> float:
+    """Seconds on the device that mixing, plausible set and a draw at temperature 1 take for all of many sequences."""
+    engine = bench.engine
+    sequences: list[Any] = []
+    add = engine.scheduler.add
+    engine.scheduler.add = sequences.append  # type: ignore[method-assign, assignment]
+    params = replace(GREEDY, temperature=1.0, max_tokens=1)
+    start(engine, [bench.prompt(i, True) for i in range(bench.shape.many)], params)
+    engine._take_in()
+    engine.scheduler.add = add  # type: ignore[method-assign]
+    engine._requests.clear()
+    logits = engine.runner.logits.normal_(0, 3)[: 2 * len(sequences)]
+    names: list[Any] = []
+    graphs, run = engine.runner.graphs, engine.runner.graphs.run
+    graphs.run = lambda name, function: (names.append((name, function)), run(name, function))  # type: ignore[method-assign]
+    engine._sample(logits, sequences, [0] * len(sequences))
+    graphs.run = run  # type: ignore[method-assign]
+    ((name, function),) = names
+
+    def again() -> None:
+        with torch.inference_mode():
+            for _ in range(10):
+                run(name, function)
+
+    return statistics.median(bench.timed(again) for _ in range(5)) / 10
