@@ -30,9 +30,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 STARTED = time.monotonic()  # what follows takes seconds
-os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = (
-    "1"  # asks the driver whether there is a GPU, and leaves forks able to use it
-)
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # whether there is a GPU is asked in a way that forks survive
 
 import torch  # noqa: E402
 import transformers  # noqa: E402

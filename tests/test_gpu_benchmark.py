@@ -76,6 +76,7 @@ def fails(bench): raise RuntimeError("CUDA error: an illegal memory access was e
 def works(bench): return {"seen by": os.getpid()}
 def needs_no_triton(bench):
     assert model_runner._choose_backend(None) == "linalign_paged", "Triton is at fault"
+    return {}
 
 choose = model_runner._choose_backend
 model_runner._choose_backend = lambda _: "linalign_triton"
@@ -113,10 +114,7 @@ def test_what_dies_hangs_or_fails_harms_nothing_else(tmp_path):
     }
     outcomes = found["measurements"]
     assert "SIGSEGV" in outcomes["dies"]["why"]
-    assert (
-        'raise RuntimeError("CUDA error' in outcomes["fails"]["traceback"]
-        or "in fails" in outcomes["fails"]["traceback"]
-    )
+    assert "in fails" in outcomes["fails"]["traceback"]
     by = {name: outcome["measured"]["seen by"] for name, outcome in outcomes.items() if outcome["status"] == "ok"}
     assert by["first"] == by["second"] != by["after death"]
     assert len({by[name] for name in ("first", "after death", "after hanging", "after failing")}) == 4
