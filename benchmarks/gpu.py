@@ -67,7 +67,10 @@ def about(bench: Bench) -> dict[str, Any]:
 
 MEASUREMENTS = {  # in the order of their worth
     "about": Measurement(about, 60, "about"),
-    **{f"smoke: {name}": Measurement(function, 15, "smoke") for name, function in smoke.SMOKE.items()},
+    **{
+        f"smoke: {name}": Measurement(function, 60 if name == "compiled" else 15, "smoke")
+        for name, function in smoke.SMOKE.items()
+    },
     "float32": Measurement(precision.float32, 60, "precision"),
     "engine start": Measurement(speed.engine_start, 150, "large"),
     "one": Measurement(speed.one, 60, "large"),
@@ -77,7 +80,7 @@ MEASUREMENTS = {  # in the order of their worth
     "256": Measurement(speed.many, 90, "large"),
     "generate with guidance": Measurement(peers.guided_generate, 45, "peers"),
     "continuous batching": Measurement(peers.continuous_batching, 60, "peers"),
-    "HTTP": Measurement(over_http.over_http, 120, "HTTP"),
+    "HTTP": Measurement(over_http.over_http, 150, "HTTP"),
     "bfloat16": Measurement(precision.bfloat16, 60, "precision 2"),
     "invariance": Measurement(precision.invariance, 60, "precision 2"),
     "attention": Measurement(rest.attention, 30, "rest"),

@@ -26,6 +26,7 @@ class Feature:
 
     tolerance: None for the same tokens; or else the oracle's tokens are given, and their log-probabilities may be off
     by so many nats on average. model: dtype and quantization. took: whether the engine did what is to be tested.
+    compiled: with torch.compile, which takes a minute and has nothing to do with other features.
     """
 
     requests: tuple[tuple[Prompt, SamplingParams], ...]
@@ -34,6 +35,7 @@ class Feature:
     tolerance: float | None = None
     model: dict[str, str] = field(default_factory=dict)
     took: Callable[[Engine], bool] = lambda _: True
+    compiled: bool = False
     n: int = 1
     repeat: int = 1
 
@@ -63,7 +65,7 @@ def replayed(engine: Engine) -> bool:
 FEATURES = {
     "prefill": Feature(((prompt(2.0, 100), replace(SHORT, max_tokens=1)),), {"max_num_batched_tokens": 32}),
     "eager decodes": Feature(PAIR, {"enforce_eager": True}),
-    "decodes in graphs, compiled": Feature(PAIR, took=replayed),
+    "decodes in graphs": Feature(PAIR, took=replayed),
     "mixed batch": Feature(LONG, {"max_num_batched_tokens": 64}, took=replayed),
     "several principles": Feature(((two_principles(), SHORT), *PAIR), setting={}),
     "penalties": Feature(
@@ -103,4 +105,5 @@ FEATURES = {
     "int8": Feature(PLAIN, tolerance=0.2, model={"dtype": "bfloat16", "quantization": "int8"}),
     "int4": Feature(PLAIN, tolerance=1.5, model={"dtype": "bfloat16", "quantization": "int4"}),
     "fp8": Feature(PLAIN, tolerance=0.5, model={"dtype": "bfloat16", "quantization": "fp8"}),
+    "compiled": Feature(PAIR, compiled=True, took=replayed),  # last, as it takes longest
 }

@@ -11,7 +11,7 @@ from torch.nn.functional import kl_div
 from alignment_core import Engine, EngineConfig, Prompt
 from alignment_core.loading import LoadedModel
 from gpu_measurements.bench import GREEDY, RATIO, SMALL, Bench, exact_model, finish, random_model, start
-from gpu_measurements.smoke import EXPECTED
+from gpu_measurements.smoke import EXPECTED, without
 
 SEED, SCALE = 2, 0.1
 REPLY = 64
@@ -32,7 +32,8 @@ def float32(bench: Bench) -> dict[str, Any]:
     most = REPLY if bench.on_cuda else 8
     loaded = exact_model(SMALL, torch.float32, bench.device, SCALE, SEED)
     assert checksum(loaded) == expected["weights"], "the weights are not those that the oracle was asked about"
-    engine = Engine(loaded, CONFIG)
+    with without("compile"):  # a minute that `compiled` has had
+        engine = Engine(loaded, CONFIG)
     replies = start(engine, [judged_prompt(r["prompt"]) for r in chosen], replace(GREEDY, max_tokens=most))
     finish(engine)
     wrong = [
@@ -54,7 +55,8 @@ def bfloat16(bench: Bench) -> dict[str, float]:
     """Mean KL of the engine in bfloat16 to transformers' own pass in float32, nats a token of a greedy reply."""
     expected = json.loads(EXPECTED.read_text())["float32"]["replies"][: 8 if bench.on_cuda else 1]
     exact = exact_model(SMALL, torch.float32, bench.device, SCALE, SEED)
-    engine = Engine(exact_model(SMALL, torch.bfloat16, bench.device, SCALE, SEED), CONFIG)
+    with without("compile"):
+        engine = Engine(exact_model(SMALL, torch.bfloat16, bench.device, SCALE, SEED), CONFIG)
     divergences = []
     for reply in expected:
         prompt, tokens = judged_prompt(reply["prompt"]), reply["tokens"][: REPLY if bench.on_cuda else 4]

@@ -1,10 +1,13 @@
 """Every feature on the device, each in its own measurement; what fails is tried again without a part of the engine."""
 
+import contextlib
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -14,9 +17,11 @@ from alignment_core import (
     cuda_graphs,
     cuda_quantization,
     model_runner,
+    scheduler,
     static_draw,
     static_sampling,
 )
+from alignment_core import engine as engine_module
 from alignment_core.attention import sdpa
 from alignment_core.cpu.layers import replace_layers
 from alignment_core.loading import LoadedModel
@@ -27,15 +32,24 @@ EXPECTED = Path(__file__).with_name("expected.json")
 PARTS = ("graphs", "compile", "Triton")  # of the engine, which a retry leaves out
 
 
-def leave_out(part: str) -> None:
-    """For the rest of this process."""
+def leave_out(part: str, patch: Callable[[object, str, object], None] = setattr) -> None:
+    """For the rest of this process, or as long as `patch` lasts."""
     if part == "graphs":
-        cuda_graphs.Graphs.run = _run_without_graph  # type: ignore[method-assign]
+        patch(cuda_graphs.Graphs, "run", _run_without_graph)
     elif part == "compile":
-        model_runner.compile_layers = lambda *_: None
-        static_sampling.compiled_draw = lambda *_: static_draw.draw
+        patch(model_runner, "compile_layers", lambda *_: None)
+        patch(static_sampling, "compiled_draw", lambda *_: static_draw.draw)
     elif part == "Triton":
-        model_runner._choose_backend = lambda _: sdpa.NAME
+        patch(model_runner, "_choose_backend", lambda _: sdpa.NAME)
+
+
+@contextlib.contextmanager
+def without(*parts: str) -> Iterator[None]:
+    """Leave parts of the engine out for a while."""
+    with contextlib.ExitStack() as stack:
+        for part in parts:
+            leave_out(part, lambda *args: stack.enter_context(mock.patch.object(*args)))
+        yield
 
 
 def _run_without_graph(graphs: cuda_graphs.Graphs, _: object, function: Any) -> None:
@@ -46,7 +60,17 @@ def _run_without_graph(graphs: cuda_graphs.Graphs, _: object, function: Any) -> 
 def smoke(name: str, bench: Bench) -> dict[str, Any]:
     """Raises AssertionError where the device replies other than the oracle."""
     feature = FEATURES[name]
-    engine = tiny_engine(feature, bench)
+    with contextlib.ExitStack() as stack:
+        if not feature.compiled:
+            stack.enter_context(without("compile"))
+        if not bench.on_cuda and feature.config.get("kv_cache_dtype"):  # a CPU's kernels have float32 alone
+            stack.enter_context(without("Triton"))
+        for module in (engine_module, scheduler):  # so that few sizes are captured
+            stack.enter_context(mock.patch.object(module, "SPECULATIVE_BATCH", 8))
+        return judged(name, feature, tiny_engine(feature, bench))
+
+
+def judged(name: str, feature: Feature, engine: Engine) -> dict[str, Any]:
     expected = json.loads(EXPECTED.read_text())["features"][name]
     for _ in range(feature.repeat):
         if feature.tolerance is None:
@@ -66,8 +90,6 @@ def tiny_engine(feature: Feature, bench: Bench) -> Engine:
     loaded = exact_model(SHAPE, dtype, bench.device, SCALE, SEED)
     quantise(loaded, feature.model.get("quantization"), bench)
     config = {"num_pages": 400, "max_num_seqs": 8, "max_model_len": 512, "num_speculative_tokens": 0, "static": True}
-    if not bench.on_cuda and feature.config.get("kv_cache_dtype"):
-        model_runner._choose_backend = lambda _: sdpa.NAME  # a CPU's kernels have float32 alone
     return Engine(loaded, EngineConfig(**config | feature.config))
 
 
