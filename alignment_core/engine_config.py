@@ -1,10 +1,10 @@
 """How large an engine is: what its user sets, and what the memory at hand then holds."""
 
 import logging
-import os
 from dataclasses import dataclass
 from typing import Literal
 
+import psutil
 import torch
 
 from alignment_core.model_runner import ModelRunner
@@ -61,7 +61,7 @@ def pages_that_fit(runner: ModelRunner, config: EngineConfig, max_model_len: int
         budget = int((free - taken) * config.gpu_memory_utilization)
     else:
         budget = max(least * runner.page_bytes(), 1 << 30)
-        budget = min(budget, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+        budget = min(budget, psutil.virtual_memory().available // 2)  # what caches of files hold can be had back
     pages = budget // runner.page_bytes()
     if pages < 1:
         raise ValueError("there is no memory left for a KV cache")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from alignment_core import EngineConfig, model_runner
+from alignment_core import EngineConfig, engine_config, model_runner
 from alignment_core.attention import paged_triton
 from alignment_core.attention.paged_batch import Plan
 from alignment_core.batch_invariant import ROWS, in_blocks, run_in_blocks
@@ -213,6 +213,16 @@ def test_a_seed_gives_the_same_tokens_as_without_fixed_shapes(tiny):
         for static in (False, True)
     ]
     assert replies[0] == replies[1]
+
+
+def test_on_a_cpu_memory_that_caches_of_files_hold_counts(monkeypatch):
+    """On a machine that has read much, hardly any memory is free, and nearly all of it can be had."""
+    memory = SimpleNamespace(free=1000, available=4 << 30)
+    monkeypatch.setattr(engine_config.psutil, "virtual_memory", lambda: memory)
+    runner = SimpleNamespace(model=SimpleNamespace(device=torch.device("cpu")), page_size=4, page_bytes=lambda: 1 << 20)
+    assert pages_that_fit(runner, EngineConfig(), 16, 99) == 1024
+    memory.available = 1 << 30
+    assert pages_that_fit(runner, EngineConfig(), 16, 99) == 512
 
 
 def test_the_pool_is_sized_from_what_weights_and_a_full_step_leave(monkeypatch):
