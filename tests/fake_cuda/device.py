@@ -1,0 +1,218 @@
+"""The device: what it computes, what it refuses, its graphs and its events."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from tests.fake_cuda.modes import Calls, Dispatch
+from tests.fake_cuda.tensor import CudaTensor, Fault, caller, inner_of, is_pinned, place, spoil
+
+aten = torch.ops.aten
+SEES_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)  # the host must read to go on
+TAKES_SCALARS = {aten.index_put_.default, aten.index_put.default, aten.masked_fill.Tensor, aten.masked_fill_.Tensor}
+EMPTY = {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.empty_strided.default}
+
+
+class Stream:
+    def wait_stream(self, _: "Stream") -> None:
+        pass
+
+
+class Event:
+    """Copies to the host that were begun before it was recorded are there once it is synchronised."""
+
+    def __init__(self, device: "FakeCuda") -> None:
+        self._device = device
+
+    def record(self) -> None:
+        self._copies, self._device.copies = self._device.copies, []
+
+    def synchronize(self) -> None:
+        self._device.waits_for("Event.synchronize")
+        for target, source in self._copies:
+            target.copy_(source)
+
+
+@dataclass
+class Graph:
+    """What was recorded, to be done again to the same memory."""
+
+    steps: list[Callable[[], object]] = field(default_factory=list)
+    num_replays: int = 0
+
+    @torch.inference_mode()
+    def replay(self) -> None:
+        self.num_replays += 1
+        for step in self.steps:
+            step()
+
+    def pool(self) -> str:
+        return "pool"
+
+
+class Kernel:
+    """Triton's kernel, which its interpreter runs, for tensors on the device."""
+
+    def __init__(self, device: "FakeCuda", kernel: Any) -> None:
+        self._device, self._kernel = device, kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        if any(isinstance(x, Tensor) and not isinstance(x, CudaTensor) for x in args):
+            raise Fault(f"a kernel is given the host's memory, {place()}")
+        again = partial(self._kernel[grid], *map(inner_of, args), **constants)
+        again()
+        self._device.num_launches += 1
+        self._device.record(again)
+
+
+class FakeCuda:
+    """The device, while it is entered.
+
+    waits: how often the host has waited for it, by "file:function: operation".
+    """
+
+    def __init__(self) -> None:
+        self.waits: Counter[str] = Counter()
+        self.copies: list[tuple[Tensor, Tensor]] = []
+        self.num_launches = 0
+        self._graph: Graph | None = None
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "FakeCuda":
+        torch._C._ensureCUDADeviceGuardSet()
+        self._stack.enter_context(Dispatch(self))
+        self._stack.enter_context(Calls(self))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def take(self, model: nn.Module) -> None:
+        """Move a model here. (Module.to would change its tensors' type in place.)"""
+        moved: dict[int, Tensor] = {}
+        for module in model.modules():
+            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is not None and id(tensor) not in moved:
+                    there = CudaTensor(tensor.detach())
+                    moved[id(tensor)] = nn.Parameter(there, False) if name in module._parameters else there
+                if tensor is not None:
+                    setattr(module, name, moved[id(tensor)])
+
+    def patch(self, monkeypatch: Any, *kernels: tuple[Any, str]) -> None:
+        """Let torch.cuda be this device, and kernels, (module, name), be launched on it."""
+        stream = Stream()
+        for name, value in {
+            "Event": partial(Event, self),
+            "Stream": lambda: stream,
+            "current_stream": lambda *_: stream,
+            "stream": contextlib.nullcontext,
+            "CUDAGraph": Graph,
+            "graph": self._capture,
+            "empty_cache": partial(self._refuse_in_capture, "empty_cache"),
+            "get_device_capability": lambda *_: (9, 0),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        for module, name in kernels:
+            monkeypatch.setattr(module, name, Kernel(self, getattr(module, name)))
+
+    @contextlib.contextmanager
+    def _capture(self, graph: Graph, **_: object) -> Iterator[None]:
+        assert self._graph is None
+        self._graph = graph
+        try:
+            yield
+        finally:
+            self._graph = None
+
+    def _refuse_in_capture(self, what: str) -> None:
+        if self._graph is not None:
+            raise Fault(f"a capture refuses {what}, {place()}")
+
+    def waits_for(self, what: str) -> None:
+        """The host stands still until the device has come so far."""
+        self._refuse_in_capture(what)
+        frame = caller()
+        self.waits[f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}: {what}"] += 1
+
+    def record(self, step: Callable[[], object]) -> None:
+        if self._graph is not None:
+            self._graph.steps.append(step)
+
+    def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An operation on the device."""
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        self._check(func, args, tensors)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self._refuse_in_capture(f"{func}, which draws random numbers")
+        wrappers = {id(x.inner): x for x in tensors if isinstance(x, CudaTensor)}
+        args, kwargs = (tree_map_only(Tensor, inner_of, x) for x in (args, kwargs))
+        result = func(*args, **kwargs)
+        if func in EMPTY:
+            spoil(result)
+            self.record(partial(spoil, result))
+        else:
+            self.record(partial(repeat, func, args, kwargs, result))
+        return tree_map_only(Tensor, lambda x: wrappers[id(x)] if id(x) in wrappers else CudaTensor(x), result)
+
+    def make(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CudaTensor:
+        """A new tensor of a function that takes none. kwargs: for the host."""
+        made = func(*args, **kwargs)
+        if func is torch.empty:
+            spoil(made)
+        self.record(lambda: spoil(made) if func is torch.empty else made.copy_(func(*args, **kwargs)))
+        return CudaTensor(made)
+
+    def _check(self, func: Any, args: tuple[Any, ...], tensors: list[Tensor]) -> None:
+        indices = [x for x in tree_leaves(args[1]) if isinstance(x, Tensor)] if "index" in str(func) else []
+        is_mask = any(x.dtype in (torch.bool, torch.uint8) for x in indices)
+        takes_indices = func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
+        if is_mask or (any(tag in func.tags for tag in SEES_VALUES) and not takes_indices):
+            self.waits_for(str(func))
+        strangers = [x for x in tensors if not isinstance(x, CudaTensor)]
+        if takes_indices and any(x is y for x in strangers for y in indices):
+            self.waits_for(f"{func} with an index on the host")
+            strangers = [x for x in strangers if not any(x is y for y in indices)]
+        if any(x.dim() or not (torch.Tag.pointwise in func.tags or func in TAKES_SCALARS) for x in strangers):
+            raise Fault(f"{func} has operands on two devices, {place()}")
+
+    def to_device(self, source: Tensor, non_blocking: bool) -> Tensor:
+        """The numbers of a tensor on the host, as the device gets them."""
+        self._refuse_in_capture("a copy from the host")
+        if not (non_blocking and is_pinned(source)):
+            self.waits_for("a copy from the host" if is_pinned(source) else "a copy from pageable memory")
+        return source.clone()
+
+    def to_host(self, source: Tensor, target: Tensor, non_blocking: bool) -> Tensor:
+        """target: on the host; it gets the numbers at once where the host waits, otherwise after an event."""
+        if not non_blocking or not is_pinned(target):
+            self.waits_for("a copy to the host")
+            return target.copy_(source)
+        self._refuse_in_capture("a copy to the host")
+        self.copies.append((target, source.clone()))
+        spoil(target)
+        return target
+
+
+def repeat(func: Any, args: Any, kwargs: Any, result: Any) -> None:
+    """Let the result of an operation have the numbers that it would have now, in its place."""
+    again = func(*args, **kwargs)
+    returns = func._schema.returns
+    for kind, old, new in zip(returns, as_list(result), as_list(again), strict=False):
+        if kind.alias_info is None:
+            for target, source in zip(as_list(old), as_list(new), strict=True):
+                target.copy_(source)
+
+
+def as_list(x: Any) -> list[Any]:
+    return list(x) if isinstance(x, list | tuple) else [x]

@@ -1,0 +1,148 @@
+"""How operations come to the device: all of them, and those that torch without CUDA would not let through."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.fake_cuda.tensor import HOST, CudaTensor, pinned
+
+if TYPE_CHECKING:
+    from tests.fake_cuda.device import FakeCuda
+
+aten = torch.ops.aten
+UNGUARDED = {  # torch's own bindings ask for CUDA's device guard
+    Tensor.copy_: aten.copy_,
+    Tensor.__invert__: aten.bitwise_not,
+    Tensor.__int__: lambda x: int(x.item()),
+    Tensor.nonzero: lambda x, as_tuple=False: aten.nonzero(x).unbind(1) if as_tuple else aten.nonzero(x),
+}
+FROM_DATA = {torch.tensor, torch.as_tensor, torch.asarray}
+
+
+class Dispatch(TorchDispatchMode):
+    """Every operation on tensors: those of the device go there."""
+
+    def __init__(self, device: "FakeCuda") -> None:
+        super().__init__()
+        self._device = device
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with self:  # in inference mode those operations come here that others are made of
+            parts = func.decompose(*args, **kwargs)
+        if parts is not NotImplemented:
+            return parts
+        device = self._device
+        target = kwargs.get("device")
+        if func is aten._to_copy.default and target is not None and target.type != args[0].device.type:
+            return self._transfer(args[0], target, **kwargs)
+        if func is aten.copy_.default and args[0].device != args[1].device:
+            non_blocking = bool(args[2:] and args[2]) or kwargs.get("non_blocking", False)
+            if isinstance(args[0], CudaTensor):
+                return device.compute(func, (args[0], CudaTensor(device.to_device(args[1], non_blocking))), {})
+            return device.to_host(args[1].inner, args[0], non_blocking)
+        on_device = any(isinstance(x, CudaTensor) for x in tree_leaves((args, kwargs)))
+        if target is None or not on_device or target.type == "cuda":
+            kwargs = kwargs | {"device": HOST} if target is not None else kwargs
+        if on_device or (target is not None and target.type == "cuda"):
+            return device.compute(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _transfer(
+        self, source: Tensor, target: torch.device, non_blocking: bool = False, dtype: Any = None, **_: Any
+    ) -> Tensor:
+        dtype = dtype or source.dtype
+        if target.type == "cuda":
+            return CudaTensor(self._device.to_device(source, non_blocking).to(dtype))
+        inner = source.inner.to(dtype)
+        host = torch.empty_like(inner)
+        return self._device.to_host(inner, pinned(host) if non_blocking else host, non_blocking)
+
+
+class Calls(TorchFunctionMode):
+    """Calls that a build of torch without CUDA would not let come as far as `Dispatch`."""
+
+    def __init__(self, device: "FakeCuda") -> None:
+        super().__init__()
+        self._device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        if kwargs.pop("pin_memory", False):
+            return pinned(func(*args, **kwargs))
+        is_there = bool(args) and isinstance(args[0], CudaTensor)
+        if func is Tensor.pin_memory:
+            return pinned(args[0].clone())
+        if func in UNGUARDED:
+            return UNGUARDED[func](*args, **kwargs)
+        if func is Tensor.to:
+            return self._to(*args, **kwargs)
+        if is_there and name in ("data_ptr", "tolist", "numpy"):
+            if name != "data_ptr":
+                self._device.waits_for(name)
+            return func(args[0].inner)
+        if is_there and name == "__getitem__":
+            return self._get(*args)
+        if is_there and name == "__setitem__":
+            return self._set(*args)
+        target = kwargs.get("device")
+        if target is not None and torch.device(target).type == "cuda" and not is_there:
+            if func in FROM_DATA:
+                self._device.waits_for(name)
+            return self._device.make(func, args, kwargs | {"device": HOST})
+        return func(*args, **kwargs)
+
+    def _get(self, x: CudaTensor, index: Any) -> Tensor:
+        view, indices = self._view(x.inner, index)
+        return aten.index.Tensor(CudaTensor(view), indices) if indices else CudaTensor(view)
+
+    def _set(self, x: CudaTensor, index: Any, value: Any) -> None:
+        view, indices = self._view(x.inner, index)
+        if not isinstance(value, Tensor):
+            value = self._device.make(torch.full, ((), value), {"dtype": x.dtype})
+        if indices:
+            aten.index_put_.default(CudaTensor(view), indices, value.to(x.dtype))
+        else:
+            aten.copy_.default(CudaTensor(view), value)
+
+    def _view(self, x: Tensor, index: Any) -> tuple[Tensor, list[Tensor | None]]:
+        """What numbers, slices and new dimensions leave of x, and the indices that are tensors, by dimension."""
+        items = index if isinstance(index, tuple) else (index,)
+        if Ellipsis in [item for item in items if not isinstance(item, Tensor)]:
+            at = next(i for i, item in enumerate(items) if item is Ellipsis)
+            missing = x.dim() - sum(item is not None for item in items) + 1
+            items = (*items[:at], *[slice(None)] * missing, *items[at + 1 :])
+        indices: list[Tensor | None] = []
+        dim = 0
+        for item in items:
+            if isinstance(item, list):
+                self._device.waits_for("a list as an index")
+                item = CudaTensor(torch.tensor(item))
+            if isinstance(item, Tensor):
+                indices += [None] * (dim - len(indices))
+                indices.append(item)
+                dim += item.dim() if item.dtype == torch.bool else 1
+            elif item is None:
+                x = x.unsqueeze(dim)
+                dim += 1
+            elif isinstance(item, slice):
+                x = x[(slice(None),) * dim + (item,)]
+                dim += 1
+            else:
+                x = x.select(dim, item)
+        return x, indices
+
+    def _to(self, x: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
+        if args and isinstance(args[0], Tensor):
+            args = (args[0].device, args[0].dtype, *args[1:])
+        device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype = device or x.device, dtype or x.dtype
+        if not copy and device.type == x.device.type and dtype == x.dtype:
+            return x
+        options = {"memory_format": memory_format} if memory_format is not None else {}
+        return aten._to_copy(x, dtype=dtype, device=device, non_blocking=non_blocking, **options)

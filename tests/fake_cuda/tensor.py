@@ -1,0 +1,76 @@
+"""Tensors of the device, and what is known of an operation on them."""
+
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CUDA = torch.device("cuda", 0)
+HOST = torch.device("cpu")
+OURS = str(Path(__file__).parent)
+TORCH = str(Path(torch.__file__).parent)
+
+
+class Fault(RuntimeError):
+    """What a GPU would refuse, or not do."""
+
+
+class CudaTensor(torch.Tensor):
+    """A tensor on the made-up device. inner: its numbers, on the CPU."""
+
+    inner: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> "CudaTensor":
+        shape = {"strides": inner.stride(), "storage_offset": inner.storage_offset()}
+        wrapped = Tensor._make_wrapper_subclass(cls, inner.size(), dtype=inner.dtype, device=CUDA, **shape)
+        wrapped.inner = inner
+        return wrapped
+
+    def __repr__(self) -> str:
+        return f"CudaTensor({self.inner})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *_: object) -> Any:
+        raise Fault(f"{func} without the device")
+
+
+def inner_of(x: Any) -> Any:
+    return x.inner if isinstance(x, CudaTensor) else x
+
+
+def pinned(x: Tensor) -> Tensor:
+    x.is_fake_pinned = True
+    return x
+
+
+def is_pinned(x: Tensor) -> bool:
+    return getattr(x, "is_fake_pinned", False)
+
+
+def spoil(x: Tensor) -> None:
+    """What nobody has written is to be noticed where it is read."""
+    if x.dtype.itemsize == 1:
+        x.view(torch.uint8).fill_(0x7F)  # NaN in float8_e4m3fn
+    else:
+        x.fill_(torch.nan if x.dtype.is_floating_point else -(1 << 30))
+
+
+def caller() -> FrameType:
+    """Who has called the operation: the innermost frame that is neither torch's nor ours."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not (name.startswith((TORCH, OURS, "<")) or name.endswith("/contextlib.py")):
+            return frame
+        frame = frame.f_back
+    raise AssertionError("no caller")
+
+
+def place() -> str:
+    frame = caller()
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
