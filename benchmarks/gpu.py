@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -121,7 +121,7 @@ GOALS: dict[str, tuple[str, float, Callable[[dict[str, Any]], float]]] = {  # of
 
 def work(names: list[str], tiny: bool, measured: dict[str, Any], without: str | None, pipe: Connection) -> None:
     """Measure one after the other until one fails: it may have left the device unusable, or its memory full."""
-    os.setsid()
+    os.setpgrp()
     if without is not None:
         smoke.leave_out(without)
     bench = Bench(tiny, dict(measured))
@@ -161,6 +161,7 @@ class Worker:
         self._process = context.Process(  # type: ignore[attr-defined]
             target=work, args=(names, tiny, measured, without, theirs)
         )
+        self._process.daemon = True  # it does not outlive this one
         self._process.start()
         theirs.close()
         self.pid = self._process.pid
@@ -273,40 +274,35 @@ class Run:
         pending = list(pending)
         while pending and time.monotonic() < deadline:
             worker = Worker(pending, self.tiny, self.measured, self._method)
-            done = list(self._process(worker, pending, deadline))
-            how = worker.end()
-            pending = pending[len(done) :]
-            if pending and not done:  # it died before it began
-                self.keep(pending.pop(0), {"status": "failed", "why": f"the process ended: {how}"})
+            pending = pending[self._process(worker, pending, deadline) :]
+            worker.end()
         for name in pending:
             self.keep(name, {"status": "skipped", "why": "the budget is used up"})
 
-    def _process(self, worker: Worker, names: list[str], deadline: float) -> Iterator[str]:
-        """Those of which there is an outcome."""
-        first = True
-        for name in names:
-            limit = MEASUREMENTS[name].limit
-            limit = max(limit, FIRST_LIMIT) if first else limit
-            first = False
-            began = time.monotonic()
+    def _process(self, worker: Worker, names: list[str], deadline: float) -> int:
+        """Of how many there is an outcome, once the process has come to its end."""
+        for place, name in enumerate(names):
+            limit = MEASUREMENTS[name].limit if place else max(MEASUREMENTS[name].limit, FIRST_LIMIT)
+            began, has_begun = time.monotonic(), False
+            outcome: dict[str, Any] | None = None
             try:
-                _, outcome = worker.message(min(FIRST_LIMIT, deadline - began))
-                print(f"{name}: begins, process {worker.pid}", flush=True)
                 while outcome is None:
-                    _, outcome = worker.message(min(began + limit, deadline) - time.monotonic())
+                    allowed = limit if has_begun else FIRST_LIMIT
+                    _, outcome = worker.message(min(began + allowed, deadline) - time.monotonic())
+                    if not has_begun:
+                        print(f"{name}: begins, process {worker.pid}", flush=True)
+                    has_begun = True
             except TimeoutError:
                 took = round(time.monotonic() - began, 2)
-                self.keep(name, {"status": "timed out", "why": f"after {took} s", "seconds": took})
-                yield name
-                return
+                outcome = {"status": "timed out", "why": f"after {took} s", "seconds": took}
             except (EOFError, OSError):
-                self.keep(name, {"status": "killed", "why": f"the process died: {worker.end()}"})
-                yield name
-                return
+                if place and not has_begun:  # it died of the one before, or of tidying up: another process goes on
+                    return place
+                outcome = {"status": "killed", "why": f"the process died: {worker.end()}"}
             self.keep(name, outcome)
-            yield name
-            if outcome["status"] == "failed":
-                return
+            if outcome["status"] in ("failed", "timed out", "killed"):
+                return place + 1
+        return len(names)
 
 
 def ratios(measured: dict[str, Any]) -> dict[str, Any]:

@@ -168,6 +168,7 @@ def test_compiles_for_gpus_and_fits_them():
         (arch, "bf16", "bf16", *size) for arch in SHARED_MEMORY for size in ((128, decode), (128, other), (256, other))
     ]
     cases += [(90, "bf16", "fp8e4nv", 64, decode), (90, "bf16", "fp8e4nv", 64, other), (80, "fp32", "fp32", 128, other)]
+    cases += [(90, "fp32", kv, 32, decode) for kv in ("bf16", "fp16", "fp8e4nv")] + [(90, "bf16", "fp32", 32, decode)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, "-c", COMPILE, json.dumps(cases)], env=environment, text=True, capture_output=True
