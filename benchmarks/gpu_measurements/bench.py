@@ -22,6 +22,10 @@ GREEDY = SamplingParams(temperature=0, ignore_eos=True)
 WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
 
 
+class NotHere(Exception):
+    """This kind of device has no such thing."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """A model, the load put on it in tokens, the crowds that stand for 64 and 256, and rounds of each measurement."""
@@ -181,11 +185,22 @@ def start(engine: Engine, prompts: list[Prompt], params: SamplingParams) -> list
 
 
 def start_decodes(engine: Engine, prompts: list[Prompt], max_tokens: int) -> None:
-    """Submit all and run until each has drawn a token."""
-    start(engine, prompts, replace(GREEDY, max_tokens=max_tokens))
+    """Submit all and run until each has drawn a token; all go on for `max_tokens` at least, the first for longer."""
+    num_rows = sum(len(prompt.branches) for prompt in prompts)
+    num_tokens = sum(len(ids) for prompt in prompts for ids in prompt.branches)
+    steps = num_tokens // max(1, engine.scheduler.max_num_batched_tokens - num_rows) + len(prompts)
+    start(engine, prompts, replace(GREEDY, max_tokens=max_tokens + steps))
     running = engine.scheduler.running
     while len(running) < len(prompts) or not all(sequence.output_ids for sequence in running):
-        engine.step()
+        if not engine.step():
+            raise RuntimeError(f"replies have ended before all of {len(prompts)} had begun")
+
+
+def drop(engine: Engine) -> None:
+    """End all requests."""
+    for request_id in list(engine._requests):
+        engine.abort(request_id)
+    finish(engine)
 
 
 def forget(engine: Engine) -> None:

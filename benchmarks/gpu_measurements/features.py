@@ -90,7 +90,9 @@ FEATURES = {
         took=lambda engine: engine.stats().num_tokens_accepted > 0,
     ),
     "preemption": Feature(
-        LONG, {"page_size": 8, "num_pages": 42}, took=lambda engine: engine.stats().num_preemptions > 0
+        LONG,
+        {"page_size": 8, "num_pages": 42, "max_num_batched_tokens": 128},
+        took=lambda engine: engine.stats().num_preemptions > 0,
     ),
     "prefix hits": Feature(PAIR, repeat=2, took=lambda engine: engine.stats().num_tokens_cached >= 64),
     "batch-invariant": Feature(LONG, {"batch_invariant": True}),

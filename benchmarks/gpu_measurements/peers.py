@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from gpu_measurements.bench import RATIO, Bench
+from gpu_measurements.bench import RATIO, Bench, NotHere
 
 
 def guided_generate(bench: Bench) -> dict[str, float]:
@@ -28,7 +28,7 @@ def guided_generate(bench: Bench) -> dict[str, float]:
 def continuous_batching(bench: Bench) -> dict[str, float]:
     """transformers' own continuous batching: both prompts of 64 aligned requests, as plain ones."""
     if not bench.on_cuda:
-        raise NotImplementedError("transformers' continuous batching is for GPUs")
+        raise NotHere("transformers' continuous batching is for GPUs")
     model = bench.loaded.model
     model.set_attn_implementation("sdpa")
     inputs = [list(ids) for i in range(bench.shape.some) for ids in bench.prompt(i, True).branches]
@@ -44,4 +44,5 @@ def continuous_batching(bench: Bench) -> dict[str, float]:
     run()  # its cache and its graphs are made once, as ours are
     seconds = bench.timed(run)
     drawn = sum(len(output.generated_tokens) for output in outputs[-1].values())
+    assert drawn == len(inputs) * n, f"{drawn} tokens instead of {len(inputs) * n}"
     return {"continuous batching, tokens/s": drawn / seconds}

@@ -25,7 +25,7 @@ from alignment_core import engine as engine_module
 from alignment_core.attention import sdpa
 from alignment_core.cpu.layers import replace_layers
 from alignment_core.loading import LoadedModel
-from gpu_measurements.bench import Bench, exact_model, finish
+from gpu_measurements.bench import Bench, NotHere, exact_model, finish
 from gpu_measurements.features import FEATURES, SCALE, SEED, SHAPE, Feature
 
 EXPECTED = Path(__file__).with_name("expected.json")
@@ -99,7 +99,7 @@ def quantise(loaded: LoadedModel, quantization: str | None, bench: Bench) -> Non
     if bench.on_cuda:
         cuda_quantization.quantise(loaded.model, quantization)
     elif quantization == "fp8":
-        raise NotImplementedError("a CPU has no weights in fp8")
+        raise NotHere("a CPU has no weights in fp8")
     else:
         replace_layers(loaded.model, quantization)
 

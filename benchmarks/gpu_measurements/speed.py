@@ -8,7 +8,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from gpu_measurements.bench import GREEDY, Bench, finish, forget, start, start_decodes
+from gpu_measurements.bench import GREEDY, Bench, drop, finish, forget, start, start_decodes
 
 PROFILED_STEPS = 8
 TOP = 20  # kernels
@@ -84,7 +84,7 @@ def profiled(bench: Bench, sequences: int) -> dict[str, Any]:
                 engine.step()
 
         seconds = bench.timed(steps)
-    finish(engine)
+    drop(engine)
     kind = DeviceType.CUDA if bench.on_cuda else DeviceType.CPU
     kernels: dict[str, list[float]] = {}
     for event in profiler.events():
@@ -118,18 +118,27 @@ def decode_time(bench: Bench, sequences: int, aligned: bool, max_tokens: int | N
     """Seconds a decode step, prefill left out."""
     engine = bench.engine
     forget(engine)
-    start_decodes(engine, [bench.prompt(i, aligned) for i in range(sequences)], max_tokens or bench.shape.reply)
-    before = engine.runner.num_forwards
-    seconds = bench.timed(lambda: finish(engine))
-    return seconds / (engine.runner.num_forwards - before)
+    steps = max_tokens or bench.shape.reply
+    start_decodes(engine, [bench.prompt(i, aligned) for i in range(sequences)], steps + 8)
+
+    def run() -> None:
+        for _ in range(steps):
+            engine.step()
+
+    seconds = bench.timed(run)
+    assert len(engine.scheduler.running) == sequences, "sequences have ended meanwhile"
+    drop(engine)
+    return seconds / steps
 
 
 def total_time(bench: Bench, sequences: int, aligned: bool, max_tokens: int | None = None) -> float:
     """Seconds from the first prefill to the last token."""
     forget(bench.engine)
     params = replace(GREEDY, max_tokens=max_tokens or bench.shape.reply)
-    start(bench.engine, [bench.prompt(i, aligned) for i in range(sequences)], params)
-    return bench.timed(lambda: finish(bench.engine))
+    replies = start(bench.engine, [bench.prompt(i, aligned) for i in range(sequences)], params)
+    seconds = bench.timed(lambda: finish(bench.engine))
+    assert all(len(reply) == params.max_tokens for reply in replies), "some requests failed"
+    return seconds
 
 
 def draw_time(bench: Bench) -> float:
