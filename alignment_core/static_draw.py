@@ -133,7 +133,7 @@ def leading(x: Tensor, weight: Tensor, limit: Tensor, weights_above: WeightsAbov
     above = torch.where(keys > threshold, weight, 0).sum(dim=-1, keepdim=True)
     tied = keys == threshold
     each = torch.where(tied, weight, 0).amax(dim=-1, keepdim=True)
-    earlier = _num_earlier(tied)
+    earlier: Tensor = _num_earlier(tied)
     return (keys > threshold) | (tied & (above + earlier * each < limit[:, None]))
 
 
@@ -150,8 +150,7 @@ def _threshold(keys: Tensor, weight: Tensor, limit: Tensor, weights_above: Weigh
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # Inductor of torch 2.11 fails on scans of dynamic length
 def _num_earlier(tied: Tensor) -> Tensor:
     """How many of each line are set before each place, [S, V] int32; −1 and up."""
-    earlier: Tensor = tied.cumsum(dim=-1, dtype=torch.int32) - 1
-    return earlier
+    return tied.cumsum(dim=-1, dtype=torch.int32) - 1
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # it scans, too

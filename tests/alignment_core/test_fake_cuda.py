@@ -1,7 +1,7 @@
 """What is meant for a GPU, on a made-up one: the engine as it is there, CUDA graphs that replay what they recorded,
 attention by the Triton kernels, every copy and every wait seen. Judged by the oracle.
 
-Layers and draw are not compiled here, see test_compiled_for_cuda.py.
+Layers and draw are not compiled here, see test_cuda.py.
 """
 
 import copy
