@@ -1,7 +1,7 @@
 """The engine on one GPU: right first, then as fast as the goals say. benchmarks/README.md has the command.
 
 Every measurement runs in a process of its own, or in one that it shares with others until one of them fails; with a
-time limit of its own. Processes are forked from this one, which has imported everything and never touches the device.
+time limit of its own. Processes are forked from this one, or started afresh where CUDA refuses that (as on the H200).
 The output, one JSON, is whole after each measurement. What fails has its traceback there; what no longer fits the
 budget is named, and `--resume` goes on with it. A feature that fails is tried again without CUDA graphs, without
 torch.compile, without Triton, so that the report tells which of them is at fault.

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py, as a run that nothing spoils: on toy shapes, with what dies, hangs and fails on purpose."""
+"""benchmarks/gpu.py on toy shapes, with what dies, hangs and fails on purpose."""
 
 import json
 import os
