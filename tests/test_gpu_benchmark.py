@@ -9,18 +9,31 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
+import gpu  # noqa: E402
 from gpu_measurements import expected, precision  # noqa: E402
 from gpu_measurements.features import FEATURES  # noqa: E402
+from gpu_measurements.rounding import to_fp8, to_int4, to_int8  # noqa: E402
 
 ELSEWHERE = {"smoke: fp8", "continuous batching"}  # not to be had on a CPU
 
 
-def command(*args):
-    return [sys.executable, "benchmarks/gpu.py", *map(str, args)]
+def command(script, *args):
+    return [sys.executable, "-m", script, "--tiny", *map(str, args)]
+
+
+def run_gpu(*args, script="benchmarks.gpu"):
+    done = subprocess.run(command(script, *args), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def begun(output):
+    return set(re.findall(r"^(.*): begins", output, re.MULTILINE))
 
 
 def result(path):
@@ -31,7 +44,7 @@ def result(path):
 def test_all_of_it_though_one_measurement_is_killed(tmp_path):
     output, victim = tmp_path / "gpu.json", "attention"
     process = subprocess.Popen(
-        command("--tiny", "--budget", 1000, "--output", output), cwd=ROOT, stdout=subprocess.PIPE, text=True
+        command("benchmarks.gpu", "--budget", 1000, "--output", output), cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     lines = []
     for line in process.stdout:
@@ -40,7 +53,7 @@ def test_all_of_it_though_one_measurement_is_killed(tmp_path):
             os.kill(int(begins[1]), signal.SIGKILL)
     assert process.wait() == 0
     found, statuses = result(output)
-    expected_statuses = dict.fromkeys(statuses, "ok") | dict.fromkeys(ELSEWHERE, "not to be had here")
+    expected_statuses = dict.fromkeys(gpu.MEASUREMENTS, "ok") | dict.fromkeys(ELSEWHERE, "not to be had here")
     assert statuses == expected_statuses | {victim: "killed"}, "".join(lines)
     assert "SIGKILL" in found["measurements"][victim]["why"]
     rows = found["ratios"]
@@ -55,51 +68,30 @@ def test_all_of_it_though_one_measurement_is_killed(tmp_path):
     assert profile["s a step in kernels"] > 0
 
     again = tmp_path / "again.json"
-    done = subprocess.run(
-        command("--tiny", "--resume", output, "--output", again), cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert set(re.findall(r"^(.*): begins", done.stdout, re.MULTILINE)) == {victim, *ELSEWHERE}
-    assert result(again)[1] == expected_statuses
+    printed = run_gpu("--resume", output, "--output", again)
+    assert begun(printed) == {"about", "weights", victim, *ELSEWHERE}
+    found, statuses = result(again)
+    assert statuses == expected_statuses
+
+    found["measurements"]["about"]["measured"]["device"] = "another one"
+    output.write_text(json.dumps(found))
+    printed = run_gpu("--resume", output, "--only", victim, "--output", again)
+    assert begun(printed) == {"about", victim}
+    assert result(again)[1] == {"about": "ok", victim: "ok"}
 
 
-PLANTED = """
-import os, signal, sys, time
-sys.path.insert(0, "benchmarks")
-import gpu
-from gpu_measurements import smoke
-from alignment_core import model_runner
-
-def dies(bench): os.kill(os.getpid(), signal.SIGSEGV)
-def hangs(bench): time.sleep(1000)
-def fails(bench): raise RuntimeError("CUDA error: an illegal memory access was encountered")
-def works(bench): return {"seen by": os.getpid()}
-def needs_no_triton(bench):
-    assert model_runner._choose_backend(None) == "linalign_paged", "Triton is at fault"
-    return {}
-
-choose = model_runner._choose_backend
-model_runner._choose_backend = lambda _: "linalign_triton"
-gpu.FIRST_LIMIT = 2
-gpu.MEASUREMENTS = {
-    name: gpu.Measurement(function, 2, group) for name, function, group in [
-        ("first", works, "a"), ("second", works, "a"), ("dies", dies, "a"), ("after death", works, "a"),
-        ("hangs", hangs, "a"), ("after hanging", works, "a"), ("fails", fails, "a"), ("after failing", works, "a"),
-        ("smoke: one", needs_no_triton, "smoke"), ("smoke: two", needs_no_triton, "smoke"),
-        ("smoke: three", works, "smoke"),
-    ]
-}
-gpu.main(sys.argv[1:])
-"""
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """What is left of a run whose measurements die, hang and fail."""
+    output = tmp_path_factory.mktemp("planted") / "gpu.json"
+    printed = run_gpu("--output", output, script="tests.planted_measurements")
+    return result(output)[0]["measurements"], printed
 
 
-def test_what_dies_hangs_or_fails_harms_nothing_else(tmp_path):
-    output = tmp_path / "gpu.json"
-    run = [sys.executable, "-c", PLANTED, "--tiny", "--output", str(output)]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found, statuses = result(output)
-    assert statuses == {
+def test_what_dies_hangs_or_fails_harms_nothing_else(planted):
+    outcomes, _ = planted
+    assert {name: outcome["status"] for name, outcome in outcomes.items()} == {
+        "about": "ok",
         "first": "ok",
         "second": "ok",
         "dies": "killed",
@@ -108,39 +100,106 @@ def test_what_dies_hangs_or_fails_harms_nothing_else(tmp_path):
         "after hanging": "ok",
         "fails": "failed",
         "after failing": "ok",
+        "breaks": "failed",
+        "after breaking": "ok",
+        "shared": "ok",
+        "dies too": "killed",
+        "after that": "ok",
+        "broken": "failed",
+        "needs it": "skipped",
+        "so does": "skipped",
         "smoke: one": "failed",
         "smoke: two": "failed",
-        "smoke: three": "ok",
+        "smoke: three": "failed",
+        "smoke: four": "ok",
     }
-    outcomes = found["measurements"]
     assert "SIGSEGV" in outcomes["dies"]["why"]
     assert "in fails" in outcomes["fails"]["traceback"]
-    by = {name: outcome["measured"]["seen by"] for name, outcome in outcomes.items() if outcome["status"] == "ok"}
-    assert by["first"] == by["second"] != by["after death"]
-    assert len({by[name] for name in ("first", "after death", "after hanging", "after failing")}) == 4
-    tries = outcomes["smoke: one"]["without"]
-    assert tries["Triton"] == "ok"
-    assert "Triton is at fault" in tries["graphs"]
-    assert "Triton is at fault" in tries["compile"]
-    assert outcomes["smoke: two"]["without"] == "not tried: it fails as smoke: one does"
+    assert "illegal memory access" in outcomes["breaks"]["why"]
+    assert outcomes["needs it"]["why"] == "it needs 'broken': failed"
+
+
+def test_a_process_is_shared_as_long_as_the_device_works(planted):
+    outcomes, printed = planted
+    by = {
+        name: outcome["measured"]["seen by"]
+        for name, outcome in outcomes.items()
+        if "seen by" in outcome.get("measured", {})
+    }
+    assert by["first"] == by["second"]
+    assert by["after hanging"] == by["after failing"]
+    assert len({by[name] for name in ("first", "after death", "after hanging", "after breaking")}) == 4
+    assert by["shared"] == by["after that"]  # it is made again in the new process
+    assert len(re.findall("^shared: begins", printed, re.MULTILINE)) == 2
+    assert "needs it: begins" not in printed
+
+
+def test_a_failed_feature_is_tried_without_each_part_of_the_engine(planted):
+    outcomes, printed = planted
+    for name in ("smoke: one", "smoke: two"):
+        tries = outcomes[name]["without"]
+        assert tries["Triton"] == "ok"
+        assert "Triton is at fault" in tries["graphs"]
+        assert "Triton is at fault" in tries["compile"]
+    assert all("shapes do not match" in told for told in outcomes["smoke: three"]["without"].values())
+    tried = re.findall(r"^(smoke: \w+) without Triton", printed, re.MULTILINE)
+    assert tried == ["smoke: one", "smoke: three", "smoke: two"], "each kind of failure comes first"
+
+
+def test_the_output_is_json_whatever_was_measured(planted):
+    measured = planted[0]["first"]["measured"]
+    assert measured["no number"] is None
+    assert measured["no JSON"] == "<class 'set'>"
 
 
 def test_what_does_not_fit_the_budget_is_named(tmp_path):
     output = tmp_path / "gpu.json"
-    done = subprocess.run(
-        command("--tiny", "--budget", 0, "--output", output), cwd=ROOT, capture_output=True, text=True
+    run_gpu("--budget", 0, "--output", output)
+    assert result(output)[1] == dict.fromkeys(gpu.MEASUREMENTS, "skipped")
+
+
+def test_every_feature_is_measured():
+    assert {f"smoke: {name}" for name in FEATURES} <= set(gpu.MEASUREMENTS)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
+def test_the_oracles_rounding_is_torchaos(quantization):
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+    rounding = {"int8": to_int8, "int4": to_int4, "fp8": to_fp8}[quantization]
+    assert torch.equal(rounding(weight.double()), torchaos(quantization, weight))
+
+
+def torchaos(quantization, weight):
+    """torchao's numbers and scales, multiplied in float64."""
+    from torchao.quantization import Float8Tensor, Int8WeightOnlyConfig, PerRow, quant_primitives, quantize_
+
+    if quantization == "int8":
+        layer = torch.nn.Linear(*reversed(weight.shape), bias=False)
+        layer.weight.data = weight
+        quantize_(layer, Int8WeightOnlyConfig())
+        return layer.weight.qdata.double() * layer.weight.scale
+    if quantization == "fp8":
+        rounded = Float8Tensor.from_hp(weight, granularity=PerRow())
+        return rounded.qdata.double() * rounded.scale
+    # its tensor is made on GPUs alone; these are the functions that it calls
+    block, limits = (1, 128), (0, 15)
+    scale, middle = quant_primitives._choose_qparams_affine_tinygemm(
+        weight, quant_primitives.MappingType.ASYMMETRIC, block, torch.int32, *limits
     )
-    assert done.returncode == 0, done.stderr
-    assert set(result(output)[1].values()) == {"skipped"}
+    numbers = quant_primitives._quantize_affine_tinygemm(weight, block, scale, middle, torch.int32, *limits)
+    groups = numbers.unflatten(-1, (-1, 128)).double()
+    return ((groups - 8) * scale.unsqueeze(-1) + middle.unsqueeze(-1)).flatten(-2)
 
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_expected_is_what_the_oracle_says(name):
     kept = json.loads(expected.EXPECTED.read_text())["features"][name]
     found = expected.of_feature(FEATURES[name])
+    assert found.keys() == kept.keys()
     assert found["tokens"] == kept["tokens"]
-    for mine, theirs in zip(found.get("logprobs", []), kept.get("logprobs", []), strict=True):
-        assert mine == pytest.approx(theirs, abs=1e-9)
+    for key in found.keys() - {"tokens"}:
+        for mine, theirs in zip(found[key], kept[key], strict=True):
+            assert mine == pytest.approx(theirs, abs=1e-9)
 
 
 def test_expected_replies_in_float32_are_the_oracles():

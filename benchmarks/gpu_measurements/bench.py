@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from alignment_core import Engine, EngineConfig, Prompt, SamplingParams
@@ -63,13 +65,13 @@ TINY = Shape(SMALL | {"vocab_size": 600, "hidden_size": 64, "num_hidden_layers":
 class Bench:
     """What the measurements of one process share.
 
-    measured: the numbers of measurements before.
+    without: the part of the engine that a retry leaves out.
     """
 
-    def __init__(self, tiny: bool, measured: dict[str, Any]) -> None:
+    def __init__(self, tiny: bool) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.shape = TINY if tiny else LARGE
-        self.measured = measured
+        self.without: str | None = None
 
     @property
     def on_cuda(self) -> bool:
@@ -115,10 +117,40 @@ class Bench:
         principled = (*ids[:5], *principle, *ids[5:])
         return Prompt((principled,), (1.0,), (RATIO,), ids) if aligned else Prompt((principled,))
 
+    def synchronize(self) -> None:
+        """Raises RuntimeError where the device has failed meanwhile."""
+        if self.on_cuda:
+            torch.cuda.synchronize()
+
     def tidy(self) -> None:
+        """Leave to the next measurement what the last one found. Raises where that can't be done."""
+        if "engine" in vars(self):
+            drop(self.engine)
+            assert self.engine.pool.num_free == self.engine.pool.num_pages, "pages are lost"
         gc.collect()
+        self.synchronize()
         if self.on_cuda:
             torch.cuda.empty_cache()
+
+
+def about(bench: Bench) -> dict[str, Any]:
+    """The machine; the first use of the device costs seconds, which are told here."""
+    seconds = bench.timed(lambda: torch.ones(1, device=bench.device) + 1)
+    found: dict[str, Any] = {
+        "device": platform.processor() or platform.machine(),
+        "shape": "tiny" if bench.shape is TINY else "large",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "transformers": transformers.__version__,
+        "first use, s": seconds,
+    }
+    if bench.on_cuda:
+        properties = torch.cuda.get_device_properties(0)
+        found["device"] = properties.name
+        found["memory, bytes"] = properties.total_memory
+        found["compute capability"] = f"{properties.major}.{properties.minor}"
+    return found
 
 
 def random_model(shape: dict[str, int], dtype: torch.dtype, device: torch.device, scale: float = 0.02) -> LoadedModel:

@@ -20,6 +20,7 @@ from alignment_core.loading import LoadedModel
 from gpu_measurements import features, precision
 from gpu_measurements.bench import GREEDY, RATIO, SMALL, exact_model, finish, start
 from gpu_measurements.features import FEATURES, Feature
+from gpu_measurements.rounding import rounded
 from gpu_measurements.smoke import EXPECTED, tokens
 from tests.oracle import Oracle, Setting
 
@@ -44,15 +45,27 @@ def of_feature(feature: Feature) -> dict[str, Any]:
     setting = dict(feature.setting)
     if allowed := feature.setting.get("allowed"):
         setting["allowed"] = lambda output: allowed[tuple(output)]
-    replies, logprobs = [], []
-    for prompt, params in feature.requests:
-        judged = Setting(prompt.ratios, prompt.weights, **setting)
-        replies.append(greedy(oracle, prompt, judged, params.max_tokens, allowed))
-        if feature.tolerance is not None:
-            ids = prompt.principled[0]
-            all_logprobs = oracle.logits([*ids, *replies[-1]]).log_softmax(-1)[len(ids) - 1 :]
-            logprobs.append([float(line[token]) for line, token in zip(all_logprobs, replies[-1], strict=False)])
-    return {"tokens": replies, **({"logprobs": logprobs} if logprobs else {})}
+    replies = [
+        greedy(oracle, prompt, Setting(prompt.ratios, prompt.weights, **setting), params.max_tokens, allowed)
+        for prompt, params in feature.requests
+    ]
+    found: dict[str, Any] = {"tokens": replies}
+    if feature.tolerance is not None:
+        found["logprobs"] = logprobs(oracle, feature, replies)
+    if quantization := feature.model.get("quantization"):
+        judge = rounded(oracle.model, oracle.model.get_output_embeddings(), quantization)
+        found["logprobs of rounded weights"] = logprobs(Oracle(judge), feature, replies)
+    return found
+
+
+def logprobs(oracle: Oracle, feature: Feature, replies: list[list[int]]) -> list[list[float]]:
+    """Of the tokens of each reply to a plain prompt."""
+    found = []
+    for (prompt, _), reply in zip(feature.requests, replies, strict=True):
+        ids = prompt.principled[0]
+        lines = oracle.logits([*ids, *reply[:-1]]).log_softmax(-1)[len(ids) - 1 :]
+        found.append([float(line[token]) for line, token in zip(lines, reply, strict=True)])
+    return found
 
 
 def greedy(

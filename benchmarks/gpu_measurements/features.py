@@ -25,7 +25,8 @@ class Feature:
     """requests: prompts with parameters. config: of the engine. setting: the oracle's, of all requests.
 
     tolerance: None for the same tokens; or else the oracle's tokens are given, and their log-probabilities may be off
-    by so many nats on average. model: dtype and quantization. took: whether the engine did what is to be tested.
+    by so many nats on average; on a CPU by `tolerance_on_cpu`, where its way of rounding is another one.
+    model: dtype and quantization. took: whether the engine did what is to be tested.
     compiled: with torch.compile, which takes a minute and has nothing to do with other features.
     """
 
@@ -33,11 +34,17 @@ class Feature:
     config: dict[str, Any] = field(default_factory=dict)
     setting: dict[str, Any] = field(default_factory=dict)
     tolerance: float | None = None
+    tolerance_on_cpu: float | None = None
     model: dict[str, str] = field(default_factory=dict)
     took: Callable[[Engine], bool] = lambda _: True
     compiled: bool = False
     n: int = 1
     repeat: int = 1
+
+    @property
+    def captured(self) -> bool:
+        """Whether its decodes run in CUDA graphs, where there are any."""
+        return not self.config.get("enforce_eager")
 
 
 def prompt(ratio: float, length: int = 40, shift: int = 0, extra: int = 9, method: Any = "linear") -> Prompt:
@@ -104,8 +111,8 @@ FEATURES = {
     "keys in float16": Feature(PLAIN, {"kv_cache_dtype": "float16"}, tolerance=0.01),
     "keys in fp8": Feature(PLAIN, {"kv_cache_dtype": "fp8"}, tolerance=0.5),
     "bfloat16": Feature(PLAIN, tolerance=0.1, model={"dtype": "bfloat16"}),
-    "int8": Feature(PLAIN, tolerance=0.2, model={"dtype": "bfloat16", "quantization": "int8"}),
-    "int4": Feature(PLAIN, tolerance=1.5, model={"dtype": "bfloat16", "quantization": "int4"}),
-    "fp8": Feature(PLAIN, tolerance=0.5, model={"dtype": "bfloat16", "quantization": "fp8"}),
-    "compiled": Feature(PAIR, compiled=True, took=replayed),  # last, as it takes longest
+    "int8": Feature(PLAIN, tolerance=0.15, tolerance_on_cpu=0.2, model={"dtype": "bfloat16", "quantization": "int8"}),
+    "int4": Feature(PLAIN, tolerance=0.15, tolerance_on_cpu=1.5, model={"dtype": "bfloat16", "quantization": "int4"}),
+    "fp8": Feature(PLAIN, tolerance=0.4, model={"dtype": "bfloat16", "quantization": "fp8"}),
+    "compiled": Feature(PAIR, compiled=True, took=replayed),  # apart from the others, as it takes longest
 }

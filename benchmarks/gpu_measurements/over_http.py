@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from alignment_core import Principle
-from gpu_measurements.bench import GREEDY, RATIO, Bench, finish, start
+from gpu_measurements.bench import GREEDY, RATIO, Bench, finish, forget, start
+from gpu_measurements.speed import total_time
 
 
 def over_http(bench: Bench) -> dict[str, float]:
@@ -24,6 +25,7 @@ def over_http(bench: Bench) -> dict[str, float]:
         requests=many, warmup=0, concurrency=many, prompt_words=bench.shape.prompt, max_tokens=reply,
         principle="w5 " * bench.shape.principle, alignment_ratio=RATIO,
     )  # fmt: skip
+    total_time(bench, many, True, max_tokens=4)  # the first time is for what is compiled late
     alone = rate_alone(bench, chats(settings, "random"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -48,9 +50,9 @@ def over_http(bench: Bench) -> dict[str, float]:
 def rate_alone(bench: Bench, bodies: list[Any]) -> float:
     """Tokens a second of the engine for the same requests; it forgets their prefixes afterwards."""
     engine = bench.engine
+    forget(engine)
     prompts = [engine.prompts.build(b["messages"], [Principle(b["principle"], ratio=RATIO)]) for b in bodies]
     replies = start(engine, prompts, replace(GREEDY, max_tokens=bench.shape.reply, ignore_eos=False))
     seconds = bench.timed(lambda: finish(engine))
-    engine.pool._page_of.clear()
-    engine.pool._hash_of.clear()
+    forget(engine)
     return sum(map(len, replies)) / seconds

@@ -3,6 +3,7 @@
 import statistics
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.autograd import DeviceType
@@ -15,14 +16,20 @@ TOP = 20  # kernels
 
 
 def engine_start(bench: Bench) -> dict[str, Any]:
-    """Weights, KV cache, compiled layers and draws, CUDA graphs: what later measurements share."""
+    """Weights, KV cache, compiled layers and draws, CUDA graphs: what later measurements share.
+
+    The copy bandwidth, which bounds decode steps, is measured before the KV cache takes all memory.
+    """
     weights = bench.timed(lambda: bench.loaded)
+    copied = bandwidth(bench)
+    bench.tidy()
     engine_seconds = bench.timed(lambda: bench.engine)
     engine = bench.engine
     model = bench.loaded.model
     read = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
     return {
         "making the weights, s": weights,
+        "copy bandwidth, bytes/s": copied,
         "engine start, s": engine_seconds,
         "bytes of weights that a step reads": read,
         "CUDA graphs": len(engine.runner.graphs),
@@ -32,21 +39,26 @@ def engine_start(bench: Bench) -> dict[str, Any]:
 
 
 def one(bench: Bench) -> dict[str, float]:
-    """Decode steps of one request, and the copy bandwidth that bounds them."""
-    measured: dict[str, float] = {"copy bandwidth, bytes/s": bandwidth(bench)}
+    """Decode steps of one request."""
     decode_time(bench, 1, True)  # the first time is for what is compiled late
-    for name, aligned in (("plain", False), ("aligned", True)):
-        measured[f"1 {name}, s a step"] = bench.median(lambda aligned=aligned: decode_time(bench, 1, aligned))  # type: ignore[misc]
-    return measured
+    return {
+        f"1 {name}, s a step": bench.median(lambda aligned=aligned: decode_time(bench, 1, aligned))  # type: ignore[misc]
+        for name, aligned in (("plain", False), ("aligned", True))
+    }
 
 
 def some(bench: Bench) -> dict[str, float]:
     """From the first prefill to the last token of 64 requests."""
     number = bench.shape.some
     total_time(bench, number, True, max_tokens=4)
-    return {"row tokens of 64 aligned": 2 * number * bench.shape.reply} | {
+    preemptions = bench.engine.stats().num_preemptions
+    times = {
         f"64 {name}, s": bench.median(lambda aligned=aligned: total_time(bench, number, aligned))  # type: ignore[misc]
         for name, aligned in (("plain", False), ("aligned", True))
+    }
+    return times | {
+        "row tokens of 64 aligned": 2 * number * bench.shape.reply,
+        "preemptions of 64": bench.engine.stats().num_preemptions - preemptions,
     }
 
 
@@ -54,9 +66,11 @@ def many(bench: Bench) -> dict[str, float]:
     """The same for 256 aligned requests, and for 512 plain ones, which have as many rows."""
     number = bench.shape.many
     total_time(bench, number, True, max_tokens=4)
+    preemptions = bench.engine.stats().num_preemptions
     return {
         "256 aligned, s": total_time(bench, number, True),
         "512 plain, s": total_time(bench, 2 * number, False),
+        "preemptions of 256 and 512": bench.engine.stats().num_preemptions - preemptions,
         "256 aligned, s a step": decode_time(bench, number, True, max_tokens=32),
         "draw of 256, s": draw_time(bench),
     }
@@ -145,20 +159,16 @@ def draw_time(bench: Bench) -> float:
     """Seconds on the device that mixing, plausible set and a draw at temperature 1 take for all of many sequences."""
     engine = bench.engine
     sequences: list[Any] = []
-    add = engine.scheduler.add
-    engine.scheduler.add = sequences.append  # type: ignore[method-assign, assignment]
-    params = replace(GREEDY, temperature=1.0, max_tokens=1)
-    start(engine, [bench.prompt(i, True) for i in range(bench.shape.many)], params)
-    engine._take_in()
-    engine.scheduler.add = add  # type: ignore[method-assign]
+    with mock.patch.object(engine.scheduler, "add", sequences.append):
+        params = replace(GREEDY, temperature=1.0, max_tokens=1)
+        start(engine, [bench.prompt(i, True) for i in range(bench.shape.many)], params)
+        engine._take_in()
     engine._requests.clear()
     logits = engine.runner.logits.normal_(0, 3)[: 2 * len(sequences)]
-    names: list[Any] = []
-    graphs, run = engine.runner.graphs, engine.runner.graphs.run
-    graphs.run = lambda name, function: (names.append((name, function)), run(name, function))  # type: ignore[method-assign]
-    engine._sample(logits, sequences, [0] * len(sequences))
-    graphs.run = run  # type: ignore[method-assign]
-    ((name, function),) = names
+    run = engine.runner.graphs.run
+    with mock.patch.object(engine.runner.graphs, "run", wraps=run) as spy:
+        engine._sample(logits, sequences, [0] * len(sequences))
+    ((name, function),) = [call.args for call in spy.call_args_list]
 
     def again() -> None:
         with torch.inference_mode():

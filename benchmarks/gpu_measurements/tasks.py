@@ -1,0 +1,63 @@
+"""What a measuring process does: one task after the other, as long as the device works."""
+
+import logging
+import pkgutil
+import time
+import traceback
+from collections.abc import Callable
+
+from gpu_measurements.bench import Bench, NotHere
+from gpu_measurements.process import READY, Outcome, Task
+
+
+def perform(tiny: bool, tasks: list[Task], send: Callable[[Outcome], None]) -> None:
+    """Send READY before each task and its outcome after it; stop where the device, or what tasks share, is broken."""
+    bench = Bench(tiny)
+    errors = Errors()
+    logging.getLogger().addHandler(errors)
+    for task in tasks:
+        send(READY)
+        send(outcome_of(task, bench, errors))
+        bench.tidy()  # raises where the device does not work any more: another process goes on
+        errors.records.clear()
+
+
+def outcome_of(task: Task, bench: Bench, errors: "Errors") -> Outcome:
+    started = time.monotonic()
+    bench.without = task.without
+    outcome: Outcome = {"status": "ok"}
+    try:
+        outcome["measured"] = pkgutil.resolve_name(task.function)(bench, *task.arguments)
+        bench.synchronize()
+        errors.raise_first()
+    except NotHere as error:
+        outcome = {"status": "not to be had here", "why": str(error)}
+    except BaseException as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        outcome = {
+            "status": "failed",
+            "why": f"{type(error).__name__}: {error}"[:500],
+            "kind": f"{type(error).__name__} in {frame.name}, line {frame.lineno}",
+            "traceback": traceback.format_exc(),
+            "logged": errors.tracebacks(),
+        }
+    return outcome | {"seconds": round(time.monotonic() - started, 2)}
+
+
+class Errors(logging.Handler):
+    """What the engine logs and survives: a task in which that happens has failed."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+    def raise_first(self) -> None:
+        if self.records:
+            raise RuntimeError(f"the engine has logged: {self.tracebacks()[0][-300:]}")
+
+    def tracebacks(self) -> list[str]:
+        form = logging.Formatter()
+        return [form.format(record) for record in self.records[:3]]

@@ -1,0 +1,82 @@
+"""benchmarks/gpu.py with measurements that die, hang and fail on purpose, for test_gpu_benchmark.py."""
+
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+import gpu
+from gpu_measurements import run
+
+
+def works(_):
+    return {"seen by": os.getpid(), "no number": math.nan, "no JSON": set}
+
+
+def dies(_):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def hangs(_):
+    time.sleep(1000)
+
+
+def fails(_):
+    raise RuntimeError("shapes do not match")
+
+
+def breaks_the_device(bench):
+    def synchronize():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    bench.synchronize = synchronize
+
+
+def needs_no_triton(bench):
+    """Fails as long as the engine chooses Triton, which a retry leaves out."""
+    from gpu_measurements.smoke import without  # here, as importing torch takes seconds
+
+    from alignment_core import model_runner
+
+    model_runner._choose_backend = mock.Mock(return_value="linalign_triton")
+    with without(*filter(None, [bench.without])):
+        assert model_runner._choose_backend(None) == "linalign_paged", "Triton is at fault"
+    return {}
+
+
+def planted(function, group, shared=False):
+    return run.Measurement(f"tests.planted_measurements:{function.__name__}", 2, group, shared=shared)
+
+
+MEASUREMENTS = {
+    "about": gpu.MEASUREMENTS["about"],
+    "first": planted(works, "a"),
+    "second": planted(works, "a"),
+    "dies": planted(dies, "a"),
+    "after death": planted(works, "a"),
+    "hangs": planted(hangs, "a"),
+    "after hanging": planted(works, "a"),
+    "fails": planted(fails, "a"),
+    "after failing": planted(works, "a"),
+    "breaks": planted(breaks_the_device, "a"),
+    "after breaking": planted(works, "a"),
+    "shared": planted(works, "b", shared=True),
+    "dies too": planted(dies, "b"),
+    "after that": planted(works, "b"),
+    "broken": planted(fails, "c", shared=True),
+    "needs it": planted(works, "c"),
+    "so does": planted(works, "c"),
+    "smoke: one": planted(needs_no_triton, "smoke"),
+    "smoke: two": planted(needs_no_triton, "smoke"),
+    "smoke: three": planted(fails, "smoke"),
+    "smoke: four": planted(works, "smoke"),
+}
+
+if __name__ == "__main__":
+    gpu.MEASUREMENTS = MEASUREMENTS
+    gpu.main(sys.argv[1:])
