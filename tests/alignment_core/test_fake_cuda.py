@@ -4,79 +4,21 @@ attention by the Triton kernels, every copy and every wait seen. Judged by the o
 Layers and draw are not compiled here, see test_cuda.py.
 """
 
-import copy
-import logging
 from dataclasses import replace
 
 import pytest
 import torch
 
-from alignment_core import (
-    Prompt,
-    alignment,
-    model_runner,
-    scheduler,
-    static_decodes,
-    static_draw,
-    static_sampling,
-)
-from alignment_core import engine as engine_module
-from alignment_core.attention import paged_triton, sdpa
-from alignment_core.cuda_graphs import Graphs
+from alignment_core import alignment, model_runner, static_draw
+from alignment_core.attention import sdpa
 from alignment_core.sequence import Structure
-from alignment_core.transfer import to_device, to_host
 from tests.alignment_core import test_speculation
 from tests.alignment_core.test_engine import GREEDY, aligned, judge
 from tests.alignment_core.test_grammars import allowed_by
 from tests.conftest import make_engine, run_all, tiny_pair, token_ids
-from tests.fake_cuda import CUDA, CudaTensor, FakeCuda, Fault
+from tests.fake_cuda.engine import SHORT, WHERE_THE_HOST_WAITS, engine_on, several
 
-SHORT = replace(GREEDY, max_tokens=6)
-WHERE_THE_HOST_WAITS = {"flight.py:wait: Event.synchronize"}  # for the tokens of the step before, and nowhere else
-
-
-@pytest.fixture
-def cuda(monkeypatch, caplog):
-    """The device, entered while the test runs. What fails in a draw is logged and done otherwise, so nothing may be."""
-    device = FakeCuda()
-    device.patch(monkeypatch, (paged_triton, "_attend_kernel"), (paged_triton, "_combine_kernel"))
-    monkeypatch.setattr(paged_triton, "PROGRAMS", 8)  # few, as Triton's interpreter is slow
-    for module in (engine_module, scheduler):
-        monkeypatch.setattr(module, "SPECULATIVE_BATCH", 4)  # few sizes are captured
-    monkeypatch.setattr(model_runner, "compile_layers", lambda _: None)
-    monkeypatch.setattr(static_sampling, "compiled_draw", lambda: static_draw.draw)
-    with device:
-        yield device
-    assert [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR] == []
-
-
-def several():
-    """Two principles."""
-    one, two = (aligned(2.0, extra=extra).principled[0] for extra in (9, 4))
-    return Prompt((one, two), (0.25, 0.75), (2.0, 1.0), aligned(2.0).base)
-
-
-def engine_on(cuda, tokenizer, dtype=torch.float32, model=None, warm_up=False, **config):
-    """A tiny model's engine on the device, and the oracle.
-
-    model: changes of its configuration. warm_up: everything is captured at the start, as on a GPU, or else when it is
-    first run, which is sooner done.
-    """
-    changes = {"vocab_size": 300, "num_hidden_layers": 2, **(model or {})}
-    loaded, oracle = tiny_pair(tokenizer, kernels=False, **changes)
-    rotary = copy.deepcopy(loaded.model.model.rotary_emb)
-    loaded.model.to(dtype)
-    loaded.model.model.rotary_emb = rotary  # a checkpoint's stays float32
-    cuda.take(loaded.model)
-    with pytest.MonkeyPatch.context() as patch:
-        if not warm_up:
-            for part in (static_sampling.StaticSampler, static_decodes.StaticDecodes):
-                patch.setattr(part, "warm_up", lambda _: None)
-        sizes = {"num_pages": 100, "max_num_seqs": 4, "num_speculative_tokens": 0}
-        engine = make_engine(loaded, **sizes | config)
-    assert set(cuda.waits) == set()
-    cuda.num_launches = 0
-    return engine, oracle
+pytest_plugins = ["tests.fake_cuda.fixtures"]
 
 
 def gather(monkeypatch):
@@ -294,98 +236,3 @@ def test_keys_and_values_of_any_dtype(cuda, tokenizer, dtype, kv_cache_dtype, mo
     assert (expected.exp() * (expected - got)).sum() < 0.02
     assert engine.runner._keys[0].dtype == model_runner.KV_DTYPES.get(kv_cache_dtype, dtype)
     assert set(cuda.waits) == WHERE_THE_HOST_WAITS
-
-
-# Planted faults
-
-
-def plant(monkeypatch, module, name, fault):
-    """Let a function do something before it does what it does."""
-    function = getattr(module, name)
-    monkeypatch.setattr(module, name, lambda *args, **kwargs: (fault(*args), function(*args, **kwargs))[1])
-
-
-def test_a_look_at_a_value_in_the_draw_is_seen(cuda, tokenizer, monkeypatch):
-    plant(monkeypatch, static_draw, "inverse_transform", lambda mass, _: mass.sum().item())
-    with pytest.raises(Fault, match=r"refuses aten\._local_scalar_dense.*test_fake_cuda\.py:\d+"):
-        engine_on(cuda, tokenizer, warm_up=True)
-
-
-def test_a_nonzero_in_what_is_captured_is_seen(cuda, tokenizer, monkeypatch):
-    plant(monkeypatch, static_draw, "leading", lambda x, *_: (x > 0).nonzero())
-    with pytest.raises(Fault, match=r"refuses aten\.nonzero.*test_fake_cuda\.py:\d+"):
-        engine_on(cuda, tokenizer, warm_up=True)
-
-
-def test_a_look_beside_what_is_captured_is_seen(cuda, tokenizer, monkeypatch):
-    engine, _ = engine_on(cuda, tokenizer)
-    plant(monkeypatch, engine_module, "draw", lambda logits, *_: logits.isnan().any().item())
-    run_all(engine, [(aligned(2.0, 20), SHORT)])
-    assert set(cuda.waits) - WHERE_THE_HOST_WAITS == {"test_fake_cuda.py:<lambda>: aten._local_scalar_dense.default"}
-
-
-def test_an_index_on_the_host_in_the_mixing_is_seen(cuda, tokenizer, monkeypatch, caplog):
-    monkeypatch.setattr(alignment.Mixing, "to", lambda mixing, _: mixing)
-    engine, _ = engine_on(cuda, tokenizer)
-    run_all(engine, [(several(), SHORT)])
-    assert any("with an index on the host" in wait for wait in cuda.waits)
-    assert any("operands on two devices" in str(record.exc_info) for record in caplog.records)
-    caplog.clear()
-
-
-@pytest.mark.parametrize(
-    ("fault", "refused"),
-    [
-        (lambda x: x + torch.ones(3), "operands on two devices"),
-        (lambda x: torch.cat([x, torch.ones(3)]), "operands on two devices"),
-        (lambda x: x[torch.tensor([0, 2])], "index on the host"),
-        (lambda x: x[[0, 2]], "a list as an index"),
-        (lambda x: x[x > 0], "index.Tensor"),
-        (lambda x: x.normal_(), "random numbers"),
-        (lambda x: x.tolist(), "tolist"),
-        (lambda x: bool(x.any()), "_local_scalar_dense"),
-        (lambda x: x.to("cpu"), "a copy to the host"),
-        (lambda x: to_host(x), "a copy to the host"),
-        (lambda x: to_device(torch.ones(3), x.device), "a copy from the host"),
-        (lambda x: torch.tensor([1.0], device=x.device), "tensor"),
-        (lambda _: torch.cuda.empty_cache(), "empty_cache"),
-    ],
-)  # fmt: skip
-@pytest.mark.usefixtures("cuda")
-def test_what_a_capture_refuses(fault, refused):
-    x = CudaTensor(torch.ones(3))
-    graphs = Graphs(CUDA)
-    with pytest.raises(Fault, match=refused):
-        graphs.run("key", lambda: fault(x))
-    assert len(graphs) == 0
-
-
-def test_a_graph_repeats_what_it_recorded(cuda):
-    """Python does not run again, so a number that it has changed meanwhile is not seen."""
-    x, out, numbers = CudaTensor(torch.ones(2)), CudaTensor(torch.zeros(2)), [10]
-    graphs = Graphs(CUDA)
-    with torch.inference_mode():
-        for value, number, expected in ((1, 10, 12), (5, 99, 20)):
-            x.fill_(value)
-            numbers[0] = number
-            graphs.run("key", lambda: out.copy_((x * 2).add_(numbers[0])))
-            assert out.inner.tolist() == [expected] * 2
-    assert cuda.waits == {}
-
-
-@pytest.mark.usefixtures("cuda")
-def test_the_host_has_a_copy_only_after_an_event():
-    device = CudaTensor(torch.ones(2))
-    host = to_host(device)
-    assert host.isnan().all()
-    event = torch.cuda.Event()
-    event.record()
-    device.fill_(2.0)
-    event.synchronize()
-    assert host.tolist() == [1.0, 1.0]
-
-
-@pytest.mark.usefixtures("cuda")
-def test_what_nobody_has_written_is_noticed():
-    assert torch.empty(2, device=CUDA).inner.isnan().all()
-    assert CudaTensor(torch.ones(2)).new_empty(2).inner.isnan().all()

@@ -2,8 +2,7 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from tests.fake_cuda.memory import Allocator, Fault, Graph, Pool, spoil
 from tests.fake_cuda.modes import Calls, Dispatch
-from tests.fake_cuda.tensor import CudaTensor, Fault, caller, inner_of, is_pinned, place, spoil
+from tests.fake_cuda.tensor import CudaTensor, caller, inner_of, is_pinned, place
+from tests.fake_cuda.transfers import Download, Transfers, Upload
 
 aten = torch.ops.aten
 SEES_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)  # the host must read to go on
@@ -27,35 +28,16 @@ class Stream:
 
 
 class Event:
-    """Copies to the host that were begun before it was recorded are there once it is synchronised."""
+    """Copies that were begun before it was recorded have arrived once it is synchronised."""
 
     def __init__(self, device: "FakeCuda") -> None:
-        self._device = device
+        self._device, self._num_transfers = device, 0
 
     def record(self) -> None:
-        self._copies, self._device.copies = self._device.copies, []
+        self._num_transfers = self._device.transfers.num_begun
 
     def synchronize(self) -> None:
-        self._device.waits_for("Event.synchronize")
-        for target, source in self._copies:
-            target.copy_(source)
-
-
-@dataclass
-class Graph:
-    """What was recorded, to be done again to the same memory."""
-
-    steps: list[Callable[[], object]] = field(default_factory=list)
-    num_replays: int = 0
-
-    @torch.inference_mode()
-    def replay(self) -> None:
-        self.num_replays += 1
-        for step in self.steps:
-            step()
-
-    def pool(self) -> str:
-        return "pool"
+        self._device.waits_for("Event.synchronize", self._num_transfers)
 
 
 class Kernel:
@@ -73,30 +55,34 @@ class Kernel:
         again = partial(self._kernel[grid], *map(inner_of, args), **constants)
         again()
         self._device.num_launches += 1
-        self._device.record(again)
+        self._device.record(again, args)
 
 
 class FakeCuda:
     """The device, while it is entered.
 
-    waits: how often the host has waited for it, by "file:function: operation".
+    waits: how often the host has waited for it, by "file:function: operation". memory: what it has, and how much of it
+    is taken. transfers: those that nobody has waited for.
     """
 
     def __init__(self) -> None:
         self.waits: Counter[str] = Counter()
-        self.copies: list[tuple[Tensor, Tensor]] = []
+        self.memory = Allocator()
+        self.transfers = Transfers()
         self.num_launches = 0
-        self._graph: Graph | None = None
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "FakeCuda":
         torch._C._ensureCUDADeviceGuardSet()
+        Allocator.current = self.memory
         self._stack.enter_context(Dispatch(self))
         self._stack.enter_context(Calls(self))
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stack.close()
+        if kind is None:
+            self.transfers.arrive()
 
     def take(self, model: nn.Module) -> None:
         """Move a model here. (Module.to would change its tensors' type in place.)"""
@@ -111,7 +97,7 @@ class FakeCuda:
 
     def patch(self, monkeypatch: Any, *kernels: tuple[Any, str]) -> None:
         """Let torch.cuda be this device, and kernels, (module, name), be launched on it."""
-        stream = Stream()
+        stream, memory = Stream(), self.memory
         for name, value in {
             "Event": partial(Event, self),
             "Stream": lambda: stream,
@@ -119,7 +105,11 @@ class FakeCuda:
             "stream": contextlib.nullcontext,
             "CUDAGraph": Graph,
             "graph": self._capture,
-            "empty_cache": partial(self._refuse_in_capture, "empty_cache"),
+            "empty_cache": self._empty_cache,
+            "mem_get_info": lambda *_: (memory.free, memory.total),
+            "memory_allocated": lambda *_: memory.allocated,
+            "max_memory_allocated": lambda *_: memory.peak,
+            "reset_peak_memory_stats": lambda *_: memory.reset_peak(),
             "get_device_capability": lambda *_: (9, 0),
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
@@ -127,27 +117,35 @@ class FakeCuda:
             monkeypatch.setattr(module, name, Kernel(self, getattr(module, name)))
 
     @contextlib.contextmanager
-    def _capture(self, graph: Graph, **_: object) -> Iterator[None]:
-        assert self._graph is None
-        self._graph = graph
+    def _capture(self, graph: Graph, pool: Pool | None = None, **_: object) -> Iterator[None]:
+        assert self.memory.graph is None
+        graph.memory = pool or self.memory.new_pool()
+        self.memory.graph = graph
         try:
             yield
         finally:
-            self._graph = None
+            self.memory.graph = None
+        graph.memory.add(graph)
+
+    def _empty_cache(self) -> None:
+        self._refuse_in_capture("empty_cache")
+        self.memory.empty_cache()
 
     def _refuse_in_capture(self, what: str) -> None:
-        if self._graph is not None:
+        if self.memory.graph is not None:
             raise Fault(f"a capture refuses {what}, {place()}")
 
-    def waits_for(self, what: str) -> None:
-        """The host stands still until the device has come so far."""
+    def waits_for(self, what: str, num_transfers: int | None = None) -> None:
+        """The host stands still until the device has come so far. num_transfers: how many have arrived then, or all."""
         self._refuse_in_capture(what)
         frame = caller()
         self.waits[f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}: {what}"] += 1
+        self.transfers.arrive(num_transfers)
 
-    def record(self, step: Callable[[], object]) -> None:
-        if self._graph is not None:
-            self._graph.steps.append(step)
+    def record(self, step: Callable[[], object], operands: Iterable[object] = ()) -> None:
+        if self.memory.graph is not None:
+            blocks = [x.block for x in operands if isinstance(x, CudaTensor)]
+            self.memory.graph.record(step, blocks, place)
 
     def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An operation on the device."""
@@ -162,7 +160,7 @@ class FakeCuda:
             spoil(result)
             self.record(partial(spoil, result))
         else:
-            self.record(partial(repeat, func, args, kwargs, result))
+            self.record(partial(repeat, func, args, kwargs, result), tensors)
         return tree_map_only(Tensor, lambda x: wrappers[id(x)] if id(x) in wrappers else CudaTensor(x), result)
 
     def make(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CudaTensor:
@@ -191,6 +189,8 @@ class FakeCuda:
         self._refuse_in_capture("a copy from the host")
         if not (non_blocking and is_pinned(source)):
             self.waits_for("a copy from the host" if is_pinned(source) else "a copy from pageable memory")
+        else:
+            self.transfers.begin(Upload(source, source.clone(), place()))
         return source.clone()
 
     def to_host(self, source: Tensor, target: Tensor, non_blocking: bool) -> Tensor:
@@ -199,8 +199,7 @@ class FakeCuda:
             self.waits_for("a copy to the host")
             return target.copy_(source)
         self._refuse_in_capture("a copy to the host")
-        self.copies.append((target, source.clone()))
-        spoil(target)
+        self.transfers.begin(Download(target, source.clone()))
         return target
 
 

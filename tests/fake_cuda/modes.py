@@ -1,5 +1,6 @@
 """How operations come to the device: all of them, and those that torch without CUDA would not let through."""
 
+import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.fake_cuda.tensor import HOST, CudaTensor, pinned
+from tests.fake_cuda.tensor import HOST, CudaTensor, is_pinned, pinned
 
 if TYPE_CHECKING:
     from tests.fake_cuda.device import FakeCuda
@@ -18,6 +19,8 @@ UNGUARDED = {  # torch's own bindings ask for CUDA's device guard
     Tensor.copy_: aten.copy_,
     Tensor.__invert__: aten.bitwise_not,
     Tensor.__int__: lambda x: int(x.item()),
+    Tensor.__float__: lambda x: float(x.item()),
+    Tensor.__index__: lambda x: operator.index(x.item()),
     Tensor.nonzero: lambda x, as_tuple=False: aten.nonzero(x).unbind(1) if as_tuple else aten.nonzero(x),
 }
 FROM_DATA = {torch.tensor, torch.as_tensor, torch.asarray}
@@ -77,7 +80,7 @@ class Calls(TorchFunctionMode):
             return pinned(func(*args, **kwargs))
         is_there = bool(args) and isinstance(args[0], CudaTensor)
         if func is Tensor.pin_memory:
-            return pinned(args[0].clone())
+            return args[0] if is_pinned(args[0]) else pinned(args[0].clone())
         if func in UNGUARDED:
             return UNGUARDED[func](*args, **kwargs)
         if func is Tensor.to:
@@ -86,10 +89,10 @@ class Calls(TorchFunctionMode):
             if name != "data_ptr":
                 self._device.waits_for(name)
             return func(args[0].inner)
-        if is_there and name == "__getitem__":
-            return self._get(*args)
-        if is_there and name == "__setitem__":
-            return self._set(*args)
+        if name in ("__getitem__", "__setitem__"):
+            args = (args[0], known(args[1]), *args[2:])
+            if is_there:
+                return self._get(*args) if name == "__getitem__" else self._set(*args)
         target = kwargs.get("device")
         if target is not None and torch.device(target).type == "cuda" and not is_there:
             if func in FROM_DATA:
@@ -115,7 +118,7 @@ class Calls(TorchFunctionMode):
         items = index if isinstance(index, tuple) else (index,)
         if Ellipsis in [item for item in items if not isinstance(item, Tensor)]:
             at = next(i for i, item in enumerate(items) if item is Ellipsis)
-            missing = x.dim() - sum(item is not None for item in items) + 1
+            missing = x.dim() - sum(not (item is None or isinstance(item, bool)) for item in items) + 1
             items = (*items[:at], *[slice(None)] * missing, *items[at + 1 :])
         indices: list[Tensor | None] = []
         dim = 0
@@ -127,6 +130,10 @@ class Calls(TorchFunctionMode):
                 indices += [None] * (dim - len(indices))
                 indices.append(item)
                 dim += item.dim() if item.dtype == torch.bool else 1
+            elif isinstance(item, bool):
+                x = x.unsqueeze(dim)
+                indices += [None] * (dim - len(indices)) + [CudaTensor(torch.zeros(int(item), dtype=torch.int64))]
+                dim += 1
             elif item is None:
                 x = x.unsqueeze(dim)
                 dim += 1
@@ -146,3 +153,15 @@ class Calls(TorchFunctionMode):
             return x
         options = {"memory_format": memory_format} if memory_format is not None else {}
         return aten._to_copy(x, dtype=dtype, device=device, non_blocking=non_blocking, **options)
+
+
+def known(item: Any) -> Any:
+    """An index as torch begins with it: it reads the bounds of a slice, and integers and bools of no dimension."""
+    if isinstance(item, tuple):
+        return tuple(map(known, item))
+    if isinstance(item, slice):
+        bounds = (item.start, item.stop, item.step)
+        return slice(*(x.item() if isinstance(x, Tensor) else x for x in bounds))
+    if isinstance(item, Tensor) and not item.dim() and not item.dtype.is_floating_point:
+        return bool(item.item()) if item.dtype in (torch.bool, torch.uint8) else item.item()
+    return item

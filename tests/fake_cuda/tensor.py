@@ -8,27 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.fake_cuda.memory import Allocator, Block, Fault
+
 CUDA = torch.device("cuda", 0)
 HOST = torch.device("cpu")
 OURS = str(Path(__file__).parent)
 TORCH = str(Path(torch.__file__).parent)
 
 
-class Fault(RuntimeError):
-    """What a GPU would refuse, or not do."""
-
-
 class CudaTensor(torch.Tensor):
-    """A tensor on the made-up device. inner: its numbers, on the CPU."""
+    """A tensor on the made-up device. inner: its numbers, on the CPU. block: its memory."""
 
     inner: Tensor
+    block: Block
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "CudaTensor":
         shape = {"strides": inner.stride(), "storage_offset": inner.storage_offset()}
         wrapped = Tensor._make_wrapper_subclass(cls, inner.size(), dtype=inner.dtype, device=CUDA, **shape)
-        wrapped.inner = inner
+        wrapped.inner, wrapped.block = inner, Allocator.current.block_of(inner)
         return wrapped
 
     def __repr__(self) -> str:
@@ -44,20 +43,12 @@ def inner_of(x: Any) -> Any:
 
 
 def pinned(x: Tensor) -> Tensor:
-    x.is_fake_pinned = True
+    x.untyped_storage().is_fake_pinned = True  # of all its views
     return x
 
 
 def is_pinned(x: Tensor) -> bool:
-    return getattr(x, "is_fake_pinned", False)
-
-
-def spoil(x: Tensor) -> None:
-    """What nobody has written is to be noticed where it is read."""
-    if x.dtype.itemsize == 1:
-        x.view(torch.uint8).fill_(0x7F)  # NaN in float8_e4m3fn
-    else:
-        x.fill_(torch.nan if x.dtype.is_floating_point else -(1 << 30))
+    return getattr(x.untyped_storage(), "is_fake_pinned", False)
 
 
 def caller() -> FrameType:

@@ -1,0 +1,45 @@
+"""An engine of a tiny model on the device."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from alignment_core import Prompt, static_decodes, static_sampling
+from tests.alignment_core.test_engine import GREEDY, aligned
+from tests.conftest import make_engine, tiny_pair
+
+SHORT = replace(GREEDY, max_tokens=6)
+WHERE_THE_HOST_WAITS = {"flight.py:wait: Event.synchronize"}  # for the tokens of the step before, and nowhere else
+WHERE_SIZING_WAITS = {"static_sampling.py:draw_everything: tensor"}  # once, before there are requests
+
+
+def several():
+    """Two principles."""
+    one, two = (aligned(2.0, extra=extra).principled[0] for extra in (9, 4))
+    return Prompt((one, two), (0.25, 0.75), (2.0, 1.0), aligned(2.0).base)
+
+
+def engine_on(cuda, tokenizer, dtype=torch.float32, model=None, warm_up=False, **config):
+    """A tiny model's engine on the device, and the oracle.
+
+    model: changes of its configuration. warm_up: everything is captured at the start, as on a GPU, or else when it is
+    first run, which is sooner done.
+    """
+    changes = {"vocab_size": 300, "num_hidden_layers": 2, **(model or {})}
+    loaded, oracle = tiny_pair(tokenizer, kernels=False, **changes)
+    rotary = copy.deepcopy(loaded.model.model.rotary_emb)
+    loaded.model.to(dtype)
+    loaded.model.model.rotary_emb = rotary  # a checkpoint's stays float32
+    cuda.take(loaded.model)
+    with pytest.MonkeyPatch.context() as patch:
+        if not warm_up:
+            for part in (static_sampling.StaticSampler, static_decodes.StaticDecodes):
+                patch.setattr(part, "warm_up", lambda _: None)
+        sizes = {"num_pages": 100, "max_num_seqs": 4, "num_speculative_tokens": 0}
+        engine = make_engine(loaded, **sizes | config)
+    assert set(cuda.waits) <= WHERE_SIZING_WAITS
+    cuda.waits.clear()
+    cuda.num_launches = 0
+    return engine, oracle

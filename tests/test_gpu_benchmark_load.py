@@ -1,0 +1,68 @@
+"""The load that benchmarks/gpu.py puts on an engine: all of it has to run at once before anything is timed."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from alignment_core import Engine, EngineConfig, Prompt
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+from gpu_measurements.bench import LARGE, TINY, random_model, start_decodes
+
+SHARE = 32  # of the rows, and of the tokens of a step, that the large shape has; its prompts are as long
+MAX_NUM_BATCHED_TOKENS = 2048 // SHARE  # an engine's on a GPU
+NUM_ROWS = 2 * LARGE.many // SHARE
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return random_model(TINY.model, torch.float32, torch.device("cpu"))
+
+
+def engine_of(loaded, max_num_seqs=NUM_ROWS):
+    config = EngineConfig(
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
+        num_pages=2000,
+        num_speculative_tokens=0,
+        static=True,
+    )
+    return Engine(loaded, config)
+
+
+def load(aligned):
+    """Prompts of `NUM_ROWS` branches in all, without a prefix in common."""
+    chance = torch.Generator().manual_seed(0)
+    prompts = []
+    for _ in range(NUM_ROWS // (1 + aligned)):
+        ids = torch.randint(10, TINY.model["vocab_size"], (LARGE.principle + LARGE.prompt,), generator=chance).tolist()
+        base = tuple(ids[LARGE.principle :])
+        prompts.append(Prompt((tuple(ids),), (1.0,), (2.0,), base) if aligned else Prompt((tuple(ids),)))
+    return prompts
+
+
+@pytest.mark.timeout(120)  # it once went on for ever: what came first had ended before the last had begun
+@pytest.mark.parametrize("aligned", [False, True], ids=["plain", "aligned"])
+def test_all_of_a_load_far_larger_than_a_step_runs_at_once(loaded, aligned):
+    engine, prompts, max_tokens = engine_of(loaded), load(aligned), 8
+    assert sum(len(ids) for prompt in prompts for ids in prompt.branches) > 100 * MAX_NUM_BATCHED_TOKENS
+    start_decodes(engine, prompts, max_tokens)
+    running = engine.scheduler.running
+    assert len(running) == len(prompts)
+    assert all(sequence.output_ids and not sequence.ended for sequence in running)
+    for _ in range(max_tokens - 1):  # as many are measured
+        assert engine.step()
+    assert len(running) == len(prompts)
+    assert engine.scheduler.num_preemptions == 0
+
+
+@pytest.mark.timeout(120)
+def test_a_load_that_cannot_run_at_once_is_told(loaded):
+    prompts = load(False)
+    engine = engine_of(loaded, max_num_seqs=len(prompts) - 1)
+    with pytest.raises(RuntimeError, match=f"before all of {len(prompts)} had begun"):
+        start_decodes(engine, prompts, 8)
+    assert engine.idle
