@@ -3,6 +3,7 @@ import copy
 import importlib.util
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, as torch does
@@ -11,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; test_cp
 import gguf
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from alignment_core import Engine, EngineConfig, load
 from alignment_core.cpu.layers import replace_layers
@@ -26,7 +27,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignor
 
 @pytest.fixture(scope="session")
 def embedded():
-    return load()
+    """The embedded model; `make check-old` names a directory that has its tokenizer."""
+    loaded = load()
+    if directory := os.environ.get("TOKENIZER"):
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        return replace(loaded, tokenizer=tokenizer, eos_token_ids=frozenset({tokenizer.eos_token_id}))
+    return loaded
 
 
 @pytest.fixture(scope="session")
