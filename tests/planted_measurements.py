@@ -26,7 +26,8 @@ def hangs(_):
     time.sleep(1000)
 
 
-def fails(_):
+def fails(bench):
+    bench.partial["half of it"] = 1
     raise RuntimeError("shapes do not match")
 
 
@@ -37,14 +38,20 @@ def breaks_the_device(bench):
     bench.synchronize = synchronize
 
 
+def needs_no_compile(bench):
+    """As the start of the engine, if Inductor fails."""
+    assert bench.without == "compile", "Inductor fails"
+    return {}
+
+
 def needs_no_triton(bench):
     """Fails as long as the engine chooses Triton, which a retry leaves out."""
-    from gpu_measurements.smoke import without  # here, as importing torch takes seconds
+    from gpu_measurements.parts import without  # here, as importing torch takes seconds
 
     from alignment_core import model_runner
 
     model_runner._choose_backend = mock.Mock(return_value="linalign_triton")
-    with without(*filter(None, [bench.without])):
+    with without(bench.without):
         assert model_runner._choose_backend(None) == "linalign_paged", "Triton is at fault"
     return {}
 
@@ -71,6 +78,10 @@ MEASUREMENTS = {
     "broken": planted(fails, "c", shared=True),
     "needs it": planted(works, "c"),
     "so does": planted(works, "c"),
+    "starts": planted(works, "d", shared=True),
+    **{f"dies of it, {i}": planted(dies, "d") for i in range(4)},
+    "starts without": planted(needs_no_compile, "e", shared=True),
+    "after it": planted(works, "e"),
     "smoke: one": planted(needs_no_triton, "smoke"),
     "smoke: two": planted(needs_no_triton, "smoke"),
     "smoke: three": planted(fails, "smoke"),

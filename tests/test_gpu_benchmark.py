@@ -1,5 +1,6 @@
 """benchmarks/gpu.py on toy shapes, with what dies, hangs and fails on purpose."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -69,7 +71,7 @@ def test_all_of_it_though_one_measurement_is_killed(tmp_path):
 
     again = tmp_path / "again.json"
     printed = run_gpu("--resume", output, "--output", again)
-    assert begun(printed) == {"about", "weights", victim, *ELSEWHERE}
+    assert begun(printed) == {"about", victim, *ELSEWHERE}
     found, statuses = result(again)
     assert statuses == expected_statuses
 
@@ -108,6 +110,13 @@ def test_what_dies_hangs_or_fails_harms_nothing_else(planted):
         "broken": "failed",
         "needs it": "skipped",
         "so does": "skipped",
+        "starts": "ok",
+        "dies of it, 0": "killed",
+        "dies of it, 1": "killed",
+        "dies of it, 2": "skipped",
+        "dies of it, 3": "skipped",
+        "starts without": "ok",
+        "after it": "ok",
         "smoke: one": "failed",
         "smoke: two": "failed",
         "smoke: three": "failed",
@@ -116,7 +125,11 @@ def test_what_dies_hangs_or_fails_harms_nothing_else(planted):
     assert "SIGSEGV" in outcomes["dies"]["why"]
     assert "in fails" in outcomes["fails"]["traceback"]
     assert "illegal memory access" in outcomes["breaks"]["why"]
+    assert outcomes["fails"]["measured before"] == {"half of it": 1}
     assert outcomes["needs it"]["why"] == "it needs 'broken': failed"
+    assert outcomes["dies of it, 2"]["why"] == "two processes in a row have measured nothing after 'starts'"
+    assert outcomes["starts without"]["without"] == "compile"
+    assert "Inductor fails" in outcomes["starts without"]["with it"]["traceback"]
 
 
 def test_a_process_is_shared_as_long_as_the_device_works(planted):
@@ -150,6 +163,37 @@ def test_the_output_is_json_whatever_was_measured(planted):
     measured = planted[0]["first"]["measured"]
     assert measured["no number"] is None
     assert measured["no JSON"] == "<class 'set'>"
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    """Or they would hold the device's memory, where the next run looks for it."""
+    run = command("tests.planted_measurements", "--only", "hangs", "--output", tmp_path / "gpu.json")
+    process = subprocess.Popen(run, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    child = next(int(found[1]) for line in process.stdout if (found := re.match(r"hangs: begins, process (\d+)", line)))
+    process.kill()
+    process.wait()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(child).wait(timeout=30)
+    assert not psutil.pid_exists(child)
+
+
+def test_a_failure_is_kept_though_there_is_no_time_to_try_again(planted, tmp_path):
+    earlier, output = tmp_path / "earlier.json", tmp_path / "gpu.json"
+    earlier.write_text(json.dumps({"measurements": planted[0]}))
+    run_gpu("--budget", 0, "--resume", earlier, "--output", output, script="tests.planted_measurements")
+    outcomes = result(output)[0]["measurements"]
+    assert outcomes["fails"] == planted[0]["fails"] | {"again": {"status": "skipped", "why": "the budget is used up"}}
+    assert outcomes["first"] == planted[0]["first"]
+
+
+def test_a_device_is_not_replaced_by_the_output(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    done = subprocess.run(
+        command("benchmarks.gpu", "--output", tmp_path / "pipe"), cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "is no regular file" in done.stderr
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_what_does_not_fit_the_budget_is_named(tmp_path):

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from alignment_core import Engine, EngineConfig, Prompt, SamplingParams
 from alignment_core.loading import LoadedModel
+from gpu_measurements.parts import without
 
 RATIO = 2.0
 GREEDY = SamplingParams(temperature=0, ignore_eos=True)
@@ -65,13 +66,15 @@ TINY = Shape(SMALL | {"vocab_size": 600, "hidden_size": 64, "num_hidden_layers":
 class Bench:
     """What the measurements of one process share.
 
-    without: the part of the engine that a retry leaves out.
+    without: the part of the engine that a retry leaves out. partial: what the present measurement has found so far,
+    for the report if it fails.
     """
 
     def __init__(self, tiny: bool) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.shape = TINY if tiny else LARGE
         self.without: str | None = None
+        self.partial: dict[str, Any] = {}
 
     @property
     def on_cuda(self) -> bool:
@@ -90,7 +93,8 @@ class Bench:
     def new_engine(self, **changes: Any) -> Engine:
         pages = {} if self.on_cuda else {"num_pages": 4000}
         sizes = {"max_num_seqs": 2 * self.shape.many, "max_model_len": 2048, "num_speculative_tokens": 0, **pages}
-        return Engine(self.loaded, EngineConfig(static=True, **sizes | changes))
+        with without(self.without):
+            return Engine(self.loaded, EngineConfig(static=True, **sizes | changes))
 
     def timed(self, function: Callable[[], object]) -> float:
         """Seconds, on the device's clock where it has one."""
@@ -123,7 +127,7 @@ class Bench:
             torch.cuda.synchronize()
 
     def tidy(self) -> None:
-        """Leave to the next measurement what the last one found. Raises where that can't be done."""
+        """End all requests and free memory. Raises where that can't be done: another process has to go on."""
         if "engine" in vars(self):
             drop(self.engine)
             assert self.engine.pool.num_free == self.engine.pool.num_pages, "pages are lost"
@@ -134,8 +138,10 @@ class Bench:
 
 
 def about(bench: Bench) -> dict[str, Any]:
-    """The machine; the first use of the device costs seconds, which are told here."""
-    seconds = bench.timed(lambda: torch.ones(1, device=bench.device) + 1)
+    """The machine; the first use of the device can take seconds."""
+    started = time.perf_counter()
+    torch.ones(1, device=bench.device)
+    bench.synchronize()
     found: dict[str, Any] = {
         "device": platform.processor() or platform.machine(),
         "shape": "tiny" if bench.shape is TINY else "large",
@@ -143,7 +149,7 @@ def about(bench: Bench) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "transformers": transformers.__version__,
-        "first use, s": seconds,
+        "first use, s": time.perf_counter() - started,
     }
     if bench.on_cuda:
         properties = torch.cuda.get_device_properties(0)

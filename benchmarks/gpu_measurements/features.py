@@ -42,9 +42,12 @@ class Feature:
     repeat: int = 1
 
     @property
-    def captured(self) -> bool:
-        """Whether its decodes run in CUDA graphs, where there are any."""
-        return not self.config.get("enforce_eager")
+    def parts_not_used(self) -> tuple[str, ...]:
+        """Parts of the engine that a retry has no reason to leave out, or can't."""
+        compiles = () if self.compiled else ("compile",)
+        captures = ("graphs",) if self.config.get("enforce_eager") else ()
+        needs = ("Triton",) if self.config.get("batch_invariant") else ()
+        return (*compiles, *captures, *needs)
 
 
 def prompt(ratio: float, length: int = 40, shift: int = 0, extra: int = 9, method: Any = "linear") -> Prompt:
@@ -90,7 +93,7 @@ FEATURES = {
     "adaptive": Feature(((prompt(20.0, method="adaptive"), SHORT),), setting={"method": "adaptive", "scale": 50.0}),
     "opad": Feature(((prompt(2.0, method="opad"), SHORT),), setting={"method": "opad", "top_p": 1.0}),
     "away": Feature(((prompt(-3.0), SHORT),)),
-    "drafts": Feature(  # of few words, so that n-grams come again
+    "drafts": Feature(  # of few words, so that n-grams are repeated
         ((prompt(2.0), replace(SHORT, max_tokens=40, logit_bias=dict.fromkeys((71, 72, 73), 60.0))),),
         {"num_speculative_tokens": 8},
         {"bias": ((71, 60.0), (72, 60.0), (73, 60.0))},

@@ -13,6 +13,7 @@ from gpu_measurements.speed import total_time
 
 
 def over_http(bench: Bench) -> dict[str, float]:
+    """The last of its process: the server ends the engine with itself."""
     import uvicorn  # here, as nothing else needs the server's packages
 
     from server.app import create_app
@@ -26,7 +27,7 @@ def over_http(bench: Bench) -> dict[str, float]:
         principle="w5 " * bench.shape.principle, alignment_ratio=RATIO,
     )  # fmt: skip
     total_time(bench, many, True, max_tokens=4)  # the first time is for what is compiled late
-    alone = rate_alone(bench, chats(settings, "random"))
+    bench.partial["256 without HTTP, tokens/s"] = rate_alone(bench, chats(settings, "random"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -44,7 +45,7 @@ def over_http(bench: Bench) -> dict[str, float]:
         server.should_exit = True
         thread.join()
     assert not result["failures"], result["failures"][:3]
-    return {"256 over HTTP, tokens/s": result["tokens_per_s"], "256 without HTTP, tokens/s": alone}
+    return bench.partial | {"256 over HTTP, tokens/s": result["tokens_per_s"]}
 
 
 def rate_alone(bench: Bench, bodies: list[Any]) -> float:

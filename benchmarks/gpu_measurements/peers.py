@@ -8,11 +8,6 @@ from transformers import GenerationConfig
 from gpu_measurements.bench import RATIO, Bench, NotHere
 
 
-def weights(bench: Bench) -> dict[str, float]:
-    """The model that both are given."""
-    return {"making the weights again, s": bench.timed(lambda: bench.loaded)}
-
-
 def guided_generate(bench: Bench) -> dict[str, float]:
     """transformers' generate with classifier-free guidance, one request, greedy, its decode time a token."""
     model = bench.loaded.model

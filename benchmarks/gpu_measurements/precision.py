@@ -11,7 +11,8 @@ from torch.nn.functional import kl_div
 from alignment_core import Engine, EngineConfig, Prompt
 from alignment_core.loading import LoadedModel
 from gpu_measurements.bench import GREEDY, RATIO, SMALL, Bench, exact_model, finish, random_model, start
-from gpu_measurements.smoke import EXPECTED, without
+from gpu_measurements.parts import without
+from gpu_measurements.smoke import EXPECTED
 
 SEED, SCALE = 2, 0.1
 REPLY = 64

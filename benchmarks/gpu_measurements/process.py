@@ -5,6 +5,7 @@ next one does so while the present one measures.
 """
 
 import contextlib
+import ctypes
 import json
 import multiprocessing
 import os
@@ -17,6 +18,8 @@ from typing import Any
 
 Outcome = dict[str, Any]  # "status": "ok", "failed", "timed out", "killed", "skipped" or "not to be had here"; "why", …
 START_LIMIT = 90.0  # seconds of the imports, or of tidying up between two measurements
+KILL_LIMIT = 10.0  # seconds; a process that waits for a broken driver may never end
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal for a process whose parent has died
 READY: Outcome = {"status": "ok"}
 
 
@@ -43,7 +46,7 @@ class Worker:
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")  # a fork can't use CUDA once something has touched it here
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(theirs,), daemon=True)  # it does not outlive this one
+        self._process = context.Process(target=_work, args=(theirs,), daemon=True)
         self._process.start()
         theirs.close()
         self.pid = self._process.pid
@@ -74,13 +77,16 @@ class Worker:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)  # type: ignore[arg-type]
         self._process.kill()
-        self._process.join()
+        self._process.join(KILL_LIMIT)
         self._pipe.close()
         code = self._process.exitcode
-        return f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit status {code}"
+        if code is None:
+            return "it can't be killed"
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
 
 def _work(pipe: Connection) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it holds the device's memory, and may hang
     os.setpgrp()
     try:
         from gpu_measurements.tasks import perform

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,67 +12,33 @@ import torch
 from alignment_core import (
     Engine,
     EngineConfig,
-    cuda_graphs,
     cuda_quantization,
-    model_runner,
     scheduler,
-    static_draw,
-    static_sampling,
 )
 from alignment_core import engine as engine_module
-from alignment_core.attention import sdpa
 from alignment_core.cpu.layers import replace_layers
 from alignment_core.loading import LoadedModel
 from gpu_measurements.bench import Bench, NotHere, exact_model, finish
 from gpu_measurements.features import FEATURES, SCALE, SEED, SHAPE, Feature
-from gpu_measurements.run import PARTS
+from gpu_measurements.parts import without
 
 EXPECTED = Path(__file__).with_name("expected.json")
-
-
-def leave_out(part: str, patch: Callable[[object, str, object], None]) -> None:
-    """One of PARTS, as long as `patch` lasts."""
-    assert part in PARTS
-    if part == "graphs":
-        patch(cuda_graphs.Graphs, "run", _run_without_graph)
-    elif part == "compile":
-        patch(model_runner, "compile_layers", lambda *_: None)
-        patch(static_sampling, "compiled_draw", lambda *_: static_draw.draw)
-    elif part == "Triton":
-        patch(model_runner, "_choose_backend", lambda _: sdpa.NAME)
-
-
-@contextlib.contextmanager
-def without(*parts: str) -> Iterator[None]:
-    """Leave parts of the engine out for a while."""
-    with contextlib.ExitStack() as stack:
-        for part in parts:
-            leave_out(part, lambda *args: stack.enter_context(mock.patch.object(*args)))
-        yield
-
-
-def _run_without_graph(graphs: cuda_graphs.Graphs, _: object, function: Any) -> None:
-    graphs.num_runs += 1
-    function()
 
 
 def smoke(bench: Bench, name: str) -> dict[str, Any]:
     """Raises AssertionError where the device replies other than the oracle."""
     feature = FEATURES[name]
-    if (bench.without == "compile" and not feature.compiled) or (bench.without == "graphs" and not feature.captured):
-        raise NotHere("it does not use that")
+    if bench.without in feature.parts_not_used:
+        raise NotHere("it does not use that, or does not work without it")
     with contextlib.ExitStack() as stack:
-        if bench.without is not None:
-            stack.enter_context(without(bench.without))
-        if not feature.compiled:
-            stack.enter_context(without("compile"))
+        stack.enter_context(without(bench.without, None if feature.compiled else "compile"))
         if not bench.on_cuda and feature.config.get("kv_cache_dtype"):  # a CPU's kernels have float32 alone
             stack.enter_context(without("Triton"))
         for module in (engine_module, scheduler):  # so that few sizes are captured
             stack.enter_context(mock.patch.object(module, "SPECULATIVE_BATCH", 8))
         engine = tiny_engine(feature, bench)
         measured = judged(name, feature, engine, bench)
-    if bench.without is None:  # what a retry takes part in is another way
+    if bench.without is None:  # a retry may do it in another way
         assert feature.took(engine), f"the engine did not do it: {engine.stats()}"
     return measured
 

@@ -20,6 +20,7 @@ def engine_start(bench: Bench) -> dict[str, Any]:
 
     The copy bandwidth, which bounds decode steps, is measured before the KV cache takes all memory.
     """
+    bench.partial["free memory before, bytes"] = torch.cuda.mem_get_info()[0] if bench.on_cuda else None
     weights = bench.timed(lambda: bench.loaded)
     copied = bandwidth(bench)
     bench.tidy()
@@ -27,7 +28,7 @@ def engine_start(bench: Bench) -> dict[str, Any]:
     engine = bench.engine
     model = bench.loaded.model
     read = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
-    return {
+    return bench.partial | {
         "making the weights, s": weights,
         "copy bandwidth, bytes/s": copied,
         "engine start, s": engine_seconds,
@@ -41,10 +42,9 @@ def engine_start(bench: Bench) -> dict[str, Any]:
 def one(bench: Bench) -> dict[str, float]:
     """Decode steps of one request."""
     decode_time(bench, 1, True)  # the first time is for what is compiled late
-    return {
-        f"1 {name}, s a step": bench.median(lambda aligned=aligned: decode_time(bench, 1, aligned))  # type: ignore[misc]
-        for name, aligned in (("plain", False), ("aligned", True))
-    }
+    for name, aligned in (("plain", False), ("aligned", True)):
+        bench.partial[f"1 {name}, s a step"] = bench.median(lambda aligned=aligned: decode_time(bench, 1, aligned))  # type: ignore[misc]
+    return bench.partial
 
 
 def some(bench: Bench) -> dict[str, float]:
@@ -52,11 +52,9 @@ def some(bench: Bench) -> dict[str, float]:
     number = bench.shape.some
     total_time(bench, number, True, max_tokens=4)
     preemptions = bench.engine.stats().num_preemptions
-    times = {
-        f"64 {name}, s": bench.median(lambda aligned=aligned: total_time(bench, number, aligned))  # type: ignore[misc]
-        for name, aligned in (("plain", False), ("aligned", True))
-    }
-    return times | {
+    for name, aligned in (("plain", False), ("aligned", True)):
+        bench.partial[f"64 {name}, s"] = bench.median(lambda aligned=aligned: total_time(bench, number, aligned))  # type: ignore[misc]
+    return bench.partial | {
         "row tokens of 64 aligned": 2 * number * bench.shape.reply,
         "preemptions of 64": bench.engine.stats().num_preemptions - preemptions,
     }
@@ -67,13 +65,13 @@ def many(bench: Bench) -> dict[str, float]:
     number = bench.shape.many
     total_time(bench, number, True, max_tokens=4)
     preemptions = bench.engine.stats().num_preemptions
-    return {
-        "256 aligned, s": total_time(bench, number, True),
-        "512 plain, s": total_time(bench, 2 * number, False),
-        "preemptions of 256 and 512": bench.engine.stats().num_preemptions - preemptions,
-        "256 aligned, s a step": decode_time(bench, number, True, max_tokens=32),
-        "draw of 256, s": draw_time(bench),
-    }
+    found = bench.partial
+    found["256 aligned, s"] = total_time(bench, number, True)
+    found["512 plain, s"] = total_time(bench, 2 * number, False)
+    found["preemptions of 256 and 512"] = bench.engine.stats().num_preemptions - preemptions
+    found["256 aligned, s a step"] = decode_time(bench, number, True, max_tokens=32)
+    found["draw of 256, s"] = draw_time(bench)
+    return found
 
 
 def profile_one(bench: Bench) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def perform(tiny: bool, tasks: list[Task], send: Callable[[Outcome], None]) -> N
 
 def outcome_of(task: Task, bench: Bench, errors: "Errors") -> Outcome:
     started = time.monotonic()
-    bench.without = task.without
+    bench.without, bench.partial = task.without, {}
     outcome: Outcome = {"status": "ok"}
     try:
         outcome["measured"] = pkgutil.resolve_name(task.function)(bench, *task.arguments)
@@ -40,6 +40,7 @@ def outcome_of(task: Task, bench: Bench, errors: "Errors") -> Outcome:
             "kind": f"{type(error).__name__} in {frame.name}, line {frame.lineno}",
             "traceback": traceback.format_exc(),
             "logged": errors.tracebacks(),
+            "measured before": bench.partial,
         }
     return outcome | {"seconds": round(time.monotonic() - started, 2)}
 

@@ -1,0 +1,36 @@
+"""Parts of the engine that can be left out, to learn which of them is at fault."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+from alignment_core import cuda_graphs, model_runner, static_draw, static_sampling
+from alignment_core.attention import sdpa
+
+
+@contextlib.contextmanager
+def without(*parts: str | None) -> Iterator[None]:
+    """Leave parts out for a while: some of PARTS; None is no part."""
+    with contextlib.ExitStack() as stack:
+
+        def patch(owner: object, name: str, value: object) -> None:
+            stack.enter_context(mock.patch.object(owner, name, value))
+
+        for part in parts:
+            match part:
+                case "compile":
+                    patch(model_runner, "compile_layers", lambda *_: None)
+                    patch(static_sampling, "compiled_draw", lambda *_: static_draw.draw)
+                case "Triton":
+                    patch(model_runner, "_choose_backend", lambda _: sdpa.NAME)
+                case "graphs":
+                    patch(cuda_graphs.Graphs, "run", _run_without_graph)
+                case str():
+                    raise ValueError(part)
+        yield
+
+
+def _run_without_graph(graphs: cuda_graphs.Graphs, _: object, function: Any) -> None:
+    graphs.num_runs += 1
+    function()
