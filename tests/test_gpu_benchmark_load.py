@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from alignment_core import Engine, EngineConfig, Prompt
+from alignment_core.attention import sdpa
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
-from gpu_measurements.bench import LARGE, TINY, random_model, start_decodes
+from gpu_measurements.bench import LARGE, TINY, Bench, random_model, start_decodes
 
 SHARE = 32  # of the rows, and of the tokens of a step, that the large shape has; its prompts are as long
 MAX_NUM_BATCHED_TOKENS = 2048 // SHARE  # an engine's on a GPU
@@ -66,3 +67,17 @@ def test_a_load_that_cannot_run_at_once_is_told(loaded):
     with pytest.raises(RuntimeError, match=f"before all of {len(prompts)} had begun"):
         start_decodes(engine, prompts, 8)
     assert engine.idle
+
+
+@pytest.mark.parametrize(
+    ("part", "left_out"),
+    [
+        ("graphs", lambda engine: engine.runner.config.eager),
+        ("Triton", lambda engine: engine.runner.backend == sdpa.NAME),
+    ],
+)
+def test_an_engine_is_made_without_a_part(part, left_out):
+    bench = Bench(tiny=True)
+    assert not left_out(bench.new_engine())
+    bench.without = part
+    assert left_out(bench.new_engine())

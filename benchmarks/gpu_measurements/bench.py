@@ -93,6 +93,8 @@ class Bench:
     def new_engine(self, **changes: Any) -> Engine:
         pages = {} if self.on_cuda else {"num_pages": 4000}
         sizes = {"max_num_seqs": 2 * self.shape.many, "max_model_len": 2048, "num_speculative_tokens": 0, **pages}
+        if self.without == "graphs":  # for good: other measurements go on with this engine
+            changes["enforce_eager"] = True
         with without(self.without):
             return Engine(self.loaded, EngineConfig(static=True, **sizes | changes))
 

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import time
 import traceback
 from dataclasses import dataclass
@@ -86,7 +87,8 @@ class Worker:
 
 
 def _work(pipe: Connection) -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it holds the device's memory, and may hang
+    if sys.platform == "linux":  # it holds the device's memory, and may hang
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setpgrp()
     try:
         from gpu_measurements.tasks import perform
