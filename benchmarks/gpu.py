@@ -21,7 +21,8 @@ STARTED = time.monotonic()
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from gpu_measurements.run import Measurement, Run  # noqa: E402
+from gpu_measurements.process import Measurement  # noqa: E402
+from gpu_measurements.run import Run  # noqa: E402
 
 EXPECTED = json.loads((ROOT / "benchmarks/gpu_measurements/expected.json").read_text())
 FEATURES = [name for name in EXPECTED["features"] if name != "compiled"]
@@ -48,7 +49,7 @@ MEASUREMENTS = {  # in the order of their worth
     "invariance": measurement("precision:invariance", 60, "rest"),
     "attention": measurement("rest:attention", 30, "rest"),
     "prompt lookup": measurement("rest:prompt_lookup", 120, "rest"),
-    "continuous batching": measurement("peers:continuous_batching", 180, "slow peers"),  # two minutes: last
+    "continuous batching": measurement("peers:continuous_batching", 180, "slow peers"),  # the slowest: last
 }
 
 GOALS: dict[str, tuple[str, float, Callable[[dict[str, Any]], float]]] = {  # of what was measured

@@ -11,7 +11,7 @@ from unittest import mock
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 import gpu
-from gpu_measurements import run
+from gpu_measurements.process import Measurement
 
 
 def works(_):
@@ -57,7 +57,7 @@ def needs_no_triton(bench):
 
 
 def planted(function, group, shared=False):
-    return run.Measurement(f"tests.planted_measurements:{function.__name__}", 2, group, shared=shared)
+    return Measurement(f"tests.planted_measurements:{function.__name__}", 2, group, shared=shared)
 
 
 MEASUREMENTS = {

@@ -77,7 +77,7 @@ FEATURES = {
     "eager decodes": Feature(PAIR, {"enforce_eager": True}),
     "decodes in graphs": Feature(PAIR, took=replayed),
     "mixed batch": Feature(LONG, {"max_num_batched_tokens": 64}, took=replayed),
-    "several principles": Feature(((two_principles(), SHORT), *PAIR), setting={}),
+    "several principles": Feature(((two_principles(), SHORT), *PAIR)),
     "penalties": Feature(
         tuple((p, replace(SHORT, **PENALTIES)) for p in (prompt(2.0), prompt(0, 33, 4))),
         setting={"presence": 1.5, "frequency": 0.5, "repetition": 1.2},

@@ -25,16 +25,26 @@ READY: Outcome = {"status": "ok"}
 
 
 @dataclass(frozen=True)
-class Task:
+class Measurement:
     """A function to call with the process's Bench and `arguments`.
 
-    function: "module:name". limit: seconds. without: a part of the engine that is left out.
+    function: "module:name". limit: seconds. group: the measurements of one group share a process.
+    shared: the others of its group need what it makes: it comes first in each of their processes.
     """
 
-    name: str
     function: str
     limit: float
+    group: str
     arguments: tuple[str, ...] = ()
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """without: a part of the engine that is left out."""
+
+    name: str
+    measurement: Measurement
     without: str | None = None
 
 

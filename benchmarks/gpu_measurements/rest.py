@@ -77,7 +77,7 @@ def backends(on_cuda: bool) -> Iterator[tuple[str, Any, int]]:
     yield "Triton", paged_triton.attend, 16
 
     def torchs(layer: Any, query: Any, key: Any, value: Any, _: None, *, paged: PagedBatch, scaling: float) -> None:
-        from torch.nn.attention.varlen import varlen_attn  # of torch 2.11, takes no pages
+        from torch.nn.attention.varlen import varlen_attn  # torch 2.11's takes no pages: a TypeError
 
         keys, values = sdpa.store(layer, key, value, paged, LayerAttention(scaling, None, None))
         varlen_attn(

@@ -4,31 +4,16 @@ import itertools
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_measurements.process import START_LIMIT, Outcome, Task, Worker
+from gpu_measurements.process import START_LIMIT, Measurement, Outcome, Task, Worker
 
 PARTS = ("compile", "Triton", "graphs")  # of the engine, which retries leave out, one at a time; what saves time first
 RETRIED = {"smoke": 90.0, "smoke, compiled": 120.0}  # groups, and seconds of each, retries included
 RETRY_RESERVE = 20.0  # of those, for nothing but retries
 DONE = ("ok", "not to be had here")
 Ratios = Callable[[dict[str, Any]], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """function, limit, arguments: as a Task has them. group: the measurements of one group share a process.
-
-    shared: the others of its group need what it makes: it comes first in each of their processes.
-    """
-
-    function: str
-    limit: float
-    group: str
-    arguments: tuple[str, ...] = ()
-    shared: bool = False
 
 
 class Run:
@@ -74,8 +59,7 @@ class Run:
         self._standby.end()
 
     def _task(self, name: str, without: str | None = None) -> Task:
-        measurement = self.measurements[name]
-        return Task(name, measurement.function, measurement.limit, measurement.arguments, without)
+        return Task(name, self.measurements[name], without)
 
     def _group(self, group: str, pending: list[str], deadline: float) -> None:
         """Where a shared task fails, it is tried without a part of the engine: the others are better than nothing."""
@@ -135,7 +119,7 @@ class Run:
             ready = worker.outcome(START_LIMIT, deadline)
             if ready["status"] == "ok":
                 print(f"{task.name}: begins, process {worker.pid}", flush=True)
-                outcome = worker.outcome(task.limit, deadline)
+                outcome = worker.outcome(task.measurement.limit, deadline)
             elif place > 0:
                 print(f"The process has ended after {tasks[place - 1].name!r}: {ready['why']}", flush=True)
                 return place
@@ -154,7 +138,7 @@ class Run:
         left_out = f" without {task.without}" if task.without else ""
         print(f"{task.name}{left_out}: {told} ({outcome.get('seconds', 0)} s)", flush=True)
         earlier = self.outcomes.get(task.name)
-        if task.without and earlier and not self.measurements[task.name].shared:
+        if task.without and earlier and not task.measurement.shared:
             earlier.setdefault("without", {})[task.without] = told
         elif earlier and worth(earlier) > worth(outcome):
             earlier["again"] = outcome

@@ -27,7 +27,7 @@ def outcome_of(task: Task, bench: Bench, errors: "Errors") -> Outcome:
     bench.without, bench.partial = task.without, {}
     outcome: Outcome = {"status": "ok"}
     try:
-        outcome["measured"] = pkgutil.resolve_name(task.function)(bench, *task.arguments)
+        outcome["measured"] = pkgutil.resolve_name(task.measurement.function)(bench, *task.measurement.arguments)
         bench.synchronize()
         errors.raise_first()
     except NotHere as error:
