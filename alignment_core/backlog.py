@@ -4,15 +4,8 @@ import math
 import threading
 from collections.abc import Sequence as Seq
 
+from alignment_core.errors import EngineBusy
 from alignment_core.sequence import Sequence
-
-
-class EngineBusy(RuntimeError):
-    """The queue is full. retry_after: seconds after which it is worth another try."""
-
-    def __init__(self, retry_after: int) -> None:
-        super().__init__("too many requests wait already; try again later")
-        self.retry_after = retry_after
 
 
 class Backlog:

@@ -22,33 +22,22 @@ from alignment_core.backlog import Backlog
 from alignment_core.cpu.native import release_threads
 from alignment_core.detokenizer import TextStream, TokenBytes
 from alignment_core.engine_config import EngineConfig, pages_that_fit
+from alignment_core.errors import EngineDead, RequestFailed
 from alignment_core.flight import Drawn, Flight, Sampler, draw
 from alignment_core.grammars import Grammars
 from alignment_core.kv_cache import PagePool
 from alignment_core.limits import Limits
 from alignment_core.loading import LoadedModel, load
 from alignment_core.model_runner import ModelRunner, RunnerConfig
-from alignment_core.prompts import DEFAULT_RATIO, Message, Placement, Principle, PromptBuilder
+from alignment_core.output import FinishReason, Output, Stats, TokenLogprob, nothing_of
+from alignment_core.prompts import Message, Placement, PromptBuilder
+from alignment_core.request import DEFAULT_RATIO, Principle, Prompt, SamplingParams
 from alignment_core.sampling import sample
 from alignment_core.scheduler import SPECULATIVE_BATCH, Scheduler, Step
-from alignment_core.sequence import (
-    FinishReason,
-    Output,
-    Prompt,
-    RequestFailed,
-    SamplingParams,
-    Sequence,
-    Stats,
-    TokenLogprob,
-    nothing_of,
-)
+from alignment_core.sequence import Sequence
 from alignment_core.static_sampling import StaticSampler
 
 log = logging.getLogger(__name__)
-
-
-class EngineDead(RuntimeError):
-    """The engine's loop has ended on an error, or was stopped."""
 
 
 class Engine:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from alignment_core.logprobs import Logprobs, log_probabilities
+from alignment_core.output import TokenLogprob
 from alignment_core.scheduler import Step
-from alignment_core.sequence import Sequence, TokenLogprob
+from alignment_core.sequence import Sequence
 from alignment_core.transfer import to_host
 
 Sampler = Callable[[Tensor, Seq[Sequence], Seq[int]], Tensor]

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from alignment_core.sequence import InvalidRequest, Structure
+from alignment_core.errors import InvalidRequest
+from alignment_core.request import Structure
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from alignment_core.errors import InvalidRequest
 from alignment_core.kv_cache import PagePool
-from alignment_core.sequence import InvalidRequest, Prompt, SamplingParams
+from alignment_core.request import Prompt, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)

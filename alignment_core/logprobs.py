@@ -9,8 +9,9 @@ from torch.nn.functional import pad
 
 from alignment_core.alignment import principled_logits
 from alignment_core.edits import edit
+from alignment_core.output import TokenLogprob, Trace
 from alignment_core.sampling import Settings, candidates, mixing_of, plan
-from alignment_core.sequence import Sequence, TokenLogprob, Trace
+from alignment_core.sequence import Sequence
 from alignment_core.transfer import to_device, to_host
 
 

@@ -21,13 +21,13 @@ from jinja2.meta import find_undeclared_variables
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from alignment_core.alignment import METHODS, Method
-from alignment_core.sequence import MAX_PRINCIPLES, MAX_RATIO, MIN_RATIO, InvalidRequest, Prompt
+from alignment_core.errors import InvalidRequest
+from alignment_core.methods import METHODS, Method
+from alignment_core.request import MAX_PRINCIPLES, Principle, Prompt
 
 Placement = Literal["system", "user"]
 Message = Mapping[str, Any]  # {"role": …, "content": …}, and what the template's own messages may have beside
 
-DEFAULT_RATIO = 2.0
 # Variables of templates that are not for users: they are set here, or by transformers.
 RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "raise_exception"}
 RESERVED |= {"bos_token", "eos_token", "pad_token", "unk_token", "strftime_now", "tojson"}
@@ -40,24 +40,6 @@ For each function call, return a JSON object with its name and arguments inside 
 <tool_call>
 {{"name": "function-name", "arguments": {{"argument": "value"}}}}
 </tool_call>"""
-
-
-@dataclass(frozen=True, slots=True)
-class Principle:
-    """A preference in plain words. Raises InvalidRequest. `weight` is relative to the other principles'."""
-
-    text: str
-    weight: float = 1.0
-    ratio: float = DEFAULT_RATIO
-
-    def __post_init__(self) -> None:
-        if not self.text.strip():
-            raise InvalidRequest("principle must not be empty", "principle")
-        if not MIN_RATIO <= self.ratio <= MAX_RATIO:
-            limits = f"[{MIN_RATIO:g}, {MAX_RATIO:g}]"
-            raise InvalidRequest(f"alignment_ratio must be in {limits}, got {self.ratio}", "alignment_ratio")
-        if not 0 <= self.weight < float("inf"):
-            raise InvalidRequest(f"weight must be a finite number ≥ 0, got {self.weight}", "principle")
 
 
 @dataclass(frozen=True, slots=True)

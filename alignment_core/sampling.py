@@ -9,7 +9,6 @@ from torch import Tensor
 
 from alignment_core import static_draw
 from alignment_core.alignment import (
-    METHODS,
     Mixing,
     adaptive,
     direction,
@@ -18,10 +17,10 @@ from alignment_core.alignment import (
     plausible_floor,
     plausible_set,
     principled_logits,
-    starts_from_base,
 )
 from alignment_core.cpu import vocabulary
 from alignment_core.edits import edit
+from alignment_core.methods import METHODS, starts_from_base
 from alignment_core.sequence import Sequence
 from alignment_core.static_draw import Filters, inverse_transform
 from alignment_core.transfer import to_device

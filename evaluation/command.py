@@ -1,24 +1,14 @@
 """linalign eval: what the ratio does, by task, against a server or in this process."""
 
 import asyncio
-import json
 import sys
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import httpx
 from pydantic import Field, field_validator
 from pydantic_settings import CliPositionalArg, NoDecode, SettingsConfigDict
 
-from alignment_core import LoadingError
-from alignment_core.alignment import Method
-from evaluation import follow, hh, personal_preference
-from evaluation.checkers import PROMPTS
-from evaluation.records import Cell, Record, Records, cells
-from evaluation.report import write
-from evaluation.target import Target, in_process, remote
+from alignment_core.methods import Method
 from server.command_line import parse
 from server.protocol.generation import Ratio
 from server.settings import API_KEY, FIRST_MODEL, Arguments, client_key
@@ -118,55 +108,12 @@ def main(args: list[str]) -> None:
     settings = parse(EvalSettings, args)
     if settings.task == "hh" and not settings.judge_url:
         sys.exit("linalign eval: hh needs --judge-url URL")
+    try:  # here, as it takes seconds, which --help can do without
+        from evaluation.run import FAILURES, evaluate
+    except ModuleNotFoundError as error:
+        sys.exit(f"linalign eval needs the extra linalign[eval] ({error})")
     settings.output.mkdir(parents=True, exist_ok=True)
     try:
         asyncio.run(evaluate(settings))
-    except (httpx.HTTPError, LoadingError) as error:
+    except FAILURES as error:
         sys.exit(f"linalign eval: {error or repr(error)}")
-
-
-async def evaluate(settings: EvalSettings) -> None:
-    """Run what has not been run yet, then write results and report. Raises httpx.HTTPError, LoadingError."""
-    asked = cells(settings.methods, settings.ratios, settings.temperatures, settings.alignment_top_ps or (None,))
-    records = Records(settings.output / "records.jsonl")
-    async with AsyncExitStack() as stack:
-        if settings.url:
-            entered = remote(settings.url, settings.model, settings.api_key, settings.concurrency)
-        else:
-            entered = in_process(settings.model, settings.dtype, settings.quantization, settings.concurrency)
-        target = await stack.enter_async_context(entered)
-        summary = await _run(settings, target, records, asked, stack)
-        name = target.model
-    told = settings.model_dump(mode="json", exclude={"api_key", "judge_api_key", "output"})
-    result = {"settings": told, "model": name, "summary": summary}
-    (settings.output / "results.json").write_text(json.dumps(result) + "\n")
-    write(settings.output, f"{settings.task}: {name}", summary, settings.task)
-
-
-async def _run(
-    settings: EvalSettings, target: Target, records: Records, asked: Sequence[Cell], stack: AsyncExitStack
-) -> list[Record]:
-    match settings.task:
-        case "personal-preference":
-            rows = _some(personal_preference.load(settings.dataset), settings.limit)
-            items = personal_preference.items(rows, settings.seed)
-            await personal_preference.run(target, records, asked, items)
-            return personal_preference.summary(records, asked, items)
-        case "follow":
-            num_prompts = min(settings.limit or len(PROMPTS), len(PROMPTS))
-            await follow.run(target, records, asked, num_prompts)
-            return follow.summary(records, asked, num_prompts)
-    assert settings.judge_url
-    dialogues = _some(hh.load(Path(settings.dataset or hh.SHIPPED)), settings.limit)
-    judge = await stack.enter_async_context(
-        remote(settings.judge_url, settings.judge_model, settings.judge_api_key, settings.concurrency)
-    )
-    await hh.run(target, judge, records, asked, dialogues)
-    return hh.summary(records, asked, len(dialogues))
-
-
-def _some(rows: list[Any], limit: int | None) -> list[Any]:
-    """At most so many, from all over the list."""
-    if limit is None or limit >= len(rows):
-        return rows
-    return [rows[index * len(rows) // limit] for index in range(limit)]

@@ -68,6 +68,8 @@ OPEN_TO_EVERYONE = """
 *** Anyone who can reach %s may use this server: it has no API keys.
 *** Set LINALIGN_API_KEYS or --api-keys-file, or bind to 127.0.0.1."""
 
+ADDRESS_TAKEN = 3  # the exit status, uvicorn's own too
+
 log = logging.getLogger(__name__)
 
 
@@ -108,10 +110,8 @@ def run(command: str, args: list[str]) -> None:
 
         bench.main(args)
     else:
-        try:
-            from evaluation import command as evaluation
-        except ModuleNotFoundError as error:
-            sys.exit(f"linalign eval needs the extra linalign[eval] ({error})")
+        from evaluation import command as evaluation
+
         evaluation.main(args)
 
 
@@ -139,25 +139,54 @@ def build_engine(settings: "Settings") -> "Engine":
     return Engine(loaded, engine_config(settings))
 
 
+def checked_settings(args: list[str]) -> "Settings":
+    """Those that serve is asked for. What can't be ends the process, before anything is loaded."""
+    from alignment_core import LoadingError, preflight
+    from server.address import AddressTaken, check_address
+    from server.command_line import complaints
+    from server.presets import load_presets
+    from server.settings import load_settings
+
+    try:
+        settings = load_settings(args)
+        load_presets(settings.presets)
+        preflight.check(
+            settings.model,
+            device=settings.device,
+            quantization=settings.quantization,
+            tensor_parallel_size=settings.tensor_parallel_size,
+            has_cuda=preflight.may_have_cuda(),
+            max_model_len=settings.max_model_len,
+            kv_cache_dtype=settings.kv_cache_dtype,
+        )
+        check_address(settings.host, settings.port)
+    except ValidationError as error:
+        sys.exit("linalign serve: " + complaints(error))
+    except (ValueError, LoadingError) as error:
+        sys.exit(f"linalign serve: {error}")
+    except AddressTaken as error:
+        print(f"linalign serve: {error}", file=sys.stderr)
+        sys.exit(ADDRESS_TAKEN)
+    if settings.otlp_traces_endpoint and importlib.util.find_spec("opentelemetry.sdk") is None:
+        sys.exit("linalign serve: otlp_traces_endpoint needs the extra linalign[otel]")
+    return settings
+
+
+def runs_embedded_model(settings: "Settings") -> bool:
+    """Whether it is the embedded model, on a CPU, in this process alone."""
+    from alignment_core import checkpoint, preflight
+
+    alone = checkpoint.is_embedded(settings.model) and settings.tensor_parallel_size == 1
+    return alone and (settings.device == "cpu" or not preflight.may_have_cuda())
+
+
 def serve(args: list[str]) -> None:
     # Until uvicorn has its own: the first process of a container is not ended by a signal that it does not handle.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     from server import logs
-    from server.command_line import complaints
-    from server.settings import PREFIX, load_settings
+    from server.settings import PREFIX
 
-    try:
-        settings = load_settings(args)
-        from server.presets import load_presets  # here, as it takes seconds, which --help can do without
-
-        load_presets(settings.presets)  # before the model is
-    except ValidationError as error:
-        sys.exit("linalign serve: " + complaints(error))
-    except ValueError as error:
-        sys.exit(f"linalign serve: {error}")
-
-    if settings.otlp_traces_endpoint and importlib.util.find_spec("opentelemetry.sdk") is None:
-        sys.exit("linalign serve: otlp_traces_endpoint needs the extra linalign[otel]")
+    settings = checked_settings(args)
     logs.begin(settings.log_format)
     if settings.is_reachable and not settings.api_keys:
         log.warning(OPEN_TO_EVERYONE, settings.host)
@@ -166,18 +195,21 @@ def serve(args: list[str]) -> None:
     _allow_many_connections()
     sys.setswitchinterval(0.0005)  # s: a step asks for the GIL many times, beside a thread that reads a long body
     gc.disable()  # a start makes a million objects that stay: looking for garbage among them takes a second
+    from alignment_core import LoadingError
+    from server.lean_imports import lean_imports
+
+    try:
+        with lean_imports() if runs_embedded_model(settings) else contextlib.nullcontext():
+            engine = build_engine(settings)
+    except (LoadingError, ValueError) as error:
+        sys.exit(f"linalign serve: {error}")
     import uvicorn
 
-    from alignment_core import LoadingError
     from server.app import create_app
     from server.http_protocol import BoundedProtocol
     from server.shutdown import LAST_WORDS, Server
 
-    try:
-        engine = build_engine(settings)
-        app = create_app(engine, settings)
-    except (LoadingError, ValueError) as error:
-        sys.exit(f"linalign serve: {error}")
+    app = create_app(engine, settings)
     gc.collect()
     gc.freeze()  # so that no later collection, of 0.2 s, looks at them again
     gc.enable()

@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from alignment_core import Output, Prompt, SamplingParams
 from alignment_core.detokenizer import TokenBytes
+from alignment_core.output import Stats
 from alignment_core.prompts import PromptBuilder
-from alignment_core.sequence import Stats
 
 
 class EngineClient(Protocol):

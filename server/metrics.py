@@ -20,7 +20,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from alignment_core import Output, Prompt
-from alignment_core.sequence import FinishReason, Stats
+from alignment_core.output import FinishReason, Stats
 
 router = APIRouter()
 

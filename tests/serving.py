@@ -18,6 +18,7 @@ import uvicorn
 from alignment_core import Engine, EngineConfig
 from server.app import create_app
 from server.settings import Settings
+from tests import fork_server
 
 KEY = "first-key"
 
@@ -29,30 +30,39 @@ def free_port():
 
 
 @contextlib.contextmanager
-def serving(*args, patch="", status=0, env=None, **options):
+def serving(*args, patch="", status=0, env=None, cold=False, **options):
     """A real `linalign serve` process; yields its URL and the process once it is healthy.
 
     patch: code that is run in it first, to break something. status: what it ends with. env: beside the usual one.
-    options: of Popen.
+    cold: an interpreter of its own, in place of a fork that has its imports behind it. options: cwd, stdout, stderr; of
+    Popen where it is cold.
     """
     port = free_port()
-    code = patch + "\nfrom server.cli import main; main()"
-    command = [sys.executable, "-c", code, "serve", "--port", str(port), *args]
-    with subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}, **options) as process:
+    code, argv = patch + "\nfrom server.cli import main; main()", ["serve", "--port", str(port), *args]
+    options["env"] = {**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}
+    if cold:
+        started = subprocess.Popen([sys.executable, "-c", code, *argv], **options)
+    else:
+        started = fork_server.Process(code, ["linalign", *argv], **options)
+    with started as process:
         url = f"http://127.0.0.1:{port}"
         try:
-            deadline = time.monotonic() + 120
-            while True:
-                assert process.poll() is None, "the server ended before it was healthy"
-                assert time.monotonic() < deadline, "the server did not become healthy"
-                with contextlib.suppress(httpx.TransportError):
-                    if httpx.get(url + "/health").status_code == 200:
-                        break
-                time.sleep(0.1)
+            await_health(url, process)
             yield url, process
         finally:
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == status
+
+
+def await_health(url, process):
+    deadline = time.monotonic() + 120
+    while True:
+        assert process.poll() is None, "the server ended before it was healthy"
+        assert time.monotonic() < deadline, "the server did not become healthy"
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(url + "/health").status_code == 200:
+                return
+        time.sleep(0.02)
 
 
 def await_metric(url, line):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from alignment_core import Engine, Prompt, SamplingParams
-from alignment_core.sequence import Structure
+from alignment_core.request import Structure
 from gpu_measurements.bench import GREEDY
 
 SEED, SCALE = 1, 0.35

@@ -16,7 +16,7 @@ from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
 from alignment_core import EngineDead, Output, Prompt, SamplingParams
-from alignment_core.sequence import Stats
+from alignment_core.output import Stats
 from deploy.ray.remote_engine import ClusterBusy, Description, News, RemoteEngine
 from server import logs
 from server.app import create_app

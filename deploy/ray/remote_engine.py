@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from alignment_core import EngineBusy, EngineDead, Output, Prompt, SamplingParams
 from alignment_core.detokenizer import TokenBytes
+from alignment_core.output import FinishReason, Stats, nothing_of
 from alignment_core.prompts import PromptBuilder
-from alignment_core.sequence import FinishReason, Stats, nothing_of
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from alignment_core import SamplingParams
 from alignment_core.prompts import Rendering
-from alignment_core.sequence import MAX_LOGPROBS
+from alignment_core.request import MAX_LOGPROBS
 from server.protocol.generation import FIRST, AlignmentFields, GenerationRequest, Schema, refused
 from server.strict_json import InvalidBody, refuse_too_many_values, strict
 

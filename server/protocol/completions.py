@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from alignment_core import SamplingParams
-from alignment_core.sequence import MAX_LOGPROBS
+from alignment_core.request import MAX_LOGPROBS
 from server.protocol.generation import FIRST, GenerationRequest, TokenId, refused
 
 MAX_PROMPTS = 256

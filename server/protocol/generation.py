@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from alignment_core import Principle, SamplingParams
-from alignment_core.alignment import Method
-from alignment_core.sequence import MAX_PRINCIPLES, MAX_RATIO, MAX_STOP_STRINGS, MIN_RATIO, Structure
+from alignment_core.methods import Method
+from alignment_core.request import MAX_PRINCIPLES, MAX_RATIO, MAX_STOP_STRINGS, MIN_RATIO, Structure
 
 
 def refused(param: str, message: str, kind: str = "invalid_value") -> PydanticCustomError:

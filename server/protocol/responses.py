@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, PrivateAttr, Tag, ValidationError, model_validator
 
-from alignment_core.sequence import MAX_LOGPROBS
+from alignment_core.request import MAX_LOGPROBS
 from server.protocol.chat import MAX_TOOLS, ChatCompletionRequest, Function
 from server.protocol.generation import (
     FIRST,

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from alignment_core import Output, Prompt, Usage
-from alignment_core.sequence import TokenLogprob
+from alignment_core.output import TokenLogprob
 from server.engine_client import EngineClient
 from server.models import serving
 from server.protocol.completions import CompletionRequest

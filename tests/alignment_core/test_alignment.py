@@ -5,8 +5,9 @@ import torch
 from scipy import stats
 
 from alignment_core import Prompt, sampling
-from alignment_core.alignment import Mixing, direction, linear, log_totals, plausible_set, principled_logits
+from alignment_core.alignment import Mixing, direction, log_totals, plausible_set, principled_logits
 from alignment_core.cpu import vocabulary
+from alignment_core.methods import linear
 from alignment_core.sampling import Settings, choose, draw, uniform
 from tests.oracle import Oracle, Setting
 

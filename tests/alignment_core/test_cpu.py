@@ -127,7 +127,8 @@ def test_the_embedded_model_keeps_its_own_four_bits(embedded):
 
 def test_logits_are_the_same_bits_alone_and_in_a_crowd(embedded, monkeypatch):
     """Plain and aligned rows, prefills and decodes beside them, other chunks, other pages, other numbers of threads."""
-    from alignment_core.prompts import Principle, PromptBuilder
+    from alignment_core.prompts import PromptBuilder
+    from alignment_core.request import Principle
     from tests.alignment_core.test_embedded import CASES, GREEDY
 
     builder = PromptBuilder(embedded.tokenizer)

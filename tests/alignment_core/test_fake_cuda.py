@@ -11,7 +11,7 @@ import torch
 
 from alignment_core import alignment, model_runner, static_draw
 from alignment_core.attention import sdpa
-from alignment_core.sequence import Structure
+from alignment_core.request import Structure
 from tests.alignment_core import test_speculation
 from tests.alignment_core.test_engine import GREEDY, aligned, judge
 from tests.alignment_core.test_grammars import allowed_by

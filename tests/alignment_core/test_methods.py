@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from alignment_core import Prompt, SamplingParams
-from alignment_core.alignment import METHODS, amulet, linear, starts_from_base
+from alignment_core.methods import METHODS, amulet, linear, starts_from_base
 from alignment_core.speculation import PromptLookup
 from tests.alignment_core.test_engine import GREEDY, aligned
 from tests.conftest import make_engine, run_all, token_ids

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 
 from alignment_core import Prompt, SamplingParams
-from alignment_core.alignment import METHODS
+from alignment_core.methods import METHODS
+from alignment_core.request import Structure
 from alignment_core.sampling import uniform
-from alignment_core.sequence import Structure
 from alignment_core.speculation import PromptLookup
 from tests.alignment_core.test_grammars import allowed_by
 from tests.conftest import make_engine, tiny_pair

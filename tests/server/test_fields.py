@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from alignment_core import Principle, SamplingParams
-from alignment_core.alignment import METHODS
+from alignment_core.methods import METHODS
 from tests.conftest import make_engine, run_all
 from tests.server.test_chat import CHAT, PRINCIPLE, create
 

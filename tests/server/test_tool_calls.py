@@ -9,7 +9,7 @@ import pytest
 
 from alignment_core import InvalidRequest, SamplingParams
 from alignment_core.grammars import Grammars
-from alignment_core.sequence import Structure
+from alignment_core.request import Structure
 from server.tool_calls import HERMES, LLAMA, MISTRAL, ReplyParser, call_format, end_of_thinking, message_of
 from server.tool_grammars import demanded, kept_to
 from tests.alignment_core.test_engine import aligned

