@@ -2,12 +2,12 @@
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from alignment_core import Engine, SamplingParams
+from tests import fork_server
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -42,11 +42,9 @@ def test_the_curl(url):
 
 def test_the_sdk_snippet(url):
     code = blocks("python")[0].replace("http://127.0.0.1:8000", url)
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
-    assert printed.stdout.strip()
+    assert fork_server.run(code, check=True).stdout.strip()
 
 
 def test_the_library_example():
     code = blocks("python")[1]
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
-    assert printed.stdout == reply(2)
+    assert fork_server.run(code, check=True).stdout == reply(2)

@@ -3,24 +3,26 @@ done. The embedded model is cut down to one layer and 600 tokens here, as conver
 """
 
 import contextlib
-import ctypes
 import os
-import resource
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 
 import pytest
 
 from alignment_core import Prompt, SamplingParams, cache, load
+from tests import fork_server
 from tests.conftest import make_engine, run_all, token_ids
 from tests.server.test_faults import at_once, chat
 from tests.serving import serving
 
-CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, PR_CAPBSET_DROP = 1, 2, 24  # of Linux
+# All processes here compile them so, where they find none.
+QUICK_KERNELS = """
+from alignment_core.cpu import native
+native.FLAGS = tuple(flag for flag in native.FLAGS if flag != "-O3")
+"""
 PARAMS = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 
 
@@ -31,8 +33,9 @@ def whole(package, tmp_path_factory):
     return home, reply(package, home)
 
 
-def reply(package, home, **options):
-    with serving(env={"PYTHONPATH": str(package), "XDG_CACHE_HOME": str(home)}, **options) as (url, _):
+def reply(package, home, patch="", **options):
+    environment = {"PYTHONPATH": str(package), "XDG_CACHE_HOME": str(home)}
+    with serving(env=environment, patch=QUICK_KERNELS + patch, **options) as (url, _):
         return chat(url).json()["choices"][0]["message"]["content"]
 
 
@@ -140,11 +143,14 @@ def closed(home):
     (home / "linalign").chmod(0)
 
 
-def without_privileges():
-    """In the child: root, too, is bound by the modes of files."""
-    libc = ctypes.CDLL(None)
-    for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
-        libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+# Root, too, is bound by the modes of files.
+WITHOUT_PRIVILEGES = """
+import ctypes
+libc, head, data = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+assert libc.capget(head, data) == 0
+data[0] &= ~0b110  # effective: neither CAP_DAC_OVERRIDE nor CAP_DAC_READ_SEARCH
+assert libc.capset(head, data) == 0
+"""
 
 
 @pytest.mark.parametrize("fault", [a_file_instead, read_only_and_empty, read_only_and_damaged, closed])
@@ -152,7 +158,7 @@ def test_a_cache_that_can_not_be_used_costs_time_only(package, whole, home, faul
     fault(home)
     before = listing(home)
     try:
-        told = told_by(package, home, whole, tmp_path, preexec_fn=without_privileges)
+        told = told_by(package, home, whole, tmp_path, patch=WITHOUT_PRIVILEGES)
     finally:
         for path in (home, home / "linalign"):
             if path.exists():
@@ -183,7 +189,11 @@ def test_a_disk_that_is_full_while_the_model_is_written_costs_time_only(package,
     shutil.rmtree(model_in(home))
     limit = 4 << 20
     told = told_by(
-        package, home, whole, tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        package,
+        home,
+        whole,
+        tmp_path,
+        patch=f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))",
     )
     assert "converted model can't be kept" in told
     assert "Traceback" not in told
@@ -216,9 +226,9 @@ def test_a_disk_that_is_full_indeed(package, whole, tmp_path, megabytes):
 
 def loading(package, home, patch=""):
     """A process that loads the embedded model."""
-    code = patch + "\nfrom alignment_core import load; load()"
+    code = QUICK_KERNELS + patch + "\nfrom alignment_core import load; load()"
     environment = {**os.environ, "PYTHONPATH": f"{package}:{os.getcwd()}", "XDG_CACHE_HOME": str(home)}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    return fork_server.run(code, env=environment)
 
 
 KILL = "import os, signal; {}{} = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)"
@@ -297,18 +307,16 @@ def guarded(work, number, failed):
 # The kernels
 
 
-BUILD = """
+BUILD = f"""
 import logging; logging.basicConfig(level="INFO")
-from alignment_core.cpu import native
-native.FLAGS = tuple(flag for flag in native.FLAGS if flag != "-O3")  # they are built quickly
+{QUICK_KERNELS}
 print(native.library().linalign_encode.restype)
 """
 
 
-def build(home, **options):
+def build(home):
     environment = {**os.environ, "XDG_CACHE_HOME": str(home)}
-    command = [sys.executable, "-c", BUILD]
-    built = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, **options)
+    built = fork_server.run(BUILD, env=environment, check=True)
     assert "c_int" in built.stdout
     assert "Traceback" not in built.stderr
     return built.stderr

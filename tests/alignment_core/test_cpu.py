@@ -2,8 +2,6 @@
 
 import os
 import platform
-import subprocess
-import sys
 
 import gguf
 import numpy as np
@@ -14,6 +12,7 @@ from torch import nn
 from alignment_core import load
 from alignment_core.cpu.layers import PackedLinear, num_fused_layers, replace_layers
 from alignment_core.cpu.packing import pack
+from tests import fork_server
 from tests.conftest import make_engine, run_all, threads, tiny_pair
 from tests.test_readme import reply
 
@@ -204,7 +203,7 @@ sys.exit(pytest.main(["-q", "-k", "linear or long_row or rounded", "tests/alignm
 def test_older_processors_compute_the_same(processor):
     """Four and eight numbers a vector, which the code for AVX-512 knows nothing of."""
     code = IN_NARROW_VECTORS.format(processor=processor)
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    ran = fork_server.run(code)
     assert ran.returncode == 0, ran.stdout  # which it is not either without tests or without kernels
 
 
@@ -220,7 +219,6 @@ def test_without_a_compiler_it_is_slower_and_says_so(compiler):
         "print(''.join(o.text for o in engine.chat(messages, 'Encourage cycling.', 2.0, params)));"
         "engine.stop(); assert library() is None"
     )
-    environment = {**os.environ, "CXX": compiler, "HF_HUB_OFFLINE": "1"}
-    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    ran = fork_server.run(code, env={**os.environ, "CXX": compiler}, check=True)
     assert ran.stdout.strip() == reply(2)
     assert "slower" in ran.stderr

@@ -25,6 +25,7 @@ from alignment_core.messages import pack, unpack
 from alignment_core.model_runner import RunnerConfig
 from alignment_core.scheduler import Row
 from alignment_core.sequence import Branch
+from tests import fork_server
 from tests.alignment_core.test_engine import prompts
 from tests.conftest import tiny_pair
 from tests.oracle import Setting
@@ -70,8 +71,7 @@ def checkpoint(tokenizer, tmp_path_factory):
 
 def run(checkpoint, *arguments, **environment):
     """What the script printed, line by line; it must end well unless it vanishes."""
-    command = [sys.executable, "-c", SCRIPT, checkpoint, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, **environment})
+    result = fork_server.run(SCRIPT, checkpoint, *arguments, env={**os.environ, **environment}, timeout=240)
     assert result.returncode == (-9 if "vanish" in arguments else 0), result.stderr
     first, *rest = result.stdout.splitlines()
     return json.loads(first), rest
@@ -112,7 +112,7 @@ def test_followers_end_when_rank_0_is_killed(checkpoint):
 
 def test_what_can_not_be_split_is_refused():
     code = "from alignment_core import load; load(None, tensor_parallel_size=2)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    result = fork_server.run(code)
     assert result.returncode == 1
     assert "LoadingError: smollm2 has 3 key heads, which 2 processes can't share evenly" in result.stderr
     with pytest.raises(LoadingError, match="GGUF"):

@@ -2,14 +2,15 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 
 from server.bench import Measured, summary
+from tests import fork_server
 
-COMMAND = [sys.executable, "-c", "from server.cli import main; main()", "bench"]
+
+def bench(*args):
+    return fork_server.run("from server.cli import main; main()", "bench", *args, check=True)
 
 
 @pytest.mark.parametrize(
@@ -18,7 +19,7 @@ COMMAND = [sys.executable, "-c", "from server.cli import main; main()", "bench"]
 def test_it_measures_a_server(url, tmp_path, load):
     file = tmp_path / "result.json"
     args = ["--requests", "4", "--warmup", "1", "--max-tokens", "5", "--output", str(file), *load]
-    done = subprocess.run([*COMMAND, url, *args], capture_output=True, text=True, check=True, timeout=120)
+    done = bench(url, *args)
     result = json.loads(file.read_text())
     assert "5/5" in done.stderr  # the bar
     rows = {cells[0].strip(): cells[1:] for cells in re.findall(r"^│(.*)│(.*)│(.*)│(.*)│$", done.stdout, re.M)}
@@ -33,7 +34,7 @@ def test_it_measures_a_server(url, tmp_path, load):
 def test_failures_are_counted_and_not_averaged(url, tmp_path):
     file = tmp_path / "result.json"
     args = ["--requests", "2", "--warmup", "0", "--max-tokens", "100000", "--output", str(file)]
-    printed = subprocess.run([*COMMAND, url, *args], capture_output=True, text=True, check=True, timeout=60).stdout
+    printed = bench(url, *args).stdout
     assert printed.count("400: ") == 2
     result = json.loads(file.read_text())
     assert result["requests"] == 0
