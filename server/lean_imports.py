@@ -9,26 +9,30 @@ asks nothing but marks of, is a stand-in that marks nothing, until the model is 
 import contextlib
 import sys
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
-ABSENT = ("accelerate", "scipy", "sklearn", "torchao", "triton")
+ABSENT = ("PIL", "scipy", "sklearn", "torchao", "triton")
 MARKS = ("torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op")
 
 
-class _Marks(ModuleType):
-    """Every name in it is a decorator, or makes one, that changes nothing."""
+class _Mark(type):
+    """Of a class that is a module, a decorator and what makes one, and has such classes as attributes; nothing is an
+    instance of it, and what it decorates is left as it is.
+    """
 
-    __path__: list[str] = []  # its submodules are like it  # noqa: RUF012
+    __path__: tuple[str, ...] = ()  # it has submodules
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _unchanged
+        return cls
+
+    def __call__(cls, marked: Any = None, *_: object, **__: object) -> Any:
+        return cls if marked is None else marked
 
 
-def _unchanged(marked: Any = None, *_: object, **__: object) -> Any:
-    return marked if callable(marked) else _unchanged
+class _Marks(metaclass=_Mark):
+    pass
 
 
 @contextlib.contextmanager
@@ -42,11 +46,11 @@ def lean_imports() -> Iterator[None]:
     import torch
 
     modules: dict[str, Any] = dict.fromkeys(ABSENT)
-    modules |= {name: _Marks(name) for name in MARKS}
+    modules |= dict.fromkeys(MARKS, _Marks)
     disable: Any = torch.compiler.disable
     torch.distributed.is_available = lambda: False
-    torch.compiler.disable = _unchanged  # type: ignore[assignment]
-    torch._dynamo = modules[MARKS[0]]
+    torch.compiler.disable = _Marks  # type: ignore[assignment]
+    torch._dynamo = _Marks  # type: ignore[assignment]
     sys.modules.update(modules)
     try:
         yield

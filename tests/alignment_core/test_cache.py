@@ -28,9 +28,9 @@ PARAMS = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def whole(package, tmp_path_factory):
-    """A cache as the first start leaves it, and what a server on it says."""
+    """A cache as the first start leaves it, that of a fresh interpreter, and what a server on it says."""
     home = tmp_path_factory.mktemp("whole")
-    return home, reply(package, home)
+    return home, reply(package, home, cold=True)
 
 
 def reply(package, home, patch="", **options):
@@ -118,6 +118,14 @@ def test_a_damaged_copy_is_replaced_and_never_used(package, home, damage, monkey
     assert answers[0] == answers[1]
     assert cache.has(copy)
     assert not list((home / "linalign").glob(".*"))
+
+
+def test_a_fresh_interpreter_replaces_a_damaged_copy_too(package, whole, home, tmp_path):
+    """With the imports that it leaves out."""
+    garbage(model_in(home) / "model.safetensors")
+    told = told_by(package, home, whole, tmp_path, cold=True)
+    assert "damaged" in told
+    assert cache.has(model_in(home))
 
 
 # Directories that can't be used

@@ -1,0 +1,170 @@
+"""Starts of a fresh interpreter: what they don't import, and what is refused before anything that takes time."""
+
+import json
+import socket
+import subprocess
+import sys
+
+import gguf
+import httpx
+import pytest
+
+from alignment_core import preflight
+from alignment_core.checkpoint import Checkpoint, look_at
+from tests.serving import serving
+
+HEAVY = {"torch", "transformers", "numpy", "fastapi", "uvicorn", "jinja2", "matplotlib"}
+# What transformers imports wherever it is, and the embedded model never uses.
+UNUSED = {
+    "gguf",
+    "llguidance",
+    "matplotlib",
+    "scipy",
+    "sklearn",
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torchao",
+    "triton",
+}
+MODULES = """
+import atexit, json, sys
+atexit.register(lambda: open({file!r}, "w").write(json.dumps(sorted(sys.modules))))
+"""
+
+
+def command_line(tmp_path, *args):
+    """What a fresh interpreter says to it, and the modules that it has imported."""
+    code = MODULES.format(file=str(tmp_path / "modules")) + "from server.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=tmp_path)
+    return done, set(json.loads((tmp_path / "modules").read_text()))
+
+
+def test_the_embedded_model_is_served_without_what_it_does_not_use(embedded, tmp_path):  # noqa: ARG001 - converted
+    with serving(patch=MODULES.format(file=str(tmp_path / "modules")), cold=True) as (url, _):
+        body = {"model": "smollm2", "messages": [{"role": "user", "content": "Hello"}], "principle": "Be brief."}
+        assert httpx.post(url + "/v1/chat/completions", json=body, timeout=60).json()["choices"][0]["message"]
+    imported = set(json.loads((tmp_path / "modules").read_text()))
+    assert {"torch", "transformers", "fastapi"} <= imported
+    assert not imported & UNUSED
+
+
+@pytest.mark.parametrize(
+    ("args", "status"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        *[([command, "--help"], 0) for command in ("serve", "chat", "bench", "eval")],
+        *[([command, "--no-such-flag"], 2) for command in ("serve", "chat", "bench", "eval")],
+        (["eval", "hh", "--output", "out"], 1),
+        (["eval", "follow", "--output", "out", "--ratios", "1,99"], 1),
+        (["bench", "--requests", "0"], 1),
+        (["chat", "--alignment-ratio", "21"], 1),
+    ],
+    ids=str,
+)
+def test_help_and_wrong_flags_import_nothing_heavy(tmp_path, args, status):
+    done, imported = command_line(tmp_path, *args)
+    assert done.returncode == status
+    assert "Traceback" not in done.stderr
+    assert not imported & HEAVY
+    if status:
+        assert f"linalign {args[0]}: " in done.stderr
+
+
+def write_config(folder, **changed):
+    folder.mkdir()
+    config = {"model_type": "llama", "max_position_embeddings": 512, "num_key_value_heads": 2, **changed}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def write_gguf(file):
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_array("general.languages", ["en", "de"])
+    writer.add_context_length(256)
+    writer.add_head_count_kv(4)
+    writer.add_array("tokenizer.ggml.tokens", [f"word{number}" for number in range(20_000)])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Models to be looked at, which have no weights."""
+    write_config(tmp_path / "plain")
+    write_config(tmp_path / "nested", text_config={"max_position_embeddings": 256, "num_attention_heads": 6})
+    write_config(tmp_path / "rounded", quantization_config={"quant_method": "bitsandbytes"})
+    write_gguf(tmp_path / "model.gguf")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.gguf").write_text("no model")
+    (tmp_path / "presets.yaml").write_text("teacher: {principal: x}")
+    return tmp_path
+
+
+def test_what_files_say_of_their_model(files, monkeypatch):
+    monkeypatch.chdir(files)
+    assert look_at("plain") == Checkpoint(512, 2)
+    assert look_at("nested") == Checkpoint(256, 6)
+    assert look_at("rounded") == Checkpoint(512, 2, is_quantised=True)
+    assert look_at("model.gguf") == Checkpoint(256, 4)
+    assert look_at(None) == look_at("smollm2") == Checkpoint(8192, 3)
+    assert look_at("some/model-of-a-hub") == Checkpoint()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["./nowhere"], "there is no directory ./nowhere"),
+        (["nowhere.gguf"], "there is no file nowhere.gguf"),
+        (["text.gguf"], "text.gguf is no GGUF file"),
+        (["empty"], "empty can't be loaded: its config.json can't be read"),
+        (["--presets", "nowhere.yaml"], "the presets of nowhere.yaml can't be used"),
+        (["--presets", "presets.yaml"], "the presets of presets.yaml can't be used"),
+        (["--config", "nowhere.yaml"], "there is no config file nowhere.yaml"),
+        (["--api-keys-file", "nowhere"], "nowhere"),
+        (["--max-model-len", "8193"], "max_model_len is 8193, but the model's context 8192"),
+        (["plain", "--max-model-len", "513"], "max_model_len is 513, but the model's context 512"),
+        (["nested", "--max-model-len", "257"], "max_model_len is 257, but the model's context 256"),
+        (["model.gguf", "--max-model-len", "257"], "max_model_len is 257, but the model's context 256"),
+        (["model.gguf", "--tensor-parallel-size", "2"], "a GGUF file can't be split"),
+        (["--tensor-parallel-size", "2"], "smollm2 has 3 key heads, which 2 processes can't share evenly"),
+        (["plain", "--tensor-parallel-size", "3"], "plain has 2 key heads, which 3 processes can't share evenly"),
+        (["plain", "--tensor-parallel-size", "2", "--quantization", "int8"], "in several parts can't be quantised"),
+        (["rounded", "--quantization", "int4"], "the checkpoint is quantised already"),
+        (["--quantization", "fp8", "--device", "cpu"], "quantization fp8 is for GPUs"),
+        (["--kv-cache-dtype", "fp8", "--device", "cpu"], "the KV cache of a CPU is float32, not fp8"),
+        (["--kv-cache-dtype", "bfloat16", "--device", "cpu"], "the KV cache of a CPU is float32, not bfloat16"),
+        (["--host", "no such host"], "can't listen on no such host, port "),
+        (["--host", "192.0.2.1"], "can't listen on 192.0.2.1, port "),
+    ],
+    ids=str,
+)
+def test_what_can_not_be_served_is_refused_before_torch_is_imported(files, args, words):
+    done, imported = command_line(files, "serve", *args)
+    assert done.returncode == (3 if "listen" in words else 1)
+    assert done.stderr.startswith("linalign serve: ")
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1 or "presets" in words  # where each wrong field has lines
+    assert not imported & {"torch", "transformers"}
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
+def test_a_port_in_use_is_refused_before_torch_is_imported(tmp_path, host):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        done, imported = command_line(tmp_path, "serve", "--host", host, "--port", str(port))
+    assert done.returncode == 3
+    assert done.stderr.startswith(f"linalign serve: can't listen on {host}, port {port}: ")
+    assert "torch" not in imported
+
+
+@pytest.mark.skipif(preflight.may_have_cuda(), reason="there may be a GPU")
+def test_a_gpu_that_torch_can_not_have_is_refused_before_it_is_imported(tmp_path):
+    for device in ("cuda", "cuda:1"):
+        done, imported = command_line(tmp_path, "serve", "--device", device)
+        assert done.returncode == 1
+        assert f"there is no CUDA device for --device {device}" in done.stderr
+        assert "torch" not in imported
