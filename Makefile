@@ -1,7 +1,8 @@
-.PHONY: setup serve test quick check-old vendor pictures
+.PHONY: setup serve lint test quick test-long check-old vendor pictures
 TESTED := .venv/.ready .venv/.cuda .venv/clients/.ready .venv/playground/.ready
 PYTHON ?= python3
 PYTEST := HF_HUB_OFFLINE=1 .venv/bin/pytest
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 ARGS ?=
 
 setup: .venv/.ready
@@ -34,15 +35,21 @@ serve: setup
 vendor: .venv/playground/.ready # after a version in server/playground/package.json has changed
 	cd server/playground/vendor && find . -type f -exec cp $(CURDIR)/.venv/playground/node_modules/{} {} \;
 
-test: $(TESTED)
+lint: .venv/.ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	$(PYTEST) -m alone
-	$(PYTEST) -m "not alone" -n 2 --dist loadfile --no-loadscope-reorder
+
+test: $(TESTED) lint
+	$(PYTEST) -m "alone and not long"
+	$(PYTEST) -m "not alone and not long" $(TWO)
 
 quick: $(TESTED)
-	$(PYTEST) -m "not slow and not alone" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) -m "not slow and not alone and not long" $(TWO) $(ARGS)
+
+test-long: $(TESTED) # everything, with full counts and cold starts: docs/decisions/0020
+	LONG_RUN=1 $(PYTEST) -m alone
+	LONG_RUN=1 $(PYTEST) -m "not alone" $(TWO)
 
 # The oldest torch and transformers that a GPU host of ours has; both are gigabytes, as PyPI's torch is the CUDA build.
 .venv/old/.ready: .venv/.ready
@@ -57,7 +64,7 @@ quick: $(TESTED)
 # pyproject.toml asks for a later one: the tests get the tokenizer that the later one reads, and the test of reading it is left out.
 check-old: .venv/old/.ready
 	HF_HUB_OFFLINE=1 TOKENIZER=.venv/old/tokenizer .venv/old/bin/pytest tests/alignment_core tests/test_gpu_benchmark.py tests/test_gpu_benchmark_load.py \
-	  --deselect tests/alignment_core/test_loading.py::test_a_gguf_file_by_its_path -m "not slow and not alone" -n 2 --dist loadfile $(ARGS)
+	  --deselect tests/alignment_core/test_loading.py::test_a_gguf_file_by_its_path --deselect tests/alignment_core/test_loading.py::test_the_whole_embedded_file_by_its_path -m "not slow and not alone" -n 2 --dist loadfile $(ARGS)
 
 pictures: $(TESTED) # the screenshots that the README shows
 	mkdir -p docs/images

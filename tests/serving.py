@@ -19,6 +19,7 @@ from alignment_core import Engine, EngineConfig
 from server.app import create_app
 from server.settings import Settings
 from tests import fork_server
+from tests.counts import LONG_RUN
 
 KEY = "first-key"
 
@@ -30,12 +31,12 @@ def free_port():
 
 
 @contextlib.contextmanager
-def serving(*args, patch="", status=0, env=None, cold=False, **options):
+def serving(*args, patch="", status=0, env=None, cold=LONG_RUN, **options):
     """A real `linalign serve` process; yields its URL and the process once it is healthy.
 
     patch: code that is run in it first, to break something. status: what it ends with. env: beside the usual one.
-    cold: an interpreter of its own, in place of a fork that has its imports behind it. options: cwd, stdout, stderr; of
-    Popen where it is cold.
+    cold: an interpreter of its own, in place of a fork that has its imports behind it; in the long run all are.
+    options: cwd, stdout, stderr; of Popen where it is cold.
     """
     port = free_port()
     code, argv = patch + "\nfrom server.cli import main; main()", ["serve", "--port", str(port), *args]

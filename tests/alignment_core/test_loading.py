@@ -55,11 +55,17 @@ def test_the_embedded_model_is_the_ggufs(embedded):
     assert embedded.eos_token_ids == {2}
 
 
-def test_a_damaged_copy_is_never_used_and_a_second_start_converts_nothing(empty_cache, embedded, monkeypatch):
+@pytest.fixture
+def cut_down(package, monkeypatch):
+    """In the place of the embedded model, one of a layer."""
+    monkeypatch.syspath_prepend(package)
+
+
+def test_a_damaged_copy_is_never_used_and_a_second_start_converts_nothing(empty_cache, cut_down, monkeypatch):  # noqa: ARG001
     conversions = []
     read = loading._from_gguf
     monkeypatch.setattr(loading, "_from_gguf", lambda *args: conversions.append(args) or read(*args))
-    load()
+    first = load()
     load()
     assert len(conversions) == 1
     (copied,) = empty_cache.iterdir()
@@ -67,7 +73,7 @@ def test_a_damaged_copy_is_never_used_and_a_second_start_converts_nothing(empty_
     weights.write_bytes(weights.read_bytes()[:1_000_000])
     again = load()
     assert len(conversions) == 2
-    assert weights_of(again.model) == weights_of(embedded.model)
+    assert weights_of(again.model) == weights_of(first.model)
     assert [path.name for path in empty_cache.iterdir()] == [copied.name]
 
 
@@ -82,9 +88,17 @@ def weights_of(model):
     return [hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for tensor in tensors]
 
 
-def test_a_gguf_file_by_its_path(embedded):
-    loaded = load(str(embedded_file()))
+def test_a_gguf_file_by_its_path(empty_cache, cut_down):  # noqa: ARG001
+    loaded, embedded = load(str(embedded_file())), load()
     assert loaded.id == "SmolLM2-135M-Instruct.Q4_1"
+    assert loaded.model.config.num_hidden_layers == 1
+    assert loaded.eos_token_ids == embedded.eos_token_ids
+    assert weights_of(loaded.model) == weights_of(embedded.model)
+
+
+@pytest.mark.long
+def test_the_whole_embedded_file_by_its_path(embedded):
+    loaded = load(str(embedded_file()))
     assert loaded.eos_token_ids == embedded.eos_token_ids
     assert weights_of(loaded.model) == weights_of(embedded.model)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import openai
 import pytest
 
+from tests.counts import counted
 from tests.server.test_chat import CHAT, PRINCIPLE, create
 from tests.serving import serving
 
@@ -121,9 +122,10 @@ def test_schemathesis_finds_nothing(tmp_path):
 
     positive_data_acceptance is left out: that messages fit the context, say, no schema can tell.
     """
+    num_examples = counted(1, 20)
     with serving("--max-model-len", "96") as (url, _):
         run(
-            CLIENTS / "bin/schemathesis", "run", url + "/openapi.json", "--mode", "all", "--max-examples", 5,
+            CLIENTS / "bin/schemathesis", "run", url + "/openapi.json", "--mode", "all", "--max-examples", num_examples,
             "--request-timeout", 60, "--generation-deterministic", "--exclude-checks", "positive_data_acceptance",
             cwd=tmp_path,
         )  # fmt: skip

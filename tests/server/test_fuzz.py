@@ -21,11 +21,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.counts import counted
 from tests.server.test_auth import routes
 from tests.server.test_limits import metric
 from tests.serving import serving
 
-NUM_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "2000"))
+NUM_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", counted(600, 12_000)))
 NUM_AT_ONCE, ROUND = 4, 1000
 MOST_BYTES = 200_000  # larger ones are test_bad_input's
 LONGEST_STALL = 1.0  # seconds, the issue's own bound, beside what requests without a flaw cost others here

@@ -9,9 +9,10 @@ import pytest
 
 from alignment_core import Principle, SamplingParams
 from tests.conftest import make_engine, run_all
+from tests.counts import counted
 from tests.serving import serving
 
-NUM_STREAMS, NUM_TOKENS = 500, 6
+NUM_STREAMS, NUM_TOKENS = counted(50, 500), 6
 PLACES = ("town", "lake", "valley", "island", "forest")
 TOPICS = ("its weather", "its people", "its food", "its roads", "its songs")
 PRINCIPLES = ("Be brief.", "Be poetic.", "Mention the sea.", "Speak to a child.", "Praise cycling.")
@@ -28,14 +29,14 @@ def case(number):
 def expected(embedded):
     """What each of the 125 says when it is alone."""
     texts = []
-    for number in range(125):
+    for number in range(min(125, NUM_STREAMS)):
         messages, principle, ratio, seed = case(number)
         engine = make_engine(embedded, num_pages=64)
         prompt = engine.prompts.build(messages, [Principle(principle, ratio=float(ratio))])
         params = SamplingParams(temperature=0.8, seed=seed, max_tokens=NUM_TOKENS, ignore_eos=True)
         (outputs,) = run_all(engine, [(prompt, params)])
         texts.append("".join(output.text for output in outputs))
-    assert len(set(texts)) > 100  # so that a mix-up shows
+    assert len(set(texts)) > 0.8 * len(texts)  # so that a mix-up shows
     return texts
 
 
@@ -50,7 +51,7 @@ async def stream(client, number, collected):
 
 
 @pytest.mark.slow
-def test_500_streams_at_once_are_all_served_and_each_gets_its_own(embedded, expected):  # noqa: ARG001
+def test_streams_at_once_are_all_served_and_each_gets_its_own(embedded, expected):  # noqa: ARG001
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     collected = [None] * NUM_STREAMS
 

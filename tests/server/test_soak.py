@@ -3,13 +3,14 @@
 import os
 
 from benchmarks.soak import DONE, LEFT, NUM_PAGES, REFUSED, soak
+from tests.counts import counted
 
 POOL = min(32, (os.cpu_count() or 1) + 4)  # threads of asyncio's own, which come as they are needed
 GROWTH_MB = 40  # caches that are still filling up: compiled grammars, chat templates, malloc's own
 
 
-def test_a_minute_of_random_traffic_with_aborts_leaves_nothing_behind():
-    told = soak(60, warm_up=0.5)
+def test_random_traffic_with_aborts_leaves_nothing_behind():
+    told = soak(counted(20, 1200), warm_up=counted(0.5, 0.2))
     before, after = told["after_warm_up"], told["at_the_end"]
     assert set(told["requests"]) == {DONE, LEFT, REFUSED}
     assert min(told["requests"].values()) >= 10
