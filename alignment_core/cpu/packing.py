@@ -77,10 +77,10 @@ class PackedMatrix:
     ) -> None:
         self.format = format
         self.shape = shape
-        self._tensors = (data, scale, offset, None if bias is None else bias.detach().float().contiguous())
-        pointers = [None if tensor is None else tensor.data_ptr() for tensor in self._tensors]
+        self.tensors = (data, scale, offset, None if bias is None else bias.detach().float().contiguous())
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in self.tensors]
         self.matrix = Matrix(FORMATS.index(format), *shape, *pointers)
-        self.nbytes = sum(tensor.nbytes for tensor in self._tensors if tensor is not None)
+        self.nbytes = sum(tensor.nbytes for tensor in self.tensors if tensor is not None)
 
     @classmethod
     def of_floats(cls, weights: Tensor, bias: Tensor | None, format: Literal["float32", "bfloat16"]) -> "PackedMatrix":

@@ -82,6 +82,7 @@ FILES = (
     "config.json",
     "generation_config.json",
     "model.safetensors",
+    "packed.safetensors",
     "sizes.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -89,7 +90,8 @@ FILES = (
 DAMAGES = {
     **{f"{name} is gone": lambda copy, name=name: (copy / name).unlink() for name in FILES},
     **{f"{name} is cut off": lambda copy, name=name: truncated(copy / name) for name in FILES},
-    "weights of the right length": lambda copy: garbage(copy / "model.safetensors"),
+    "weights of the right length": lambda copy: garbage(copy / "packed.safetensors"),
+    "weights and floats of the right length": lambda copy: [garbage(file) for file in copy.glob("*.safetensors")],
     "a tokenizer of the right length": lambda copy: garbage(copy / "tokenizer.json"),
     "sizes that are none": lambda copy: (copy / "sizes.json").write_text("[]"),
     "a file": a_file,
@@ -122,7 +124,7 @@ def test_a_damaged_copy_is_replaced_and_never_used(package, home, damage, monkey
 
 def test_a_fresh_interpreter_replaces_a_damaged_copy_too(package, whole, home, tmp_path):
     """With the imports that it leaves out."""
-    garbage(model_in(home) / "model.safetensors")
+    garbage(model_in(home) / "packed.safetensors")
     told = told_by(package, home, whole, tmp_path, cold=True)
     assert "damaged" in told
     assert cache.has(model_in(home))

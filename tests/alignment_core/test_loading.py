@@ -65,9 +65,17 @@ def test_a_damaged_copy_is_never_used_and_a_second_start_converts_nothing(empty_
     conversions = []
     read = loading._from_gguf
     monkeypatch.setattr(loading, "_from_gguf", lambda *args: conversions.append(args) or read(*args))
+    packed, read_packed = [], loading.packed_copy.load
+    monkeypatch.setattr(loading.packed_copy, "load", lambda *args: packed.append(args) or read_packed(*args))
     first = load()
-    load()
-    assert len(conversions) == 1
+    assert not packed
+    second = load()
+    assert len(packed) == len(conversions) == 1
+    assert weights_of(second.model) == weights_of(first.model)
+    buffers = [dict(loaded.model.named_buffers()) for loaded in (first, second)]
+    assert buffers[0].keys() == buffers[1].keys()
+    assert all(torch.equal(buffers[0][name], buffers[1][name]) for name in buffers[0])
+    assert second.eos_token_ids == first.eos_token_ids
     (copied,) = empty_cache.iterdir()
     weights = copied / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1_000_000])
@@ -83,7 +91,7 @@ def weights_of(model):
     assert packed
     tensors = [
         *model.state_dict().values(),
-        *(tensor for matrix in packed for tensor in matrix._tensors if tensor is not None),
+        *(tensor for matrix in packed for tensor in matrix.tensors if tensor is not None),
     ]
     return [hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for tensor in tensors]
 
@@ -94,6 +102,15 @@ def test_a_gguf_file_by_its_path(empty_cache, cut_down):  # noqa: ARG001
     assert loaded.model.config.num_hidden_layers == 1
     assert loaded.eos_token_ids == embedded.eos_token_ids
     assert weights_of(loaded.model) == weights_of(embedded.model)
+
+
+@pytest.mark.parametrize(
+    "options", [{"quantization": "none"}, {"quantization": "int8"}, {"dtype": "bfloat16"}], ids=str
+)
+def test_what_is_not_packed_without_loss_is_read_from_floats(empty_cache, cut_down, options, monkeypatch):  # noqa: ARG001
+    first = load(**options)
+    monkeypatch.setattr(loading.packed_copy, "load", None)
+    assert weights_of(load(**options).model) == weights_of(first.model)
 
 
 @pytest.mark.long

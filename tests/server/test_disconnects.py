@@ -12,6 +12,7 @@ import time
 import httpx
 import pytest
 
+from tests.counts import counted
 from tests.serving import serving
 
 LONG = 4000  # tokens that nobody waits for: minutes
@@ -24,7 +25,7 @@ here = pathlib.Path({directory!r})
 compile, original = grammars.Grammars._compile, chat.event_stream
 def slowly_compiled(self, structure):
     (here / "compiling").touch()
-    time.sleep(2)
+    time.sleep(1)
     matcher = compile(self, structure)
     (here / "compiled").touch()
     return matcher
@@ -34,7 +35,7 @@ def event_stream(events, replies):
             async for event in events:
                 if event.data == "[DONE]" or '"type":"response.incomplete"' in event.data:
                     (here / "ending").touch()
-                    await asyncio.sleep(2)
+                    await asyncio.sleep(1)
                 yield event
         (here / "ended").touch()
     return original(slowly_ended(), replies)
@@ -166,7 +167,7 @@ whole_and_streamed = pytest.mark.parametrize("stream", [False, True], ids=["whol
 @whole_and_streamed
 def test_in_the_queue(server, kind, stream):
     path, body, num_sequences = kind
-    with disturbed(server, n=4, max_tokens=150):
+    with disturbed(server, n=4, max_tokens=80):
         with client(server, path, {**body("Tell me about seas."), "stream": stream}):
             until(lambda: server.counts()[:2] == (4, num_sequences))
         until(lambda: server.counts()[:2] == (4, 0))
@@ -192,9 +193,9 @@ def test_while_its_grammar_is_compiled(server, marks, kind, stream):
 @each_kind
 @whole_and_streamed
 def test_while_its_prompt_is_computed(server, kind, stream):
-    """Of thousands of tokens that nobody has computed before, 128 a step."""
+    """Of a thousand tokens that nobody has computed before, 128 a step."""
     path, body, _ = kind
-    text = f"{next(numbers)} seas. " + " ".join(str(number) for number in range(800))
+    text = f"{next(numbers)} seas. " + " ".join(str(number) for number in range(300))
     with disturbed(server):
         with client(server, path, {**body(text), "stream": stream}) as connection:
             until(lambda: server.counts()[0] > 1)
@@ -252,15 +253,16 @@ def test_before_all_of_its_body_is_sent(server, kind, part):
         assert server.counts()[:2] == (1, 0)
 
 
-def test_a_hundred_clients_that_leave_at_any_moment(server):
+def test_clients_that_leave_at_any_moment(server):
     """In the order of their numbers, from at once to after a third of a second."""
-    with disturbed(server, max_tokens=300):
-        for number in range(100):
+    num_clients = counted(30, 100)
+    with disturbed(server, max_tokens=3 * num_clients):
+        for number in range(num_clients):
             path, body, _ = list(KINDS.values())[number % 4]
             with client(
                 server, path, {**body(f"Tell me about sea {number}."), "stream": number % 3 == 0}
             ) as connection:
-                connection.settimeout(number / 300)
+                connection.settimeout(number / num_clients / 3)
                 with contextlib.suppress(TimeoutError, BlockingIOError):
                     connection.recv(100)
 

@@ -1,0 +1,119 @@
+"""A model whose layers all run fused, in a file: as it is in memory, so that loading it packs nothing.
+
+The file has every packed matrix, parameter and buffer by a name, and beside them, as JSON, what the kernels know of
+each matrix and layer. It holds for one layout of the weights: `layout` tells which.
+"""
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from alignment_core.attention.paged_batch import LayerAttention
+from alignment_core.cpu import layers, packing
+from alignment_core.cpu.layers import FusedLayer, FusedLayers, PackedLinear
+from alignment_core.cpu.native import SOURCE, Shape
+from alignment_core.cpu.packing import PackedMatrix
+
+DTYPES = {"F32": torch.float32, "I32": torch.int32}
+LINE = 64  # bytes of a cache line
+PARTS = ("data", "scale", "offset", "bias")  # of a packed matrix
+
+
+def layout() -> str:
+    """Another one for every version of the code that decides how weights lie in memory."""
+    files = [SOURCE, *(Path(str(module.__file__)) for module in (layers, packing)), Path(__file__)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
+
+
+def save(model: PreTrainedModel, file: Path) -> None:
+    """Raises ValueError for a model that has a layer of its own code, OSError."""
+    base: Any = model.base_model
+    if len(base.layers) != 1 or not isinstance(base.layers[0], FusedLayers):
+        raise ValueError(f"not every layer of {type(model).__name__} runs fused")
+    tensors: dict[str, Tensor] = {}
+    told: dict[str, Any] = {"layers": [], "linears": {}}
+    for member in base.layers[0].members:
+        name = f"layers.{member.index}"
+        matrices = [_save_matrix(f"{name}.{i}", matrix, tensors) for i, matrix in enumerate(member.matrices)]
+        for i, norm in enumerate(member.norms):
+            if norm is not None:
+                tensors[f"{name}.norm.{i}"] = norm
+        asked = {field: getattr(member.asked, field) for field in ("scaling", "window", "softcap")}
+        shape = {field: getattr(member.shape, field) for field, _ in Shape._fields_}
+        told["layers"].append({"asked": asked, "shape": shape, "matrices": matrices})
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            told["linears"][name] = _save_matrix(name, module.packed, tensors)
+    tensors |= dict(_own_tensors(model))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"told": json.dumps(told)})
+
+
+def load(model: PreTrainedModel, file: Path) -> None:
+    """Fill a model of that make, which may be on the meta device, with what was saved. Raises what a damaged file
+    causes.
+    """
+    told, tensors = _read(file)
+    members = []
+    for index, layer in enumerate(told["layers"]):
+        name = f"layers.{index}"
+        matrices = [_load_matrix(f"{name}.{i}", matrix, tensors) for i, matrix in enumerate(layer["matrices"])]
+        norms = [tensors.get(f"{name}.norm.{i}") for i in range(4)]
+        members.append(FusedLayer(index, LayerAttention(**layer["asked"]), matrices, norms, Shape(**layer["shape"])))
+    base: Any = model.base_model
+    base.layers = nn.ModuleList([FusedLayers(members)])
+    for name, matrix in told["linears"].items():
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, PackedLinear(_load_matrix(name, matrix, tensors)))
+    for name, _ in list(_own_tensors(model)):
+        parent, _, last = name.rpartition(".")
+        module = model.get_submodule(parent)
+        if last in module._parameters:
+            module._parameters[last] = nn.Parameter(tensors[name], requires_grad=False)
+        else:
+            module._buffers[last] = tensors[name]
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What was told beside the tensors, and the tensors: in one piece of memory, which begins at a cache line as the
+    kernels like it. The file's pages, mapped and copied one by one, would take a second.
+    """
+    with file.open("rb") as stored:
+        (length,) = struct.unpack("<Q", stored.read(8))
+        header = json.loads(stored.read(length))
+        size = file.stat().st_size - stored.tell()
+        room = np.empty(size + LINE, np.uint8)
+        data = room[-room.ctypes.data % LINE :][:size]
+        if stored.readinto(data.data) != size:
+            raise ValueError(f"{file.name} is cut off")
+    tensors = {}
+    for name, about in header.items():
+        if name != "__metadata__":
+            begin, end = about["data_offsets"]
+            tensors[name] = torch.from_numpy(data[begin:end]).view(DTYPES[about["dtype"]]).view(about["shape"])
+    return json.loads(header["__metadata__"]["told"]), tensors
+
+
+def _own_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """What is left to torch: parameters and buffers, those included that a checkpoint hasn't."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _save_matrix(name: str, packed: PackedMatrix, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    tensors |= {f"{name}.{part}": x for part, x in zip(PARTS, packed.tensors, strict=True) if x is not None}
+    return {"format": packed.format, "shape": list(packed.shape)}
+
+
+def _load_matrix(name: str, told: dict[str, Any], tensors: dict[str, Tensor]) -> PackedMatrix:
+    parts = [tensors.get(f"{name}.{part}") for part in PARTS]
+    assert parts[0] is not None
+    return PackedMatrix(told["format"], torch.Size(told["shape"]), parts[0], *parts[1:])
