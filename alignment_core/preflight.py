@@ -24,12 +24,12 @@ def check(
 ) -> None:
     """Raises LoadingError for what `load` and `Engine` can't do. has_cuda: whether there may be a GPU."""
     on_gpu, size = has_cuda and device != "cpu", tensor_parallel_size
-    if device.startswith("cuda") and not has_cuda:
-        raise LoadingError(f"there is no CUDA device for --device {device}")
     if size > 1 and (name or "").endswith(".gguf"):
         raise LoadingError("a GGUF file can't be split: tensor_parallel_size must be 1")
     if size > 1 and ":" in device:
         raise LoadingError(f"{size} processes take a GPU each: device must be cuda, not {device}")
+    if device.startswith("cuda") and not has_cuda:
+        raise LoadingError(f"there is no CUDA device for --device {device}")
     if size > 1 and quantization in ROUNDED:
         raise LoadingError(f"a model in several parts can't be quantised: {quantization}")
     if quantization == "fp8" and not on_gpu:

@@ -4,6 +4,7 @@ Each is a real process with its own arguments, environment, files, signals and e
 cold start: tests of that start an interpreter of their own.
 """
 
+import contextlib
 import functools
 import gc
 import importlib
@@ -24,27 +25,33 @@ PRELOADED = (
     "transformers.models.llama.modeling_llama", "transformers.models.llama.tokenization_llama", "uvicorn", "uvloop",
 )  # fmt: skip
 MOST_BYTES = 1 << 20  # of a request
+ADDRESS = "FORK_SERVER"  # in the environment
 
 
 class Process:
     """Python code in a process of its own; in a `with` block, it has ended when the block has.
 
-    argv: sys.argv. env: all of its environment. stdin, stdout, stderr: files; None for those of this process.
-    pid, poll, wait, send_signal, kill, returncode: as of subprocess.Popen.
+    argv: sys.argv. env: all of its environment. stdin, stdout, stderr: files, or what subprocess calls DEVNULL; None
+    for those of this process. stdin may be a PIPE. pid, poll, wait, send_signal, kill, returncode: as of Popen.
     """
 
     def __init__(self, code, argv, *, env=None, cwd=None, stdin=None, stdout=None, stderr=None):
-        self.args, self.returncode = argv, None
-        self._channel, theirs = socket.socketpair()
+        self.args, self.returncode, self.stdin = argv, None, None
         request = {"code": code, "argv": argv, "env": dict(env or os.environ), "cwd": str(cwd or os.getcwd())}
-        with open(os.devnull, "r+b") as nothing, theirs:
+        self._channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._channel.connect(_server()[0].replace("@", "\0"))
+        with contextlib.ExitStack() as stack:
+            nothing = stack.enter_context(open(os.devnull, "r+b"))
+            if stdin == subprocess.PIPE:
+                theirs, ours = os.pipe()
+                stdin, self.stdin = stack.enter_context(open(theirs, "rb")), open(ours, "wb")  # noqa: SIM115
             files = [
                 nothing if file == subprocess.DEVNULL else file or standard
                 for file, standard in ((stdin, 0), (stdout, 1), (stderr, 2))
             ]
-            numbers = [file if isinstance(file, int) else file.fileno() for file in (*files, theirs)]
-            socket.send_fds(_server(), [json.dumps(request).encode()], numbers)
-        self.pid = int(self._channel.recv(16).decode())
+            numbers = [file if isinstance(file, int) else file.fileno() for file in files]
+            socket.send_fds(self._channel, [json.dumps(request).encode()], numbers)
+            self.pid = int(self._channel.recv(16))
 
     def __enter__(self):
         return self
@@ -62,7 +69,7 @@ class Process:
         if self.returncode is None:
             if not select.select([self._channel], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(self.args, timeout)
-            self.returncode = os.waitstatus_to_exitcode(int(self._channel.recv(16).decode()))
+            self.returncode = os.waitstatus_to_exitcode(int(self._channel.recv(16)))
         return self.returncode
 
     def send_signal(self, number):
@@ -89,52 +96,65 @@ def run(code, *argv, env=None, cwd=None, timeout=120, check=False):
     return done
 
 
+def popen(command, **options):
+    """In the place of subprocess.Popen, in a process of ours that starts others by `python … -c CODE ARGV…`."""
+    code, *args = command[command.index("-c") + 1 :]
+    return Process(code, ["-c", *args], **options)
+
+
 @functools.cache
 def _server():
-    """The connection to the process that forks, which ends when this one does."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    command = [sys.executable, "-m", __name__, str(theirs.fileno())]
-    subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
-    theirs.close()
-    return ours
+    """The address of the process that forks, and that process: this one's own, which ends with it, or that of the
+    process that this one comes from.
+    """
+    if address := os.environ.get(ADDRESS):
+        return address, None
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        address = os.environ[ADDRESS] = "@" + folder  # a name that no other has
+        listener.bind(address.replace("@", "\0"))  # an abstract one, so that nothing is left of it
+        listener.listen()
+        command = [sys.executable, "-m", __name__, str(listener.fileno())]
+        return address, subprocess.Popen(command, pass_fds=[listener.fileno()], stdin=subprocess.PIPE)
 
 
-def _serve(connection):
-    """Import everything, then fork as asked. Returns in each child, with its code."""
+def _serve(listener):
+    """Import everything, then fork as asked, until stdin ends. Returns in each child, with its code."""
     for name in PRELOADED:
         importlib.import_module(name)
     assert os.listdir("/proc/self/task") == [str(os.getpid())]  # no other thread: a fork would lack it
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait for the children
-    while True:
-        message, files, _, _ = socket.recv_fds(connection, MOST_BYTES, 4)
-        if not message:
-            sys.exit()
-        if not os.fork() and _is_child(files[3]):
-            connection.close()
+    while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
+        channel, _ = listener.accept()
+        message, files, _, _ = socket.recv_fds(channel, MOST_BYTES, 3)
+        if not os.fork() and _is_child(channel, files):
+            listener.close()
+            channel.close()
             return _become(json.loads(message), files)
+        channel.close()
         for file in files:
             os.close(file)
+    sys.exit()
 
 
-def _is_child(channel):
+def _is_child(channel, files):
     """Fork once more. In the parent, which tells the child's number and its status, this does not return."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if not (pid := os.fork()):
         return True
-    with socket.socket(fileno=channel) as channel:
-        channel.send(f"{pid}\n".encode())
+    for file in files:
+        os.close(file)
+    try:
+        channel.send(str(pid).encode())
         _, status = os.waitpid(pid, 0)
-        try:
-            channel.send(f"{status}\n".encode())
-        finally:
-            os._exit(0)
+        channel.send(str(status).encode())
+    finally:
+        os._exit(0)
 
 
 def _become(request, files):
-    for number, file in enumerate(files[:3]):
+    for number, file in enumerate(files):
         os.dup2(file, number)
-    for file in files:
         os.close(file)
     os.environ.clear()
     os.environ.update(request["env"])
@@ -147,4 +167,5 @@ def _become(request, files):
 
 
 if __name__ == "__main__":
-    exec(compile(_serve(socket.socket(fileno=int(sys.argv[1]))), "<string>", "exec"), {"__name__": "__main__"})
+    code = _serve(socket.socket(fileno=int(sys.argv[1])))
+    exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -28,10 +29,22 @@ from alignment_core.sequence import Branch
 from tests import fork_server
 from tests.alignment_core.test_engine import prompts
 from tests.conftest import tiny_pair
+from tests.counts import LONG_RUN
 from tests.oracle import Setting
 from tests.server.test_faults import chat
 from tests.serving import serving
 
+# Followers need no time for imports either; they are no children of rank 0 then, so their ids are told.
+FORKED = """
+import os, pathlib, types
+from alignment_core import tensor_parallel
+from tests import fork_server
+def popen(*args, **options):
+    process = fork_server.popen(*args, **options)
+    pathlib.Path(os.environ.get("FOLLOWER", os.devnull)).write_text(str(process.pid))
+    return process
+tensor_parallel.subprocess = types.SimpleNamespace(**vars(tensor_parallel.subprocess) | {"Popen": popen})
+"""
 SCRIPT = """
 import json, os, signal, sys
 from tests.alignment_core.test_engine import GREEDY, prompts
@@ -69,9 +82,14 @@ def checkpoint(tokenizer, tmp_path_factory):
     return str(path), oracle
 
 
-def run(checkpoint, *arguments, **environment):
-    """What the script printed, line by line; it must end well unless it vanishes."""
-    result = fork_server.run(SCRIPT, checkpoint, *arguments, env={**os.environ, **environment}, timeout=240)
+def run(checkpoint, *arguments, cold=LONG_RUN, **environment):
+    """What the script printed, line by line; it must end well unless it vanishes. cold: in fresh interpreters."""
+    options = {"env": {**os.environ, **environment}, "timeout": 240}
+    if cold:
+        command = [sys.executable, "-c", SCRIPT, checkpoint, *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, **options)
+    else:
+        result = fork_server.run(FORKED + SCRIPT, checkpoint, *arguments, **options)
     assert result.returncode == (-9 if "vanish" in arguments else 0), result.stderr
     first, *rest = result.stdout.splitlines()
     return json.loads(first), rest
@@ -174,7 +192,7 @@ def test_no_process_unpickles_anything(checkpoint, tmp_path):
     subprocess.run([sys.executable, "-c", probe], env={**os.environ, "PYTHONPATH": path}, check=True)
     assert "datetime" in log.read_text()  # it would be seen
     log.unlink()
-    seen, _ = run(checkpoint[0], "0", PYTHONPATH=path)
+    seen, _ = run(checkpoint[0], "0", cold=True, PYTHONPATH=path)
     assert len(seen["replies"]) == len(prompts())
     assert not log.exists(), log.read_text()
 
@@ -213,11 +231,18 @@ def speaking(tokenizer, tmp_path_factory):
 @contextlib.contextmanager
 def in_two_parts(path, **options):
     """Yields the URL, the process of rank 0 and the other's id."""
-    with serving(str(path), "--tensor-parallel-size", "2", **options) as (url, process):
-        (follower,) = subprocess.run(
-            ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True
-        ).stdout.split()
-        yield url, process, int(follower)
+    args = (str(path), "--tensor-parallel-size", "2")
+    if LONG_RUN:
+        with serving(*args, **options) as (url, process):
+            children = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
+            (follower,) = subprocess.run(children, capture_output=True, text=True, check=True).stdout.split()
+            yield url, process, int(follower)
+        return
+    with (
+        tempfile.NamedTemporaryFile("r") as told,
+        serving(*args, patch=FORKED, env={"FOLLOWER": told.name}, **options) as (url, process),
+    ):
+        yield url, process, int(told.read())
 
 
 def test_what_the_processes_listen_on_is_of_this_machine_alone(speaking):
