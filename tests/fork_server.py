@@ -80,7 +80,7 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
 
-def run(code, *argv, env=None, cwd=None, timeout=120, check=False):
+def run(code, *argv, env=None, cwd=None, timeout=600, check=False):
     """As subprocess.run of `python -c CODE ARGV…`, with its output captured as text."""
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
         with Process(code, ["-c", *argv], env=env, cwd=cwd, stdout=stdout, stderr=stderr) as process:

@@ -1,13 +1,19 @@
 """The benchmarks run to their end, on toy shapes; their times mean nothing then."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import fork_server
+
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A cache for all of them: kernels are compiled and the model is converted once."""
+    return tmp_path_factory.mktemp("home")
 
 
 @pytest.mark.parametrize(
@@ -19,12 +25,12 @@ ROOT = Path(__file__).parent.parent
         ("fairness.py --streams 1 --prompts 1 --prompt-tokens 100", '"p99_over_median"'),
     ],
 )
-def test_others(package, tmp_path, script, told):
+def test_others(package, home, tmp_path, script, told):
     """On a model of one layer."""
-    environment = os.environ | {"PYTHONPATH": f"{package}:{ROOT}", "XDG_CACHE_HOME": str(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": f"{package}:{ROOT}", "XDG_CACHE_HOME": str(home)}
     name, *args = script.split()
     output = [] if name == "divergence.py" else ["--output", str(tmp_path / "told")]
-    command = [sys.executable, f"benchmarks/{name}", *args, *output]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    code = f"import runpy; runpy.run_path('benchmarks/{name}', run_name='__main__')"
+    done = fork_server.run(code, *args, *output, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     assert told in ((tmp_path / "told").read_text() if output else done.stdout)

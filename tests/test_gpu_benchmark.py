@@ -5,13 +5,14 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+
+from tests import fork_server
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
@@ -24,14 +25,33 @@ from gpu_measurements.rounding import to_fp8, to_int4, to_int8  # noqa: E402
 ELSEWHERE = {"smoke: fp8", "continuous batching"}  # not to be had on a CPU
 
 
+# Its processes are forks here, which need no time for imports: nothing has been run yet in what they are forked from.
+FORKED = """
+import multiprocessing, os, runpy, sys
+if "LONG_RUN" not in os.environ:
+    multiprocessing.get_context = lambda _, context=multiprocessing.get_context("fork"): context
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+
+
 def command(script, *args):
-    return [sys.executable, "-m", script, "--tiny", *map(str, args)]
+    """Code and arguments, for a fork."""
+    return FORKED, script, "--tiny", *map(str, args)
 
 
 def run_gpu(*args, script="benchmarks.gpu"):
-    done = subprocess.run(command(script, *args), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return fork_server.run(*command(script, *args), cwd=ROOT, check=True).stdout
+
+
+@contextlib.contextmanager
+def started(script, *args):
+    """The process, and what it prints, line by line."""
+    theirs, ours = os.pipe()
+    code, *argv = command(script, *args)
+    process = fork_server.Process(code, ["-c", *argv], cwd=ROOT, stdout=ours)
+    os.close(ours)
+    with open(theirs) as lines, process:
+        yield process, lines
 
 
 def begun(output):
@@ -45,15 +65,13 @@ def result(path):
 
 def test_all_of_it_though_one_measurement_is_killed(tmp_path):
     output, victim = tmp_path / "gpu.json", "attention"
-    process = subprocess.Popen(
-        command("benchmarks.gpu", "--budget", 1000, "--output", output), cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
     lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if begins := re.match(rf"{victim}: begins, process (\d+)", line):
-            os.kill(int(begins[1]), signal.SIGKILL)
-    assert process.wait() == 0
+    with started("benchmarks.gpu", "--budget", 1000, "--output", output) as (process, printed):
+        for line in printed:
+            lines.append(line)
+            if begins := re.match(rf"{victim}: begins, process (\d+)", line):
+                os.kill(int(begins[1]), signal.SIGKILL)
+    assert process.returncode == 0
     found, statuses = result(output)
     expected_statuses = dict.fromkeys(gpu.MEASUREMENTS, "ok") | dict.fromkeys(ELSEWHERE, "not to be had here")
     assert statuses == expected_statuses | {victim: "killed"}, "".join(lines)
@@ -167,11 +185,10 @@ def test_the_output_is_json_whatever_was_measured(planted):
 
 def test_processes_end_with_the_one_that_started_them(tmp_path):
     """Or they would hold the device's memory, where the next run looks for it."""
-    run = command("tests.planted_measurements", "--only", "hangs", "--output", tmp_path / "gpu.json")
-    process = subprocess.Popen(run, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    child = next(int(found[1]) for line in process.stdout if (found := re.match(r"hangs: begins, process (\d+)", line)))
-    process.kill()
-    process.wait()
+    run = ("tests.planted_measurements", "--only", "hangs", "--output", tmp_path / "gpu.json")
+    with started(*run) as (process, printed):
+        child = next(int(found[1]) for line in printed if (found := re.match(r"hangs: begins, process (\d+)", line)))
+        process.kill()
     with contextlib.suppress(psutil.NoSuchProcess):
         psutil.Process(child).wait(timeout=30)
     assert not psutil.pid_exists(child)
@@ -188,9 +205,7 @@ def test_a_failure_is_kept_though_there_is_no_time_to_try_again(planted, tmp_pat
 
 def test_a_device_is_not_replaced_by_the_output(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    done = subprocess.run(
-        command("benchmarks.gpu", "--output", tmp_path / "pipe"), cwd=ROOT, capture_output=True, text=True
-    )
+    done = fork_server.run(*command("benchmarks.gpu", "--output", tmp_path / "pipe"), cwd=ROOT)
     assert done.returncode == 2
     assert "is no regular file" in done.stderr
     assert (tmp_path / "pipe").is_fifo()
