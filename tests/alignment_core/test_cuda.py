@@ -39,7 +39,8 @@ def on_triton(monkeypatch):
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_architectures(tokenizer, model_type, on_triton):
     """Prompts in chunks beside decodes, decodes in fixed shapes, one sequence preempted."""
-    loaded, oracle = tiny_pair(tokenizer, model_type, kernels=False, vocab_size=300, **ARCHITECTURES[model_type])
+    changes = {"vocab_size": 300, "num_hidden_layers": 2, **ARCHITECTURES[model_type]}
+    loaded, oracle = tiny_pair(tokenizer, model_type, kernels=False, **changes)
     engine = make_engine(loaded, static=True, page_size=8, num_pages=14, max_num_batched_tokens=40)
     requests = [(prompt, replace(GREEDY, max_tokens=6)) for prompt in (aligned(2.0, 20), aligned(0, 35, 3))]
     for (prompt, _), outputs in zip(requests, run_all(engine, requests), strict=True):
@@ -55,7 +56,7 @@ def test_architectures(tokenizer, model_type, on_triton):
 
 @pytest.mark.usefixtures("on_triton")
 def test_compiled_layers_equal_the_oracle(tokenizer):
-    loaded, oracle = tiny_pair(tokenizer, kernels=False, vocab_size=300)
+    loaded, oracle = tiny_pair(tokenizer, kernels=False, vocab_size=300, num_hidden_layers=2)
     compile_layers(loaded.model)
     engine = make_engine(loaded, static=True, num_pages=400)
     torch._dynamo.utils.counters.clear()
@@ -68,7 +69,14 @@ def test_compiled_layers_equal_the_oracle(tokenizer):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before  # whatever the number of rows
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+# Three makes of layer; the other families are for the long run.
+COMPILED = ("llama", "gemma2", "phi3")
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [name if name in COMPILED else pytest.param(name, marks=pytest.mark.long) for name in ARCHITECTURES],
+)
 def test_layers_are_compiled_at_the_start_and_never_again(tokenizer, model_type, monkeypatch):
     """However many layers, rows and tokens a step has; they break at their attention and nowhere else.
 
@@ -118,12 +126,12 @@ def test_padding_changes_no_row_and_writes_to_nobodys_page():
 
 @pytest.mark.usefixtures("on_triton")
 def test_blocks_make_a_row_independent_of_its_company(tokenizer):
-    loaded, oracle = tiny_pair(tokenizer, kernels=False, vocab_size=300)
+    loaded, oracle = tiny_pair(tokenizer, kernels=False, vocab_size=300, num_hidden_layers=2)
     run_in_blocks(loaded.model)
     for layer in loaded.model.model.layers:  # on a CPU the ends of vectors are computed, and round, otherwise
         layer.mlp.act_fn.forward = in_blocks(layer.mlp.act_fn.forward)
     seen = []
-    for others in (0, 7):
+    for others in (0, 4):
         engine = make_engine(loaded, num_pages=400)
         logits = []
         forward = engine.runner.forward
