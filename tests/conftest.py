@@ -1,5 +1,3 @@
-import contextlib
-import copy
 import os
 import signal
 from dataclasses import replace
@@ -10,12 +8,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; test_cp
 import gguf
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alignment_core import Engine, EngineConfig, load
+from alignment_core import load
 from alignment_core.checkpoint import EMBEDDED_FILE, embedded_file
-from alignment_core.cpu.layers import replace_layers
-from alignment_core.loading import LoadedModel
+from tests.engines import FEW_WORDS, tiny_pair
 from tests.oracle import Oracle
 
 pytest_plugins = ["tests.serving"]
@@ -74,75 +71,12 @@ def package(tmp_path_factory):
     return directory
 
 
-def tiny_pair(tokenizer, model_type="llama", kernels=True, **changes):
-    """A random model for the engine, and an oracle with the same weights in float64.
-
-    kernels: whether the model's layers are our CPU kernels or torch's.
-    """
-    settings = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.5,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 2,
-        **changes,
-    }
-    config = CONFIG_MAPPING[model_type](**settings)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    judge = AutoModelForCausalLM.from_config(
-        copy.deepcopy(config), dtype=torch.float64, attn_implementation="eager"
-    ).eval()
-    judge.load_state_dict(model.state_dict())
-    if kernels:
-        replace_layers(model, "auto")
-    return LoadedModel("tiny", model, tokenizer, 512, frozenset({2})), Oracle(judge)
-
-
 @pytest.fixture(scope="session")
 def tiny(tokenizer):
     return tiny_pair(tokenizer, vocab_size=300)
-
-
-FEW_WORDS = 8
 
 
 @pytest.fixture(scope="session")
 def few_words(tokenizer):
     """A model of so small a vocabulary that n-grams come again, sometimes with what followed them before."""
     return tiny_pair(tokenizer, vocab_size=FEW_WORDS)
-
-
-@contextlib.contextmanager
-def threads(number):
-    """As many OpenMP threads as that."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def run_all(engine, requests):
-    """Drive the engine by hand until every (prompt, params) is answered; their outputs in order."""
-    outputs = [[] for _ in requests]
-    for (prompt, params), collected in zip(requests, outputs, strict=True):
-        engine.submit(prompt, params, collected.append)
-    while engine.step():
-        pass
-    return outputs
-
-
-def token_ids(outputs):
-    return [token for output in outputs for token in output.token_ids]
-
-
-def make_engine(loaded, **config):
-    return Engine(loaded, EngineConfig(**config))

@@ -14,7 +14,7 @@ import pytest
 
 from alignment_core import Prompt, SamplingParams, cache, load
 from tests import fork_server
-from tests.conftest import make_engine, run_all, token_ids
+from tests.engines import make_engine, run_all, token_ids
 from tests.server.test_faults import at_once, chat
 from tests.serving import serving
 

@@ -13,7 +13,7 @@ from alignment_core import load
 from alignment_core.cpu.layers import PackedLinear, num_fused_layers, replace_layers
 from alignment_core.cpu.packing import pack
 from tests import fork_server
-from tests.conftest import make_engine, run_all, threads, tiny_pair
+from tests.engines import make_engine, run_all, threads, tiny_pair
 from tests.test_readme import reply
 
 GGUF_TYPES = {"Q4_0": "int4", "Q4_1": "int4", "Q8_0": "int8", "F16": "float32", "BF16": "bfloat16"}
@@ -166,7 +166,7 @@ def test_logits_are_the_same_bits_alone_and_in_a_crowd(embedded, monkeypatch):
 
 @pytest.mark.parametrize(("quantization", "head_dim"), [("int8", 64), ("int4", 128), ("int4", 16)])
 def test_rounded_weights_run_as_the_oracle_with_those_weights(tokenizer, quantization, head_dim):
-    from tests.alignment_core.test_engine import GREEDY, judge, prompts
+    from tests.engines import GREEDY, judge, prompts
 
     sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "head_dim": head_dim}
     loaded, oracle = tiny_pair(tokenizer, kernels=False, **sizes)

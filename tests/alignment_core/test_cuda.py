@@ -17,8 +17,7 @@ from alignment_core.engine_config import pages_that_fit
 from alignment_core.model_runner import compile_layers
 from alignment_core.scheduler import Row
 from alignment_core.sequence import Branch
-from tests.alignment_core.test_engine import ARCHITECTURES, GREEDY, aligned, judge, prompts
-from tests.conftest import make_engine, run_all, tiny_pair, token_ids
+from tests.engines import ARCHITECTURES, GREEDY, aligned, judge, make_engine, prompts, run_all, tiny_pair, token_ids
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from alignment_core import InvalidRequest, SamplingParams
-from tests.alignment_core.test_engine import GREEDY, aligned, prompts
-from tests.conftest import make_engine, run_all, token_ids
+from tests.engines import GREEDY, aligned, make_engine, prompts, run_all, token_ids
 from tests.oracle import NEAR_TIE, Setting
 
 EDITS = {

@@ -15,9 +15,8 @@ from alignment_core.alignment import principled_logits
 from alignment_core.checkpoint import embedded_file
 from alignment_core.prompts import PromptBuilder
 from tests import oracle as oracle_module
-from tests.alignment_core.test_engine import aligned
-from tests.conftest import make_engine, run_all, token_ids
 from tests.counts import LONG_RUN, counted
+from tests.engines import aligned, make_engine, run_all, token_ids
 from tests.oracle import Setting
 
 KEPT = Path(__file__).with_name("embedded_replies.json")  # KEEP_REPLIES=1 writes it

@@ -13,9 +13,8 @@ from alignment_core import alignment, model_runner, static_draw
 from alignment_core.attention import sdpa
 from alignment_core.request import Structure
 from tests.alignment_core import test_speculation
-from tests.alignment_core.test_engine import GREEDY, aligned, judge
 from tests.alignment_core.test_grammars import allowed_by
-from tests.conftest import make_engine, run_all, tiny_pair, token_ids
+from tests.engines import GREEDY, aligned, judge, make_engine, run_all, tiny_pair, token_ids
 from tests.fake_cuda.engine import SHORT, WHERE_THE_HOST_WAITS, engine_on, several
 
 pytest_plugins = ["tests.fake_cuda.fixtures"]

@@ -9,8 +9,7 @@ from alignment_core import alignment, static_draw
 from alignment_core import engine as engine_module
 from alignment_core.cuda_graphs import Graphs
 from alignment_core.transfer import to_device, to_host
-from tests.alignment_core.test_engine import aligned
-from tests.conftest import run_all
+from tests.engines import aligned, run_all
 from tests.fake_cuda import CUDA, CudaTensor, Fault
 from tests.fake_cuda.engine import SHORT, WHERE_THE_HOST_WAITS, engine_on, several
 

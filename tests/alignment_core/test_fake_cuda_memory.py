@@ -12,8 +12,7 @@ from alignment_core import static_decodes
 from alignment_core.cuda_graphs import Graphs
 from alignment_core.model_runner import ModelRunner
 from alignment_core.transfer import to_device
-from tests.alignment_core.test_engine import aligned, judge
-from tests.conftest import run_all
+from tests.engines import aligned, judge, run_all
 from tests.fake_cuda import CUDA, CudaTensor, FakeCuda, Fault
 from tests.fake_cuda.engine import SHORT, WHERE_THE_HOST_WAITS, engine_on
 

@@ -14,8 +14,7 @@ import pytest
 
 from alignment_core import InvalidRequest, SamplingParams
 from alignment_core.request import Structure
-from tests.alignment_core.test_engine import GREEDY, aligned
-from tests.conftest import make_engine, run_all, tiny_pair, token_ids
+from tests.engines import GREEDY, aligned, make_engine, run_all, tiny_pair, token_ids
 from tests.oracle import Setting
 
 

@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfi
 
 from alignment_core import LoadingError, Prompt, SamplingParams, cuda_quantization, load, loading
 from alignment_core.checkpoint import embedded_file
-from tests.conftest import make_engine, run_all, token_ids
+from tests.engines import make_engine, run_all, token_ids
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ import torch
 from alignment_core import Prompt, SamplingParams
 from alignment_core.methods import METHODS, amulet, linear, starts_from_base
 from alignment_core.speculation import PromptLookup
-from tests.alignment_core.test_engine import GREEDY, aligned
-from tests.conftest import make_engine, run_all, token_ids
+from tests.engines import GREEDY, aligned, make_engine, run_all, token_ids
 from tests.oracle import Setting, amulet_game
 
 RATIOS = [(2.0,), (0.5,), (-0.5,), (-3.0,), (20.0,), (1.0, 3.0), (-4.0, 0.5), (5.0, -2.0)]

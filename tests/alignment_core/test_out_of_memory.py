@@ -16,8 +16,7 @@ from alignment_core.halving import halve
 from alignment_core.scheduler import Row
 from alignment_core.sequence import Branch
 from tests.alignment_core import test_speculation
-from tests.alignment_core.test_engine import GREEDY, aligned, judge, prompts
-from tests.conftest import make_engine, run_all, token_ids
+from tests.engines import GREEDY, aligned, judge, make_engine, prompts, run_all, token_ids
 
 CONFIGS = {
     "together": {"page_size": 4, "num_pages": 500, "max_num_batched_tokens": 512},

@@ -14,7 +14,7 @@ from alignment_core.request import Structure
 from alignment_core.sampling import uniform
 from alignment_core.speculation import PromptLookup
 from tests.alignment_core.test_grammars import allowed_by
-from tests.conftest import make_engine, tiny_pair
+from tests.engines import make_engine, tiny_pair
 from tests.oracle import NEAR_TIE, Setting
 
 FEATURES = {

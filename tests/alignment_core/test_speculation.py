@@ -6,8 +6,7 @@ import pytest
 
 from alignment_core import Principle, SamplingParams
 from alignment_core.speculation import PromptLookup
-from tests.alignment_core.test_engine import GREEDY, aligned, judge
-from tests.conftest import FEW_WORDS, make_engine, run_all, token_ids
+from tests.engines import FEW_WORDS, GREEDY, aligned, judge, make_engine, run_all, token_ids
 
 LONG = replace(GREEDY, max_tokens=40)
 

@@ -13,8 +13,7 @@ from alignment_core.sampling import choose
 from alignment_core.static_draw import PREPARED, Filters, draw, leading, weights_above
 from alignment_core.static_sampling import StaticSampler, compiled_draw
 from tests.alignment_core.test_alignment import settings
-from tests.alignment_core.test_engine import GREEDY, aligned, judge
-from tests.conftest import make_engine, run_all
+from tests.engines import GREEDY, aligned, judge, make_engine, run_all
 
 CASES = [
     {},

@@ -27,9 +27,8 @@ from alignment_core.model_runner import RunnerConfig
 from alignment_core.scheduler import Row
 from alignment_core.sequence import Branch
 from tests import fork_server
-from tests.alignment_core.test_engine import prompts
-from tests.conftest import tiny_pair
 from tests.counts import LONG_RUN
+from tests.engines import prompts, tiny_pair
 from tests.oracle import Setting
 from tests.server.test_faults import chat
 from tests.serving import serving
@@ -47,8 +46,7 @@ tensor_parallel.subprocess = types.SimpleNamespace(**vars(tensor_parallel.subpro
 """
 SCRIPT = """
 import json, os, signal, sys
-from tests.alignment_core.test_engine import GREEDY, prompts
-from tests.conftest import make_engine, run_all, token_ids
+from tests.engines import GREEDY, make_engine, prompts, run_all, token_ids
 from alignment_core import load
 
 loaded = load(sys.argv[1], tensor_parallel_size=2)

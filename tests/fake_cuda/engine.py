@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from alignment_core import Prompt, static_decodes, static_sampling
-from tests.alignment_core.test_engine import GREEDY, aligned
-from tests.conftest import make_engine, tiny_pair
+from tests.engines import GREEDY, aligned, make_engine, tiny_pair
 
 SHORT = replace(GREEDY, max_tokens=6)
 WHERE_THE_HOST_WAITS = {"flight.py:wait: Event.synchronize"}  # for the tokens of the step before, and nowhere else

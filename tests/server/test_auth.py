@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 from server.app import create_app
 from server.settings import Settings, load_settings
-from tests.conftest import make_engine
+from tests.engines import make_engine
 from tests.serving import KEY, serving
 
 

@@ -9,7 +9,7 @@ import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from alignment_core import Principle, SamplingParams
-from tests.conftest import make_engine, run_all
+from tests.engines import make_engine, run_all
 
 CHAT = [{"role": "user", "content": "Where should our town get its power from?"}]
 JSON = {"Content-Type": "application/json"}

@@ -5,7 +5,7 @@ import openai
 import pytest
 
 from alignment_core import Principle, SamplingParams
-from tests.conftest import make_engine, run_all
+from tests.engines import make_engine, run_all
 from tests.server.test_chat import CHAT, PRINCIPLE, create
 
 TEXT = "The capital of France is"

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from alignment_core import Principle, SamplingParams
 from alignment_core.methods import METHODS
-from tests.conftest import make_engine, run_all
+from tests.engines import make_engine, run_all
 from tests.server.test_chat import CHAT, PRINCIPLE, create
 
 ALIGNED = {"principle": PRINCIPLE, "alignment_ratio": 2}

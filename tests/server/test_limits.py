@@ -12,7 +12,7 @@ import pytest
 
 from alignment_core import EngineBusy, Prompt, SamplingParams
 from server.threads import LONG
-from tests.conftest import make_engine, run_all
+from tests.engines import make_engine, run_all
 from tests.serving import serving
 
 MESSAGES = [{"role": "user", "content": "Tell me about towns."}]

@@ -8,8 +8,8 @@ import httpx
 import pytest
 
 from alignment_core import Principle, SamplingParams
-from tests.conftest import make_engine, run_all
 from tests.counts import counted
+from tests.engines import make_engine, run_all
 from tests.serving import serving
 
 NUM_STREAMS, NUM_TOKENS = counted(50, 500), 6

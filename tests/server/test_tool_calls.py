@@ -12,8 +12,7 @@ from alignment_core.grammars import Grammars
 from alignment_core.request import Structure
 from server.tool_calls import HERMES, LLAMA, MISTRAL, ReplyParser, call_format, end_of_thinking, message_of
 from server.tool_grammars import demanded, kept_to
-from tests.alignment_core.test_engine import aligned
-from tests.conftest import make_engine, run_all, tiny_pair
+from tests.engines import aligned, make_engine, run_all, tiny_pair
 
 TOOLS = [
     {

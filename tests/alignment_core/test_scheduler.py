@@ -1,0 +1,92 @@
+"""Which rows a step runs: the budget of its tokens, turns, and who comes next."""
+
+from alignment_core import Prompt, SamplingParams
+from tests.engines import GREEDY, aligned, judge, make_engine, prompts, run_all
+
+
+def test_one_forward_a_step_for_all_rows(tiny):
+    loaded, _ = tiny
+    engine = make_engine(loaded, num_pages=400, max_num_batched_tokens=512)
+    run_all(engine, [(prompt, GREEDY) for prompt in prompts()])
+    assert engine.runner.num_forwards == 12
+
+
+def test_decodes_beyond_the_budget_take_turns(tiny):
+    loaded, oracle = tiny
+    engine = make_engine(loaded, num_pages=400, max_num_batched_tokens=5)  # two of three pairs of rows
+    texts, replies = [aligned(2.0, 10, i) for i in range(3)], [[], [], []]
+    for prompt, reply in zip(texts, replies, strict=True):
+        engine.submit(prompt, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True), reply.append)
+    drawn = []
+    while engine.step():
+        running = engine.scheduler.running
+        if len(running) == 3 and all(s.is_decoding and s.output_ids for s in running):
+            drawn.append([len(s.output_ids) for s in running])
+    gains = [last - first for first, last in zip(drawn[0], drawn[-1], strict=True)]
+    assert max(gains) - min(gains) <= 1
+    assert min(gains) > 3
+    for prompt, reply in zip(texts, replies, strict=True):
+        judge(oracle, prompt, reply)
+
+
+def test_decodes_run_in_every_step_however_long_the_prompts_that_arrive(tiny):
+    """Prompts are cut to what the decodes leave of a step, so none of them makes a step longer than the budget."""
+    loaded, _ = tiny
+    engine = make_engine(loaded, num_pages=400, max_num_batched_tokens=16)
+    reply = []
+    params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
+    engine.submit(aligned(2.0, 10, 0), params, reply.append)
+    while not reply:
+        engine.step()
+    for i in range(3):
+        long = Prompt((tuple(range(5 + i, 205 + i)),))
+        engine.submit(long, SamplingParams(temperature=0, max_tokens=2, ignore_eos=True), lambda _: None)
+    sizes, forward = [], engine.runner.forward
+
+    def watched(step):
+        sizes.append(step.num_tokens)
+        return forward(step)
+
+    engine.runner.forward = watched
+    before = len(reply)
+    for _ in range(40):
+        engine.step()
+    assert len(reply) == before + 40
+    assert max(sizes) == 16
+    assert sizes.count(16) > 30  # and the prompts do get on
+
+
+def test_nobody_is_overtaken_for_ever(tiny):
+    """A request with many branches and a long prompt, among short ones that keep coming: what came after it waits."""
+    loaded, oracle = tiny
+    engine = make_engine(loaded, num_pages=60, page_size=4, max_num_seqs=4, max_num_batched_tokens=16)
+    ended, replies = [], {}
+
+    def submit(name, prompt, max_tokens):
+        replies[name] = []
+
+        def listen(output):
+            replies[name].append(output)
+            if output.finish_reason:
+                ended.append(name)
+
+        engine.submit(prompt, SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True), listen)
+
+    for i in range(3):
+        submit(f"early {i}", aligned(2.0, 10, i), 8)
+    large = aligned(2.0, 40, 50)
+    submit("large", large, 8)
+    number = 0
+    while "large" not in ended:
+        if engine.scheduler.pool.num_free and len(engine.scheduler.waiting) < 3:
+            submit(number, aligned(1.0, 6, number % 40), 3)
+            number += 1
+        engine.step()
+        assert number < 60
+    admitted_later = [name for name in ended[: ended.index("large")] if isinstance(name, int)]
+    assert len(admitted_later) <= 8 * engine.scheduler.max_num_seqs  # while it ran itself
+    assert replies["large"][0].token_ids
+    judge(oracle, large, replies["large"])
+    while engine.step():
+        pass
+    assert engine.pool.num_free == engine.pool.num_pages
