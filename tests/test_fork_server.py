@@ -1,0 +1,74 @@
+"""Forks are real processes: their own arguments, environment, files, signals and exit status."""
+
+import os
+import signal
+import subprocess
+
+import pytest
+
+from tests import fork_server
+
+
+def test_arguments_environment_folder_and_output(tmp_path):
+    code = """
+import os, sys
+print(sys.argv, os.environ["ONE"], "HOME" in os.environ, os.getcwd())
+print(2, file=sys.stderr)
+"""
+    environment = {"ONE": "1", "OMP_NUM_THREADS": "1"}
+    done = fork_server.run(code, "a", "b c", env=environment, cwd=tmp_path)
+    assert done.stdout == f"['-c', 'a', 'b c'] 1 False {tmp_path}\n"
+    assert done.returncode == 0
+    assert done.stderr.startswith("2\n")  # Triton may have more to say at the end
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "said"),
+    [
+        ("", 0, ""),
+        ("import sys; sys.exit(7)", 7, ""),
+        ("import sys; sys.exit('bad')", 1, "bad\n"),
+        ("1 / 0", 1, "ZeroDivisionError: division by zero\n"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", -signal.SIGSEGV, ""),
+        ("import atexit; atexit.register(print, 'the end')", 0, ""),
+    ],
+)
+def test_exit_status(code, status, said):
+    done = fork_server.run(code)
+    assert done.returncode == status
+    assert said in done.stderr
+    assert done.stdout == ("the end\n" if "atexit" in code else "")
+
+
+def test_signals_and_time_outs():
+    with fork_server.Process("import time; time.sleep(60)", []) as process:
+        assert process.poll() is None
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.05)
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(30) == process.poll() == -signal.SIGTERM
+        process.kill()  # which nobody hears
+
+
+def test_standard_input():
+    process = fork_server.Process("import sys; sys.exit(len(sys.stdin.read()))", [], stdin=subprocess.PIPE)
+    with process:
+        process.stdin.write(b"seven..")
+        process.stdin.close()
+    assert process.returncode == 7
+
+
+def test_a_child_has_what_costs_time_imported_and_asks_for_children_of_its_own():
+    code = """
+import os, sys
+assert {"torch", "transformers", "server.app"} <= set(sys.modules)
+assert os.listdir("/proc/self/task") == [str(os.getpid())]
+from tests import fork_server
+print(fork_server.run("print(6 * 7)").stdout, end="")
+"""
+    assert fork_server.run(code, check=True).stdout == "42\n"
+
+
+def test_nothing_of_one_child_is_in_another():
+    fork_server.run("import torch; torch.one = 1", check=True)
+    assert fork_server.run("import torch; print(hasattr(torch, 'one'))", check=True).stdout == "False\n"
