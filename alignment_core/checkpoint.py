@@ -64,7 +64,7 @@ def look_at(name: str | None) -> Checkpoint:
 def _of_config(config: dict[str, Any]) -> Checkpoint:
     text = config.get("text_config") or config
     heads = text.get("num_key_value_heads") or text.get("num_attention_heads")
-    return Checkpoint(text.get("max_position_embeddings"), heads, "quantization_config" in config)
+    return Checkpoint(_whole(text.get("max_position_embeddings")), _whole(heads), "quantization_config" in config)
 
 
 def _of_gguf(path: Path) -> Checkpoint:
@@ -90,8 +90,14 @@ def _of_gguf(path: Path) -> Checkpoint:
         return number(GGUF_NUMBERS[kind])
 
     fields = {}
-    with contextlib.suppress(struct.error, KeyError):  # the end of what was read
+    # The end of what was read, or a file that is damaged, which is told when it is loaded.
+    with contextlib.suppress(struct.error, KeyError, ValueError, OverflowError, RecursionError):
         while True:
             name = value(GGUF_STRING).decode().partition(".")[2]
             fields[name] = value(number("I"))
-    return Checkpoint(fields.get("context_length"), fields.get("attention.head_count_kv"))
+    return Checkpoint(_whole(fields.get("context_length")), _whole(fields.get("attention.head_count_kv")))
+
+
+def _whole(number: object) -> int | None:
+    """Only where it is one: some models have a number for each layer."""
+    return number if isinstance(number, int) else None

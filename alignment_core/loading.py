@@ -163,7 +163,7 @@ def _read(
     if name is None or name == EMBEDDED_ID:
         return EMBEDDED_ID, *_load_embedded(dtype, options, as_packed)
     if name.endswith(".gguf"):
-        path = Path(name)
+        path = Path(name).expanduser()
         log.info("Reading %s", path.name)
         return path.stem, *_from_gguf(path, dtype)
     id = Path(name).resolve().name if Path(name).is_dir() else name

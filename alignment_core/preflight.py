@@ -49,7 +49,10 @@ def check(
 
 def may_have_cuda() -> bool:
     """False only where torch is certain to find no GPU: its build is a CPU's, or there is no driver."""
-    build = importlib.metadata.version("torch")
+    try:
+        build = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:  # built here
+        build = ""
     if "+cpu" in build:
         return False
     try:

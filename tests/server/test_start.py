@@ -80,11 +80,11 @@ def write_config(folder, **changed):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def write_gguf(file):
+def write_gguf(file, heads):
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_array("general.languages", ["en", "de"])
     writer.add_context_length(256)
-    writer.add_head_count_kv(4)
+    writer.add_head_count_kv(heads)
     writer.add_array("tokenizer.ggml.tokens", [f"word{number}" for number in range(20_000)])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -97,7 +97,9 @@ def files(tmp_path):
     write_config(tmp_path / "plain")
     write_config(tmp_path / "nested", text_config={"max_position_embeddings": 256, "num_attention_heads": 6})
     write_config(tmp_path / "rounded", quantization_config={"quant_method": "bitsandbytes"})
-    write_gguf(tmp_path / "model.gguf")
+    write_gguf(tmp_path / "model.gguf", 4)
+    write_gguf(tmp_path / "layers.gguf", [4, 8])
+    (tmp_path / "damaged.gguf").write_bytes(b"GGUF" + bytes(20) + b"\x02" + bytes(7) + b"\xff\xff" + bytes(99))
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.gguf").write_text("no model")
     (tmp_path / "presets.yaml").write_text("teacher: {principal: x}")
@@ -110,6 +112,8 @@ def test_what_files_say_of_their_model(files, monkeypatch):
     assert look_at("nested") == Checkpoint(256, 6)
     assert look_at("rounded") == Checkpoint(512, 2, is_quantised=True)
     assert look_at("model.gguf") == Checkpoint(256, 4)
+    assert look_at("layers.gguf") == Checkpoint(256)
+    assert look_at("damaged.gguf") == Checkpoint()
     assert look_at(None) == look_at("smollm2") == Checkpoint(8192, 3)
     assert look_at("some/model-of-a-hub") == Checkpoint()
 
