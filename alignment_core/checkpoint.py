@@ -25,7 +25,6 @@ class Checkpoint:
 
     max_model_len: int | None = None
     num_kv_heads: int | None = None
-    is_quantised: bool = False
 
 
 def embedded_file() -> Path | None:
@@ -54,6 +53,8 @@ def look_at(name: str | None) -> Checkpoint:
         if name.startswith((".", "/", "~")):
             raise LoadingError(f"there is no directory {name}")
         return Checkpoint()
+    if (path / "adapter_config.json").is_file():  # of another model
+        return Checkpoint()
     try:
         config = json.loads((path / "config.json").read_bytes())
         return _of_config(config)
@@ -64,13 +65,16 @@ def look_at(name: str | None) -> Checkpoint:
 def _of_config(config: dict[str, Any]) -> Checkpoint:
     text = config.get("text_config") or config
     heads = text.get("num_key_value_heads") or text.get("num_attention_heads")
-    return Checkpoint(_whole(text.get("max_position_embeddings")), _whole(heads), "quantization_config" in config)
+    return Checkpoint(_whole(text.get("max_position_embeddings")), _whole(heads))
 
 
 def _of_gguf(path: Path) -> Checkpoint:
     """Raises LoadingError."""
-    with path.open("rb") as file:
-        head = file.read(GGUF_HEAD)
+    try:
+        with path.open("rb") as file:
+            head = file.read(GGUF_HEAD)
+    except OSError as error:
+        raise LoadingError(f"{path} can't be read: {error}") from error
     if not head.startswith(GGUF_MAGIC):
         raise LoadingError(f"{path.name} is no GGUF file")
     place = len(GGUF_MAGIC) + 4 + 8 + 8  # version, numbers of tensors and of fields

@@ -30,7 +30,7 @@ from transformers.distributed import DistributedConfig
 from alignment_core import cache, cuda_quantization, preflight, tensor_parallel
 from alignment_core.checkpoint import EMBEDDED_ID, EMBEDDED_PACKAGE, embedded_file
 from alignment_core.cpu import packed_copy
-from alignment_core.cpu.layers import replace_layers
+from alignment_core.cpu.layers import num_fused_layers, replace_layers
 from alignment_core.cpu.native import library
 from alignment_core.errors import LoadingError
 from alignment_core.model_runner import scales_by_length
@@ -142,7 +142,7 @@ def _prepare_layers(model: PreTrainedModel, quantization: Quantization) -> None:
             raise LoadingError(f"the checkpoint is quantised already: quantization can't be {quantization}")
     elif model.device.type == "cpu":
         assert quantization != "fp8"
-        if library() is not None:
+        if library() is not None and not num_fused_layers(model):
             replace_layers(model.float(), quantization)  # bfloat16 weights stay 16 bits wide, in float32 arithmetic
     elif quantization in preflight.ROUNDED:
         try:
@@ -271,7 +271,8 @@ def _converted(
         if library() is not None:
             packed = copy.deepcopy(plain)
             replace_layers(packed, "auto")
-            packed_copy.save(packed, directory / PACKED)
+            with contextlib.suppress(ValueError, RuntimeError):  # where a layer is not fused, every start packs
+                packed_copy.save(packed, directory / PACKED)
 
     try:
         cache.add(cached, save)

@@ -5,6 +5,7 @@ Only what is certain is refused here. What takes a look at the loaded model is t
 
 import ctypes
 import importlib.metadata
+import sys
 
 from alignment_core.checkpoint import EMBEDDED_ID, look_at
 from alignment_core.errors import LoadingError
@@ -43,20 +44,19 @@ def check(
         raise LoadingError(
             f"{name or EMBEDDED_ID} has {model.num_kv_heads} key heads, which {size} processes can't share evenly"
         )
-    if model.is_quantised and quantization in ROUNDED:
-        raise LoadingError(f"the checkpoint is quantised already: quantization can't be {quantization}")
 
 
 def may_have_cuda() -> bool:
-    """False only where torch is certain to find no GPU: its build is a CPU's, or there is no driver."""
+    """False only where torch is certain to find no GPU: it is built for CPUs, or for CUDA and there is no driver."""
     try:
         build = importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:  # built here
-        build = ""
-    if "+cpu" in build:
+    except importlib.metadata.PackageNotFoundError:
+        return True
+    kind = build.partition("+")[2]  # nothing in PyPI's own builds, which are for CUDA on Linux
+    if kind == "cpu" or sys.platform == "darwin":
         return False
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return "+rocm" in build
+        return sys.platform != "linux" or not (kind == "" or kind.startswith("cu"))
     return True

@@ -201,15 +201,15 @@ def serve(args: list[str]) -> None:
     try:
         with lean_imports() if runs_embedded_model(settings) else contextlib.nullcontext():
             engine = build_engine(settings)
+        import uvicorn
+
+        from server.app import create_app
+        from server.http_protocol import BoundedProtocol
+        from server.shutdown import LAST_WORDS, Server
+
+        app = create_app(engine, settings)
     except (LoadingError, ValueError) as error:
         sys.exit(f"linalign serve: {error}")
-    import uvicorn
-
-    from server.app import create_app
-    from server.http_protocol import BoundedProtocol
-    from server.shutdown import LAST_WORDS, Server
-
-    app = create_app(engine, settings)
     gc.freeze()  # so that no later collection, of 0.2 s, looks at them again; hardly any of them is garbage
     gc.enable()
     # uvicorn raises the signal again once it has shut down in order; that is no failure.

@@ -51,6 +51,7 @@ def lean_imports() -> Iterator[None]:
     torch.distributed.is_available = lambda: False
     torch.compiler.disable = _Marks  # type: ignore[assignment]
     torch._dynamo = _Marks  # type: ignore[assignment]
+    before = {name: sys.modules[name] for name in modules if name in sys.modules}
     sys.modules.update(modules)
     try:
         yield
@@ -58,4 +59,5 @@ def lean_imports() -> Iterator[None]:
         torch.compiler.disable = disable
         del torch._dynamo
         for name in modules:
-            del sys.modules[name]
+            sys.modules.pop(name, None)
+        sys.modules.update(before)

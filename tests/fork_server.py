@@ -19,6 +19,8 @@ import tempfile
 
 import torch
 
+from tests.counts import LONG_RUN
+
 PRELOADED = (
     "alignment_core", "benchmarks", "evaluation.command", "jsonschema", "llguidance.hf", "openai", "server.app",
     "server.bench", "server.chat", "server.cli", "server.http_protocol", "server.shutdown", "server.tracing",
@@ -57,6 +59,8 @@ class Process:
         return self
 
     def __exit__(self, *_):
+        if self.stdin:
+            self.stdin.close()
         self.wait()
         self._channel.close()
 
@@ -80,8 +84,20 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
 
-def run(code, *argv, env=None, cwd=None, timeout=600, check=False):
-    """As subprocess.run of `python -c CODE ARGV…`, with its output captured as text."""
+def run(code, *argv, env=None, cwd=None, timeout=600, check=False, cold=LONG_RUN):
+    """As subprocess.run of `python -c CODE ARGV…`, with its output captured as text. cold: it is just that."""
+    done = _run_cold(code, argv, env, cwd, timeout) if cold else _run_forked(code, argv, env, cwd, timeout)
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+def _run_cold(code, argv, env, cwd, timeout):
+    command = [sys.executable, "-c", code, *argv]
+    return subprocess.run(command, env=env, cwd=cwd, timeout=timeout, capture_output=True, text=True)
+
+
+def _run_forked(code, argv, env, cwd, timeout):
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
         with Process(code, ["-c", *argv], env=env, cwd=cwd, stdout=stdout, stderr=stderr) as process:
             try:
@@ -90,10 +106,7 @@ def run(code, *argv, env=None, cwd=None, timeout=600, check=False):
                 process.kill()
                 raise
         stdout.seek(0), stderr.seek(0)
-        done = subprocess.CompletedProcess(process.args, process.returncode, stdout.read(), stderr.read())
-    if check:
-        assert done.returncode == 0, done.stderr
-    return done
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout.read(), stderr.read())
 
 
 def popen(command, **options):

@@ -16,7 +16,7 @@ print(sys.argv, os.environ["ONE"], "HOME" in os.environ, os.getcwd())
 print(2, file=sys.stderr)
 """
     environment = {"ONE": "1", "OMP_NUM_THREADS": "1"}
-    done = fork_server.run(code, "a", "b c", env=environment, cwd=tmp_path)
+    done = fork_server.run(code, "a", "b c", cold=False, env=environment, cwd=tmp_path)
     assert done.stdout == f"['-c', 'a', 'b c'] 1 False {tmp_path}\n"
     assert done.returncode == 0
     assert done.stderr.startswith("2\n")  # Triton may have more to say at the end
@@ -34,7 +34,7 @@ print(2, file=sys.stderr)
     ],
 )
 def test_exit_status(code, status, said):
-    done = fork_server.run(code)
+    done = fork_server.run(code, cold=False)
     assert done.returncode == status
     assert said in done.stderr
     assert done.stdout == ("the end\n" if "atexit" in code else "")
@@ -64,11 +64,11 @@ import os, sys
 assert {"torch", "transformers", "server.app"} <= set(sys.modules)
 assert os.listdir("/proc/self/task") == [str(os.getpid())]
 from tests import fork_server
-print(fork_server.run("print(6 * 7)").stdout, end="")
+print(fork_server.run("print(6 * 7)", cold=False).stdout, end="")
 """
-    assert fork_server.run(code, check=True).stdout == "42\n"
+    assert fork_server.run(code, check=True, cold=False).stdout == "42\n"
 
 
 def test_nothing_of_one_child_is_in_another():
-    fork_server.run("import torch; torch.one = 1", check=True)
-    assert fork_server.run("import torch; print(hasattr(torch, 'one'))", check=True).stdout == "False\n"
+    fork_server.run("import torch; torch.one = 1", check=True, cold=False)
+    assert fork_server.run("import torch; print(hasattr(torch, 'one'))", check=True, cold=False).stdout == "False\n"

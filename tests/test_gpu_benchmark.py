@@ -50,7 +50,7 @@ def started(script, *args):
     code, *argv = command(script, *args)
     process = fork_server.Process(code, ["-c", *argv], cwd=ROOT, stdout=ours)
     os.close(ours)
-    with open(theirs) as lines, process:
+    with process, open(theirs) as lines:
         yield process, lines
 
 

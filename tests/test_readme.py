@@ -47,4 +47,4 @@ def test_the_sdk_snippet(url):
 
 def test_the_library_example():
     code = blocks("python")[1]
-    assert fork_server.run(code, check=True).stdout == reply(2)
+    assert fork_server.run(code, check=True, cold=True).stdout == reply(2)  # as a user of the library has it

@@ -17,7 +17,10 @@ from alignment_core.engine_config import pages_that_fit
 from alignment_core.model_runner import compile_layers
 from alignment_core.scheduler import Row
 from alignment_core.sequence import Branch
+from tests.counts import counted
 from tests.engines import ARCHITECTURES, GREEDY, aligned, judge, make_engine, prompts, run_all, tiny_pair, token_ids
+
+NUM_LAYERS = counted(2, 3)  # where Triton's interpreter runs them
 
 
 @pytest.fixture
@@ -38,7 +41,7 @@ def on_triton(monkeypatch):
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_architectures(tokenizer, model_type, on_triton):
     """Prompts in chunks beside decodes, decodes in fixed shapes, one sequence preempted."""
-    changes = {"vocab_size": 300, "num_hidden_layers": 2, **ARCHITECTURES[model_type]}
+    changes = {"vocab_size": 300, "num_hidden_layers": NUM_LAYERS, **ARCHITECTURES[model_type]}
     loaded, oracle = tiny_pair(tokenizer, model_type, kernels=False, **changes)
     engine = make_engine(loaded, static=True, page_size=8, num_pages=14, max_num_batched_tokens=40)
     requests = [(prompt, replace(GREEDY, max_tokens=6)) for prompt in (aligned(2.0, 20), aligned(0, 35, 3))]
@@ -55,7 +58,7 @@ def test_architectures(tokenizer, model_type, on_triton):
 
 @pytest.mark.usefixtures("on_triton")
 def test_compiled_layers_equal_the_oracle(tokenizer):
-    loaded, oracle = tiny_pair(tokenizer, kernels=False, vocab_size=300, num_hidden_layers=2)
+    loaded, oracle = tiny_pair(tokenizer, kernels=False, vocab_size=300, num_hidden_layers=NUM_LAYERS)
     compile_layers(loaded.model)
     engine = make_engine(loaded, static=True, num_pages=400)
     torch._dynamo.utils.counters.clear()
@@ -125,12 +128,12 @@ def test_padding_changes_no_row_and_writes_to_nobodys_page():
 
 @pytest.mark.usefixtures("on_triton")
 def test_blocks_make_a_row_independent_of_its_company(tokenizer):
-    loaded, oracle = tiny_pair(tokenizer, kernels=False, vocab_size=300, num_hidden_layers=2)
+    loaded, oracle = tiny_pair(tokenizer, kernels=False, vocab_size=300, num_hidden_layers=NUM_LAYERS)
     run_in_blocks(loaded.model)
     for layer in loaded.model.model.layers:  # on a CPU the ends of vectors are computed, and round, otherwise
         layer.mlp.act_fn.forward = in_blocks(layer.mlp.act_fn.forward)
     seen = []
-    for others in (0, 4):
+    for others in (0, counted(4, 7)):
         engine = make_engine(loaded, num_pages=400)
         logits = []
         forward = engine.runner.forward

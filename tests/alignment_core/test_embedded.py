@@ -22,6 +22,7 @@ from tests.oracle import Setting
 KEPT = Path(__file__).with_name("embedded_replies.json")  # KEEP_REPLIES=1 writes it
 RATIOS = (0.0, 0.5, 2.0, 5.0)
 NUM_TOKENS = 64
+MOST_TIES = counted(1, 3)
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 CASES = [
     ("Where should our town get its power from?", "Answer in favour of solar power."),
@@ -64,7 +65,7 @@ def crowd(embedded, prompts):
     """All requests in one batch: 32, in the long run 96."""
     engine = make_engine(embedded, num_pages=2000, max_num_seqs=96)
     outputs = run_all(engine, [(prompt, GREEDY) for prompt in prompts])
-    assert sum(output[-1].usage.prefix_cached_tokens for output in outputs) > 10 * len(prompts)
+    assert sum(output[-1].usage.prefix_cached_tokens for output in outputs) > counted(300, 1000)
     assert engine.scheduler.num_preemptions == 0
     return [token_ids(output) for output in outputs]
 
@@ -84,27 +85,28 @@ def identity(prompt):
 
 @pytest.fixture(scope="module")
 def kept(prompts):
-    """The oracle's replies as far as they are kept in a file; the long run asks the oracle again."""
-    known = {} if LONG_RUN or "KEEP_REPLIES" in os.environ else json.loads(KEPT.read_text())
+    """The oracle's replies, as far as they are kept in a file."""
+    known = json.loads(KEPT.read_text())
     return [known.get(identity(prompt)) for prompt in prompts]
 
 
 @pytest.mark.slow
 def test_all_at_once_equal_the_oracle(request, prompts, crowd, kept):
     assert all(len(tokens) == NUM_TOKENS for tokens in crowd)
-    ties = near_ties(request, prompts, crowd, kept)
+    asks_again = LONG_RUN or "KEEP_REPLIES" in os.environ
+    ties = near_ties(request, prompts, crowd, [None] * len(prompts) if asks_again else kept)
     print(f"{len(prompts) * NUM_TOKENS} tokens, {sum(ties)} near ties taken the other way; {len(ties)} replies judged")
-    assert sum(ties) <= 3
+    assert sum(ties) <= MOST_TIES
     if "KEEP_REPLIES" in os.environ:
         judged = zip(prompts, crowd, ties, strict=True)
         KEPT.write_text(json.dumps({identity(prompt): tokens for prompt, tokens, tie in judged if not tie}) + "\n")
 
 
+@pytest.mark.slow
 def test_the_replies_that_are_kept_are_the_oracles(request, prompts, kept):
     """One of them, by the oracle; and it would not say so of another."""
-    if (index := next((i for i, tokens in enumerate(kept) if tokens), None)) is None:
-        assert LONG_RUN, "none is: KEEP_REPLIES=1 LONG_RUN=1 .venv/bin/pytest tests/alignment_core/test_embedded.py"
-        return
+    index = next((i for i, tokens in enumerate(kept) if tokens), None)
+    assert index is not None, "KEEP_REPLIES=1 LONG_RUN=1 .venv/bin/pytest tests/alignment_core/test_embedded.py"
     prompt, tokens = prompts[index], kept[index][:8]
     assert near_ties(request, [prompt], [tokens], [None]) == [0]
     with pytest.raises(AssertionError, match="position 7"):
@@ -120,7 +122,7 @@ def test_preempted_and_chunked_equals_the_oracle(request, embedded, prompts, cro
     found = [token_ids(outputs) for outputs in run_all(engine, [(prompts[i], GREEDY) for i in half])]
     assert engine.scheduler.num_preemptions > 0
     assert engine.pool.num_free == engine.pool.num_pages
-    assert sum(near_ties(request, [prompts[i] for i in half], found, [crowd[i] for i in half])) <= 3
+    assert sum(near_ties(request, [prompts[i] for i in half], found, [crowd[i] for i in half])) <= MOST_TIES
 
 
 @pytest.mark.slow
@@ -128,7 +130,7 @@ def test_alone_equals_the_oracle(request, embedded, prompts, crowd):
     """Every question at one of the ratios, by itself, without any prefix to find."""
     ones = [i * len(RATIOS) + i % len(RATIOS) for i in range(len(prompts) // len(RATIOS))]
     found = [token_ids(run_all(make_engine(embedded, num_pages=64), [(prompts[i], GREEDY)])[0]) for i in ones]
-    assert sum(near_ties(request, [prompts[i] for i in ones], found, [crowd[i] for i in ones])) <= 3
+    assert sum(near_ties(request, [prompts[i] for i in ones], found, [crowd[i] for i in ones])) <= MOST_TIES
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from deploy.ray.application import GRACE, EngineReplica, build
 from server.shutdown import PATIENCE, USUAL
+from tests.counts import counted
 from tests.deploy.faulty import DIES
 from tests.deploy.ray_cluster import (
     LOGS,
@@ -35,6 +36,7 @@ from tests.deploy.ray_cluster import (
 )
 
 pytestmark = pytest.mark.alone  # seven processes that start at once, and clocks of Ray's own
+NUM_TOKENS = counted(200, 400)  # of streams that fill the engines for a while
 LONG = 2000  # tokens that nobody waits for
 
 
@@ -129,7 +131,7 @@ def test_a_client_that_leaves_takes_its_work_with_it(cluster):
 
 def test_what_neither_replicas_nor_queue_can_hold_is_a_503(cluster):
     url = cluster[0] + "/pair"
-    running, waiting, refused = fill(url, "towns", 200)
+    running, waiting, refused = fill(url, "towns", NUM_TOKENS)
     assert (refused.status_code, refused.body["code"]) == (503, "overloaded")
     assert int(refused.response.headers["retry-after"]) >= 1
     before = questions(replicas(url))
@@ -138,7 +140,7 @@ def test_what_neither_replicas_nor_queue_can_hold_is_a_503(cluster):
     for stream in running + waiting:
         stream.join()
         assert stream.error is None
-        assert stream.num_tokens == 200
+        assert stream.num_tokens == NUM_TOKENS
     # Now that there are seats, all are answered, and so logged: those of `replicas` itself, twice two at most.
     assert questions(replicas(url)) <= before + 2 * 2
     assert chat(url, max_tokens=1).status_code == 200
@@ -158,7 +160,7 @@ def test_an_engine_that_fails_is_replaced_and_what_it_had_not_begun_goes_elsewhe
 def test_a_replica_that_is_killed_takes_only_what_it_had_begun(cluster):
     url = cluster[0] + "/pair"
     before = replicas(url)
-    running, waiting, _ = fill(url, "lakes", 200)
+    running, waiting, _ = fill(url, "lakes", NUM_TOKENS)
     assert metric(url, "num_requests_running") == dict.fromkeys(before, SEQS)
     victim = min(before)
     os.kill(pid_of(victim), signal.SIGKILL)
@@ -167,10 +169,10 @@ def test_a_replica_that_is_killed_takes_only_what_it_had_begun(cluster):
     assert sum(stream.error is not None for stream in running) == SEQS
     assert not any(stream.error for stream in waiting)
     lost = [stream for stream in running if stream.error is not None]
-    for stream, again in [(stream, Stream(url, stream.question, 200)) for stream in lost]:  # as a client would
+    for stream, again in [(stream, Stream(url, stream.question, NUM_TOKENS)) for stream in lost]:  # as a client would
         assert stream.error.body["code"] == "engine_dead"  # an event of the stream
         again.join()
-        assert (again.error, again.num_tokens) == (None, 200)
+        assert (again.error, again.num_tokens) == (None, NUM_TOKENS)
         assert again.text.startswith(stream.text)
     wait(lambda: len(replicas(url)) == 2 and victim not in replicas(url))
 
@@ -182,6 +184,7 @@ def test_health_says_when_no_replica_is_well(cluster):
         os.kill(pid_of(replica), signal.SIGKILL)
     answer = wait(lambda: (found := httpx.get(url + "/health", timeout=30)).status_code != 200 and found)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
+    assert "linalign:http_responses_total" in httpx.get(url + "/metrics", timeout=30).raise_for_status().text
 
 
 # What needs no cluster

@@ -9,8 +9,8 @@ from server.bench import Measured, summary
 from tests import fork_server
 
 
-def bench(*args):
-    return fork_server.run("from server.cli import main; main()", "bench", *args, check=True)
+def bench(*args, **options):
+    return fork_server.run("from server.cli import main; main()", "bench", *args, check=True, **options)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_it_measures_a_server(url, tmp_path, load):
 def test_failures_are_counted_and_not_averaged(url, tmp_path):
     file = tmp_path / "result.json"
     args = ["--requests", "2", "--warmup", "0", "--max-tokens", "100000", "--output", str(file)]
-    printed = bench(url, *args).stdout
+    printed = bench(url, *args, cold=True).stdout
     assert printed.count("400: ") == 2
     result = json.loads(file.read_text())
     assert result["requests"] == 0

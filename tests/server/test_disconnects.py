@@ -167,7 +167,7 @@ whole_and_streamed = pytest.mark.parametrize("stream", [False, True], ids=["whol
 @whole_and_streamed
 def test_in_the_queue(server, kind, stream):
     path, body, num_sequences = kind
-    with disturbed(server, n=4, max_tokens=80):
+    with disturbed(server, n=4, max_tokens=counted(80, 150)):
         with client(server, path, {**body("Tell me about seas."), "stream": stream}):
             until(lambda: server.counts()[:2] == (4, num_sequences))
         until(lambda: server.counts()[:2] == (4, 0))
@@ -193,9 +193,9 @@ def test_while_its_grammar_is_compiled(server, marks, kind, stream):
 @each_kind
 @whole_and_streamed
 def test_while_its_prompt_is_computed(server, kind, stream):
-    """Of a thousand tokens that nobody has computed before, 128 a step."""
+    """Of more than a thousand tokens that nobody has computed before, 128 a step."""
     path, body, _ = kind
-    text = f"{next(numbers)} seas. " + " ".join(str(number) for number in range(300))
+    text = f"{next(numbers)} seas. " + " ".join(str(number) for number in range(counted(300, 800)))
     with disturbed(server):
         with client(server, path, {**body(text), "stream": stream}) as connection:
             until(lambda: server.counts()[0] > 1)

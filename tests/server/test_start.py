@@ -1,6 +1,7 @@
 """Starts of a fresh interpreter: what they don't import, and what is refused before anything that takes time."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -51,6 +52,32 @@ def test_the_embedded_model_is_served_without_what_it_does_not_use(embedded, tmp
     assert not imported & UNUSED
 
 
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+TOOL = {"type": "function", "function": {"name": "look_up", "parameters": SCHEMA}}
+MESSAGES = {"messages": [{"role": "user", "content": "How do I get to work?"}]}
+SEVERAL = {"principle": [{"text": "Encourage cycling."}, {"text": "Be brief.", "ratio": 0.5}], "alignment_trace": True}
+ASKED = [
+    ("/v1/chat/completions", MESSAGES | SEVERAL | {"logprobs": True, "top_logprobs": 2}),
+    ("/v1/chat/completions", MESSAGES | {"response_format": {"type": "json_object"}, "alignment_method": "adaptive"}),
+    ("/v1/chat/completions", MESSAGES | {"tools": [TOOL], "tool_choice": "required", "principle": "Be brief."}),
+    ("/v1/chat/completions", MESSAGES | {"n": 2, "repetition_penalty": 1.2, "logit_bias": {"500": 5}}),
+    ("/v1/completions", {"prompt": "The sea", "echo": True, "logprobs": 1}),
+]
+
+
+@pytest.mark.parametrize("args", [[], ["--quantization", "int8"]], ids=str)
+def test_replies_do_not_depend_on_what_a_start_has_left_out(embedded, args):  # noqa: ARG001 - converted
+    replies = []
+    for cold in (True, False):
+        with serving(*args, cold=cold) as (url, _):
+            for path, fields in ASKED:
+                body = {"model": "smollm2", "max_tokens": 12, "temperature": 0.8, "seed": 5, **fields}
+                answer = httpx.post(url + path, json=body, timeout=60).raise_for_status().json()
+                text = json.dumps(answer["choices"])
+                replies.append(re.sub(r'"id": "[^"]+"', "", text))  # of tool calls
+    assert replies[: len(ASKED)] == replies[len(ASKED) :]
+
+
 @pytest.mark.parametrize(
     ("args", "status"),
     [
@@ -96,7 +123,8 @@ def files(tmp_path):
     """Models to be looked at, which have no weights."""
     write_config(tmp_path / "plain")
     write_config(tmp_path / "nested", text_config={"max_position_embeddings": 256, "num_attention_heads": 6})
-    write_config(tmp_path / "rounded", quantization_config={"quant_method": "bitsandbytes"})
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     write_gguf(tmp_path / "model.gguf", 4)
     write_gguf(tmp_path / "layers.gguf", [4, 8])
     (tmp_path / "damaged.gguf").write_bytes(b"GGUF" + bytes(20) + b"\x02" + bytes(7) + b"\xff\xff" + bytes(99))
@@ -110,12 +138,11 @@ def test_what_files_say_of_their_model(files, monkeypatch):
     monkeypatch.chdir(files)
     assert look_at("plain") == Checkpoint(512, 2)
     assert look_at("nested") == Checkpoint(256, 6)
-    assert look_at("rounded") == Checkpoint(512, 2, is_quantised=True)
     assert look_at("model.gguf") == Checkpoint(256, 4)
     assert look_at("layers.gguf") == Checkpoint(256)
     assert look_at("damaged.gguf") == Checkpoint()
     assert look_at(None) == look_at("smollm2") == Checkpoint(8192, 3)
-    assert look_at("some/model-of-a-hub") == Checkpoint()
+    assert look_at("adapter") == look_at("some/model-of-a-hub") == Checkpoint()
 
 
 @pytest.mark.parametrize(
@@ -137,7 +164,6 @@ def test_what_files_say_of_their_model(files, monkeypatch):
         (["--tensor-parallel-size", "2"], "smollm2 has 3 key heads, which 2 processes can't share evenly"),
         (["plain", "--tensor-parallel-size", "3"], "plain has 2 key heads, which 3 processes can't share evenly"),
         (["plain", "--tensor-parallel-size", "2", "--quantization", "int8"], "in several parts can't be quantised"),
-        (["rounded", "--quantization", "int4"], "the checkpoint is quantised already"),
         (["--quantization", "fp8", "--device", "cpu"], "quantization fp8 is for GPUs"),
         (["--kv-cache-dtype", "fp8", "--device", "cpu"], "the KV cache of a CPU is float32, not fp8"),
         (["--kv-cache-dtype", "bfloat16", "--device", "cpu"], "the KV cache of a CPU is float32, not bfloat16"),
