@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,7 @@ OPEN_TO_EVERYONE = """
 *** Anyone who can reach %s may use this server: it has no API keys.
 *** Set LINALIGN_API_KEYS or --api-keys-file, or bind to 127.0.0.1."""
 
+LATER = 5.0  # seconds
 ADDRESS_TAKEN = 3  # the exit status, uvicorn's own too
 
 log = logging.getLogger(__name__)
@@ -180,9 +182,17 @@ def runs_embedded_model(settings: "Settings") -> bool:
     return alone and (settings.device == "cpu" or not preflight.may_have_cuda())
 
 
+def stop_loading(*_: object) -> None:
+    """A signal's handler. Where a destructor happens to run, what it raises is lost: then the process ends LATER."""
+    end = threading.Timer(LATER, os._exit, [0])
+    end.daemon = True
+    end.start()
+    sys.exit()
+
+
 def serve(args: list[str]) -> None:
     # Until uvicorn has its own: the first process of a container is not ended by a signal that it does not handle.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    signal.signal(signal.SIGTERM, stop_loading)
     from server import logs
     from server.settings import PREFIX
 

@@ -12,7 +12,13 @@ from tests.serving import serving
 KEY = "a-very-secret-key"
 PROMPT = "My password is swordfish."
 PRINCIPLE = "Mention the harbour."
-BODY = {"model": "smollm2", "messages": [{"role": "user", "content": PROMPT}], "principle": PRINCIPLE, "max_tokens": 3}
+BODY = {
+    "model": "smollm2",
+    "messages": [{"role": "user", "content": PROMPT}],
+    "principle": PRINCIPLE,
+    "max_tokens": 3,
+    "ignore_eos": True,
+}
 BREAK_A_ROUTE = """
 import server.routes.tokens as tokens
 def broken(*args):

@@ -9,6 +9,7 @@ import time
 import httpx
 import pytest
 
+from tests import fork_server
 from tests.server.test_faults import BREAK_A_STEP, chat, events
 from tests.serving import await_metric, serving
 
@@ -50,6 +51,28 @@ def test_an_interrupt_from_the_keyboard_is_no_traceback(tmp_path):
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
     assert "Traceback" not in (tmp_path / "stderr").read_text()
+
+
+IN_A_DESTRUCTOR = """
+import os, signal, time
+from server import cli
+cli.LATER = 0.5
+signal.signal(signal.SIGTERM, cli.stop_loading)
+class Told:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+Told()
+print("it went on", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_stop_while_it_loads_is_not_lost_in_a_destructor():
+    done = fork_server.run(IN_A_DESTRUCTOR, timeout=30)
+    assert done.returncode == 0
+    assert "Exception ignored" in done.stderr
+    assert done.stdout == "it went on\n"
 
 
 def test_a_second_sigterm_stops_at_once():
