@@ -190,8 +190,9 @@ def soak(seconds: float, num_clients: int = 8, seed: int = 0, warm_up: float = 0
     with served() as url:
         ends = asyncio.run(traffic(url, num_clients, seconds * warm_up, seed))
         before, memory = at_rest(url), []
-        for part in range(1, 9):
-            ends += asyncio.run(traffic(url, num_clients, seconds * (1 - warm_up) / 8, seed + part))
+        num_parts = max(2, min(8, round(seconds / 60)))
+        for part in range(1, 1 + num_parts):
+            ends += asyncio.run(traffic(url, num_clients, seconds * (1 - warm_up) / num_parts, seed + part))
             memory.append(round(seen(url)["memory_mb"]))
         return {"requests": dict(ends), "after_warm_up": before, "memory_mb": memory, "at_the_end": at_rest(url)}
 
