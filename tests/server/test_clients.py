@@ -122,10 +122,11 @@ def test_schemathesis_finds_nothing(tmp_path):
 
     positive_data_acceptance is left out: that messages fit the context, say, no schema can tell.
     """
-    num_examples, phases = counted(3, 20), counted("examples,fuzzing,stateful", "examples,coverage,fuzzing,stateful")
+    num_examples = counted(3, 20)
+    phases = counted("examples,fuzzing,stateful", "examples,coverage,fuzzing,stateful")
     with serving("--max-model-len", "96") as (url, _):
         run(
-            CLIENTS / "bin/schemathesis", "run", url + "/openapi.json", "--mode", "all", "--max-examples", num_examples, "--phases", phases,
-            "--request-timeout", 60, "--generation-deterministic", "--exclude-checks", "positive_data_acceptance",
-            cwd=tmp_path,
+            CLIENTS / "bin/schemathesis", "run", url + "/openapi.json", "--mode", "all", "--max-examples", num_examples,
+            "--phases", phases, "--request-timeout", 60, "--generation-deterministic",
+            "--exclude-checks", "positive_data_acceptance", cwd=tmp_path,
         )  # fmt: skip
