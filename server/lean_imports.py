@@ -1,7 +1,7 @@
 """A shorter start for the embedded model: torch and transformers without what this model never uses.
 
 transformers imports, wherever they are installed, packages and parts of torch that are for training, other models and
-several machines; they take half of the time of a start (docs/decisions/0020). Here it finds what it would find on a
+several machines; they take two seconds of a start (docs/decisions/0020). Here it finds what it would find on a
 machine that lacks them: a torch without `torch.distributed`, and no package of ABSENT. `torch._dynamo`, which it
 asks nothing but marks of, is a stand-in that marks nothing, until the model is loaded.
 """

@@ -22,7 +22,7 @@ import torch
 from tests.counts import LONG_RUN
 
 PRELOADED = (
-    "alignment_core", "benchmarks", "evaluation.command", "jsonschema", "llguidance.hf", "openai", "server.app",
+    "alignment_core", "evaluation.command", "jsonschema", "llguidance.hf", "openai", "server.app",
     "server.bench", "server.chat", "server.cli", "server.http_protocol", "server.shutdown", "server.tracing",
     "transformers.models.llama.modeling_llama", "transformers.models.llama.tokenization_llama", "uvicorn", "uvloop",
 )  # fmt: skip

@@ -1,4 +1,5 @@
-"""Thousands of broken requests to every route there is: none breaks the server, and nobody else notices.
+"""Hundreds of broken requests, in the long run thousands, to every route there is: none breaks the server, and nobody
+else notices.
 
 Valid bodies are changed as JSON and then as bytes, by seeds, so that a failure can be had again; FUZZ_EXAMPLES sets how
 many there are.
