@@ -19,8 +19,9 @@ from alignment_core.scheduler import Row
 from alignment_core.sequence import Branch
 from tests.counts import counted
 from tests.engines import ARCHITECTURES, GREEDY, aligned, judge, make_engine, prompts, run_all, tiny_pair, token_ids
+from tests.fake_cuda.engine import PROGRAMS, SMALL
 
-NUM_LAYERS = counted(2, 3)  # where Triton's interpreter runs them
+ON_TRITON = SMALL | {"num_hidden_layers": counted(2, 3)}
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def on_triton(monkeypatch):
         calls.append(options)
         return paged_triton.attend(*args, **options)
 
-    monkeypatch.setattr(paged_triton, "PROGRAMS", 8)  # few of them, as Triton's interpreter is slow
+    monkeypatch.setattr(paged_triton, "PROGRAMS", PROGRAMS)
     monkeypatch.setattr(model_runner, "_choose_backend", lambda _: paged_triton.NAME)
     AttentionInterface.register(paged_triton.NAME, attend)
     return calls
@@ -41,7 +42,7 @@ def on_triton(monkeypatch):
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_architectures(tokenizer, model_type, on_triton):
     """Prompts in chunks beside decodes, decodes in fixed shapes, one sequence preempted."""
-    changes = {"vocab_size": 300, "num_hidden_layers": NUM_LAYERS, **ARCHITECTURES[model_type]}
+    changes = {**ON_TRITON, **ARCHITECTURES[model_type]}
     loaded, oracle = tiny_pair(tokenizer, model_type, kernels=False, **changes)
     engine = make_engine(loaded, static=True, page_size=8, num_pages=14, max_num_batched_tokens=40)
     requests = [(prompt, replace(GREEDY, max_tokens=6)) for prompt in (aligned(2.0, 20), aligned(0, 35, 3))]
@@ -58,7 +59,7 @@ def test_architectures(tokenizer, model_type, on_triton):
 
 @pytest.mark.usefixtures("on_triton")
 def test_compiled_layers_equal_the_oracle(tokenizer):
-    loaded, oracle = tiny_pair(tokenizer, kernels=False, vocab_size=300, num_hidden_layers=NUM_LAYERS)
+    loaded, oracle = tiny_pair(tokenizer, kernels=False, **ON_TRITON)
     compile_layers(loaded.model)
     engine = make_engine(loaded, static=True, num_pages=400)
     torch._dynamo.utils.counters.clear()
@@ -128,7 +129,7 @@ def test_padding_changes_no_row_and_writes_to_nobodys_page():
 
 @pytest.mark.usefixtures("on_triton")
 def test_blocks_make_a_row_independent_of_its_company(tokenizer):
-    loaded, oracle = tiny_pair(tokenizer, kernels=False, vocab_size=300, num_hidden_layers=NUM_LAYERS)
+    loaded, oracle = tiny_pair(tokenizer, kernels=False, **ON_TRITON)
     run_in_blocks(loaded.model)
     for layer in loaded.model.model.layers:  # on a CPU the ends of vectors are computed, and round, otherwise
         layer.mlp.act_fn.forward = in_blocks(layer.mlp.act_fn.forward)

@@ -15,7 +15,7 @@ from alignment_core.request import Structure
 from tests.alignment_core import test_speculation
 from tests.alignment_core.test_grammars import allowed_by
 from tests.engines import GREEDY, aligned, judge, make_engine, run_all, tiny_pair, token_ids
-from tests.fake_cuda.engine import SHORT, WHERE_THE_HOST_WAITS, engine_on, several
+from tests.fake_cuda.engine import SHORT, SMALL, WHERE_THE_HOST_WAITS, engine_on, several
 
 pytest_plugins = ["tests.fake_cuda.fixtures"]
 
@@ -104,7 +104,7 @@ def test_a_seed_draws_the_tokens_of_a_cpu(cuda, tokenizer, filters):
     engine, _ = engine_on(cuda, tokenizer)
     drawn = [token_ids(outputs) for outputs in run_all(engine, requests)]
     assert set(cuda.waits) == WHERE_THE_HOST_WAITS
-    on_cpu = tiny_pair(tokenizer, kernels=False, vocab_size=300, num_hidden_layers=2)[0]
+    on_cpu = tiny_pair(tokenizer, kernels=False, **SMALL)[0]
     assert drawn == [token_ids(outputs) for outputs in run_all(make_engine(on_cpu, num_pages=100), requests)]
 
 
@@ -120,7 +120,7 @@ def test_log_probabilities_and_traces(cuda, tokenizer):
     engine, _ = engine_on(cuda, tokenizer)
     reports = [[report for output in outputs for report in output.logprobs] for outputs in run_all(engine, requests)]
     assert set(cuda.waits) == WHERE_THE_HOST_WAITS
-    on_cpu = tiny_pair(tokenizer, kernels=False, vocab_size=300, num_hidden_layers=2)[0]
+    on_cpu = tiny_pair(tokenizer, kernels=False, **SMALL)[0]
     expected = run_all(make_engine(on_cpu, num_pages=100), requests)
     for mine, outputs in zip(reports, expected, strict=True):
         theirs = [report for output in outputs for report in output.logprobs]
@@ -154,8 +154,8 @@ def test_drafts_are_accepted(cuda, tokenizer):
     engine, oracle = engine_on(
         cuda, tokenizer, model={"vocab_size": 8, "num_hidden_layers": 3}, num_speculative_tokens=4, max_num_seqs=2
     )
-    prompt = test_speculation.prompts()[1]
-    (outputs,) = run_all(engine, [(prompt, replace(GREEDY, max_tokens=30))])
+    prompt = test_speculation.prompts()[7]
+    (outputs,) = run_all(engine, [(prompt, replace(GREEDY, max_tokens=20))])
     judge(oracle, prompt, outputs)
     assert engine.stats().num_tokens_accepted > 0
     assert set(cuda.waits) == WHERE_THE_HOST_WAITS

@@ -19,7 +19,7 @@ from tests.fake_cuda.engine import SHORT, WHERE_THE_HOST_WAITS, engine_on
 pytest_plugins = ["tests.fake_cuda.fixtures"]
 
 TOTAL = 4 << 20
-SIZED = {"num_pages": None, "max_num_batched_tokens": 32, "max_num_seqs": 2, "model": {"num_hidden_layers": 1}}
+SIZED = {"num_pages": None, "max_num_batched_tokens": 64, "max_num_seqs": 2, "model": {"num_hidden_layers": 1}}
 
 
 # How many pages there are

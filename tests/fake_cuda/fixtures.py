@@ -7,6 +7,7 @@ import pytest
 from alignment_core import engine, model_runner, scheduler, static_draw, static_sampling
 from alignment_core.attention import paged_triton
 from tests.fake_cuda import FakeCuda
+from tests.fake_cuda.engine import PROGRAMS
 
 
 @pytest.fixture
@@ -14,7 +15,7 @@ def cuda(monkeypatch, caplog):
     """The device, entered while the test runs. What fails in a draw is logged and done otherwise, so nothing may be."""
     device = FakeCuda()
     device.patch(monkeypatch, (paged_triton, "_attend_kernel"), (paged_triton, "_combine_kernel"))
-    monkeypatch.setattr(paged_triton, "PROGRAMS", 8)  # few, as Triton's interpreter is slow
+    monkeypatch.setattr(paged_triton, "PROGRAMS", PROGRAMS)
     for module in (engine, scheduler):
         monkeypatch.setattr(module, "SPECULATIVE_BATCH", 4)  # few sizes are captured
     monkeypatch.setattr(model_runner, "compile_layers", lambda _: None)
