@@ -177,7 +177,7 @@ def seen(url: str) -> dict[str, float]:
 
 def at_rest(url: str) -> dict[str, float]:
     """What it holds once nothing runs any more and connections that were kept, for 5 s, have ended."""
-    time.sleep(12)
+    time.sleep(6)
     deadline = time.monotonic() + 60
     while (found := seen(url))["running"]:
         assert time.monotonic() < deadline, "the server does not come to rest"

@@ -16,12 +16,23 @@ import pytest
 import uvicorn
 
 from alignment_core import Engine, EngineConfig
+from alignment_core.checkpoint import EMBEDDED_ID
 from server.app import create_app
 from server.settings import Settings
 from tests import fork_server
 from tests.counts import LONG_RUN
+from tests.engines import tiny_pair
 
 KEY = "first-key"
+SLEEPING = """
+import time
+from alignment_core.model_runner import ModelRunner
+forward_of_small_model = ModelRunner.forward
+def forward_of_larger_model(self, step):
+    time.sleep(0.005 + 0.0003 * step.num_tokens)
+    return forward_of_small_model(self, step)
+ModelRunner.forward = forward_of_larger_model
+"""
 
 
 def free_port():
@@ -72,6 +83,18 @@ def await_metric(url, line):
     while f"linalign:{line}\n" not in httpx.get(url + "/metrics").text:
         assert time.monotonic() < deadline, f"never {line}"
         time.sleep(0.02)
+
+
+@pytest.fixture(scope="session")
+def serving_small(tokenizer, tmp_path_factory):
+    """`serving` for what does not depend on the replies: a random model of next to no size, with the embedded one's
+    tokenizer and name. Its steps take the time of a larger one's, but leave the processor to others.
+    """
+    directory = tmp_path_factory.mktemp("small") / EMBEDDED_ID
+    loaded, _ = tiny_pair(tokenizer, kernels=False, max_position_embeddings=8192)
+    loaded.model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return lambda *args, patch="", **options: serving(str(directory), *args, patch=SLEEPING + patch, **options)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,6 @@ import httpx
 import pytest
 
 from tests.counts import counted
-from tests.serving import serving
 
 LONG = 4000  # tokens that nobody waits for: minutes
 PATCH = """
@@ -23,23 +22,25 @@ from server.routes import chat, completions, responses
 loading._eos_token_ids = lambda *_: frozenset({{3}})  # which nobody draws: replies end by their length only
 here = pathlib.Path({directory!r})
 compile, original = grammars.Grammars._compile, chat.event_stream
-def slowly_compiled(self, structure):
+def held_and_compiled(self, structure):
     (here / "compiling").touch()
-    time.sleep(1)
+    while (here / "held").exists():
+        time.sleep(0.01)
     matcher = compile(self, structure)
     (here / "compiled").touch()
     return matcher
 def event_stream(events, replies):
-    async def slowly_ended():
+    async def held_and_ended():
         async with contextlib.aclosing(events):
             async for event in events:
                 if event.data == "[DONE]" or '"type":"response.incomplete"' in event.data:
                     (here / "ending").touch()
-                    await asyncio.sleep(1)
+                    while (here / "held").exists():
+                        await asyncio.sleep(0.01)
                 yield event
         (here / "ended").touch()
-    return original(slowly_ended(), replies)
-grammars.Grammars._compile = slowly_compiled
+    return original(held_and_ended(), replies)
+grammars.Grammars._compile = held_and_compiled
 for module in (chat, completions, responses):
     module.event_stream = event_stream
 """
@@ -67,7 +68,7 @@ KINDS = {
 
 
 class Server:
-    """directory: where it marks how far it has come."""
+    """directory: where it marks how far it has come, and where a test marks that it may not go on."""
 
     def __init__(self, url, directory, stderr):
         self.url, self.directory, self._stderr = url, directory, stderr
@@ -121,7 +122,7 @@ def disturbed(server, n=1, max_tokens=60):
     assert server.complaints() == []
 
 
-def until(condition, seconds=30):
+def until(condition, seconds=20):
     """A reply of LONG tokens takes longer than this."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -146,16 +147,16 @@ def marks(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(embedded, marks):  # noqa: ARG001 - loaded first, so that the server finds the converted copy
+def server(serving_small, marks):
     with (marks / "stderr").open("w") as stderr:
         patch = PATCH.format(directory=str(marks))
-        with serving("--max-num-seqs", "4", patch=patch, stderr=stderr) as (url, _):
+        with serving_small("--max-num-seqs", "4", patch=patch, stderr=stderr) as (url, _):
             yield Server(url, marks, stderr)
 
 
 @pytest.fixture(autouse=True)
 def _nothing_is_marked(marks):
-    for name in ("compiling", "compiled", "ending", "ended"):
+    for name in ("held", "compiling", "compiled", "ending", "ended"):
         (marks / name).unlink(missing_ok=True)
 
 
@@ -183,10 +184,10 @@ def test_while_its_grammar_is_compiled(server, marks, kind, stream):
     if "responses" in path:
         limits = {"text": {"format": {"type": "json_schema", "name": name, "schema": schema}}}
     with disturbed(server):
+        (marks / "held").touch()
         with client(server, path, {**body("Tell me about seas."), **limits, "stream": stream}):
             until((marks / "compiling").exists)
-            assert not (marks / "compiled").exists()
-        assert not (marks / "compiled").exists()
+        (marks / "held").unlink()
         until((marks / "compiled").exists)
 
 
@@ -233,7 +234,8 @@ def test_while_a_whole_reply_is_drawn(server, kind):
 def test_between_the_last_token_and_the_end_of_the_stream(server, marks, kind):
     path, body, _ = kind
     short = {name: 3 if value == LONG else value for name, value in body("Tell me about seas.").items()}
-    with disturbed(server):
+    with disturbed(server, max_tokens=120):
+        (marks / "held").touch()
         with client(server, path, {**short, "stream": True}) as connection:
             until((marks / "ending").exists)
             connection.setblocking(False)
@@ -241,6 +243,7 @@ def test_between_the_last_token_and_the_end_of_the_stream(server, marks, kind):
             assert b"data: " in received
             assert b"[DONE]" not in received
         assert not (marks / "ended").exists()
+        (marks / "held").unlink()
 
 
 @pytest.mark.parametrize("part", [0.0, 0.5])

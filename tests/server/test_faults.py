@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 
 from server.shutdown import LOCKED, Server
-from tests.serving import await_metric, serving
+from tests.serving import await_metric
 
 # The engine fails in a chosen way as soon as a file is there.
 BREAK_A_STEP = """
@@ -77,8 +77,8 @@ def at_once(*calls):
 
 
 @pytest.mark.parametrize("seed", [13, 14], ids=["in the draw", "behind the draw"])
-def test_an_exception_inside_one_sequence_ends_that_request_alone(seed):
-    with serving(patch=BREAK_A_REQUEST) as (url, _):
+def test_an_exception_inside_one_sequence_ends_that_request_alone(serving_small, seed):
+    with serving_small(patch=BREAK_A_REQUEST) as (url, _):
         alone = chat(url).json()["choices"][0]["message"]["content"]
         good, bad, streamed = at_once(lambda: chat(url), lambda: chat(url, seed=seed), lambda: events(url, seed=seed))
         assert good.json()["choices"][0]["message"]["content"] == alone
@@ -103,11 +103,13 @@ def test_an_exception_inside_one_sequence_ends_that_request_alone(seed):
     ],
     ids=["raises", "hangs", "hangs with the interpreter's lock"],
 )
-def test_a_step_that_fails_or_hangs_ends_the_process_with_an_error_for_everyone(tmp_path, what, last_words):
+def test_a_step_that_fails_or_hangs_ends_the_process_with_an_error_for_everyone(
+    serving_small, tmp_path, what, last_words
+):
     trigger, stderr = tmp_path / "trigger", (tmp_path / "stderr").open("w+")
     holds_lock = "PyDLL" in what
     patch = IMPATIENT + BREAK_A_STEP.format(trigger=str(trigger), what=what)
-    with serving(patch=patch, status=1, stderr=stderr) as (url, process):
+    with serving_small(patch=patch, status=1, stderr=stderr) as (url, process):
         chat(url)
 
         def outcome(**fields):
@@ -133,11 +135,11 @@ def test_a_step_that_fails_or_hangs_ends_the_process_with_an_error_for_everyone(
     assert "Traceback" in told or "most recent call first" in told
 
 
-def test_health_is_503_as_soon_as_the_hang_is_noticed(tmp_path):
+def test_health_is_503_as_soon_as_the_hang_is_noticed(serving_small, tmp_path):
     trigger = tmp_path / "trigger"
     patch = BREAK_A_STEP.format(trigger=str(trigger), what="time.sleep(10**6)")
     patch += IMPATIENT + "server.shutdown.FAREWELL = 5"
-    with serving(patch=patch, status=1, stderr=subprocess.DEVNULL) as (url, process):
+    with serving_small(patch=patch, status=1, stderr=subprocess.DEVNULL) as (url, process):
         chat(url)
         trigger.touch()
         assert chat(url).status_code == 503
@@ -147,17 +149,17 @@ def test_health_is_503_as_soon_as_the_hang_is_noticed(tmp_path):
         assert process.wait(30) == 1
 
 
-def test_a_first_step_may_take_longer_than_a_hang_is_given():
+def test_a_first_step_may_take_longer_than_a_hang_is_given(serving_small):
     """It may compile things. The engine has turned before, with nothing to do."""
     patch = BREAK_A_STEP.format(trigger="/", what=f"time.sleep(0 if self.num_forwards else {PATIENCE + 1})") + IMPATIENT
-    with serving(patch=patch) as (url, _):
+    with serving_small(patch=patch) as (url, _):
         assert chat(url, max_tokens=4).status_code == 200
         assert chat(url, max_tokens=4).status_code == 200
 
 
-def test_a_process_that_was_stopped_in_the_middle_of_a_step_goes_on():
+def test_a_process_that_was_stopped_in_the_middle_of_a_step_goes_on(serving_small):
     """As by SIGSTOP, docker pause, or a laptop's lid: more than that has passed, but nothing has had its turn."""
-    with serving(patch=IMPATIENT) as (url, process):
+    with serving_small(patch=IMPATIENT) as (url, process):
         replies = []
         asking = threading.Thread(target=lambda: replies.append(chat(url, max_tokens=600)))
         asking.start()

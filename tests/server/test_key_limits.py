@@ -6,15 +6,14 @@ import httpx
 import pytest
 
 from server.key_limits import Bucket
-from tests.serving import serving
 
 BODY = {"model": "smollm2", "messages": [{"role": "user", "content": "Tell me about towns."}], "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
-def limited(embedded):  # noqa: ARG001 - loaded first, so that the server finds the converted copy
-    limits = ("--max-requests-per-key", "2", "--max-tokens-per-minute-per-key", "600")
-    with serving("--api-keys", "one,two,three,four", *limits) as (url, _):
+def limited(serving_small):
+    limits = ("--max-requests-per-key", "2", "--max-tokens-per-minute-per-key", "300")
+    with serving_small("--api-keys", "one,two,three,four", *limits) as (url, _):
         yield url
 
 
@@ -75,13 +74,13 @@ def test_a_choice_that_is_refused_later_takes_no_place(limited):
 def test_a_key_has_so_many_tokens_a_minute(limited):
     three, four = client_of(limited, "three"), client_of(limited, "four")
     used = 0
-    while used < 600:
-        response = three.post("/v1/chat/completions", json=BODY | {"max_tokens": 250, "principle": "Be brief."})
+    while used < 300:
+        response = three.post("/v1/chat/completions", json=BODY | {"max_tokens": 120, "principle": "Be brief."})
         assert response.status_code == 200
         used += response.json()["usage"]["total_tokens"]
     code, seconds = refusal(three.post("/v1/chat/completions", json=BODY | {"max_tokens": 1}))
     assert code == "key_tokens"
-    assert 1 <= seconds <= 1 + (used - 600) / 10
+    assert 1 <= seconds <= 1 + (used - 300) / 5
     assert four.post("/v1/chat/completions", json=BODY | {"max_tokens": 1}).status_code == 200
     assert three.get("/metrics").text.count('requests_rejected_total{code="key_tokens"} 1.0') == 1
 

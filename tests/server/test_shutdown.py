@@ -17,9 +17,9 @@ BASE = {"model": "smollm2", "messages": [{"role": "user", "content": "Tell me ab
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_reply_that_takes_longer_than_the_shutdown_is_told_so(stream):
+def test_a_reply_that_takes_longer_than_the_shutdown_is_told_so(serving_small, stream):
     body = {**BASE, "max_tokens": 4000, "ignore_eos": True, "stream": stream}
-    with serving("--shutdown-timeout", "1") as (url, process):
+    with serving_small("--shutdown-timeout", "1") as (url, process):
         asking = httpx.stream("POST", url + "/v1/chat/completions", json=body, timeout=60)
         timer = threading.Timer(1, process.send_signal, [signal.SIGTERM])
         timer.start()
@@ -32,10 +32,10 @@ def test_a_reply_that_takes_longer_than_the_shutdown_is_told_so(stream):
     assert reply["choices"][0]["finish_reason"] == "abort"
 
 
-def test_a_stream_ends_in_order_on_sigterm():
+def test_a_stream_ends_in_order_on_sigterm(serving_small):
     """Within the shutdown timeout, as any reply."""
-    body = {**BASE, "max_tokens": 60, "stream": True, "temperature": 0}
-    with serving() as (url, process):
+    body = {**BASE, "max_tokens": 60, "stream": True, "ignore_eos": True}
+    with serving_small() as (url, process):
         with httpx.stream("POST", url + "/v1/chat/completions", json=body, timeout=60) as response:
             lines = response.iter_lines()
             next(lines)
@@ -75,8 +75,8 @@ def test_a_stop_while_it_loads_is_not_lost_in_a_destructor():
     assert done.stdout == "it went on\n"
 
 
-def test_a_second_sigterm_stops_at_once():
-    with serving("--shutdown-timeout", "600") as (url, process):
+def test_a_second_sigterm_stops_at_once(serving_small):
+    with serving_small("--shutdown-timeout", "600") as (url, process):
         ends = []
 
         def ask():
@@ -97,8 +97,8 @@ def test_a_second_sigterm_stops_at_once():
         assert ends in ([None], [500])  # cut off: nothing that looks like a reply
 
 
-def test_while_replies_end_new_requests_are_told_to_go_elsewhere(tmp_path):
-    with (tmp_path / "stderr").open("w") as stderr, serving(stderr=stderr) as (url, process):
+def test_while_replies_end_new_requests_are_told_to_go_elsewhere(serving_small, tmp_path):
+    with (tmp_path / "stderr").open("w") as stderr, serving_small(stderr=stderr) as (url, process):
         alone = events(url, max_tokens=200)
         kept = httpx.Client(base_url=url)
         assert kept.get("/health").status_code == 200
@@ -123,8 +123,8 @@ def test_while_replies_end_new_requests_are_told_to_go_elsewhere(tmp_path):
     assert "Traceback" not in (tmp_path / "stderr").read_text()
 
 
-def test_requests_that_wait_are_ended_like_those_that_run():
-    with serving("--max-num-seqs", "1", "--shutdown-timeout", "1") as (url, process):
+def test_requests_that_wait_are_ended_like_those_that_run(serving_small):
+    with serving_small("--max-num-seqs", "1", "--shutdown-timeout", "1") as (url, process):
         replies = []
         threads = [threading.Thread(target=lambda: replies.append(chat(url, max_tokens=4000))) for _ in range(3)]
         for thread in threads:
@@ -139,12 +139,12 @@ def test_requests_that_wait_are_ended_like_those_that_run():
     assert sorted(reply.json()["usage"]["completion_tokens"] > 0 for reply in replies) == [False, False, True]
 
 
-def test_an_engine_that_hangs_while_the_server_stops_does_not_keep_it(tmp_path):
+def test_an_engine_that_hangs_while_the_server_stops_does_not_keep_it(serving_small, tmp_path):
     """Nobody looks at its steps any more, so there is a last deadline."""
     trigger = tmp_path / "trigger"
     patch = BREAK_A_STEP.format(trigger=str(trigger), what="time.sleep(10**6)")
     patch += "\nimport server.shutdown; server.shutdown.LAST_WORDS = 1; server.shutdown.PATIENCE = 1.0"
-    with serving("--shutdown-timeout", "1", patch=patch, status=1, stderr=subprocess.DEVNULL) as (url, process):
+    with serving_small("--shutdown-timeout", "1", patch=patch, status=1, stderr=subprocess.DEVNULL) as (url, process):
         chat(url)
         asking = threading.Thread(target=outcome_of, args=[lambda: chat(url, max_tokens=4000)])
         asking.start()
@@ -155,10 +155,10 @@ def test_an_engine_that_hangs_while_the_server_stops_does_not_keep_it(tmp_path):
         asking.join()
 
 
-def test_an_engine_that_fails_while_the_server_stops_shows_in_its_exit_status(tmp_path):
+def test_an_engine_that_fails_while_the_server_stops_shows_in_its_exit_status(serving_small, tmp_path):
     trigger = tmp_path / "trigger"
     patch = BREAK_A_STEP.format(trigger=str(trigger), what="raise ValueError('injected')")
-    with serving(patch=patch, status=1, stderr=subprocess.DEVNULL) as (url, process):
+    with serving_small(patch=patch, status=1, stderr=subprocess.DEVNULL) as (url, process):
         replies = []
         asking = threading.Thread(target=lambda: replies.append(chat(url, max_tokens=4000)))
         asking.start()
