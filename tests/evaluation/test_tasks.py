@@ -13,10 +13,12 @@ import pytest
 from pydantic_settings import CliApp
 
 from evaluation import follow, hh, personal_preference
+from evaluation.checkers import CHECKABLE
 from evaluation.command import EvalSettings, main
 from evaluation.records import Cell, cells
 from server import cli
 from server.bench import BenchSettings
+from tests.counts import counted
 
 ANSWERS = [f"answer_{x}" for x in "abcd"] + [f"preference_{x}" for x in "abcd"]
 
@@ -128,10 +130,10 @@ def test_prompting_is_ratio_zero(client):
 
 
 def test_personal_preference(url, tmp_path):
-    args = ("--url", url, "--limit", 2, "--methods", "linear", "--ratios", "0,2", "--temperatures", "0,0.5")
+    args = ("--url", url, "--limit", 1, "--methods", "linear", "--ratios", "0,2", "--temperatures", "0,0.5")
     found, report = run("personal-preference", tmp_path, *args)
     lines = (tmp_path / "records.jsonl").read_text().splitlines()
-    assert len(lines) == 2 * 4 * 3 * 2  # questions, preferences, cells, temperatures
+    assert len(lines) == 4 * 3 * 2  # preferences, cells, temperatures
     whole = [row for row in found if row["domain"] == "all"]
     assert [(row["method"], row["ratio"]) for row in whole] == [("plain", 0), ("prompting", 0), ("linear", 2)] * 2
     greedy = [json.loads(line) for line in lines if "/2/0/" in line]
@@ -148,10 +150,11 @@ def test_personal_preference(url, tmp_path):
     keys = [
         json.loads(line)["key"] for line in (tmp_path / "records.jsonl").read_text().splitlines() if line.endswith("}")
     ]
-    assert len(keys) == len(set(keys)) == 48
+    assert len(keys) == len(set(keys)) == 24
 
 
-def test_follow(url, tmp_path):
+def test_follow(url, tmp_path, monkeypatch):
+    monkeypatch.setattr(follow, "CHECKABLE", CHECKABLE[: counted(4, None)])
     args = ("--url", url, "--limit", 1, "--methods", "linear,cfg", "--ratios", "0,8", "--temperatures", "0.5")
     found, report = run("follow", tmp_path, *args)
     plain, prompting, linear, cfg = found
