@@ -35,8 +35,8 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 
 
 def builder(tokenizer, template=None):
-    tokenizer = copy.deepcopy(tokenizer)
     if template:
+        tokenizer = copy.deepcopy(tokenizer)
         tokenizer.chat_template = template
     return PromptBuilder(tokenizer)
 
@@ -112,10 +112,10 @@ def test_control_tokens_in_what_users_write_stay_text(tokenizer, where):
 
 
 def test_every_control_token_stays_text(tokenizer):
-    control = set(tokenizer.added_tokens_decoder)
-    calm = builder(tokenizer).build(QUESTION)
+    control, building = set(tokenizer.added_tokens_decoder), builder(tokenizer)
+    calm = building.build(QUESTION)
     for id, token in tokenizer.added_tokens_decoder.items():
-        prompt = builder(tokenizer).build([{"role": "user", "content": f"a{token.content}b"}])
+        prompt = building.build([{"role": "user", "content": f"a{token.content}b"}])
         assert sum(i in control for i in prompt.principled[0]) == sum(i in control for i in calm.principled[0]), id
 
 
