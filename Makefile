@@ -64,7 +64,8 @@ test-long: $(TESTED) # everything, with full counts and cold starts: docs/decisi
 # pyproject.toml asks for a later one: the tests get the tokenizer that the later one reads, and the test of reading it is left out.
 check-old: .venv/old/.ready
 	HF_HUB_OFFLINE=1 TOKENIZER=.venv/old/tokenizer .venv/old/bin/pytest tests/alignment_core tests/test_gpu_benchmark.py tests/test_gpu_benchmark_load.py \
-	  --deselect tests/alignment_core/test_loading.py::test_a_gguf_file_by_its_path -m "not slow and not alone and not long" -n 2 --dist loadfile $(ARGS)
+	  --deselect tests/alignment_core/test_loading.py::test_a_gguf_file_by_its_path \
+	  --ignore tests/alignment_core/test_embedded.py -m "not alone and not long" -n 2 --dist loadfile $(ARGS)
 
 pictures: $(TESTED) # the screenshots that the README shows
 	mkdir -p docs/images

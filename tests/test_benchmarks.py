@@ -1,19 +1,26 @@
 """The benchmarks run to their end, on toy shapes; their times mean nothing then."""
 
 import os
+import shutil
 from pathlib import Path
 
+import platformdirs
 import pytest
 
 from tests import fork_server
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A cache for all of them: kernels are compiled and the model is converted once."""
-    return tmp_path_factory.mktemp("home")
+def home(embedded, tmp_path_factory):  # noqa: ARG001 - loaded first, so that there are kernels
+    """A cache for all of them, with the user's kernels: the model is converted once."""
+    home = tmp_path_factory.mktemp("home")
+    for kernels in platformdirs.user_cache_path("linalign").glob("kernels-*"):
+        shutil.copytree(kernels, home / "linalign" / kernels.name)
+    return home
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ from gpu_measurements import expected, precision  # noqa: E402
 from gpu_measurements.features import FEATURES  # noqa: E402
 from gpu_measurements.rounding import to_fp8, to_int4, to_int8  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 ELSEWHERE = {"smoke: fp8", "continuous batching"}  # not to be had on a CPU
 
 

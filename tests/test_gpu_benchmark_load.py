@@ -13,6 +13,8 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 from gpu_measurements.bench import LARGE, TINY, Bench, random_model, start_decodes
 
+pytestmark = pytest.mark.slow
+
 SHARE = 32  # of the rows, and of the tokens of a step, that the large shape has; its prompts are as long
 MAX_NUM_BATCHED_TOKENS = 2048 // SHARE  # an engine's on a GPU
 NUM_ROWS = 2 * LARGE.many // SHARE

@@ -21,6 +21,8 @@ from packaging.utils import canonicalize_name
 
 from tests.serving import free_port
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 BUILD = (

@@ -9,6 +9,8 @@ import pytest
 from alignment_core import Engine, SamplingParams
 from tests import fork_server
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 ROWS = re.findall(r"^\| (-?\d+) \| (.+) \|$", README + (ROOT / "docs" / "methods.md").read_text(), re.MULTILINE)

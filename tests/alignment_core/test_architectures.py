@@ -6,6 +6,8 @@ from alignment_core import model_runner
 from alignment_core.attention import native, sdpa
 from tests.engines import ARCHITECTURES, GREEDY, judge, make_engine, prompts, run_all, tiny_pair
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("model_type", ARCHITECTURES)

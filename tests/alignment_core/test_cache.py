@@ -19,6 +19,8 @@ from tests.engines import make_engine, run_all, token_ids
 from tests.server.test_faults import at_once, chat
 from tests.serving import serving
 
+pytestmark = pytest.mark.slow
+
 # All processes here compile them so, where they find none.
 QUICK_KERNELS = """
 from alignment_core.cpu import native
@@ -268,7 +270,6 @@ def test_what_a_killed_process_leaves_is_never_used_and_swept(package, home, whe
     assert cache.has(kernels_in(home))
 
 
-@pytest.mark.slow  # all three compile the kernels
 def test_three_servers_that_start_on_one_empty_cache_at_once_answer_the_same(package, whole, tmp_path):
     assert at_once(*[lambda: reply(package, tmp_path)] * 3) == [whole[1]] * 3
     assert cache.has(model_in(tmp_path))

@@ -16,6 +16,8 @@ from tests import fork_server
 from tests.engines import make_engine, run_all, threads, tiny_pair
 from tests.test_readme import reply
 
+pytestmark = pytest.mark.slow
+
 GGUF_TYPES = {"Q4_0": "int4", "Q4_1": "int4", "Q8_0": "int8", "F16": "float32", "BF16": "bfloat16"}
 
 

@@ -21,6 +21,8 @@ from tests.counts import counted
 from tests.engines import ARCHITECTURES, GREEDY, aligned, judge, make_engine, prompts, run_all, tiny_pair, token_ids
 from tests.fake_cuda.engine import PROGRAMS, SMALL
 
+pytestmark = pytest.mark.slow
+
 ON_TRITON = SMALL | {"num_hidden_layers": counted(2, 3)}
 
 

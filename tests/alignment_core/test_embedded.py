@@ -19,6 +19,8 @@ from tests.counts import LONG_RUN, counted
 from tests.engines import aligned, make_engine, run_all, token_ids
 from tests.oracle import Setting
 
+pytestmark = pytest.mark.slow
+
 KEPT = Path(__file__).with_name("embedded_replies.json")  # KEEP_REPLIES=1 writes it
 RATIOS = (0.0, 0.5, 2.0, 5.0)
 NUM_TOKENS = 64
@@ -90,7 +92,6 @@ def kept(prompts):
     return [known.get(identity(prompt)) for prompt in prompts]
 
 
-@pytest.mark.slow
 def test_all_at_once_equal_the_oracle(request, prompts, crowd, kept):
     assert all(len(tokens) == NUM_TOKENS for tokens in crowd)
     asks_again = LONG_RUN or "KEEP_REPLIES" in os.environ
@@ -102,7 +103,6 @@ def test_all_at_once_equal_the_oracle(request, prompts, crowd, kept):
         KEPT.write_text(json.dumps({identity(prompt): tokens for prompt, tokens, tie in judged if not tie}) + "\n")
 
 
-@pytest.mark.slow
 def test_the_replies_that_are_kept_are_the_oracles(request, prompts, kept):
     """One of them, by the oracle; and it would not say so of another."""
     index = next((i for i, tokens in enumerate(kept) if tokens), None)
@@ -113,7 +113,6 @@ def test_the_replies_that_are_kept_are_the_oracles(request, prompts, kept):
         near_ties(request, [prompt], [[*tokens[:-1], tokens[-1] + 1]], [tokens])
 
 
-@pytest.mark.slow
 def test_preempted_and_chunked_equals_the_oracle(request, embedded, prompts, crowd):
     """Half of the questions, at every ratio."""
     half = [i for i in range(len(prompts)) if i // len(RATIOS) % 2 == 0]
@@ -125,7 +124,6 @@ def test_preempted_and_chunked_equals_the_oracle(request, embedded, prompts, cro
     assert sum(near_ties(request, [prompts[i] for i in half], found, [crowd[i] for i in half])) <= MOST_TIES
 
 
-@pytest.mark.slow
 def test_alone_equals_the_oracle(request, embedded, prompts, crowd):
     """Every question at one of the ratios, by itself, without any prefix to find."""
     ones = [i * len(RATIOS) + i % len(RATIOS) for i in range(len(prompts) // len(RATIOS))]
@@ -133,7 +131,6 @@ def test_alone_equals_the_oracle(request, embedded, prompts, crowd):
     assert sum(near_ties(request, [prompts[i] for i in ones], found, [crowd[i] for i in ones])) <= MOST_TIES
 
 
-@pytest.mark.slow
 def test_the_naive_oracle_itself_token_by_token(embedded_oracle, prompts, crowd):
     num_tokens = counted(3, 12)
     for index in (2, 7):

@@ -17,6 +17,8 @@ from tests.alignment_core.test_grammars import allowed_by
 from tests.engines import GREEDY, aligned, judge, make_engine, run_all, tiny_pair, token_ids
 from tests.fake_cuda.engine import SHORT, SMALL, WHERE_THE_HOST_WAITS, engine_on, several
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ["tests.fake_cuda.fixtures"]
 
 

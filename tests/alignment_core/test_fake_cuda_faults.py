@@ -13,6 +13,8 @@ from tests.engines import aligned, run_all
 from tests.fake_cuda import CUDA, CudaTensor, Fault
 from tests.fake_cuda.engine import SHORT, WHERE_THE_HOST_WAITS, engine_on, several
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ["tests.fake_cuda.fixtures"]
 
 

@@ -16,6 +16,8 @@ from tests.engines import aligned, judge, run_all
 from tests.fake_cuda import CUDA, CudaTensor, FakeCuda, Fault
 from tests.fake_cuda.engine import SHORT, WHERE_THE_HOST_WAITS, engine_on
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ["tests.fake_cuda.fixtures"]
 
 TOTAL = 4 << 20

@@ -18,6 +18,8 @@ from alignment_core.sequence import Branch
 from tests.alignment_core import test_speculation
 from tests.engines import GREEDY, aligned, judge, make_engine, prompts, run_all, token_ids
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = {
     "together": {"page_size": 4, "num_pages": 500, "max_num_batched_tokens": 512},
     "chunked": {"page_size": 4, "num_pages": 500, "max_num_batched_tokens": 13},

@@ -14,6 +14,8 @@ from alignment_core.attention.paged_batch import PagedBatch, Plan
 from alignment_core.scheduler import Row
 from alignment_core.sequence import Branch
 
+pytestmark = pytest.mark.slow
+
 CONTEXTS = [
     (70, 1),
     (1, 1),

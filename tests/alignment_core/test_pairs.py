@@ -17,6 +17,8 @@ from tests.alignment_core.test_grammars import allowed_by
 from tests.engines import make_engine, tiny_pair
 from tests.oracle import NEAR_TIE, Setting
 
+pytestmark = pytest.mark.slow
+
 FEATURES = {
     "principles": [0, 1, 2],
     "method": list(METHODS),

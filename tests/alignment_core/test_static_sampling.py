@@ -15,6 +15,8 @@ from alignment_core.static_sampling import StaticSampler, compiled_draw
 from tests.alignment_core.test_alignment import settings
 from tests.engines import GREEDY, aligned, judge, make_engine, run_all
 
+pytestmark = pytest.mark.slow
+
 CASES = [
     {},
     {"temperature": 0.0},

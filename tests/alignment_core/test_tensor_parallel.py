@@ -33,6 +33,8 @@ from tests.oracle import Setting
 from tests.server.test_faults import chat
 from tests.serving import serving
 
+pytestmark = pytest.mark.slow
+
 # Followers need no time for imports either; they are no children of rank 0 then, so their ids are told.
 FORKED = """
 import os, pathlib, types

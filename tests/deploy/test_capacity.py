@@ -18,6 +18,8 @@ from alignment_core.model_runner import ModelRunner, RunnerConfig
 from benchmarks import capacity, capacity_check
 from tests.engines import tiny_pair
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = re.findall(
     r"```sh\n(?:PYTHONPATH=\. )?python (benchmarks/.+)\n```\n\n((?:\|.*\n)+)",

@@ -19,6 +19,8 @@ import pytest
 
 from alignment_core.loading import EMBEDDED_REQUIREMENT
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 STAGES = re.split(r"^FROM ", (ROOT / "Dockerfile").read_text().replace("\\\n", " "), flags=re.MULTILINE)

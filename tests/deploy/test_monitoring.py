@@ -19,6 +19,8 @@ from server.settings import Settings
 from server.shutdown import FAREWELL, LAST_WORDS
 from tests.serving import KEY, free_port
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}

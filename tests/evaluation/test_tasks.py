@@ -20,6 +20,8 @@ from server import cli
 from server.bench import BenchSettings
 from tests.counts import counted
 
+pytestmark = pytest.mark.slow
+
 ANSWERS = [f"answer_{x}" for x in "abcd"] + [f"preference_{x}" for x in "abcd"]
 
 

@@ -16,6 +16,8 @@ from tests.counts import counted
 from tests.server.test_chat import CHAT, PRINCIPLE, create
 from tests.serving import serving
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 CLIENTS = ROOT / ".venv" / "clients"
 HERE = ROOT / "tests" / "clients"

@@ -14,6 +14,8 @@ import pytest
 
 from tests.counts import counted
 
+pytestmark = pytest.mark.slow
+
 LONG = 4000  # tokens that nobody waits for: minutes
 PATCH = """
 import asyncio, contextlib, pathlib, time

@@ -14,6 +14,8 @@ import uvicorn
 from server.shutdown import LOCKED, Server
 from tests.serving import await_metric
 
+pytestmark = pytest.mark.slow
+
 # The engine fails in a chosen way as soon as a file is there.
 BREAK_A_STEP = """
 import ctypes, os, time

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import httpx
+import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsBase as TextParams
 from openai.types.responses.response_create_params import ResponseCreateParamsBase as ResponsesParams
@@ -16,6 +17,7 @@ from server.protocol.completions import CompletionRequest
 from server.protocol.responses import ResponsesRequest
 from tests.server.test_fields import WEATHER
 
+pytestmark = pytest.mark.slow
 FILE = Path(__file__).parent.parent.parent / "docs" / "fields.md"
 CHAT = [{"role": "user", "content": "Say yes."}]
 SCHEMA = {"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"], "additionalProperties": False}

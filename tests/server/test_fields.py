@@ -14,6 +14,8 @@ from alignment_core.methods import METHODS
 from tests.engines import make_engine, run_all
 from tests.server.test_chat import CHAT, PRINCIPLE, create
 
+pytestmark = pytest.mark.slow
+
 ALIGNED = {"principle": PRINCIPLE, "alignment_ratio": 2}
 
 

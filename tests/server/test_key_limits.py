@@ -7,6 +7,8 @@ import pytest
 
 from server.key_limits import Bucket
 
+pytestmark = pytest.mark.slow
+
 BODY = {"model": "smollm2", "messages": [{"role": "user", "content": "Tell me about towns."}], "ignore_eos": True}
 
 

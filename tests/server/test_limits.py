@@ -15,6 +15,8 @@ from server.threads import LONG
 from tests.engines import make_engine, run_all
 from tests.serving import serving
 
+pytestmark = pytest.mark.slow
+
 MESSAGES = [{"role": "user", "content": "Tell me about towns."}]
 PARAMS = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 

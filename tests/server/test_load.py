@@ -12,6 +12,8 @@ from tests.counts import counted
 from tests.engines import make_engine, run_all
 from tests.serving import serving
 
+pytestmark = pytest.mark.slow
+
 NUM_STREAMS, NUM_TOKENS = counted(50, 500), 6
 PLACES = ("town", "lake", "valley", "island", "forest")
 TOPICS = ("its weather", "its people", "its food", "its roads", "its songs")
@@ -50,7 +52,6 @@ async def stream(client, number, collected):
         collected[number] = (response.status_code, response.headers["X-Request-Id"], lines)
 
 
-@pytest.mark.slow
 def test_streams_at_once_are_all_served_and_each_gets_its_own(embedded, expected):  # noqa: ARG001
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     collected = [None] * NUM_STREAMS

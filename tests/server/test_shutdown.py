@@ -13,6 +13,8 @@ from tests import fork_server
 from tests.server.test_faults import BREAK_A_STEP, chat, events
 from tests.serving import await_metric, serving
 
+pytestmark = pytest.mark.slow
+
 BASE = {"model": "smollm2", "messages": [{"role": "user", "content": "Tell me about towns."}], "max_tokens": 1}
 
 

@@ -9,6 +9,8 @@ import time
 import httpx
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SHORT = 3.0  # seconds, in place of a minute
 # Small buffers of the kernel, so that a reply need not be megabytes long before somebody notices that it is not read.
 IMPATIENT = f"""

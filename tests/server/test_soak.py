@@ -2,9 +2,12 @@
 
 import os
 
+import pytest
+
 from benchmarks.soak import DONE, LEFT, NUM_PAGES, REFUSED, soak
 from tests.counts import counted
 
+pytestmark = pytest.mark.slow
 POOL = min(32, (os.cpu_count() or 1) + 4)  # threads of asyncio's own, which come as they are needed
 GROWTH_MB = 40  # caches that are still filling up: compiled grammars, chat templates, malloc's own
 

@@ -14,6 +14,8 @@ from alignment_core import preflight
 from alignment_core.checkpoint import Checkpoint, look_at
 from tests.serving import serving
 
+pytestmark = pytest.mark.slow
+
 HEAVY = {"torch", "transformers", "numpy", "fastapi", "uvicorn", "jinja2", "matplotlib"}
 # What transformers imports wherever it is, and the embedded model never uses.
 UNUSED = {

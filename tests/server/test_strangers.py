@@ -11,6 +11,8 @@ import pytest
 from server.settings import load_settings
 from tests.serving import serving
 
+pytestmark = pytest.mark.slow
+
 PAGE = "https://chat.example.org"
 BODY = {"model": "smollm2", "messages": [{"role": "user", "content": "Tell me about the towns of our coast. " * 8}]}
 PREFLIGHT = {

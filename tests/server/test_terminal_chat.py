@@ -16,6 +16,8 @@ from server.chat import shown
 from tests.server.test_chat import CHAT, PRINCIPLE, create
 from tests.serving import free_port
 
+pytestmark = pytest.mark.slow
+
 COMMAND = [sys.executable, "-c", "from server.cli import main; main()", "chat"]
 QUESTION = CHAT[0]["content"]
 

@@ -10,6 +10,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from tests.serving import serving
 
+pytestmark = pytest.mark.slow
+
 BODY = {
     "model": "smollm2",
     "messages": [{"role": "user", "content": "My password is swordfish."}],

@@ -5,6 +5,8 @@ from playwright.sync_api import expect
 
 from tests.server.playground.browsing import AXE, VIEWS, fact, limit, opened, say, set_tokens
 
+pytestmark = pytest.mark.slow
+
 
 def fill(page, view):
     """Put something to see into the view."""

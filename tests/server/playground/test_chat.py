@@ -7,6 +7,8 @@ from playwright.sync_api import expect
 
 from tests.server.playground.browsing import answered, bodies, column, fact, limit, opened, say, serious_findings, slide
 
+pytestmark = pytest.mark.slow
+
 
 def turns(page):
     return [item.locator(".reply").inner_text().strip() for item in page.locator(".messages > li").all()]

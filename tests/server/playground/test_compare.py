@@ -25,6 +25,8 @@ from tests.server.playground.browsing import (
     text_of,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def test_compare_shows_three_replies_of_the_public_api(page, url):
     set_tokens(page, 12)

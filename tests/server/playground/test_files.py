@@ -14,6 +14,8 @@ from playwright.sync_api import expect
 from server.routes.playground import FOLDER
 from tests.server.playground.browsing import ROOT, opened
 
+pytestmark = pytest.mark.slow
+
 
 def test_vendored_files_are_those_of_the_packages():
     """`make vendor` brings them up to date."""

@@ -4,10 +4,13 @@ import os
 import subprocess
 import sys
 
+import pytest
 from playwright.sync_api import expect
 
 from tests.server.playground.browsing import column, fact, opened, serious_findings, set_tokens
 from tests.serving import serving
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_page_asks_for_the_key_and_keeps_it_in_memory(browser, embedded):  # noqa: ARG001

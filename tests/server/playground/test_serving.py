@@ -3,9 +3,12 @@
 import re
 
 import httpx
+import pytest
 from playwright.sync_api import expect
 
 from tests.server.playground.browsing import fact, opened
+
+pytestmark = pytest.mark.slow
 
 
 def test_serving_shows_what_runs(browser, url):

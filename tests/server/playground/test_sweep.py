@@ -8,6 +8,8 @@ from playwright.sync_api import expect
 from evaluation import statistics
 from tests.server.playground.browsing import ask, plain, set_tokens, text_of
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_sweep_measures_as_the_evaluation_does(page, url, tmp_path):
     page.get_by_role("link", name="Sweep").click()

@@ -9,6 +9,8 @@ from playwright.sync_api import expect
 from server.routes.playground import POLICY
 from tests.server.playground.browsing import force, limit, opened, say
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = """# <script>window.hacked = 1</script>Title
 
 <img src=x onerror="window.hacked = 2"> <svg onload="window.hacked = 3"></svg>

@@ -1,8 +1,11 @@
 """Why this word: what each policy would have said, token by token."""
 
+import pytest
 from playwright.sync_api import expect
 
 from tests.server.playground.browsing import ask, force, set_tokens
+
+pytestmark = pytest.mark.slow
 
 
 def test_every_token_is_tinted_by_its_kl(page, url):

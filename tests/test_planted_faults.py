@@ -1,0 +1,114 @@
+"""The tests are judged, too: each fault is planted in a copy of the project, whose short run must notice it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """right: what stands in the file, once. wrong: what a careless change makes of it. tests: those to notice it."""
+
+    file: str
+    right: str
+    wrong: str
+    tests: str
+
+
+FAULTS = {
+    "scheduler: a preempted sequence goes behind all that wait": Fault(
+        "alignment_core/scheduler.py",
+        "self.waiting.appendleft(sequence)",
+        "self.waiting.append(sequence)",
+        "tests/alignment_core/test_scheduler.py",
+    ),
+    "cache: a page that was never computed keeps its published name": Fault(
+        "alignment_core/kv_cache.py",
+        "if not written:",
+        "if not written and index > branch.num_published:",
+        "tests/alignment_core/test_kv_cache.py",
+    ),
+    "sampling: choices of a request draw the same numbers": Fault(
+        "alignment_core/sampling.py",
+        "(s.seed, s.choice, position)",
+        "(s.seed, 0, position)",
+        "tests/alignment_core/test_sampling.py",
+    ),
+    "prompts: a user's text may hold a reply's control tokens": Fault(
+        "alignment_core/prompts.py",
+        'if message["role"] == "assistant" else self._any_added',
+        'if message["role"] != "system" else self._any_added',
+        "tests/alignment_core/test_prompts.py",
+    ),
+    "streaming: text that may begin a mark is lost at the end": Fault(
+        "server/streaming.py",
+        "parser.feed(output.text) + (parser.finish() if output.finish_reason else [])",
+        "parser.feed(output.text)",
+        "tests/server/test_chat.py",
+    ),
+    "limits: a prompt may be as long as the context": Fault(
+        "alignment_core/limits.py",
+        "max(lengths) >= self.max_model_len +",
+        "max(lengths) > self.max_model_len +",
+        "tests/alignment_core/test_limits.py",
+    ),
+    "auth: a path is open that has an open one in it": Fault(
+        "server/auth.py",
+        "path.startswith(OPEN_BELOW)",
+        "OPEN_BELOW in path",
+        "tests/server/test_auth.py",
+    ),
+    "shutdown: a server that ends takes in new requests": Fault(
+        "server/shutdown.py",
+        "self._engine.drain()\n",
+        "\n",
+        "tests/server/test_shutdown.py",
+    ),
+    "tool calls: one more than may be called": Fault(
+        "server/tool_calls.py",
+        'c["index"] < self._most_calls',
+        'c["index"] <= self._most_calls',
+        "tests/server/test_tool_calls.py",
+    ),
+    "playground: a new ratio asks with what the form says now": Fault(
+        "server/playground/compare.js",
+        "{ ...this.#asked, ratio: this.#app.settings.ratio }",
+        "{ ...this.#app.settings }",
+        "tests/server/playground/test_compare.py",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_what_a_fault_replaces_is_there_once(fault):
+    """So that the long run plants it."""
+    assert (ROOT / fault.file).read_text().count(fault.right) == 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_a_planted_fault_is_noticed(fault, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*"))
+    (copy / ".venv").symlink_to(ROOT / ".venv")
+    environment = {name: value for name, value in os.environ.items() if name not in ("FORK_SERVER", "LONG_RUN")}
+    environment |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-m", "not long", fault.tests]
+    assert not run(command, copy, environment).returncode, "the tests fail without the fault"
+    file = copy / fault.file
+    file.write_text(file.read_text().replace(fault.right, fault.wrong))
+    noticed = run(command, copy, environment)
+    assert noticed.returncode == pytest.ExitCode.TESTS_FAILED, noticed.stdout
+    assert "FAILED tests" in noticed.stdout
+    print(*(line for line in noticed.stdout.splitlines() if line.startswith("FAILED")))
+
+
+def run(command, folder, environment):
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200)
