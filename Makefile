@@ -2,7 +2,7 @@
 TESTED := .venv/.ready .venv/.cuda .venv/clients/.ready .venv/playground/.ready
 PYTHON ?= python3
 PYTEST := HF_HUB_OFFLINE=1 .venv/bin/pytest
-TWO := -n 2 --dist loadfile --no-loadscope-reorder
+SIDE_BY_SIDE := -n 3 --dist loadfile --no-loadscope-reorder # on two cores, as tests wait for processes, too
 ARGS ?=
 
 setup: .venv/.ready
@@ -42,14 +42,14 @@ lint: .venv/.ready
 
 test: $(TESTED) lint
 	$(PYTEST) -m "alone and not long"
-	$(PYTEST) -m "not alone and not long" $(TWO)
+	$(PYTEST) -m "not alone and not long" $(SIDE_BY_SIDE)
 
 quick: $(TESTED)
-	$(PYTEST) -m "not slow and not alone and not long" $(TWO) $(ARGS)
+	$(PYTEST) -m "not slow and not alone and not long" $(SIDE_BY_SIDE) $(ARGS)
 
 test-long: $(TESTED) # everything, with full counts and cold starts: docs/decisions/0021
 	LONG_RUN=1 $(PYTEST) -m alone
-	LONG_RUN=1 $(PYTEST) -m "not alone" $(TWO)
+	LONG_RUN=1 $(PYTEST) -m "not alone" $(SIDE_BY_SIDE)
 
 # The oldest torch and transformers that a GPU host of ours has; both are gigabytes, as PyPI's torch is the CUDA build.
 .venv/old/.ready: .venv/.ready

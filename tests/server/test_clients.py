@@ -95,7 +95,7 @@ def likelihood(client, model, context, text):
     return sum(whole.choices[0].logprobs.token_logprobs[len(before.choices[0].logprobs.tokens) :])
 
 
-@pytest.mark.parametrize("model", ["smollm2", "smollm2:concise"])
+@pytest.mark.parametrize("model", ["smollm2", pytest.param("smollm2:concise", marks=pytest.mark.long)])
 def test_lm_eval(api, client, embedded, tmp_path, model):
     (tmp_path / "tasks").mkdir()
     for file in (HERE / "lm_eval").iterdir():

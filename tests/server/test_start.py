@@ -67,7 +67,7 @@ ASKED = [
 ]
 
 
-@pytest.mark.parametrize("args", [[], ["--quantization", "int8"]], ids=str)
+@pytest.mark.parametrize("args", [[], pytest.param(["--quantization", "int8"], marks=pytest.mark.long)], ids=str)
 def test_replies_do_not_depend_on_what_a_start_has_left_out(embedded, args):  # noqa: ARG001 - converted
     replies = []
     for cold in (True, False):

@@ -45,6 +45,7 @@ def test_the_wheel_has_the_page(tmp_path):
 # The README's pictures: `make pictures` puts them into docs/images
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("view", ["compare", "why", "sweep"])
 def test_picture(browser, url, tmp_path, view):
     folder = Path(os.environ.get("PICTURES", tmp_path))
