@@ -1,6 +1,8 @@
 """Pages: prefixes that are found again, and pages that are given back."""
 
 from alignment_core import Prompt
+from alignment_core.kv_cache import PagePool
+from alignment_core.sequence import Branch
 from tests.engines import GREEDY, aligned, judge, make_engine, run_all, token_ids
 
 
@@ -42,3 +44,17 @@ def test_an_abort_frees_the_pages_before_the_next_step(tiny):
     assert not engine.step()
     assert engine.pool.num_free == 100
     assert outputs[-1].finish_reason == "abort"
+
+
+def test_only_computed_pages_are_found_after_a_release():
+    pool, tokens = PagePool(num_pages=8, page_size=4), list(range(10))
+    for num_computed in (0, 4, 8):
+        branch = Branch(tokens)
+        assert pool.allocate(branch, 10)
+        pool.publish(branch, 9)
+        branch.num_computed = num_computed
+        pool.release(branch)
+        twin = Branch(tokens)
+        assert pool.adopt(twin) == num_computed
+        pool.release(twin)
+        pool = PagePool(num_pages=8, page_size=4)

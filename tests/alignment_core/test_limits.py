@@ -42,3 +42,12 @@ def test_without_max_tokens_a_reply_is_as_long_as_context_and_cache_allow(tiny):
 def test_sizes_that_cannot_work_are_refused(tiny, config):
     with pytest.raises(ValueError, match=r"max_model_len|at least"):
         make_engine(tiny[0], num_pages=10, **config)
+
+
+def test_prompt_and_reply_may_fill_the_context_and_no_more(tiny):
+    loaded, _ = tiny
+    engine, prompt = make_engine(loaded, num_pages=100), aligned(0, length=500, extra=9)
+    (outputs,) = run_all(engine, [(prompt, SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))])
+    assert len(token_ids(outputs)) == 3
+    with pytest.raises(InvalidRequest, match="the context holds 512"):
+        engine.submit(prompt, SamplingParams(max_tokens=4), print)

@@ -119,6 +119,15 @@ def test_every_control_token_stays_text(tokenizer):
         assert sum(i in control for i in prompt.principled[0]) == sum(i in control for i in calm.principled[0]), id
 
 
+def test_a_token_that_is_added_and_not_special_is_the_models_alone(tokenizer):
+    thinking = copy.deepcopy(tokenizer)
+    thinking.add_tokens(["<think>"])
+    id = thinking.convert_tokens_to_ids("<think>")
+    for role, num_tokens in (("user", 0), ("assistant", 1)):
+        prompt = builder(thinking).build([{"role": role, "content": "a<think>b"}, *QUESTION])
+        assert prompt.principled[0].count(id) == num_tokens
+
+
 def test_several_principles_share_one_base(tokenizer):
     prompt = builder(tokenizer).build(
         QUESTION, [Principle("A.", 3, 1.0), Principle("B.", 1, 2.0), Principle("C.", 0, 5.0)]

@@ -35,3 +35,14 @@ def test_every_end_of_sequence_id_ends_the_reply(tiny):
     (outputs,) = run_all(make_engine(loaded, num_pages=400), [(aligned(2.0), params)])
     assert token_ids(outputs) == tokens[: tokens.index(tokens[4]) + 1]
     assert outputs[-1].finish_reason == "stop"
+
+
+def test_choices_of_a_request_are_drawn_apart(tiny):
+    loaded, _ = tiny
+    engine, outputs = make_engine(loaded, num_pages=400), []
+    engine.submit(aligned(2), SamplingParams(seed=11, max_tokens=12, ignore_eos=True), outputs.append, n=2)
+    while engine.step():
+        pass
+    first, second = (token_ids([o for o in outputs if o.choice == choice]) for choice in (0, 1))
+    assert len(first) == len(second) == 12
+    assert first != second

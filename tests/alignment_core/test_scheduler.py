@@ -90,3 +90,13 @@ def test_nobody_is_overtaken_for_ever(tiny):
     while engine.step():
         pass
     assert engine.pool.num_free == engine.pool.num_pages
+
+
+def test_a_preempted_sequence_comes_before_those_that_have_not_run(tiny):
+    loaded, _ = tiny
+    engine = make_engine(loaded, page_size=3, num_pages=56)
+    for prompt in prompts():
+        engine.submit(prompt, GREEDY, lambda _: None)
+    while not engine.scheduler.num_preemptions:
+        assert engine.step()
+    assert [sequence.was_preempted for sequence in engine.scheduler.waiting][:2] == [True, False]

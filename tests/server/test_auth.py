@@ -48,7 +48,8 @@ def test_no_route_is_served_without_a_key(closed, embedded):
         "/version",
     } <= paths
     opened = set()
-    for method, path in [*found, ("GET", "/nowhere"), ("POST", "/v1/chat/completions/")]:
+    others = [("GET", "/nowhere"), ("GET", "/v1/models/playground/x"), ("POST", "/v1/chat/completions/")]
+    for method, path in [*found, *others]:
         for headers in (
             {},
             {"Authorization": "Bearer wrong"},

@@ -54,6 +54,17 @@ def test_the_objects_are_openais(url):
     assert len({chunk.id for chunk in chunks}) == 1
 
 
+def test_a_call_that_is_cut_off_is_text_whole_and_streamed(client):
+    function = {"name": "look_up", "parameters": {"type": "object", "properties": {}}}
+    asked = {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+    for max_tokens in (1, 3, 5):
+        whole = create(client, max_tokens=max_tokens, **asked).choices[0]
+        chunks = list(create(client, max_tokens=max_tokens, stream=True, **asked))
+        assert whole.finish_reason == "length"
+        assert whole.message.content
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.message.content
+
+
 def test_a_stream_is_the_same_text_token_by_token(client):
     extra = {"principle": PRINCIPLE, "alignment_ratio": 0.5}
     whole = create(client, extra)
