@@ -47,7 +47,7 @@ FAULTS = {
         'if message["role"] != "system" else self._any_added',
         "tests/alignment_core/test_prompts.py",
     ),
-    "streaming: text that may begin a mark is lost at the end": Fault(
+    "streaming: what is held for a call that is cut off is lost": Fault(
         "server/streaming.py",
         "parser.feed(output.text) + (parser.finish() if output.finish_reason else [])",
         "parser.feed(output.text)",

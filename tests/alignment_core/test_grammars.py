@@ -17,6 +17,8 @@ from alignment_core.request import Structure
 from tests.engines import GREEDY, aligned, make_engine, run_all, tiny_pair, token_ids
 from tests.oracle import Setting
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def wide(tokenizer):

@@ -8,6 +8,8 @@ from alignment_core import Principle, SamplingParams
 from alignment_core.speculation import PromptLookup
 from tests.engines import FEW_WORDS, GREEDY, aligned, judge, make_engine, run_all, token_ids
 
+pytestmark = pytest.mark.slow
+
 LONG = replace(GREEDY, max_tokens=40)
 
 

@@ -118,7 +118,7 @@ def test_a_client_that_leaves_takes_its_work_with_it(cluster):
 
     with httpx.stream("POST", url + "/v1/chat/completions", json={**body, "stream": True}, timeout=60) as response:
         next(response.iter_text())
-        assert num_running() == 2
+        wait(lambda: num_running() == 2, seconds=30)
     wait(lambda: num_running() == 0, seconds=30)
 
     with socket.create_connection(("127.0.0.1", httpx.URL(url).port)) as connection:

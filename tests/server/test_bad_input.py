@@ -11,6 +11,8 @@ import pytest
 
 from server.strict_json import MOST_VALUES, strict
 
+pytestmark = pytest.mark.slow
+
 POST = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize"]
 CHAT, COMPLETIONS, RESPONSES, TOKENIZE, DETOKENIZE = POST
 HELLO = [{"role": "user", "content": "Hello"}]
