@@ -1,5 +1,7 @@
 """Pages: prefixes that are found again, and pages that are given back."""
 
+import pytest
+
 from alignment_core import Prompt
 from alignment_core.kv_cache import PagePool
 from alignment_core.sequence import Branch
@@ -46,15 +48,12 @@ def test_an_abort_frees_the_pages_before_the_next_step(tiny):
     assert outputs[-1].finish_reason == "abort"
 
 
-def test_only_computed_pages_are_found_after_a_release():
+@pytest.mark.parametrize("num_computed", [0, 4, 8])
+def test_only_computed_pages_are_found_after_a_release(num_computed):
     pool, tokens = PagePool(num_pages=8, page_size=4), list(range(10))
-    for num_computed in (0, 4, 8):
-        branch = Branch(tokens)
-        assert pool.allocate(branch, 10)
-        pool.publish(branch, 9)
-        branch.num_computed = num_computed
-        pool.release(branch)
-        twin = Branch(tokens)
-        assert pool.adopt(twin) == num_computed
-        pool.release(twin)
-        pool = PagePool(num_pages=8, page_size=4)
+    branch, twin = Branch(tokens), Branch(tokens)
+    assert pool.allocate(branch, 10)
+    pool.publish(branch, 9)
+    branch.num_computed = num_computed
+    pool.release(branch)
+    assert pool.adopt(twin) == num_computed

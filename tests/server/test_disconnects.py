@@ -16,7 +16,7 @@ from tests.counts import counted
 
 pytestmark = pytest.mark.slow
 
-LONG = 4000  # tokens that nobody waits for: minutes
+LONG = 4000  # tokens that nobody waits for: more than 20 seconds
 PATCH = """
 import asyncio, contextlib, pathlib, time
 import alignment_core.grammars as grammars, alignment_core.loading as loading
