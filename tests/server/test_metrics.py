@@ -67,8 +67,9 @@ def test_running_requests_show_while_they_run(own_server):
     url, _ = own_server
     body = {"model": "smollm2", "messages": HISTORY, "max_tokens": 400, "stream": True}
     with httpx.stream("POST", url + "/v1/chat/completions", json=body, timeout=60) as response:
+        lines = response.iter_lines()  # has a name, as httpx closes a connection whose iterator nobody holds
         # Not the first chunk: its content is empty, and the request may still wait then.
-        assert any('"content":"' in line and '"content":""' not in line for line in response.iter_lines())
+        assert any('"content":"' in line and '"content":""' not in line for line in lines)
         seen = scrape(url)
     assert seen["linalign:num_requests_running"] == 1
     assert 0 < seen["linalign:kv_cache_usage_perc"] < 1
