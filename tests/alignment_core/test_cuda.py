@@ -18,8 +18,19 @@ from alignment_core.model_runner import compile_layers
 from alignment_core.scheduler import Row
 from alignment_core.sequence import Branch
 from tests.counts import counted
-from tests.engines import ARCHITECTURES, GREEDY, aligned, judge, make_engine, prompts, run_all, tiny_pair, token_ids
-from tests.fake_cuda.engine import PROGRAMS, SMALL
+from tests.engines import (
+    ARCHITECTURES,
+    GREEDY,
+    PROGRAMS,
+    SMALL,
+    aligned,
+    judge,
+    make_engine,
+    prompts,
+    run_all,
+    tiny_pair,
+    token_ids,
+)
 
 pytestmark = pytest.mark.slow
 

@@ -14,8 +14,8 @@ from alignment_core.attention import sdpa
 from alignment_core.request import Structure
 from tests.alignment_core import test_speculation
 from tests.alignment_core.test_grammars import allowed_by
-from tests.engines import GREEDY, aligned, judge, make_engine, run_all, tiny_pair, token_ids
-from tests.fake_cuda.engine import SHORT, SMALL, WHERE_THE_HOST_WAITS, engine_on, several
+from tests.engines import GREEDY, SMALL, aligned, judge, make_engine, run_all, tiny_pair, token_ids
+from tests.fake_cuda.engine import SHORT, WHERE_THE_HOST_WAITS, engine_on, several
 
 pytestmark = pytest.mark.slow
 

@@ -1,9 +1,9 @@
 """The application with engines that break when told to, and a router that does not look at prompts."""
 
 import os
-import pathlib
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 from ray.serve import Application
@@ -12,10 +12,13 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 from alignment_core import Prompt, SamplingParams
 from deploy.ray import application
 from deploy.ray.remote_engine import News
+from server.settings import Settings
 
 # Seeds of requests that do it, once each: as long as there is a file of that name in $FAULTS. An engine that stalls is
 # not known to hang.
 DIES, HANGS, STALLS = 13, 14, 15
+HOLD = "hold"  # while there is a file of this name in $FAULTS, requests begin, but do not go on
+NUM_FIRST_TOKENS = 3  # that a request gets then: enough for a piece of text
 
 
 def _raise(*_: object) -> None:
@@ -27,9 +30,23 @@ def _sleep(*_: object) -> None:
 
 
 class Faulty(application.EngineReplica):
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._step_at_once, self._engine.step = self._engine.step, self._step
+
+    def _step(self) -> bool:
+        engine, hold = self._engine, Path(os.environ["FAULTS"]) / HOLD
+        while hold.exists():
+            engine._longest_step = 10**6  # so that nobody takes the engine for one that hangs
+            sequences = [*engine.scheduler.running, *engine.scheduler.waiting]
+            if engine._inbox or engine._stopping or any(s.num_drawn < NUM_FIRST_TOKENS for s in sequences):
+                break
+            time.sleep(0.01)
+        return self._step_at_once()
+
     async def generate(self, prompt: Prompt, params: SamplingParams, n: int) -> AsyncIterator[News]:
         for seed, fault in ((DIES, _raise), (HANGS, _sleep), (STALLS, _sleep)):
-            trigger = pathlib.Path(os.environ["FAULTS"]) / str(seed)
+            trigger = Path(os.environ["FAULTS"]) / str(seed)
             if params.seed == seed and trigger.exists():
                 trigger.unlink()
                 self._engine.runner.forward = fault

@@ -14,6 +14,7 @@ import httpx
 import openai
 import yaml
 
+from tests.deploy.faulty import HOLD
 from tests.serving import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -141,17 +142,27 @@ def pid_of(replica):
     raise AssertionError(f"no process has the log of {replica}")
 
 
+@contextlib.contextmanager
+def held(folder):
+    """The engines of the cluster with this folder begin requests meanwhile, but do not go on with them."""
+    (folder / HOLD).touch()
+    try:
+        yield
+    finally:
+        (folder / HOLD).unlink()
+
+
 def fill(url, about, num_tokens):
-    """Streams that keep all seats of two replicas, others that wait in front of them, and what one more has got."""
-    running, waiting = [], []
+    """Streams that keep all seats of two replicas that are held, others that wait, and the error of one more."""
+    running = []
     for number in range(2 * SEQS):  # one by one: those that Ray looks for a seat for wait, too
         running.append(Stream(url, f"Tell me about {number} {about}.", num_tokens))
         assert running[-1].begun.wait(60)
-    while not (one := Stream(url, f"Tell me about {len(waiting)} other {about}.", num_tokens)).begun.wait(1):
-        waiting.append(one)
-        assert len(waiting) <= SEQS
-    assert not any(stream.error for stream in running + waiting)
-    return running, waiting, one.error
+    others = [Stream(url, f"Tell me about {number} other {about}.", num_tokens) for number in range(SEQS + 1)]
+    (refused,) = wait(lambda: [stream for stream in others if stream.error])
+    others.remove(refused)
+    assert not any(stream.begun.is_set() for stream in others)
+    return running, others, refused.error
 
 
 def expect_replacement(cluster, fault):

@@ -15,7 +15,6 @@ from ray.serve.schema import ServeDeploySchema
 
 from deploy.ray.application import GRACE, EngineReplica, build
 from server.shutdown import PATIENCE, USUAL
-from tests.counts import counted
 from tests.deploy.faulty import DIES
 from tests.deploy.ray_cluster import (
     LOGS,
@@ -28,6 +27,7 @@ from tests.deploy.ray_cluster import (
     cluster_of,
     expect_replacement,
     fill,
+    held,
     metric,
     pid_of,
     replicas,
@@ -36,7 +36,7 @@ from tests.deploy.ray_cluster import (
 )
 
 pytestmark = pytest.mark.alone  # seven processes that start at once, and clocks of Ray's own
-NUM_TOKENS = counted(200, 400)  # of streams that fill the engines for a while
+NUM_TOKENS = 60  # of streams that fill engines that are held
 LONG = 2000  # tokens that nobody waits for
 
 
@@ -131,13 +131,14 @@ def test_a_client_that_leaves_takes_its_work_with_it(cluster):
 
 
 def test_what_neither_replicas_nor_queue_can_hold_is_a_503(cluster):
-    url = cluster[0] + "/pair"
-    running, waiting, refused = fill(url, "towns", NUM_TOKENS)
-    assert (refused.status_code, refused.body["code"]) == (503, "overloaded")
-    assert int(refused.response.headers["retry-after"]) >= 1
-    before = questions(replicas(url))
-    for _ in range(12):  # full engines are heard of without a question, which would wait for a seat of theirs
-        assert httpx.get(url + "/health", timeout=30).status_code == 200
+    url, folder = cluster[0] + "/pair", cluster[1]
+    with held(folder):
+        running, waiting, refused = fill(url, "towns", NUM_TOKENS)
+        assert (refused.status_code, refused.body["code"]) == (503, "overloaded")
+        assert int(refused.response.headers["retry-after"]) >= 1
+        before = questions(replicas(url))
+        for _ in range(12):  # full engines are heard of without a question, which would wait for a seat of theirs
+            assert httpx.get(url + "/health", timeout=30).status_code == 200
     for stream in running + waiting:
         stream.join()
         assert stream.error is None
@@ -159,12 +160,13 @@ def test_an_engine_that_fails_is_replaced_and_what_it_had_not_begun_goes_elsewhe
 
 
 def test_a_replica_that_is_killed_takes_only_what_it_had_begun(cluster):
-    url = cluster[0] + "/pair"
+    url, folder = cluster[0] + "/pair", cluster[1]
     before = replicas(url)
-    running, waiting, _ = fill(url, "lakes", NUM_TOKENS)
-    assert metric(url, "num_requests_running") == dict.fromkeys(before, SEQS)
-    victim = min(before)
-    os.kill(pid_of(victim), signal.SIGKILL)
+    with held(folder):
+        running, waiting, _ = fill(url, "lakes", NUM_TOKENS)
+        assert metric(url, "num_requests_running") == dict.fromkeys(before, SEQS)
+        victim = min(before)
+        os.kill(pid_of(victim), signal.SIGKILL)
     for stream in running + waiting:
         stream.join()
     assert sum(stream.error is not None for stream in running) == SEQS

@@ -7,12 +7,9 @@ import pytest
 import torch
 
 from alignment_core import Prompt, static_decodes, static_sampling
-from tests.engines import GREEDY, aligned, make_engine, tiny_pair
+from tests.engines import GREEDY, SMALL, aligned, make_engine, tiny_pair
 
 SHORT = replace(GREEDY, max_tokens=6)
-# Little for Triton's interpreter, which is slow: test_paged_triton.py has kernels with more.
-SMALL = {"vocab_size": 300, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-PROGRAMS = 2  # below which the parts of a context have programs of their own
 WHERE_THE_HOST_WAITS = {"flight.py:wait: Event.synchronize"}  # for the tokens of the step before, and nowhere else
 WHERE_SIZING_WAITS = {"static_sampling.py:draw_everything: tensor"}  # once, before there are requests
 

@@ -6,8 +6,8 @@ import pytest
 
 from alignment_core import engine, model_runner, scheduler, static_draw, static_sampling
 from alignment_core.attention import paged_triton
+from tests.engines import PROGRAMS
 from tests.fake_cuda import FakeCuda
-from tests.fake_cuda.engine import PROGRAMS
 
 
 @pytest.fixture
