@@ -3,6 +3,7 @@ TESTED := .venv/.ready .venv/.cuda .venv/clients/.ready .venv/playground/.ready
 PYTHON ?= python3
 PYTEST := HF_HUB_OFFLINE=1 .venv/bin/pytest
 SIDE_BY_SIDE := -n 3 --dist loadfile --no-loadscope-reorder # on two cores, as tests wait for processes, too
+ALONE := $(shell grep -l --recursive --include 'test_*.py' pytest.mark.alone tests) # the others need not be imported
 ARGS ?=
 
 setup: .venv/.ready
@@ -38,17 +39,17 @@ vendor: .venv/playground/.ready # after a version in server/playground/package.j
 lint: .venv/.ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/mypy
+	.venv/bin/mypy --num-workers 2
 
 test: $(TESTED) lint
-	$(PYTEST) -m "alone and not long"
+	$(PYTEST) -m "alone and not long" $(ALONE)
 	$(PYTEST) -m "not alone and not long" $(SIDE_BY_SIDE)
 
 quick: $(TESTED)
 	$(PYTEST) -m "not slow and not alone and not long" $(SIDE_BY_SIDE) $(ARGS)
 
 test-long: $(TESTED) # everything, with full counts and cold starts: docs/decisions/0021
-	LONG_RUN=1 $(PYTEST) -m alone
+	LONG_RUN=1 $(PYTEST) -m alone $(ALONE)
 	LONG_RUN=1 $(PYTEST) -m "not alone" $(SIDE_BY_SIDE)
 
 # The oldest torch and transformers that a GPU host of ours has; both are gigabytes, as PyPI's torch is the CUDA build.

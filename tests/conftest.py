@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignment_core import load
 from alignment_core.checkpoint import EMBEDDED_FILE, embedded_file
+from tests import fork_server
 from tests.engines import FEW_WORDS, tiny_pair
 from tests.oracle import Oracle
 
@@ -28,6 +29,11 @@ one_certificate.write(Path(certifi.where()).read_text().partition(END)[0] + END)
 one_certificate.flush()
 os.environ["SSL_CERT_FILE"] = one_certificate.name
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what runs in the background
+
+
+def pytest_configure(config):
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        fork_server.start()  # one for all of xdist's workers
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,21 @@ MOST_BYTES = 1 << 20  # of a request
 ADDRESS = "FORK_SERVER"  # in the environment
 
 
+@functools.cache
+def start():
+    """Start the process that forks, if the process that this one comes from has not. Returns its address, and the
+    process if it is this one's, with which it ends.
+    """
+    if address := os.environ.get(ADDRESS):
+        return address, None
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        address = os.environ[ADDRESS] = "@" + folder  # a name that no other has
+        listener.bind(address.replace("@", "\0"))  # an abstract one, so that nothing is left of it
+        listener.listen()
+        command = [sys.executable, "-m", __name__, str(listener.fileno())]
+        return address, subprocess.Popen(command, pass_fds=[listener.fileno()], stdin=subprocess.PIPE)
+
+
 class Process:
     """Python code in a process of its own; in a `with` block, it has ended when the block has.
 
@@ -41,7 +56,7 @@ class Process:
         self.args, self.returncode, self.stdin = argv, None, None
         request = {"code": code, "argv": argv, "env": dict(env or os.environ), "cwd": str(cwd or os.getcwd())}
         self._channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._channel.connect(_server()[0].replace("@", "\0"))
+        self._channel.connect(start()[0].replace("@", "\0"))
         with contextlib.ExitStack() as stack:
             nothing = stack.enter_context(open(os.devnull, "r+b"))
             if stdin == subprocess.PIPE:
@@ -113,21 +128,6 @@ def popen(command, **options):
     """In the place of subprocess.Popen, in a process of ours that starts others by `python … -c CODE ARGV…`."""
     code, *args = command[command.index("-c") + 1 :]
     return Process(code, ["-c", *args], **options)
-
-
-@functools.cache
-def _server():
-    """The address of the process that forks, and that process: this one's own, which ends with it, or that of the
-    process that this one comes from.
-    """
-    if address := os.environ.get(ADDRESS):
-        return address, None
-    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        address = os.environ[ADDRESS] = "@" + folder  # a name that no other has
-        listener.bind(address.replace("@", "\0"))  # an abstract one, so that nothing is left of it
-        listener.listen()
-        command = [sys.executable, "-m", __name__, str(listener.fileno())]
-        return address, subprocess.Popen(command, pass_fds=[listener.fileno()], stdin=subprocess.PIPE)
 
 
 def _serve(listener):

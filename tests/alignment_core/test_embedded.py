@@ -26,6 +26,7 @@ RATIOS = (0.0, 0.5, 2.0, 5.0)
 KEPT_TOKENS = 64  # of each reply
 NUM_TOKENS = counted(32, KEPT_TOKENS)
 MOST_TIES = counted(1, 3)
+NUM_DRAWS = counted(400, 1000)
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 CASES = [
     ("Where should our town get its power from?", "Answer in favour of solar power."),
@@ -148,7 +149,11 @@ def from_tiny(tiny):
 @pytest.fixture
 def from_embedded(embedded, embedded_oracle):
     chat, builder = [{"role": "user", "content": CASES[0][0]}], PromptBuilder(embedded.tokenizer)
-    return embedded, embedded_oracle, lambda ratio: builder.build(chat, [Principle(CASES[0][1], ratio=ratio)]), 1000
+
+    def prompt_of(ratio):
+        return builder.build(chat, [Principle(CASES[0][1], ratio=ratio)])
+
+    return embedded, embedded_oracle, prompt_of, NUM_DRAWS
 
 
 @pytest.mark.parametrize("source", ["from_tiny", "from_embedded"])

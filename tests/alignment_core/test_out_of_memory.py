@@ -2,6 +2,7 @@
 and no more.
 """
 
+import itertools
 from contextlib import contextmanager
 from dataclasses import astuple, replace
 
@@ -69,11 +70,17 @@ def undisturbed(tiny):
     return [token_ids(outputs) for outputs in replies]
 
 
-@pytest.mark.parametrize("num_tokens", [1, 5, 11])
-@pytest.mark.parametrize("after", [False, True], ids=["nothing written", "all written"])
+SHORT = {(1, True), (5, False), (11, True)}  # of all pairs, which are for the long run
+CASES = [
+    pytest.param(*case, marks=[] if case in SHORT else pytest.mark.long)
+    for case in itertools.product((1, 5, 11), (False, True))
+]
+
+
+@pytest.mark.parametrize(("num_tokens", "after"), CASES)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_a_step_that_is_too_large_runs_in_parts_and_nobody_can_tell(
-    tiny, undisturbed, config, after, num_tokens, caplog
+    tiny, undisturbed, config, num_tokens, after, caplog
 ):
     loaded, _ = tiny
     engine = make_engine(loaded, **config)

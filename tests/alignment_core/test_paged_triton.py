@@ -24,6 +24,7 @@ CONTEXTS = [
     (40, 40),
     (199, 5),
 ]  # tokens of a row, and how many of them are queries
+FEW = [(70, 1), (1, 1), (130, 1), (199, 5)]
 
 
 def written_out(query, keys, values, row, num_queries, scaling, window, softcap):
@@ -86,11 +87,14 @@ def grids(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("programs", [1, 100])
+SPLIT, MORE_THAN_A_TILE = 100, {"heads": 4, "kv_heads": 2, "dim": 8}
+
+
+@pytest.mark.parametrize("programs", [1, SPLIT])
 @pytest.mark.parametrize(
     "shape",
     [
-        {"heads": 4, "kv_heads": 2, "dim": 8},
+        MORE_THAN_A_TILE,
         {"heads": 6, "kv_heads": 2, "dim": 32, "page_size": 3},
         {"heads": 4, "kv_heads": 2, "dim": 64, "window": 7},
         {"heads": 4, "kv_heads": 2, "dim": 64, "window": 64, "softcap": 5.0},
@@ -104,7 +108,8 @@ def grids(monkeypatch):
 )
 def test_equals_attention_written_out(shape, programs, grids, monkeypatch):
     monkeypatch.setattr(paged_triton, "PROGRAMS", programs)
-    out, wanted, _ = attend(CONTEXTS, **shape)
+    # The interpreter takes seconds to put together what long chunks have in parts.
+    out, wanted, _ = attend(FEW if programs == SPLIT and shape != MORE_THAN_A_TILE else CONTEXTS, **shape)
     tolerance = 2e-6 if shape.get("dtype") is None else 2e-3
     torch.testing.assert_close(out.double(), wanted, atol=tolerance, rtol=tolerance)
     assert len(grids) == 2  # decodes, and the others

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 import zipfile
@@ -47,6 +48,15 @@ ASK = """
 import httpx
 body = {"model": "smollm2", "messages": [{"role": "user", "content": "a"}], "principle": "b", "max_tokens": 5}
 httpx.post("http://127.0.0.1:8000/v1/chat/completions", json=body).raise_for_status()
+"""
+
+# A compiler that optimises nothing, which would take ten seconds.
+COMPILER = """#!/bin/sh
+for flag; do
+    shift
+    [ "$flag" = -O3 ] || set -- "$@" "$flag"
+done
+exec c++ "$@"
 """
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may make namespaces and become others in them")
@@ -96,12 +106,23 @@ class Container:
 
 
 @pytest.fixture
-def container(package, tmp_path):
+def compiler():
+    with tempfile.TemporaryDirectory() as folder:  # that strangers may look into, as they may not into a tmp_path
+        Path(folder).chmod(0o755)
+        file = Path(folder) / "compiler"
+        file.write_text(COMPILER)
+        file.chmod(0o755)
+        yield file
+
+
+@pytest.fixture
+def container(package, compiler, tmp_path):
     cache, scratch, log = tmp_path / "cache", tmp_path / "scratch", tmp_path / "log"
     for directory in (cache, scratch):
         directory.mkdir()
         directory.chmod(0o1777)
     variables = environment(cache) | {
+        "CXX": str(compiler),
         "PYTHON": sys.executable,
         "PYTHONPATH": f"{package}:{ROOT}",
         "TMPDIR": str(scratch),

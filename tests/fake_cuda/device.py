@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tests.fake_cuda.memory import Allocator, Fault, Graph, Pool, spoil
 from tests.fake_cuda.modes import Calls, Dispatch
-from tests.fake_cuda.tensor import CudaTensor, caller, inner_of, is_pinned, place
+from tests.fake_cuda.tensor import CudaTensor, caller, converted, inner_of, is_pinned, leaves, place
 from tests.fake_cuda.transfers import Download, Transfers, Upload
 
 aten = torch.ops.aten
@@ -149,19 +148,20 @@ class FakeCuda:
 
     def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An operation on the device."""
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = [x for x in leaves((*args, *kwargs.values())) if isinstance(x, Tensor)]
         self._check(func, args, tensors)
         if torch.Tag.nondeterministic_seeded in func.tags:
             self._refuse_in_capture(f"{func}, which draws random numbers")
         wrappers = {id(x.inner): x for x in tensors if isinstance(x, CudaTensor)}
-        args, kwargs = (tree_map_only(Tensor, inner_of, x) for x in (args, kwargs))
+        args = converted(inner_of, args)
+        kwargs = {name: converted(inner_of, value) for name, value in kwargs.items()}
         result = func(*args, **kwargs)
         if func in EMPTY:
             spoil(result)
             self.record(partial(spoil, result))
         else:
             self.record(partial(repeat, func, args, kwargs, result), tensors)
-        return tree_map_only(Tensor, lambda x: wrappers[id(x)] if id(x) in wrappers else CudaTensor(x), result)
+        return converted(lambda x: wrappers[id(x)] if id(x) in wrappers else CudaTensor(x), result)
 
     def make(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CudaTensor:
         """A new tensor of a function that takes none. kwargs: for the host."""
@@ -172,7 +172,7 @@ class FakeCuda:
         return CudaTensor(made)
 
     def _check(self, func: Any, args: tuple[Any, ...], tensors: list[Tensor]) -> None:
-        indices = [x for x in tree_leaves(args[1]) if isinstance(x, Tensor)] if "index" in str(func) else []
+        indices = [x for x in leaves(args[1:2]) if isinstance(x, Tensor)] if "index" in str(func) else []
         is_mask = any(x.dtype in (torch.bool, torch.uint8) for x in indices)
         takes_indices = func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
         if is_mask or (any(tag in func.tags for tag in SEES_VALUES) and not takes_indices):

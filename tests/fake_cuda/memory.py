@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 class Fault(RuntimeError):
@@ -144,10 +145,11 @@ class Graph:
         for block, place in self._foreign.values():
             if block() is None:
                 raise Fault(f"a graph uses memory that is free by now, {place}")
-        for tensor in self.overwrites:
-            spoil(tensor)
-        for step in self._steps:
-            step()
+        with torch._C.DisableTorchFunction(), _disable_current_modes():  # all of it is on the CPU, and known
+            for tensor in self.overwrites:
+                spoil(tensor)
+            for step in self._steps:
+                step()
 
     def pool(self) -> Any:
         return self.memory

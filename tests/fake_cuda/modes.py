@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from tests.fake_cuda.tensor import HOST, CudaTensor, is_pinned, pinned
+from tests.fake_cuda.tensor import HOST, CudaTensor, is_pinned, leaves, pinned
 
 if TYPE_CHECKING:
     from tests.fake_cuda.device import FakeCuda
@@ -35,6 +34,9 @@ class Dispatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        operands = list(leaves((*args, *kwargs.values())))
+        if not any(isinstance(x, CudaTensor | torch.device) for x in operands):
+            return func(*args, **kwargs)  # the host's
         with self:  # in inference mode those operations come here that others are made of
             parts = func.decompose(*args, **kwargs)
         if parts is not NotImplemented:
@@ -48,7 +50,7 @@ class Dispatch(TorchDispatchMode):
             if isinstance(args[0], CudaTensor):
                 return device.compute(func, (args[0], CudaTensor(device.to_device(args[1], non_blocking))), {})
             return device.to_host(args[1].inner, args[0], non_blocking)
-        on_device = any(isinstance(x, CudaTensor) for x in tree_leaves((args, kwargs)))
+        on_device = any(isinstance(x, CudaTensor) for x in operands)
         if target is None or not on_device or target.type == "cuda":
             kwargs = kwargs | {"device": HOST} if target is not None else kwargs
         if on_device or (target is not None and target.type == "cuda"):

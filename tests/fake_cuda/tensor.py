@@ -1,6 +1,7 @@
 """Tensors of the device, and what is known of an operation on them."""
 
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -40,6 +41,22 @@ class CudaTensor(torch.Tensor):
 
 def inner_of(x: Any) -> Any:
     return x.inner if isinstance(x, CudaTensor) else x
+
+
+def leaves(args: Iterable[Any]) -> Iterator[Any]:
+    """What operations are given, one by one, whatever lists it is in."""
+    for x in args:
+        if isinstance(x, list | tuple):
+            yield from leaves(x)
+        else:
+            yield x
+
+
+def converted(convert: Callable[[Tensor], Tensor], x: Any) -> Any:
+    """The same with each tensor converted, whatever lists it is in."""
+    if isinstance(x, Tensor):
+        return convert(x)
+    return type(x)(converted(convert, part) for part in x) if isinstance(x, list | tuple) else x
 
 
 def pinned(x: Tensor) -> Tensor:

@@ -70,23 +70,23 @@ def test_biases_and_penalties(client, embedded):
     assert text == embedded.tokenizer.decode([word] * 5)
     endless = {**ALIGNED, "ignore_eos": True}
     free, penalised = (
-        create(client, endless, max_tokens=80, frequency_penalty=penalty).choices[0].message.content
+        create(client, endless, max_tokens=40, frequency_penalty=penalty).choices[0].message.content
         for penalty in (0, 2)
     )
     assert len(set(penalised.split())) / len(penalised.split()) > len(set(free.split())) / len(free.split())
-    assert create(client, {**endless, "repetition_penalty": 1.5}, max_tokens=80).choices[0].message.content != free
+    assert create(client, {**endless, "repetition_penalty": 1.5}, max_tokens=40).choices[0].message.content != free
 
 
 def test_ends(client, embedded):
     eos = embedded.tokenizer.convert_ids_to_tokens(embedded.tokenizer.eos_token_id)
-    brief = {"messages": [{"role": "user", "content": "Say yes."}], "max_tokens": 200}
+    brief = {"messages": [{"role": "user", "content": "Say yes."}], "max_tokens": 90}
     free = create(client, ALIGNED, **brief)
     assert free.choices[0].finish_reason == "stop"
     least = free.usage.completion_tokens + 10
     longer = create(client, {**ALIGNED, "min_tokens": least}, **brief)
     assert longer.usage.completion_tokens >= least
     endless = create(client, {**ALIGNED, "ignore_eos": True}, **brief)
-    assert (endless.usage.completion_tokens, endless.choices[0].finish_reason) == (200, "length")
+    assert (endless.usage.completion_tokens, endless.choices[0].finish_reason) == (90, "length")
     assert eos not in endless.choices[0].message.content
     second = embedded.tokenizer.encode(free.choices[0].message.content)[1]
     cut = create(client, {**ALIGNED, "stop_token_ids": [second]}, **brief)

@@ -13,7 +13,6 @@ import pytest
 from alignment_core import EngineBusy, Prompt, SamplingParams
 from server.threads import LONG
 from tests.engines import make_engine, run_all
-from tests.serving import serving
 
 pytestmark = pytest.mark.slow
 
@@ -79,8 +78,8 @@ def test_what_is_aborted_or_preempted_leaves_the_count_right(tiny):
 
 
 @pytest.fixture(scope="module")
-def small(embedded):  # noqa: ARG001 - loaded first, so that the server finds the converted copy
-    with serving("--max-num-seqs", "2", "--max-queued-requests", "3", "--max-body-bytes", "20000") as (url, _):
+def small(serving_small):
+    with serving_small("--max-num-seqs", "2", "--max-queued-requests", "3", "--max-body-bytes", "20000") as (url, _):
         yield url
 
 

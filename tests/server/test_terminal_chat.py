@@ -39,7 +39,10 @@ class Terminal:
     @property
     def text(self):
         """What is to be seen from the line on that was typed last."""
-        return "\n".join(line.rstrip() for line in self._screen.display[self._from :]).rstrip("\n")
+        buffer = self._screen.buffer  # of the lines that have been written on; `display` has 400
+        written = range(self._from, 1 + max(buffer, default=0))
+        lines = ("".join(buffer[y][x].data for x in range(self._screen.columns)) for y in written)
+        return "\n".join(line.rstrip() for line in lines).rstrip("\n")
 
     def type(self, keys):
         self._from = self._screen.cursor.y
@@ -146,10 +149,10 @@ def test_control_c_stops_a_reply_and_keeps_what_is_there(begin):
 def test_a_reply_taller_than_the_terminal_is_there_once(url, client):
     question = "Write a long letter to a friend."
     console = pexpect.spawn(
-        COMMAND[0], [*COMMAND[1:], url, "--temperature", "0", "--max-tokens", "300"], encoding="utf-8", timeout=60,
-        dimensions=(12, 40), env={**os.environ, "TERM": "xterm"},
+        COMMAND[0], [*COMMAND[1:], url, "--temperature", "0", "--max-tokens", "200"], encoding="utf-8", timeout=60,
+        dimensions=(8, 40), env={**os.environ, "TERM": "xterm"},
     )  # fmt: skip
-    screen = pyte.HistoryScreen(40, 12, history=10_000, ratio=0.1)
+    screen = pyte.HistoryScreen(40, 8, history=10_000, ratio=0.1)
     stream = pyte.Stream(screen)
     console.expect("> ")
     console.send(question + "\n")
@@ -160,10 +163,10 @@ def test_a_reply_taller_than_the_terminal_is_there_once(url, client):
             stream.feed(console.read_nonblocking(4096, timeout=1))
     console.close(force=True)
     lines = ["".join(line[x].data for x in range(40)).strip() for line in screen.history.top] + screen.display
-    asked = {"messages": [{"role": "user", "content": question}], "max_tokens": 300}
+    asked = {"messages": [{"role": "user", "content": question}], "max_tokens": 200}
     reply = create(client, **asked).choices[0].message.content
     assert words(" ".join(lines)) == words(question + " " + reply), "\n".join(lines)
-    assert len(lines) > 3 * 12
+    assert len(lines) > 3 * 8
 
 
 def test_keys_and_flags(closed, client):

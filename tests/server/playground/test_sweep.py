@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 def test_the_sweep_measures_as_the_evaluation_does(page, url, tmp_path):
     page.get_by_role("link", name="Sweep").click()
-    set_tokens(page, 60)
+    set_tokens(page, 24)
     page.get_by_role("button", name="Run").click()
     expect(page.locator(".status")).to_have_text("All replies are complete.")
     expect(page.locator("figure canvas")).to_have_count(6)
@@ -28,12 +28,12 @@ def test_the_sweep_measures_as_the_evaluation_does(page, url, tmp_path):
     assert [run["ratio"] for run in runs] == [0, 0.5, 1, 2, 4, 8]
     for run in runs:
         text = run["text"]
-        assert plain(text) == text_of(url, run["ratio"], max_tokens=60)
+        assert plain(text) == text_of(url, run["ratio"], max_tokens=24)
         assert run["words"] == len(statistics.words_of(text))
         for n in (1, 2, 3):
             assert run[f"distinct_{n}"] == pytest.approx(statistics.distinct([text], n))
         assert run["longest_repetition"] == statistics.longest_repetition(text)
-    trace = ask(url, 4, max_tokens=60, alignment_trace=True)["alignment"]
+    trace = ask(url, 4, max_tokens=24, alignment_trace=True)["alignment"]
     assert runs[4]["kl"] == pytest.approx(sum(token["kl"] for token in trace) / len(trace), rel=1e-5)
     assert 0 < runs[0]["kl"] < runs[5]["kl"]
     row = page.locator("tbody tr").nth(4).locator("td").all_inner_texts()
