@@ -17,8 +17,6 @@ import subprocess
 import sys
 import tempfile
 
-import torch
-
 from tests.counts import LONG_RUN
 
 PRELOADED = (
@@ -166,6 +164,8 @@ def _is_child(channel, files):
 
 
 def _become(request, files):
+    import torch  # not above, where xdist's controller would import it, too
+
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)

@@ -1,4 +1,4 @@
-"""Real servers for tests: fixtures that tests/conftest.py makes known."""
+"""Real servers for tests: fixtures that tests/fixtures.py makes known."""
 
 import contextlib
 import dataclasses
