@@ -39,7 +39,7 @@ vendor: .venv/playground/.ready # after a version in server/playground/package.j
 lint: .venv/.ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/mypy --num-workers 2
+	.venv/bin/mypy
 
 test: $(TESTED) lint
 	$(PYTEST) -m "alone and not long" $(ALONE)

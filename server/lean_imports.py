@@ -50,7 +50,7 @@ def lean_imports() -> Iterator[None]:
     disable: Any = torch.compiler.disable
     torch.distributed.is_available = lambda: False
     torch.compiler.disable = _Marks  # type: ignore[assignment]
-    torch._dynamo = _Marks  # type: ignore[assignment]
+    torch._dynamo = _Marks
     before = {name: sys.modules[name] for name in modules if name in sys.modules}
     sys.modules.update(modules)
     try:
