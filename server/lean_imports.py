@@ -40,7 +40,7 @@ def lean_imports() -> Iterator[None]:
     """While this holds, alignment_core is imported and the embedded model is loaded, on a CPU. Another model can't be
     counted on in this process.
     """
-    if "transformers.modeling_utils" in sys.modules:  # there is nothing left to spare
+    if "transformers" in sys.modules:  # it has looked for these packages, and remembers them
         yield
         return
     import torch

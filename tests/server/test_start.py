@@ -9,9 +9,11 @@ import sys
 import gguf
 import httpx
 import pytest
+import transformers  # noqa: F401 - here, if not before
 
 from alignment_core import preflight
 from alignment_core.checkpoint import Checkpoint, look_at
+from server.lean_imports import lean_imports
 from tests.serving import serving
 
 pytestmark = pytest.mark.slow
@@ -101,6 +103,14 @@ def test_help_and_wrong_flags_import_nothing_heavy(tmp_path, args, status):
     assert not imported & HEAVY
     if status:
         assert f"linalign {args[0]}: " in done.stderr
+
+
+def test_nothing_is_left_out_for_a_transformers_that_has_looked_for_it(monkeypatch):
+    """As it remembers which packages there are."""
+    monkeypatch.delitem(sys.modules, "transformers.modeling_utils", raising=False)
+    before = dict(sys.modules)
+    with lean_imports():
+        assert sys.modules == before
 
 
 def write_config(folder, **changed):
