@@ -16,7 +16,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 FEW_WORDS = 8
 # Little for Triton's interpreter, which is slow: test_paged_triton.py has kernels with more.
 SMALL = {"vocab_size": 300, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-PROGRAMS = 2  # below which the parts of a context have programs of their own
+PROGRAMS = 4  # below which the parts of a context have programs of their own
 ARCHITECTURES = {
     "llama": {},
     "mistral": {"sliding_window": 8},

@@ -53,8 +53,6 @@ class Process:
     def __init__(self, code, argv, *, env=None, cwd=None, stdin=None, stdout=None, stderr=None):
         self.args, self.returncode, self.stdin = argv, None, None
         request = {"code": code, "argv": argv, "env": dict(env or os.environ), "cwd": str(cwd or os.getcwd())}
-        self._channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._channel.connect(start()[0].replace("@", "\0"))
         with contextlib.ExitStack() as stack:
             nothing = stack.enter_context(open(os.devnull, "r+b"))
             if stdin == subprocess.PIPE:
@@ -65,6 +63,8 @@ class Process:
                 for file, standard in ((stdin, 0), (stdout, 1), (stderr, 2))
             ]
             numbers = [file if isinstance(file, int) else file.fileno() for file in files]
+            self._channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._channel.connect(start()[0].replace("@", "\0"))  # here, as it waits for what is sent
             socket.send_fds(self._channel, [json.dumps(request).encode()], numbers)
             self.pid = int(self._channel.recv(16))
 

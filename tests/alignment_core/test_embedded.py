@@ -21,7 +21,7 @@ from tests.oracle import Setting
 
 pytestmark = pytest.mark.slow
 
-KEPT = Path(__file__).with_name("embedded_replies.json")  # KEEP_REPLIES=1 writes it
+KEPT = Path(__file__).with_name("embedded_replies.json")  # KEEP_REPLIES=1 LONG_RUN=1 writes it
 RATIOS = (0.0, 0.5, 2.0, 5.0)
 KEPT_TOKENS = 64  # of each reply
 NUM_TOKENS = counted(32, KEPT_TOKENS)
@@ -102,6 +102,7 @@ def test_all_at_once_equal_the_oracle(request, prompts, crowd, kept):
     print(f"{len(prompts) * NUM_TOKENS} tokens, {sum(ties)} near ties taken the other way; {len(ties)} replies judged")
     assert sum(ties) <= MOST_TIES
     if "KEEP_REPLIES" in os.environ:
+        assert LONG_RUN, "the replies that are kept are those of the long run"
         judged = zip(prompts, crowd, ties, strict=True)
         KEPT.write_text(json.dumps({identity(prompt): tokens for prompt, tokens, tie in judged if not tie}) + "\n")
 

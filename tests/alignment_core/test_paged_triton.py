@@ -13,6 +13,7 @@ from alignment_core.attention import paged_triton
 from alignment_core.attention.paged_batch import PagedBatch, Plan
 from alignment_core.scheduler import Row
 from alignment_core.sequence import Branch
+from tests.counts import counted
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +25,7 @@ CONTEXTS = [
     (40, 40),
     (199, 5),
 ]  # tokens of a row, and how many of them are queries
-FEW = [(70, 1), (1, 1), (130, 1), (199, 5)]
+FEW = counted([(70, 1), (1, 1), (130, 1), (199, 5)], CONTEXTS)
 
 
 def written_out(query, keys, values, row, num_queries, scaling, window, softcap):
@@ -87,17 +88,22 @@ def grids(monkeypatch):
     return seen
 
 
-SPLIT, MORE_THAN_A_TILE = 100, {"heads": 4, "kv_heads": 2, "dim": 8}
+SPLIT = 100
+# The interpreter takes seconds to put together what long chunks have in parts: in the short run for these.
+LONG_CHUNKS = (
+    {"heads": 4, "kv_heads": 2, "dim": 8},
+    {"heads": 4, "kv_heads": 2, "dim": 64, "window": 64, "softcap": 5.0},
+)
 
 
 @pytest.mark.parametrize("programs", [1, SPLIT])
 @pytest.mark.parametrize(
     "shape",
     [
-        MORE_THAN_A_TILE,
+        LONG_CHUNKS[0],
         {"heads": 6, "kv_heads": 2, "dim": 32, "page_size": 3},
         {"heads": 4, "kv_heads": 2, "dim": 64, "window": 7},
-        {"heads": 4, "kv_heads": 2, "dim": 64, "window": 64, "softcap": 5.0},
+        LONG_CHUNKS[1],
         {"heads": 3, "kv_heads": 3, "dim": 80, "softcap": 5.0},
         {"heads": 32, "kv_heads": 1, "dim": 256, "page_size": 32},
         {"heads": 4, "kv_heads": 2, "dim": 64, "dtype": torch.float16, "window": 100},
@@ -108,8 +114,8 @@ SPLIT, MORE_THAN_A_TILE = 100, {"heads": 4, "kv_heads": 2, "dim": 8}
 )
 def test_equals_attention_written_out(shape, programs, grids, monkeypatch):
     monkeypatch.setattr(paged_triton, "PROGRAMS", programs)
-    # The interpreter takes seconds to put together what long chunks have in parts.
-    out, wanted, _ = attend(FEW if programs == SPLIT and shape != MORE_THAN_A_TILE else CONTEXTS, **shape)
+    contexts = FEW if programs == SPLIT and shape not in LONG_CHUNKS else CONTEXTS
+    out, wanted, _ = attend(contexts, **shape)
     tolerance = 2e-6 if shape.get("dtype") is None else 2e-3
     torch.testing.assert_close(out.double(), wanted, atol=tolerance, rtol=tolerance)
     assert len(grids) == 2  # decodes, and the others

@@ -17,8 +17,9 @@ from server.settings import Settings
 # Seeds of requests that do it, once each: as long as there is a file of that name in $FAULTS. An engine that stalls is
 # not known to hang.
 DIES, HANGS, STALLS = 13, 14, 15
-HOLD = "hold"  # while there is a file of this name in $FAULTS, requests begin, but do not go on
-NUM_FIRST_TOKENS = 3  # that a request gets then: enough for a piece of text
+HOLD = "hold"  # while there is a file of this name in $FAULTS, requests begin, and then go on slowly
+NUM_FIRST_TOKENS = 3  # that a request gets at once then: enough for a piece of text
+PAUSE = 0.6  # seconds before each token that follows: often enough for news of the replica
 
 
 def _raise(*_: object) -> None:
@@ -35,9 +36,8 @@ class Faulty(application.EngineReplica):
         self._step_at_once, self._engine.step = self._engine.step, self._step
 
     def _step(self) -> bool:
-        engine, hold = self._engine, Path(os.environ["FAULTS"]) / HOLD
-        while hold.exists():
-            engine._longest_step = 10**6  # so that nobody takes the engine for one that hangs
+        engine, hold, until = self._engine, Path(os.environ["FAULTS"]) / HOLD, time.monotonic() + PAUSE
+        while hold.exists() and time.monotonic() < until:
             sequences = [*engine.scheduler.running, *engine.scheduler.waiting]
             if engine._inbox or engine._stopping or any(s.num_drawn < NUM_FIRST_TOKENS for s in sequences):
                 break

@@ -144,7 +144,7 @@ def pid_of(replica):
 
 @contextlib.contextmanager
 def held(folder):
-    """The engines of the cluster with this folder begin requests meanwhile, but do not go on with them."""
+    """The engines of the cluster with this folder begin requests meanwhile, but hardly go on with them."""
     (folder / HOLD).touch()
     try:
         yield
@@ -159,7 +159,7 @@ def fill(url, about, num_tokens):
         running.append(Stream(url, f"Tell me about {number} {about}.", num_tokens))
         assert running[-1].begun.wait(60)
     others = [Stream(url, f"Tell me about {number} other {about}.", num_tokens) for number in range(SEQS + 1)]
-    (refused,) = wait(lambda: [stream for stream in others if stream.error])
+    (refused,) = wait(lambda: [stream for stream in others if stream.error], seconds=20)
     others.remove(refused)
     assert not any(stream.begun.is_set() for stream in others)
     return running, others, refused.error

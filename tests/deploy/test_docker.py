@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -138,7 +137,7 @@ def container(package, compiler, tmp_path):
         container = Container(unshare, variables, log)
         yield container
         if unshare.poll() is None:  # as the test has failed; --kill-child would forget a child with a new user id
-            os.kill(int(container.first), signal.SIGKILL)
+            subprocess.run(["kill", "-s", "KILL", *container.first.split(), str(unshare.pid)], check=True)
     print(log.read_text())
 
 

@@ -36,7 +36,7 @@ from tests.deploy.ray_cluster import (
 )
 
 pytestmark = pytest.mark.alone  # seven processes that start at once, and clocks of Ray's own
-NUM_TOKENS = 60  # of streams that fill engines that are held
+NUM_TOKENS = 80  # of streams that fill engines that are held: three quarters of a minute
 LONG = 2000  # tokens that nobody waits for
 
 
@@ -163,7 +163,8 @@ def test_a_replica_that_is_killed_takes_only_what_it_had_begun(cluster):
     url, folder = cluster[0] + "/pair", cluster[1]
     before = replicas(url)
     with held(folder):
-        running, waiting, _ = fill(url, "lakes", NUM_TOKENS)  # so each replica has begun as many as it has seats
+        running, waiting, _ = fill(url, "lakes", NUM_TOKENS)
+        wait(lambda: metric(url, "num_requests_running") == dict.fromkeys(before, SEQS), seconds=20)
         victim = min(before)
         os.kill(pid_of(victim), signal.SIGKILL)
     for stream in running + waiting:

@@ -132,10 +132,11 @@ def test_prompting_is_ratio_zero(client):
 
 
 def test_personal_preference(url, tmp_path):
-    args = ("--url", url, "--limit", 1, "--methods", "linear", "--ratios", "0,2", "--temperatures", "0,0.5")
+    limit = counted(1, 2)
+    args = ("--url", url, "--limit", limit, "--methods", "linear", "--ratios", "0,2", "--temperatures", "0,0.5")
     found, report = run("personal-preference", tmp_path, *args)
     lines = (tmp_path / "records.jsonl").read_text().splitlines()
-    assert len(lines) == 4 * 3 * 2  # preferences, cells, temperatures
+    assert len(lines) == limit * 4 * 3 * 2  # questions, preferences, cells, temperatures
     whole = [row for row in found if row["domain"] == "all"]
     assert [(row["method"], row["ratio"]) for row in whole] == [("plain", 0), ("prompting", 0), ("linear", 2)] * 2
     greedy = [json.loads(line) for line in lines if "/2/0/" in line]
@@ -152,7 +153,7 @@ def test_personal_preference(url, tmp_path):
     keys = [
         json.loads(line)["key"] for line in (tmp_path / "records.jsonl").read_text().splitlines() if line.endswith("}")
     ]
-    assert len(keys) == len(set(keys)) == 24
+    assert len(keys) == len(set(keys)) == len(lines)
 
 
 def test_follow(url, tmp_path, monkeypatch):

@@ -42,8 +42,8 @@ class Event:
 class Kernel:
     """Triton's kernel, which its interpreter runs, for tensors on the device."""
 
-    def __init__(self, device: "FakeCuda", kernel: Any) -> None:
-        self._device, self._kernel = device, kernel
+    def __init__(self, device: "FakeCuda", name: str, kernel: Any) -> None:
+        self._device, self._name, self._kernel = device, name, kernel
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return partial(self._launch, grid)
@@ -53,7 +53,7 @@ class Kernel:
             raise Fault(f"a kernel is given the host's memory, {place()}")
         again = partial(self._kernel[grid], *map(inner_of, args), **constants)
         again()
-        self._device.num_launches += 1
+        self._device.launches[self._name] += 1
         self._device.record(again, args)
 
 
@@ -61,14 +61,14 @@ class FakeCuda:
     """The device, while it is entered.
 
     waits: how often the host has waited for it, by "file:function: operation". memory: what it has, and how much of it
-    is taken. transfers: those that nobody has waited for.
+    is taken. transfers: those that nobody has waited for. launches: of kernels by their name, outside of graphs.
     """
 
     def __init__(self) -> None:
         self.waits: Counter[str] = Counter()
         self.memory = Allocator()
         self.transfers = Transfers()
-        self.num_launches = 0
+        self.launches: Counter[str] = Counter()
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "FakeCuda":
@@ -113,7 +113,7 @@ class FakeCuda:
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
         for module, name in kernels:
-            monkeypatch.setattr(module, name, Kernel(self, getattr(module, name)))
+            monkeypatch.setattr(module, name, Kernel(self, name, getattr(module, name)))
 
     @contextlib.contextmanager
     def _capture(self, graph: Graph, pool: Pool | None = None, **_: object) -> Iterator[None]:

@@ -40,5 +40,5 @@ def engine_on(cuda, tokenizer, dtype=torch.float32, model=None, warm_up=False, *
         engine = make_engine(loaded, **sizes | config)
     assert set(cuda.waits) <= WHERE_SIZING_WAITS
     cuda.waits.clear()
-    cuda.num_launches = 0
+    cuda.launches.clear()
     return engine, oracle

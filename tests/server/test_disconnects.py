@@ -37,8 +37,12 @@ def event_stream(events, replies):
             async for event in events:
                 if event.data == "[DONE]" or '"type":"response.incomplete"' in event.data:
                     (here / "ending").touch()
-                    while (here / "held").exists():
-                        await asyncio.sleep(0.01)
+                    try:
+                        while (here / "held").exists():
+                            await asyncio.sleep(0.01)
+                    except asyncio.CancelledError:
+                        (here / "left").touch()
+                        raise
                 yield event
         (here / "ended").touch()
     return original(held_and_ended(), replies)
@@ -108,18 +112,30 @@ class Server:
 
 
 @contextlib.contextmanager
-def disturbed(server, n=1, max_tokens=60):
-    """Somebody else's stream, within which something happens; afterwards nothing is left and nothing was lost."""
-    begun, texts = threading.Event(), []
-    thread = threading.Thread(target=lambda: texts.extend(server.bystander(begun, max_tokens, n)))
+def disturbed(server, n=1, max_tokens=60, again=False):
+    """Somebody else's stream, within which something happens; afterwards nothing is left and nothing was lost.
+
+    again: one stream after the other, until all has happened.
+    """
+    begun, over, texts = threading.Event(), threading.Event(), []
+
+    def follow():
+        texts.append(server.bystander(begun, max_tokens, n))
+        while again and not over.is_set():
+            texts.append(server.bystander(begun, max_tokens, n))
+
+    thread = threading.Thread(target=follow)
     thread.start()
     try:
         until(lambda: begun.is_set() or not thread.is_alive())
         yield
     finally:
+        over.set()
         thread.join(120)
     expected = server.undisturbed[n]
-    assert [text[: len(expected[0])] for text in texts] == expected
+    assert texts
+    for stream in texts:
+        assert [text[: len(expected[0])] for text in stream] == expected
     until(lambda: server.counts() == (0, 0, 0))
     assert server.complaints() == []
 
@@ -158,7 +174,7 @@ def server(serving_small, marks):
 
 @pytest.fixture(autouse=True)
 def _nothing_is_marked(marks):
-    for name in ("held", "compiling", "compiled", "ending", "ended"):
+    for name in ("held", "compiling", "compiled", "ending", "left", "ended"):
         (marks / name).unlink(missing_ok=True)
 
 
@@ -244,6 +260,7 @@ def test_between_the_last_token_and_the_end_of_the_stream(server, marks, kind):
             received = connection.recv(1_000_000)
             assert b"data: " in received
             assert b"[DONE]" not in received
+        until((marks / "left").exists)
         assert not (marks / "ended").exists()
         (marks / "held").unlink()
 
@@ -261,7 +278,7 @@ def test_before_all_of_its_body_is_sent(server, kind, part):
 def test_clients_that_leave_at_any_moment(server):
     """In the order of their numbers, from at once to after a third of a second."""
     num_clients = counted(30, 100)
-    with disturbed(server, max_tokens=3 * num_clients):
+    with disturbed(server, again=True):
         for number in range(num_clients):
             path, body, _ = list(KINDS.values())[number % 4]
             with client(

@@ -16,7 +16,7 @@ def test_random_traffic_with_aborts_leaves_nothing_behind():
     told = soak(counted(14, 1200), warm_up=counted(0.5, 0.2))
     before, after = told["after_warm_up"], told["at_the_end"]
     assert set(told["requests"]) == {DONE, LEFT, REFUSED}
-    assert min(told["requests"].values()) >= 10
+    assert min(told["requests"].values()) >= counted(3, 10)
     assert after["free_pages"] == before["free_pages"] == NUM_PAGES
     assert after["open_files"] <= before["open_files"]
     assert after["tasks"] <= before["tasks"]
