@@ -186,7 +186,7 @@ whole_and_streamed = pytest.mark.parametrize("stream", [False, True], ids=["whol
 @whole_and_streamed
 def test_in_the_queue(server, kind, stream):
     path, body, num_sequences = kind
-    with disturbed(server, n=4, max_tokens=counted(80, 150)):
+    with disturbed(server, n=4, max_tokens=200):
         with client(server, path, {**body("Tell me about seas."), "stream": stream}):
             until(lambda: server.counts()[:2] == (4, num_sequences))
         until(lambda: server.counts()[:2] == (4, 0))
@@ -240,7 +240,7 @@ def test_in_the_middle_of_a_stream(server, kind):
 @each_kind
 def test_while_a_whole_reply_is_drawn(server, kind):
     path, body, num_sequences = kind
-    with disturbed(server):
+    with disturbed(server, max_tokens=150):
         with client(server, path, body("Tell me about seas.")):
             until(lambda: server.counts()[0] == min(4, 1 + num_sequences))
             usage = server.counts()[2]
@@ -269,7 +269,7 @@ def test_between_the_last_token_and_the_end_of_the_stream(server, marks, kind):
 @each_kind
 def test_before_all_of_its_body_is_sent(server, kind, part):
     path, body, _ = kind
-    with disturbed(server):
+    with disturbed(server, max_tokens=150):
         with client(server, path, body("Tell me about seas."), part):
             pass
         assert server.counts()[:2] == (1, 0)

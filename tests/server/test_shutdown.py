@@ -36,7 +36,7 @@ def test_a_reply_that_takes_longer_than_the_shutdown_is_told_so(serving_small, s
 
 def test_a_stream_ends_in_order_on_sigterm(serving_small):
     """Within the shutdown timeout, as any reply."""
-    body = {**BASE, "max_tokens": 60, "stream": True, "ignore_eos": True}
+    body = {**BASE, "max_tokens": 150, "stream": True, "ignore_eos": True}
     with serving_small() as (url, process):
         with httpx.stream("POST", url + "/v1/chat/completions", json=body, timeout=60) as response:
             lines = response.iter_lines()
@@ -101,11 +101,11 @@ def test_a_second_sigterm_stops_at_once(serving_small):
 
 def test_while_replies_end_new_requests_are_told_to_go_elsewhere(serving_small, tmp_path):
     with (tmp_path / "stderr").open("w") as stderr, serving_small(stderr=stderr) as (url, process):
-        alone = events(url, max_tokens=200)
+        alone = events(url, max_tokens=400)
         kept = httpx.Client(base_url=url)
         assert kept.get("/health").status_code == 200
         streamed = []
-        running = threading.Thread(target=lambda: streamed.extend(events(url, max_tokens=200)))
+        running = threading.Thread(target=lambda: streamed.extend(events(url, max_tokens=400)))
         running.start()
         await_metric(url, "num_requests_running 1.0")
         process.send_signal(signal.SIGTERM)
