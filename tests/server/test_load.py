@@ -14,7 +14,7 @@ from tests.serving import serving
 
 pytestmark = pytest.mark.slow
 
-NUM_STREAMS, NUM_TOKENS = counted(30, 500), 6
+NUM_STREAMS, NUM_TOKENS = counted(50, 500), 6
 PLACES = ("town", "lake", "valley", "island", "forest")
 TOPICS = ("its weather", "its people", "its food", "its roads", "its songs")
 PRINCIPLES = ("Be brief.", "Be poetic.", "Mention the sea.", "Speak to a child.", "Praise cycling.")

@@ -13,7 +13,7 @@ GROWTH_MB = 40  # caches that are still filling up: compiled grammars, chat temp
 
 
 def test_random_traffic_with_aborts_leaves_nothing_behind():
-    told = soak(counted(14, 1200), warm_up=counted(0.5, 0.2))
+    told = soak(counted(20, 1200), warm_up=counted(0.5, 0.2))
     before, after = told["after_warm_up"], told["at_the_end"]
     assert set(told["requests"]) == {DONE, LEFT, REFUSED}
     assert min(told["requests"].values()) >= counted(3, 10)
