@@ -1,5 +1,6 @@
 """Two replicas on a real Ray cluster: what they answer, and what is lost when one of them is."""
 
+import asyncio
 import json
 import os
 import signal
@@ -13,7 +14,9 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from deploy.ray import remote_engine
 from deploy.ray.application import GRACE, EngineReplica, build
+from deploy.ray.remote_engine import Description, RemoteEngine
 from server.shutdown import PATIENCE, USUAL
 from tests.deploy.faulty import DIES
 from tests.deploy.ray_cluster import (
@@ -201,6 +204,30 @@ def test_a_replica_whose_step_does_not_come_back_is_not_well():
         replica._engine.pace = (time.monotonic() - ago, PATIENCE / USUAL)
         replica.check_health()
         assert bool(given_up) != is_well
+
+
+def test_replicas_that_were_heard_of_lately_are_not_asked(tokenizer, monkeypatch):
+    """As a question to a full one would wait for a seat."""
+    asked = []
+
+    async def answer(return_exceptions):
+        return [("replica", "stats")] if return_exceptions else []
+
+    def broadcast(name):
+        asked.append(name)
+        return types.SimpleNamespace(results_async=answer)
+
+    engine = RemoteEngine(types.SimpleNamespace(broadcast=broadcast), Description("x", tokenizer, 300, 100))
+
+    async def look(times):
+        for _ in range(times):
+            await engine.check_health()
+
+    asyncio.run(look(12))
+    assert asked == ["stats"]
+    monkeypatch.setattr(remote_engine, "RECENT", 0)
+    asyncio.run(look(2))
+    assert asked == ["stats"] * 3
 
 
 def test_an_engine_has_its_processes_on_one_machine_and_no_queue_of_its_own():

@@ -61,7 +61,7 @@ class FakeCuda:
     """The device, while it is entered.
 
     waits: how often the host has waited for it, by "file:function: operation". memory: what it has, and how much of it
-    is taken. transfers: those that nobody has waited for. launches: of kernels by their name, outside of graphs.
+    is taken. transfers: those that nobody has waited for. launches: of kernels by their name, without replays.
     """
 
     def __init__(self) -> None:
