@@ -87,11 +87,11 @@ class Engine:
         self._limits = Limits(
             self.vocab_size, self.max_model_len, config.max_num_seqs, max_num_batched_tokens, self.pool
         )
-        self.grammars = Grammars(loaded.tokenizer, self.vocab_size, loaded.eos_token_ids)
+        self.eos_token_ids = frozenset(id for id in loaded.eos_token_ids if id < self.vocab_size)
+        self.grammars = Grammars(loaded.tokenizer, self.vocab_size, self.eos_token_ids)
         self.token_bytes = TokenBytes(loaded.tokenizer)
         self.prompts = PromptBuilder(loaded.tokenizer, self.max_model_len)
         self.error: BaseException | None = None
-        self.eos_token_ids = loaded.eos_token_ids
         self._ids = itertools.count()
         self._requests: dict[int, list[Sequence]] = {}  # by id: the choices that have not ended
         self._inbox: deque[Sequence | int] = deque()  # new sequences, and ids to abort

@@ -96,7 +96,9 @@ class Grammars:
     def _make_vocabulary(self) -> "LLTokenizer":
         from llguidance.hf import from_tokenizer
 
-        return from_tokenizer(self._tokenizer, self._vocab_size, self._eos_token_ids)
+        # A tokenizer may know tokens that the model has not: masks are then longer than logits, and their end is cut.
+        num_tokens = max(self._vocab_size, max(self._tokenizer.get_vocab().values()) + 1)
+        return from_tokenizer(self._tokenizer, num_tokens, self._eos_token_ids)
 
 
 def _refuse_bombs(structure: Structure) -> None:

@@ -1,5 +1,6 @@
 """What an engine can never serve, whatever else it does: told before anything is computed (DESIGN 5, invariant 8)."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from alignment_core.errors import InvalidRequest
@@ -24,6 +25,8 @@ class Limits:
             told = f"n is {n}, but {num_branches} branches times n must be in [1, {self.max_num_seqs}]"
             raise InvalidRequest(told, "n")
         self._refuse_foreign_tokens(params)
+        if not all(prompt.branches):
+            raise InvalidRequest("prompt must not be empty", "messages")
         lengths = [len(ids) + len(prompt.given) for ids in prompt.branches]
         if max(lengths) >= self.max_model_len + (params.max_tokens == 0):
             raise InvalidRequest(
@@ -31,6 +34,8 @@ class Limits:
                 "the reply included; shorten the messages or the principle",
                 "messages",
             )
+        for ids in (*prompt.branches, prompt.given):
+            self._refuse_foreign_ids(ids, "messages")
         if num_branches > self.max_num_batched_tokens:
             raise InvalidRequest(f"{num_branches} branches are more than one step can take", "principle")
         if params.max_tokens == 0 and not prompt.given:
@@ -38,10 +43,14 @@ class Limits:
         return len(prompt.given) + self._room(lengths, params.max_tokens)
 
     def _refuse_foreign_tokens(self, params: SamplingParams) -> None:
-        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-            for id in ids:
-                if not 0 <= id < self.vocab_size:
-                    raise InvalidRequest(f"{name}: the vocabulary has no token {id}", name)
+        self._refuse_foreign_ids(params.logit_bias, "logit_bias")
+        self._refuse_foreign_ids(params.stop_token_ids, "stop_token_ids")
+
+    def _refuse_foreign_ids(self, ids: Collection[int], param: str) -> None:
+        """A tokenizer may know tokens that the model has no embedding for."""
+        for id in (min(ids, default=0), max(ids, default=0)):
+            if not 0 <= id < self.vocab_size:
+                raise InvalidRequest(f"{param}: the model has no token {id}", param)
 
     def _room(self, lengths: list[int], max_tokens: int | None) -> int:
         """Tokens of a reply behind branches of these lengths: max_tokens where they fit, or as many as do."""

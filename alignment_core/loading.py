@@ -179,6 +179,14 @@ def _check(id: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     if heads % parts:
         raise LoadingError(f"{id} has {heads} key heads, which {parts} processes can't share evenly")
+    foreign = [token for token, number in tokenizer.get_vocab().items() if number >= config.vocab_size]
+    if foreign:
+        log.warning(
+            "%s: the model has no embedding for %d tokens of its tokenizer, such as %r; prompts with them are refused",
+            id,
+            len(foreign),
+            foreign[0],
+        )
 
 
 def _from_pretrained(

@@ -121,8 +121,9 @@ class PromptBuilder:
             ids = self._tokenizer.encode(text)
         else:
             ids = text
-            if any(id >= self._vocab_size for id in ids):
-                raise InvalidRequest(f"the vocabulary has no token {max(ids)}", "prompt")
+            foreign = [id for id in ids if not 0 <= id < self._vocab_size]
+            if foreign:
+                raise InvalidRequest(f"the vocabulary has no token {foreign[0]}", "prompt")
         if not ids:
             raise InvalidRequest("prompt must not be empty", "prompt")
         return tuple(ids)

@@ -1,9 +1,15 @@
 """What can never be served is refused before anything is computed."""
 
-import pytest
+import copy
+import re
+from dataclasses import replace
 
-from alignment_core import InvalidRequest, Prompt, SamplingParams
-from tests.engines import aligned, make_engine, run_all, token_ids
+import pytest
+from transformers import AddedToken
+
+from alignment_core import InvalidRequest, Prompt, SamplingParams, load
+from alignment_core.request import Structure
+from tests.engines import GREEDY, aligned, judge, make_engine, run_all, tiny_pair, token_ids
 
 
 def test_what_does_not_fit_is_refused_before_any_compute(tiny):
@@ -51,3 +57,64 @@ def test_prompt_and_reply_may_fill_the_context_and_no_more(tiny):
     assert len(token_ids(outputs)) == 3
     with pytest.raises(InvalidRequest, match="the context holds 512"):
         engine.submit(prompt, SamplingParams(max_tokens=4), print)
+
+
+BEFORE, PRINCIPLED = tuple(range(5, 25)), tuple(range(30, 60))
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        Prompt(((*BEFORE, 300),)),
+        Prompt(((-1, *BEFORE),)),
+        Prompt((PRINCIPLED,), (1.0,), (2.0,), (*BEFORE, 300)),
+        Prompt((PRINCIPLED, (*PRINCIPLED, 10**12)), (0.5, 0.5), (2.0, 2.0), BEFORE),
+        Prompt((BEFORE,), given=(7, 300)),
+        Prompt((BEFORE,), given=(-2,)),
+        Prompt(((),)),
+        Prompt((PRINCIPLED,), (1.0,), (2.0,), ()),
+    ],
+    ids=["beyond", "negative", "base", "second principle", "given", "given negative", "empty", "empty base"],
+)
+def test_a_prompt_that_the_model_has_no_embedding_for_is_refused(tiny, prompt):
+    loaded, oracle = tiny
+    engine = make_engine(loaded, num_pages=40)
+    with pytest.raises(InvalidRequest, match="no token|empty") as refusal:
+        engine.submit(prompt, GREEDY, print)
+    assert refusal.value.param == "messages"
+    assert engine.runner.num_forwards == 0
+    (outputs,) = run_all(engine, [(aligned(2.0), GREEDY)])
+    judge(oracle, aligned(2.0), outputs)
+
+
+@pytest.fixture(scope="module")
+def with_a_token_more(tokenizer):
+    """A model whose tokenizer has a token that was added without making the embedding larger, and ends replies."""
+    tokenizer = copy.deepcopy(tokenizer)
+    num_tokens = len(tokenizer)
+    tokenizer.add_tokens([AddedToken("[PAD]", special=True)])
+    loaded, oracle = tiny_pair(tokenizer, vocab_size=num_tokens)
+    return replace(loaded, eos_token_ids=frozenset({2, num_tokens})), oracle
+
+
+def test_a_tokenizer_with_a_token_more_than_the_model(with_a_token_more):
+    loaded, oracle = with_a_token_more
+    engine = make_engine(loaded, num_pages=100)
+    with pytest.raises(InvalidRequest, match="the model has no token 49152"):
+        engine.submit(engine.prompts.build_text("Hello [PAD]"), GREEDY, print)
+    assert engine.runner.num_forwards == 0
+    told = engine.prompts.build([{"role": "user", "content": "Hello [PAD]"}])  # text, not the token
+    structure = Structure("regex", "[a-z]{4} [0-9]+")
+    params = [GREEDY, replace(GREEDY, ignore_eos=False, min_tokens=5), replace(GREEDY, structure=structure)]
+    greedy, least, structured = run_all(engine, [(told, p) for p in params])
+    judge(oracle, told, greedy)
+    judge(oracle, told, least, min_tokens=5, stop_ids=(2,))
+    assert re.fullmatch("[a-z]{4} [0-9]*", "".join(output.text for output in structured))
+
+
+def test_loading_warns_of_tokens_that_the_model_does_not_have(with_a_token_more, tmp_path, caplog):
+    loaded, _ = with_a_token_more
+    tiny_pair(loaded.tokenizer, vocab_size=49152, kernels=False)[0].model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    load(str(tmp_path))
+    assert "no embedding for 1 tokens of its tokenizer, such as '[PAD]'" in caplog.text
