@@ -19,6 +19,16 @@ from alignment_core.transfer import to_device
 ADAPTIVE_SCALE = 50.0
 
 
+def difference(z: Tensor, base: Tensor) -> Tensor:
+    """z − base, and 0 where one of them is −inf: a token that a model itself rules out has no direction."""
+    return torch.where((z == -torch.inf) | (base == -torch.inf), 0.0, z - base)
+
+
+def weighted(weights: Tensor, z: Tensor) -> Tensor:
+    """weights × z, and 0 where a weight is 0, whatever z is there."""
+    return torch.where(weights != 0, weights * z, 0.0)
+
+
 def opad(now: Tensor, before: Tensor | None) -> Tensor:
     """OPAD (Zhu et al., ICLR 2025): what is to be added to the direction, all [V], at this step.
 
@@ -35,7 +45,7 @@ def adaptive(coefficients: Tensor, weights: Tensor, principled: Tensor, base: Te
     """
     log_p, log_q = principled.log_softmax(dim=-1), base.log_softmax(dim=-1)
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-    divergence = (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum() / 2
+    divergence = sum(torch.where(log > -torch.inf, log.exp() * (log - log_m), 0).sum() for log in (log_p, log_q)) / 2
     return torch.minimum(coefficients, weights * ADAPTIVE_SCALE * divergence)
 
 
@@ -106,21 +116,20 @@ def principled_logits(logits: Tensor, mixing: Mixing) -> Tensor:
 
     logits: [rows, V] float32. Returns [S, V] float32; bit-equal to the one row where k = 1.
     """
-    total = logits[mixing.principled[:, 0]]
-    if mixing.principled.shape[1] > 1:
-        total *= mixing.weights[:, :1]
-        for i in range(1, mixing.principled.shape[1]):
-            weight = mixing.weights[:, i, None]
-            total += torch.where(weight != 0, weight * logits[mixing.principled[:, i]], 0)
+    first, *others = mixing.principled.unbind(1)
+    if not others:
+        return logits[first]
+    total = weighted(mixing.weights[:, :1], logits[first])
+    for i, rows in enumerate(others, 1):
+        total += weighted(mixing.weights[:, i, None], logits[rows])
     return total
 
 
 def direction(logits: Tensor, mixing: Mixing, tokens: Tensor | None = None) -> Tensor:
     """Σ c_i (z_i − z_b), to be added to the edited z_p (section 2.2 and 2.3, where c_i = w_i r_i).
 
-    logits: [rows, V] float32, never edited, so that no −inf meets another. tokens: [S, K] int64,
-    where to compute it; None means all V. Returns [S, K] float32; exactly 0 for a sequence without a
-    base branch.
+    logits: [rows, V] float32, never edited. tokens: [S, K] int64, where to compute it; None means all V. Returns
+    [S, K] float32; exactly 0 for a sequence without a base branch, and where the model itself says −inf.
     """
 
     def of(rows: Tensor) -> Tensor:
@@ -129,7 +138,7 @@ def direction(logits: Tensor, mixing: Mixing, tokens: Tensor | None = None) -> T
     base = of(mixing.base)
     total = torch.zeros_like(base)
     for i in range(mixing.principled.shape[1]):
-        total += mixing.coefficients[:, i, None] * (of(mixing.principled[:, i]) - base)
+        total += mixing.coefficients[:, i, None] * difference(of(mixing.principled[:, i]), base)
     if mixing.addition is not None:
         total += mixing.addition if tokens is None else mixing.addition.gather(1, tokens)
     return total

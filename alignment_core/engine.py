@@ -35,6 +35,7 @@ from alignment_core.request import DEFAULT_RATIO, Principle, Prompt, SamplingPar
 from alignment_core.sampling import sample
 from alignment_core.scheduler import SPECULATIVE_BATCH, Scheduler, Step
 from alignment_core.sequence import Sequence
+from alignment_core.static_draw import NO_TOKEN
 from alignment_core.static_sampling import StaticSampler
 
 log = logging.getLogger(__name__)
@@ -440,7 +441,9 @@ class Engine:
             return False
 
     def _accept(self, sequence: Sequence, token: int, logprobs: tuple[TokenLogprob, ...] = ()) -> bool:
-        """Add a token to the reply; False if the reply ends with it."""
+        """Add a token to the reply; False if the reply ends with it. Raises RequestFailed."""
+        if token == NO_TOKEN:
+            raise RequestFailed("the model's logits are not finite here, so no token can be drawn")
         sequence.append(token)
         is_given = sequence.num_replied <= 0
         if not is_given:
@@ -482,8 +485,11 @@ class Engine:
         log.error("Request %d failed", sequence.request_id, exc_info=error)
         if sequence.ended:
             return
+        for branch in sequence.branches:
+            self.pool.unpublish(branch)
         self._forget(sequence)
-        failed = RequestFailed("the server failed in this request; others are not affected")
+        unknown = RequestFailed("the server failed in this request; others are not affected")
+        failed = error if isinstance(error, RequestFailed) else unknown
         self._tell(sequence, replace(sequence.last_output("error"), error=failed))
 
     def _forget(self, sequence: Sequence) -> None:

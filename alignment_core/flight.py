@@ -10,6 +10,7 @@ from alignment_core.logprobs import Logprobs, log_probabilities
 from alignment_core.output import TokenLogprob
 from alignment_core.scheduler import Step
 from alignment_core.sequence import Sequence
+from alignment_core.static_draw import NO_TOKEN
 from alignment_core.transfer import to_host
 
 Sampler = Callable[[Tensor, Seq[Sequence], Seq[int]], Tensor]
@@ -17,14 +18,15 @@ Drawn = tuple[Tensor, Logprobs | None]
 
 
 def draw(logits: Tensor, places: Seq[tuple[Sequence, int]], sampler: Sampler) -> Drawn:
-    """A token for each place, (sequence, position); where it is given, that one. logits: [R, V], a row for each branch
-    of each place in turn, more behind them where shapes are fixed.
+    """A token for each place, (sequence, position); where it is given, that one; or NO_TOKEN.
+
+    logits: [R, V], a row for each branch of each place in turn, more behind them where shapes are fixed.
     """
     sequences, positions = zip(*places, strict=True)
     tokens = sampler(logits, sequences, positions)
     for line, (sequence, position) in enumerate(places):
         if position < 0:
-            tokens[line] = sequence.prompt.given[position]
+            tokens[line] = torch.where(tokens[line] == NO_TOKEN, NO_TOKEN, sequence.prompt.given[position])
     return tokens, log_probabilities(logits, sequences, positions, tokens)
 
 

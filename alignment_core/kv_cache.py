@@ -77,6 +77,11 @@ class PagePool:
                 self._hash_of[page] = digest
             branch.num_published += 1
 
+    def unpublish(self, branch: Branch) -> None:
+        """Let nobody else adopt the branch's pages, as something is wrong with them."""
+        for page in branch.pages:
+            self._forget(page)
+
     def release(self, branch: Branch) -> None:
         """Let go of all pages of the branch; those it has not computed lose their published name."""
         for index in reversed(range(len(branch.pages))):  # so that a prefix outlives what follows it

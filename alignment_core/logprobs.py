@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from alignment_core.alignment import principled_logits
 from alignment_core.edits import edit
-from alignment_core.output import TokenLogprob, Trace
+from alignment_core.output import IMPOSSIBLE, TokenLogprob, Trace
 from alignment_core.sampling import Settings, candidates, mixing_of, plan
 from alignment_core.sequence import Sequence
 from alignment_core.transfer import to_device, to_host
@@ -100,8 +100,9 @@ def log_probabilities(logits: Tensor, sequences: Seq[Sequence], positions: Seq[i
     """How probable drawn tokens were: under the aligned policy, softmax of z at temperature 1 on the plausible
     set, or, without alignment, under the model itself. None if nobody wants to know.
 
-    logits, sequences, positions: as for `sample`; tokens: [S] int64, what it drew.
+    logits, sequences, positions: as for `sample`; tokens: [S] int64, what it drew. Of NO_TOKEN nothing is to be had.
     """
+    tokens = tokens.clamp(min=0)
     wanted = [sequence.params.num_reported for sequence in sequences]
     if all(n is None for n in wanted):
         return None
@@ -135,7 +136,7 @@ def log_probabilities(logits: Tensor, sequences: Seq[Sequence], positions: Seq[i
             z = z.log_softmax(dim=-1)
             drawn_from.put(index[some], z, tokens[index[some]], ids)
             if any(traced):
-                of_base = logits[mixing.base[some]].log_softmax(dim=-1).gather(1, ids)
+                of_base = logits[mixing.base[some]].log_softmax(dim=-1).gather(1, ids).clamp(min=IMPOSSIBLE)
                 possible = z > -torch.inf
                 num_plausible[index[some]] = possible.sum(dim=-1)
                 kl[index[some]] = torch.where(possible, z.exp() * (z - of_base), 0).sum(dim=-1)

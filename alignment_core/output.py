@@ -7,6 +7,7 @@ from typing import Literal
 from alignment_core.errors import InvalidRequest, RequestFailed
 from alignment_core.request import Prompt
 
+IMPOSSIBLE = -9999.0  # the log-probability of what can't be drawn, where −inf can't be told
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 

@@ -11,18 +11,20 @@ from alignment_core import static_draw
 from alignment_core.alignment import (
     Mixing,
     adaptive,
+    difference,
     direction,
     log_totals,
     opad,
     plausible_floor,
     plausible_set,
     principled_logits,
+    weighted,
 )
 from alignment_core.cpu import vocabulary
 from alignment_core.edits import edit
 from alignment_core.methods import METHODS, starts_from_base
 from alignment_core.sequence import Sequence
-from alignment_core.static_draw import Filters, inverse_transform
+from alignment_core.static_draw import NO_TOKEN, Filters, inverse_transform
 from alignment_core.transfer import to_device
 
 MASK64 = (1 << 64) - 1
@@ -87,6 +89,7 @@ class Settings:
 
 def sample(logits: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> Tensor:
     """Draw a token for every sequence; one that is there several times, at as many positions, gets several; [S] int64.
+    NO_TOKEN where the logits are not finite.
 
     logits: [rows, V] float32; each sequence's branches in order (principled, then base), in the
     order of `sequences`. positions: see `Settings.of`.
@@ -101,7 +104,8 @@ def sample(logits: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> Ten
     decided = ~settings.aligned & (settings.temperature == 0)
     if decided.any():
         index = _lines(decided)
-        tokens[index] = y[index].argmax(dim=-1)
+        best, first = y[index].max(dim=-1)
+        tokens[index] = torch.where(best.isfinite(), first, NO_TOKEN)
     if not decided.all():
         index = _lines(~decided)
         tokens[index] = choose(logits, y[index], mixing[index], settings[index])
@@ -125,11 +129,12 @@ def mixing_of(logits: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> 
             continue
         weights, coefficients = to_device(torch.tensor([prompt.weights, prompt.coefficients]), logits.device)
         if prompt.method == "adaptive":
-            limited = adaptive(coefficients, weights, weights @ rows[:-1], rows[-1])
+            mean = weighted(weights[:, None], rows[:-1]).sum(dim=0)
+            limited = adaptive(coefficients, weights, mean, rows[-1])
             away = int(starts_from_base(prompt.coefficients))
             mixing.coefficients[line, away : away + len(weights)] = limited + away * weights
         else:
-            now = sequence.directions[position] = coefficients @ (rows[:-1] - rows[-1])
+            now = sequence.directions[position] = coefficients @ difference(rows[:-1], rows[-1])
             if not len(additions):
                 additions = torch.zeros(len(sequences), logits.shape[1], device=logits.device)
             additions[line] = opad(now, sequence.directions.get(position - 1))
@@ -149,7 +154,8 @@ def choose(logits: Tensor, y: Tensor, mixing: Mixing, settings: Settings) -> Ten
     chosen = torch.empty(len(y), dtype=torch.int64, device=y.device)
     for index, tokens, z in candidates(logits, y, mixing, settings):
         place = draw(z, settings[index])
-        chosen[index] = tokens.gather(1, place[:, None]).squeeze(1)
+        drawn = tokens.gather(1, place[:, None]).squeeze(1)
+        chosen[index] = torch.where(z.amax(dim=-1).isfinite(), drawn, NO_TOKEN)  # NaN is greater than every number
     return chosen
 
 
@@ -194,17 +200,19 @@ def mixed_logits(
 def floor(y: Tensor, best: Tensor, totals: Tensor, settings: Settings) -> Tensor:
     """A logit below which no token can be drawn, so that nobody sorts the whole vocabulary; [S].
 
-    y: [S, V] float32; best: [S], its greatest. −inf where every token is possible.
+    y: [S, V] float32; best: [S], its greatest. −inf where every token is possible, or the logits are not finite.
     """
     bounds = plausible_floor(best, totals, y.shape[1], settings.nucleus_top_p, settings.nucleus_temperature)
+    bounds = torch.where(bounds.isnan(), -torch.inf, bounds)
     if settings.aligned.all():
         return bounds
     of_min_p = best + settings.temperature * settings.min_p.log() - 1e-3  # room for rounding
+    of_min_p = torch.where(of_min_p.isnan(), -torch.inf, of_min_p)
     bounds = torch.where(settings.aligned, bounds, torch.maximum(bounds, of_min_p))
     by_rank = (~settings.aligned & (settings.top_k > 0)).nonzero().squeeze(1)
     for index in by_rank.tolist():
         best = y[index].topk(min(int(settings.top_k[index]), y.shape[1])).values
-        bounds[index] = torch.maximum(bounds[index], best[-1])
+        bounds[index] = torch.fmax(bounds[index], best[-1])
     return bounds
 
 

@@ -91,5 +91,5 @@ class StaticDecodes:
 
 
 def resolve(token_ids: Tensor, drawn: Tensor) -> Tensor:
-    """Token ids with those that the step before has drawn filled in, see `Plan.token_ids`."""
-    return torch.where(token_ids < 0, drawn[(-1 - token_ids).clamp(min=0)], token_ids)
+    """Token ids with those that the step before has drawn filled in, see `Plan.token_ids`; some token for NO_TOKEN."""
+    return torch.where(token_ids < 0, drawn[(-1 - token_ids).clamp(min=0)].clamp(min=0), token_ids)

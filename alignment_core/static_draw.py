@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 BLOCK = 128
 DIGIT = 4  # bits that one pass over the vocabulary finds
 WeightsAbove = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+NO_TOKEN = -1  # where no token can be drawn, as the logits are not finite
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -71,7 +72,7 @@ def draw(
     filters: Filters,
     weights_above: WeightsAbove = weights_above,
 ) -> Tensor:
-    """One token a sequence, [S] int64: DESIGN sections 2.1 to 2.5, without edits.
+    """One token a sequence, [S] int64, or NO_TOKEN: DESIGN sections 2.1 to 2.5, without edits.
 
     logits: [rows, V] float32. filters: those of `settings` at least. weights_above: as the function of that name.
     """
@@ -93,15 +94,17 @@ def choose(
         kept = leading(z, torch.ones_like(z), limit, weights_above)
         z = z.masked_fill(~kept, -torch.inf)
     best, first = z.max(dim=-1, keepdim=True)
+    is_finite = best.squeeze(1).isfinite() & y.amax(dim=-1).isfinite()  # NaN is greater than every number
     if not filters.random:
-        return first.squeeze(1)
+        return torch.where(is_finite, first.squeeze(1), NO_TOKEN)
     greedy = settings.temperature == 0
     mass = ((z - best) / torch.where(greedy, 1.0, settings.temperature)[:, None]).exp()
     mass = mass * (mass >= settings.min_p[:, None])
     if filters.top_p:
         kept = leading(z, mass, _share(settings.top_p, mass), weights_above)
         mass = mass * kept
-    return torch.where(greedy, first.squeeze(1), inverse_transform(mass, settings.uniform))
+    drawn = torch.where(greedy, first.squeeze(1), inverse_transform(mass, settings.uniform))
+    return torch.where(is_finite, drawn, NO_TOKEN)
 
 
 def mixed_logits(

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from alignment_core import EngineDead, InvalidRequest, Output, Prompt, RequestFailed, SamplingParams, Usage
-from alignment_core.output import TokenLogprob, nothing_of
+from alignment_core.output import IMPOSSIBLE, TokenLogprob, nothing_of
 from server.engine_client import EngineClient
 from server.exchange import CODES, exchange_of
 from server.protocol.chat import ChatCompletionRequest
@@ -24,9 +24,6 @@ from server.tool_calls import Delta, ReplyParser, message_of
 from server.tracing import Generation
 
 log = logging.getLogger(__name__)
-
-IMPOSSIBLE = -9999.0  # the log-probability of what can't be drawn, as JSON has no −inf
-
 
 STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"description": "The whole reply, or its events", "content": {"text/event-stream": {}}}

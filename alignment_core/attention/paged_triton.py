@@ -196,9 +196,14 @@ def _attend_kernel(
         slot = page * page_stride + (place % PAGE_SIZE) * slot_stride + kv_head * head_stride
         k = tl.load(keys + slot[None, :] + dim[:, None], mask=there[None, :] & in_head[:, None], other=0.0)
         v = tl.load(values + slot[:, None] + dim[None, :], mask=there[:, None] & in_head[None, :], other=0.0)
+        v = v.to(q.dtype)
+        sound = tl.abs(v.to(tl.float32)) < float("inf")
+        v = tl.where(sound, v, 0.0)  # 0 × NaN is NaN: whoever sees it gets its NaN from the scores
+        spoilt = tl.max(tl.where(sound, 0, 1), 1) > 0
         scores = tl.dot(q, k.to(q.dtype), input_precision=PRECISION) * scaling
         if SOFTCAP:
             scores = softcap * (1 - 2 / (tl.exp(2 * scores / softcap) + 1))
+        scores = tl.where(spoilt[None, :], float("nan"), scores)
         seen = there[None, :] & (place[None, :] <= position[:, None])
         if WINDOW > 0:
             seen &= place[None, :] > position[:, None] - WINDOW
@@ -208,7 +213,7 @@ def _attend_kernel(
         weights = tl.exp(scores - reference[:, None])
         shrink = tl.exp(best - reference)
         total = total * shrink + tl.sum(weights, 1)
-        sums = sums * shrink[:, None] + tl.dot(weights.to(q.dtype), v.to(q.dtype), input_precision=PRECISION)
+        sums = sums * shrink[:, None] + tl.dot(weights.to(q.dtype), v, input_precision=PRECISION)
         best = higher
 
     total = tl.where(best == float("-inf"), 1.0, total)  # a part without keys: mass 0

@@ -45,17 +45,19 @@ def attend(
             len(q), num_kv_heads, -1, q.shape[-1]
         )  # the heads of a group share one key: treat them as queries
         pages = paged.page_table[rows, : _width(paged, rows)]
-        out = _attention(
-            q, _gather(keys, pages), _gather(values, pages), _mask(paged, rows, sliding_window), scaling, softcap
-        )
+        k, v = (_gather(pool, pages).to(query.dtype) for pool in (keys, values))
+        k, v, mask = _isolated(k, v, _mask(paged, rows, sliding_window))
+        out = _attention(q, k, v, mask, scaling, softcap)
         parts.append(out.flatten(1, 2))
     start = paged.num_decodes
     for index in range(paged.num_decodes, len(paged.num_queries)):
         rows = slice(index, index + 1)
         end = start + paged.num_queries[index]
         pages = paged.page_table[rows, : _width(paged, rows)]
-        k, v = (_repeat(_gather(pool, pages), query.shape[1]) for pool in (keys, values))
-        out = _attention(query[:, :, start:end], k, v, _mask(paged, rows, sliding_window), scaling, softcap)
+        k, v = (_gather(pool, pages).to(query.dtype) for pool in (keys, values))
+        k, v, mask = _isolated(k, v, _mask(paged, rows, sliding_window))
+        k, v = (_repeat(x, query.shape[1]) for x in (k, v))
+        out = _attention(query[:, :, start:end], k, v, mask, scaling, softcap)
         parts.append(out[0].transpose(0, 1))
         start = end
     return torch.cat(parts)[None], None
@@ -115,10 +117,21 @@ def _mask(paged: PagedBatch, rows: slice, window: int | None) -> Tensor:
     return paged.masks[rows.start, window]
 
 
+def _isolated(k: Tensor, v: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values without what is not finite, and the mask to add to scores, which is NaN in its place: 0 × NaN
+    is NaN, so that it would reach the queries that don't see it too.
+
+    k, v: [rows, num_kv_heads, places, head_dim]; seen: [rows, 1, query tokens, places] bool.
+    """
+    sound = (k.isfinite() & v.isfinite()).all(dim=-1, keepdim=True).all(dim=1, keepdim=True)
+    k, v = (torch.where(sound, x, 0.0) for x in (k, v))
+    return k, v, torch.where(seen, torch.where(sound, 0.0, torch.nan).transpose(-1, -2), -torch.inf)
+
+
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, softcap: float | None) -> Tensor:
-    k, v = k.to(q.dtype), v.to(q.dtype)
+    """mask: float32, to be added to the scores."""
     if softcap is None:
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype), scale=scaling)
     scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * scaling / softcap)
-    weights = torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1, dtype=torch.float32)
+    weights = torch.softmax(scores + mask, dim=-1, dtype=torch.float32)
     return weights.to(q.dtype) @ v

@@ -10,14 +10,13 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from alignment_core import Output, Prompt, Usage
-from alignment_core.output import TokenLogprob
+from alignment_core.output import IMPOSSIBLE, TokenLogprob
 from server.engine_client import EngineClient
 from server.models import serving
 from server.protocol.completions import CompletionRequest
 from server.streaming import (
     DONE,
     FAILURES,
-    IMPOSSIBLE,
     STREAMED,
     Event,
     Replies,

@@ -238,3 +238,20 @@ def test_keys_and_values_of_any_dtype(cuda, tokenizer, dtype, kv_cache_dtype, mo
     assert (expected.exp() * (expected - got)).sum() < 0.02
     assert engine.runner._keys[0].dtype == model_runner.KV_DTYPES.get(kv_cache_dtype, dtype)
     assert set(cuda.waits) == WHERE_THE_HOST_WAITS
+
+
+def test_nan_ends_its_own_reply_and_no_other(cuda, tokenizer, caplog):
+    """Nobody looks at a logit on the host, and the next step has begun with the token that could not be drawn."""
+    engine, oracle = engine_on(cuda, tokenizer)
+    with torch.inference_mode():
+        engine.runner.model.get_input_embeddings().weight[299] = torch.nan
+    spoilt = aligned(2.0, 20, 5)
+    in_base = replace(spoilt, base=(*spoilt.base, 299))
+    asked = [(in_base, replace(SHORT, logprobs=2)), (replace(spoilt, principled=((299, 7),)), SHORT)]
+    for _ in range(2):
+        *failed, company = run_all(engine, [*asked, (aligned(2.0, 20), SHORT)])
+        assert ["not finite" in str(outputs[-1].error) for outputs in failed] == [True, True]
+        judge(oracle, aligned(2.0, 20), company)
+    assert set(cuda.waits) == WHERE_THE_HOST_WAITS
+    assert {record.name for record in caplog.records if record.levelname == "ERROR"} == {"alignment_core.engine"}
+    caplog.clear()

@@ -79,7 +79,7 @@ BEFORE, PRINCIPLED = tuple(range(5, 25)), tuple(range(30, 60))
 def test_a_prompt_that_the_model_has_no_embedding_for_is_refused(tiny, prompt):
     loaded, oracle = tiny
     engine = make_engine(loaded, num_pages=40)
-    with pytest.raises(InvalidRequest, match="no token|empty") as refusal:
+    with pytest.raises(InvalidRequest, match=r"no token|empty") as refusal:
         engine.submit(prompt, GREEDY, print)
     assert refusal.value.param == "messages"
     assert engine.runner.num_forwards == 0
