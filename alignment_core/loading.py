@@ -32,6 +32,7 @@ from alignment_core.checkpoint import EMBEDDED_ID, EMBEDDED_PACKAGE, embedded_fi
 from alignment_core.cpu import packed_copy
 from alignment_core.cpu.layers import num_fused_layers, replace_layers
 from alignment_core.cpu.native import library
+from alignment_core.eager_check import compare_with_eager
 from alignment_core.errors import LoadingError
 from alignment_core.model_runner import scales_by_length
 from alignment_core.tensor_parallel import Followers
@@ -124,6 +125,8 @@ def load(
         _check(id, model, tokenizer)
         if not _is_quantised(model):
             model = model.to(where)
+        if not num_fused_layers(model):  # such a copy was compared when it was made
+            _compare(id, model)
         if tensor_parallel_size == 1:
             _prepare_layers(model, quantization)
     except BaseException:
@@ -187,6 +190,15 @@ def _check(id: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
             len(foreign),
             foreign[0],
         )
+
+
+def _compare(id: str, model: PreTrainedModel) -> None:
+    """Raises LoadingError for a model that the engine does not compute as transformers does."""
+    try:
+        compare_with_eager(model)
+    except Exception as error:  # of any model's code
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise LoadingError(f"{id} can't be served: {kind}{str(error).partition(chr(10))[0]}") from error
 
 
 def _from_pretrained(

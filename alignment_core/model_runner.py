@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from alignment_core.attention import native, sdpa
-from alignment_core.attention.paged_batch import PagedBatch, Plan
+from alignment_core.attention.paged_batch import LayerAttention, PagedBatch, Plan
+from alignment_core.attention.probe import probe
 from alignment_core.batch_invariant import run_in_blocks
+from alignment_core.cpu.layers import fused_layers
 from alignment_core.cpu.native import library
 from alignment_core.cuda_graphs import Graphs, padded_size
 from alignment_core.halving import halve
@@ -79,7 +81,6 @@ class ModelRunner:
             )
         self.page_size = config.page_size
         self.backend = _choose_backend(model)
-        model.set_attn_implementation(self.backend)
         self.kv_dtype: torch.dtype = KV_DTYPES.get(config.kv_cache_dtype, model.dtype)
         if self.backend == native.NAME and self.kv_dtype != torch.float32:
             raise ValueError(f"the KV cache of a CPU is float32, not {config.kv_cache_dtype}")
@@ -87,7 +88,8 @@ class ModelRunner:
             raise ValueError("a KV cache in fp8 needs a GPU of compute capability 8.9 (Ada, Hopper) or later")
         self._static: StaticDecodes | None = None
         self._make_pool(1)
-        self._check()
+        self._layers = self._probe()
+        model.set_attn_implementation(self.backend)
         if config.batch_invariant and model.device.type == "cuda":
             if self.backend == sdpa.NAME or has_outliers(model):
                 raise ValueError("batch_invariant needs Triton, and weights that bitsandbytes has not made 8 bits")
@@ -118,6 +120,7 @@ class ModelRunner:
                 self.drawn,
                 self._keys,
                 self._values,
+                self._layers,
                 spare_page=num_pages,
                 max_pages=-(-config.max_model_len // self.page_size),
                 graphs=self.graphs,
@@ -166,16 +169,11 @@ class ModelRunner:
         if self._static is not None and plan.is_decode and len(plan.num_queries) <= len(self.logits):
             return self._static.run(plan)[: len(plan.wanted)]
         device = self.model.device
-        paged = PagedBatch.of(plan, self._keys, self._values, self.config.batch_invariant)
+        paged = PagedBatch.of(plan, self._keys, self._values, self._layers, self.config.batch_invariant)
         token_ids = to_device(plan.token_ids, device)
         if (plan.token_ids < 0).any():
             token_ids = resolve(token_ids, self.drawn)
-        logits = self._call(token_ids, paged, to_device(plan.wanted, device))
-        if len(paged.layers) != len(self._keys):
-            raise ValueError(
-                f"{type(self.model).__name__} has layers that do not use transformers' attention interface"
-            )
-        return self._in_place(logits)
+        return self._in_place(self._call(token_ids, paged, to_device(plan.wanted, device)))
 
     def _in_place(self, logits: Tensor) -> Tensor:
         """In float32, on the device; with fixed shapes where a draw looks for them, if they fit."""
@@ -201,15 +199,17 @@ class ModelRunner:
             self._keys.append(_zeros(shape, self.kv_dtype, self.model.device))
             self._values.append(_zeros(shape, self.kv_dtype, self.model.device))
 
-    def _check(self) -> None:
-        """One token through the whole model: an architecture that can't be served fails here, not in a request."""
+    def _probe(self) -> dict[int, LayerAttention]:
+        """What the layers ask of their attention; an architecture that can't be served fails here, not in a request."""
         row = Row(Branch(tokens=[0], pages=[0]), 0, 1)
-        try:
-            self.run(Plan.of([row], [(row, -1)], self.page_size))
-        except TypeError as error:
-            name = type(self.model).__name__
-            raise ValueError(f"{name} does not pass its arguments on to transformers' attention interface") from error
-        self.num_forwards = 0
+        fused = {member.index: member.asked for layers in fused_layers(self.model) for member in layers.members}
+        paged = PagedBatch.of(Plan.of([row], [], self.page_size), self._keys, self._values, fused)
+        asked = fused | probe(self.model, self.config.max_model_len, paged=paged)
+        if len(asked) != len(self._keys):
+            raise ValueError(
+                f"{type(self.model).__name__} has layers that do not use transformers' attention interface"
+            )
+        return asked
 
     def page_bytes(self) -> int:
         """Bytes that one page takes, all layers together."""

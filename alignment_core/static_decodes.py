@@ -1,12 +1,12 @@
 """Decode steps in tensors of fixed places and a few fixed sizes: what a CUDA graph asks for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from alignment_core.attention.paged_batch import PagedBatch, Plan
+from alignment_core.attention.paged_batch import LayerAttention, PagedBatch, Plan
 from alignment_core.cuda_graphs import Graphs, padded_size, padded_sizes
 from alignment_core.scheduler import Row
 from alignment_core.sequence import Branch
@@ -19,7 +19,7 @@ class StaticDecodes:
     forward: token ids [rows] and the batch to logits [rows, V].
     logits: [max_rows, V] float32, where the result goes. drawn: [max_rows] int64, the tokens that the
     step before has drawn. keys, values: the pool. spare_page: the number of a page that nobody holds.
-    max_pages: of one row.
+    layers: see PagedBatch. max_pages: of one row.
     """
 
     def __init__(
@@ -29,12 +29,13 @@ class StaticDecodes:
         drawn: Tensor,
         keys: list[Tensor],
         values: list[Tensor],
+        layers: Mapping[int, LayerAttention],
         spare_page: int,
         max_pages: int,
         graphs: Graphs,
         batch_invariant: bool,
     ) -> None:
-        self._batch_invariant = batch_invariant
+        self._layers, self._batch_invariant = layers, batch_invariant
         self._forward, self._logits, self._drawn, self._graphs = forward, logits, drawn, graphs
         self._keys, self._values, self._spare_page = keys, values, spare_page
         max_rows, device = len(logits), logits.device
@@ -84,6 +85,7 @@ class StaticDecodes:
             context_lens=plan.context_lens,
             num_queries=plan.num_queries,
             counter=self._counter,
+            layers=self._layers,
             batch_invariant=self._batch_invariant,
         )
         token_ids = resolve(self._token_ids[:size], self._drawn)

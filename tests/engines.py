@@ -26,6 +26,16 @@ ARCHITECTURES = {
     "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8},
     "smollm3": {},
     "phi3": {},
+    "qwen2_moe": {
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 1,
+        "num_experts": 4,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "num_experts_per_tok": 2,
+    },
+    "phimoe": {"sliding_window": 8, "num_local_experts": 4},
 }
 
 
@@ -52,7 +62,7 @@ def tiny_pair(tokenizer, model_type="llama", kernels=True, **changes):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     judge = AutoModelForCausalLM.from_config(
-        copy.deepcopy(config), dtype=torch.float64, attn_implementation="eager"
+        copy.deepcopy(config), dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
     ).eval()
     judge.load_state_dict(model.state_dict())
     if kernels:

@@ -5,8 +5,8 @@ import ctypes
 import torch
 from torch import Tensor, nn
 
-from alignment_core.attention.paged_batch import LayerAttention, PagedBatch
-from alignment_core.attention.sdpa import refuse_more_than_causal, store
+from alignment_core.attention.paged_batch import PagedBatch
+from alignment_core.attention.sdpa import asked_by, store
 from alignment_core.cpu.native import Batch, library
 
 NAME = "linalign_native"
@@ -20,14 +20,10 @@ def attend(
     attention_mask: Tensor | None,
     *,
     paged: PagedBatch,
-    scaling: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: object,
+    **_: object,
 ) -> tuple[Tensor, None]:
     """As `sdpa.attend`, for float32 on a CPU."""
-    refuse_more_than_causal(module, attention_mask, kwargs)
-    keys, values = store(module, key, value, paged, LayerAttention(scaling, sliding_window, softcap))
+    asked, (keys, values) = asked_by(module, attention_mask, paged), store(module, key, value, paged)
     queries = query[0].transpose(0, 1).contiguous()
     out = torch.empty_like(queries)
     lib = library()
@@ -37,9 +33,9 @@ def attend(
         query.shape[1],
         key.shape[1],
         query.shape[-1],
-        scaling,
-        sliding_window or 0,
-        softcap or 0.0,
+        asked.scaling,
+        asked.window or 0,
+        asked.softcap or 0.0,
         queries.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),

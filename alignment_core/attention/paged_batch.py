@@ -1,6 +1,6 @@
 """What attention needs to know of one step."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from alignment_core.transfer import to_device
 
 @dataclass(frozen=True, slots=True)
 class LayerAttention:
-    """What a layer's own code asked of its attention."""
+    """What a layer's own code asks of its attention: see `probe`."""
 
     scaling: float
     window: int | None
@@ -92,7 +92,7 @@ class PagedBatch:
     keys, values: per layer [num_pages, page_size, num_kv_heads, head_dim], the whole pool.
     row, position, slots, page_table, context_lens, num_queries: see Plan. contexts: context_lens, [rows]
     int32. query_ends: [rows + 1] int32, where each row's query tokens begin, and T.
-    counter: [rows at least] int32, 0, 1, 2, … layers: what came through the backend, by layer.
+    counter: [rows at least] int32, 0, 1, 2, … layers: what each of them asks of its attention, by its number.
     """
 
     keys: list[Tensor]
@@ -106,13 +106,20 @@ class PagedBatch:
     context_lens: list[int]
     num_queries: list[int]
     counter: Tensor
+    layers: Mapping[int, LayerAttention]
     batch_invariant: bool = False
-    layers: dict[int, LayerAttention] = field(default_factory=dict)
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
     _tiles: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, plan: Plan, keys: list[Tensor], values: list[Tensor], batch_invariant: bool = False) -> "PagedBatch":
+    def of(
+        cls,
+        plan: Plan,
+        keys: list[Tensor],
+        values: list[Tensor],
+        layers: Mapping[int, LayerAttention],
+        batch_invariant: bool = False,
+    ) -> "PagedBatch":
         device = keys[0].device
         return cls(
             keys=keys,
@@ -126,6 +133,7 @@ class PagedBatch:
             context_lens=plan.context_lens,
             num_queries=plan.num_queries,
             counter=to_device(np.arange(len(plan.num_queries), dtype=np.int32), device),
+            layers=layers,
             batch_invariant=batch_invariant,
         )
 

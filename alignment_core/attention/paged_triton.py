@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from alignment_core.attention.paged_batch import LayerAttention, PagedBatch
-from alignment_core.attention.sdpa import refuse_more_than_causal, store
+from alignment_core.attention.sdpa import asked_by, store
 
 NAME = "linalign_triton"
 PROGRAMS = 256  # about two a multiprocessor: with fewer, contexts are split
@@ -29,15 +29,10 @@ def attend(
     attention_mask: Tensor | None,
     *,
     paged: PagedBatch,
-    scaling: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: object,
+    **_: object,
 ) -> tuple[Tensor, None]:
     """As `sdpa.attend`, on CUDA. Looks at no value on the device and, for decodes, at no length of a context."""
-    refuse_more_than_causal(module, attention_mask, kwargs)
-    asked = LayerAttention(scaling, sliding_window, softcap)
-    pool = store(module, key, value, paged, asked)
+    asked, pool = asked_by(module, attention_mask, paged), store(module, key, value, paged)
     queries = query[0].transpose(0, 1)  # [T, num_heads, head_dim], whatever the strides
     num_tokens, num_heads, head_dim = queries.shape
     num_kv_heads = key.shape[1]

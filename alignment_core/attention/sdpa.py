@@ -4,8 +4,6 @@ Decode rows run as one padded batch; prefill rows one by one, so that no mask is
 row's [query tokens, context]. Grouped-query heads, sliding windows and soft-capping included.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -13,7 +11,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from alignment_core.attention.paged_batch import LayerAttention, PagedBatch
 
 NAME = "linalign_paged"  # not "…sdpa": transformers would refuse models with soft-capping
-UNSUPPORTED = ("s_aux", "position_bias")  # attention sinks, relative position biases
 
 
 def attend(
@@ -24,18 +21,14 @@ def attend(
     attention_mask: Tensor | None,
     *,
     paged: PagedBatch,
-    scaling: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: object,
+    **_: object,
 ) -> tuple[Tensor, None]:
-    """Store the step's keys and values, then attend to every row's own context.
+    """Store the step's keys and values, then attend to every row's own context, as `paged.layers` has it.
 
     query: [1, num_heads, T, head_dim]; key, value: [1, num_kv_heads, T, head_dim], after the rotary
-    embedding. Returns [1, T, num_heads, head_dim]. Raises ValueError for what it can't honour.
+    embedding. Returns [1, T, num_heads, head_dim]. Raises ValueError for a mask.
     """
-    refuse_more_than_causal(module, attention_mask, kwargs)
-    keys, values = store(module, key, value, paged, LayerAttention(scaling, sliding_window, softcap))
+    asked, (keys, values) = asked_by(module, attention_mask, paged), store(module, key, value, paged)
     parts = []
     if paged.num_decodes:
         rows = slice(0, paged.num_decodes)
@@ -46,8 +39,8 @@ def attend(
         )  # the heads of a group share one key: treat them as queries
         pages = paged.page_table[rows, : _width(paged, rows)]
         k, v = (_gather(pool, pages).to(query.dtype) for pool in (keys, values))
-        k, v, mask = _isolated(k, v, _mask(paged, rows, sliding_window))
-        out = _attention(q, k, v, mask, scaling, softcap)
+        k, v, mask = _isolated(k, v, _mask(paged, rows, asked.window))
+        out = _attention(q, k, v, mask, asked)
         parts.append(out.flatten(1, 2))
     start = paged.num_decodes
     for index in range(paged.num_decodes, len(paged.num_queries)):
@@ -55,26 +48,24 @@ def attend(
         end = start + paged.num_queries[index]
         pages = paged.page_table[rows, : _width(paged, rows)]
         k, v = (_gather(pool, pages).to(query.dtype) for pool in (keys, values))
-        k, v, mask = _isolated(k, v, _mask(paged, rows, sliding_window))
+        k, v, mask = _isolated(k, v, _mask(paged, rows, asked.window))
         k, v = (_repeat(x, query.shape[1]) for x in (k, v))
-        out = _attention(query[:, :, start:end], k, v, mask, scaling, softcap)
+        out = _attention(query[:, :, start:end], k, v, mask, asked)
         parts.append(out[0].transpose(0, 1))
         start = end
     return torch.cat(parts)[None], None
 
 
-def refuse_more_than_causal(module: nn.Module, mask: Tensor | None, arguments: Mapping[str, object]) -> None:
-    """Raises ValueError for an attention that a causal mask, a window and a soft cap don't describe."""
-    if mask is not None or any(arguments.get(name) is not None for name in UNSUPPORTED):
-        raise ValueError(f"the attention of {type(module).__name__} needs more than causal masks and windows")
+def asked_by(module: nn.Module, mask: Tensor | None, paged: PagedBatch) -> LayerAttention:
+    """What the layer asks for. Raises ValueError for a mask, of which `probe` has seen none."""
+    if mask is not None:
+        raise ValueError(f"{type(module).__name__} makes masks of its own, which can't be served")
+    return paged.layers[int(module.layer_idx)]  # type: ignore[arg-type]
 
 
-def store(
-    module: nn.Module, key: Tensor, value: Tensor, paged: PagedBatch, asked: LayerAttention
-) -> tuple[Tensor, Tensor]:
+def store(module: nn.Module, key: Tensor, value: Tensor, paged: PagedBatch) -> tuple[Tensor, Tensor]:
     """Write the step's keys and values, [1, num_kv_heads, T, head_dim], to the layer's pool; returns the pool."""
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    paged.layers[layer] = asked
     for pool, new in ((paged.keys[layer], key), (paged.values[layer], value)):
         limit = torch.finfo(pool.dtype).max
         if limit < torch.finfo(new.dtype).max:
@@ -128,10 +119,10 @@ def _isolated(k: Tensor, v: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tenso
     return k, v, torch.where(seen, torch.where(sound, 0.0, torch.nan).transpose(-1, -2), -torch.inf)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, softcap: float | None) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, asked: LayerAttention) -> Tensor:
     """mask: float32, to be added to the scores."""
-    if softcap is None:
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype), scale=scaling)
-    scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * scaling / softcap)
+    if asked.softcap is None:
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype), scale=asked.scaling)
+    scores = asked.softcap * torch.tanh(q @ k.transpose(-1, -2) * asked.scaling / asked.softcap)
     weights = torch.softmax(scores + mask, dim=-1, dtype=torch.float32)
     return weights.to(q.dtype) @ v

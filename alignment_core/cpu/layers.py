@@ -8,6 +8,7 @@ own code, and its linear layers alone are packed.
 import ctypes
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from alignment_core.attention import native
 from alignment_core.attention.paged_batch import LayerAttention, PagedBatch, Plan
+from alignment_core.attention.probe import probe
 from alignment_core.cpu.native import Layer, Shape, library
 from alignment_core.cpu.packing import PackedMatrix, Quantization, pack, packable
 from alignment_core.scheduler import Row
@@ -121,7 +123,6 @@ class FusedLayers(nn.Module):
         cos, sin = position_embeddings
         self._shape.rotary_dim = cos.shape[-1]
         for member, layer in zip(self.members, self._layers, strict=True):
-            paged.layers[member.index] = member.asked
             layer.keys = paged.keys[member.index].data_ptr()
             layer.values = paged.values[member.index].data_ptr()
         lib.linalign_layers(
@@ -140,11 +141,12 @@ class FusedLayers(nn.Module):
 @torch.inference_mode()
 def replace_layers(model: PreTrainedModel, quantization: Quantization) -> None:
     """Fuse and pack what can be. model: float32 on a CPU; what is replaced gives its weights up."""
+    asked = probe(model, model.config.get_text_config().max_position_embeddings, paged=None)
     model.set_attn_implementation(native.NAME)
     layers = getattr(model.base_model, "layers", None)
     if isinstance(layers, nn.ModuleList):
         for index, layer in enumerate(layers):
-            fused = _fused(model, layer, index, quantization)
+            fused = _fused(model, layer, index, asked, quantization) if index in asked else None
             layers[index] = FusedLayers([fused]) if fused else layer
         model.base_model.layers = _joined(layers)
     for parent in list(model.modules()):
@@ -164,16 +166,23 @@ def _joined(layers: nn.ModuleList) -> nn.ModuleList:
     return nn.ModuleList([FusedLayers(members)])
 
 
-def _fused(model: PreTrainedModel, layer: nn.Module, index: int, quantization: Quantization) -> FusedLayer | None:
+def _fused(
+    model: PreTrainedModel,
+    layer: nn.Module,
+    index: int,
+    layers: Mapping[int, LayerAttention],
+    quantization: Quantization,
+) -> FusedLayer | None:
     """The layer as one call; None where it is of another make, or gives other numbers."""
-    if not _has_llamas_parts(layer):
+    asked = layers[index]
+    if not _has_llamas_parts(layer) or asked.softcap is not None:
         return None
     lossless: Quantization = "auto" if quantization == "auto" else "none"
     attention, rotary = cast(Any, layer.self_attn), cast(Any, model.base_model.rotary_emb)
     head_dim: int = attention.head_dim
     pool = [torch.zeros(1, PROBE_TOKENS, attention.k_proj.out_features // head_dim, head_dim)] * (index + 1)
     plan = Plan.of([Row(Branch([0] * PROBE_TOKENS, [0]), 0, PROBE_TOKENS)], [], PROBE_TOKENS)
-    paged = PagedBatch.of(plan, pool, [x.clone() for x in pool])
+    paged = PagedBatch.of(plan, pool, [x.clone() for x in pool], layers)
     generator = torch.Generator().manual_seed(index)
     fused: FusedLayer | None = None
     for start in (0, model.config.get_text_config().max_position_embeddings - PROBE_TOKENS):
@@ -188,9 +197,6 @@ def _fused(model: PreTrainedModel, layer: nn.Module, index: int, quantization: Q
             "paged": paged,
         }
         expected = layer(hidden.clone(), **arguments)
-        asked = paged.layers[index]
-        if asked.softcap is not None:
-            return None
         fused = fused or FusedLayer.of(layer, index, asked, head_dim, lossless)
         error = (FusedLayers([fused])(hidden.clone(), **arguments) - expected).abs().max()
         if error > TOLERANCE * expected.abs().max():
@@ -233,5 +239,9 @@ def _report(model: PreTrainedModel) -> None:
     log.info("Packed the weights: %s; %d decoder layers run fused", formats, num_fused_layers(model))
 
 
+def fused_layers(model: PreTrainedModel) -> list[FusedLayers]:
+    return [module for module in model.modules() if isinstance(module, FusedLayers)]
+
+
 def num_fused_layers(model: PreTrainedModel) -> int:
-    return sum(len(module.members) for module in model.modules() if isinstance(module, FusedLayers))
+    return sum(len(layers.members) for layers in fused_layers(model))

@@ -34,7 +34,8 @@ def attention(bench: Bench) -> dict[str, Any]:
                 torch.randn(num_rows * num_pages, page_size, kv_heads, dim, device=bench.device, dtype=dtype)
                 for _ in range(2)
             ]
-            paged = PagedBatch.of(Plan.of(rows, [], page_size), *([part] for part in pool))
+            asked = {0: LayerAttention(dim**-0.5, None, None)}
+            paged = PagedBatch.of(Plan.of(rows, [], page_size), *([part] for part in pool), asked)
             query, key, value = (
                 torch.randn(1, n, num_rows, dim, device=bench.device, dtype=dtype) for n in (heads, kv_heads, kv_heads)
             )
@@ -43,7 +44,7 @@ def attention(bench: Bench) -> dict[str, Any]:
 
             def run() -> None:
                 for _ in range(10):
-                    attend(layer, query, key, value, None, paged=paged, scaling=dim**-0.5)  # noqa: B023
+                    attend(layer, query, key, value, None, paged=paged)  # noqa: B023
 
             label = f"attention, {num_rows} rows, {name}, GB/s"
             try:
@@ -76,13 +77,14 @@ def backends(on_cuda: bool) -> Iterator[tuple[str, Any, int]]:
 
     yield "Triton", paged_triton.attend, 16
 
-    def torchs(layer: Any, query: Any, key: Any, value: Any, _: None, *, paged: PagedBatch, scaling: float) -> None:
+    def torchs(layer: Any, query: Any, key: Any, value: Any, _: None, *, paged: PagedBatch) -> None:
         from torch.nn.attention.varlen import varlen_attn  # torch 2.11's takes no pages: a TypeError
 
-        keys, values = sdpa.store(layer, key, value, paged, LayerAttention(scaling, None, None))
+        keys, values = sdpa.store(layer, key, value, paged)
         varlen_attn(
             query[0].transpose(0, 1), keys, values, paged.query_ends, None, 1, max(paged.context_lens),
-            scale=scaling, window_size=(-1, 0), enable_gqa=True, seqused_k=paged.contexts, block_table=paged.page_table,
+            scale=paged.layers[0].scaling, window_size=(-1, 0), enable_gqa=True, seqused_k=paged.contexts,
+            block_table=paged.page_table,
         )  # fmt: skip
 
     yield "torch's varlen", torchs, 256  # the least that its kernels of Ampere take

@@ -1,9 +1,24 @@
 """Families of models: those that are served equal the oracle, others are refused."""
 
+from dataclasses import replace
+from functools import partial
+from unittest import mock
+
 import pytest
+import torch
+from transformers import LlamaForCausalLM
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_chunked_causal_mask,
+    create_sliding_window_causal_mask,
+)
+from transformers.models.llama import modeling_llama
 
 from alignment_core import model_runner
 from alignment_core.attention import native, sdpa
+from alignment_core.attention.probe import probe
+from alignment_core.cpu.layers import replace_layers
+from alignment_core.eager_check import compare_with_eager
 from tests.engines import ARCHITECTURES, GREEDY, judge, make_engine, prompts, run_all, tiny_pair
 
 pytestmark = pytest.mark.slow
@@ -31,6 +46,75 @@ def test_attention_in_chunks_is_refused(tokenizer):
 
 
 def test_an_architecture_that_bypasses_our_attention_is_refused(tokenizer):
-    loaded, _ = tiny_pair(tokenizer, "stablelm", vocab_size=300)
-    with pytest.raises(ValueError, match="attention interface"):
+    loaded, _ = tiny_pair(tokenizer, "stablelm", kernels=False, vocab_size=300)
+    for serve in (
+        compare_with_eager,
+        partial(replace_layers, quantization="auto"),
+        lambda _: make_engine(loaded, num_pages=10),
+    ):
+        with pytest.raises(ValueError, match="attention interface"):
+            serve(loaded.model)
+
+
+def test_a_window_in_the_mask_alone(tokenizer):
+    """Both families pass none to their attention; tests/alignment_core/test_pairs.py has what follows from it."""
+    for model_type, windows in {"qwen2_moe": [8, None, None], "phimoe": [8, 8, 8], "qwen2": [None, 8, 8]}.items():
+        loaded, _ = tiny_pair(tokenizer, model_type, kernels=False, vocab_size=300, **ARCHITECTURES[model_type])
+        assert [asked.window for _, asked in sorted(probe(loaded.model, 512, paged=None).items())] == windows
+        assert [asked.window for _, asked in sorted(probe(loaded.model, 7, paged=None).items())] == [None] * 3
+
+
+class Masked(LlamaForCausalLM):
+    """Llama, whose masks are made by `how` in place of transformers' function."""
+
+    how = None
+
+    def forward(self, *args, **kwargs):
+        with mock.patch.object(modeling_llama, "create_causal_mask", self.how):
+            return super().forward(*args, **kwargs)
+
+
+def in_chunks(**kwargs):
+    kwargs["config"].attention_chunk_size = 8
+    return create_chunked_causal_mask(**kwargs)
+
+
+def both_ways(**kwargs):
+    return create_causal_mask(**kwargs, or_mask_function=lambda *places: places[-1] < 5)
+
+
+def sinks(**kwargs):
+    kwargs["config"].sliding_window = 8
+    return create_sliding_window_causal_mask(**kwargs, or_mask_function=lambda *places: places[-1] < 1)
+
+
+def its_own(**kwargs):
+    return torch.zeros(1, 1, *[kwargs["inputs_embeds"].shape[1]] * 2)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [(in_chunks, "by windows"), (both_ways, "by windows"), (sinks, "by windows"), (its_own, "masks of its own")],
+)
+def test_a_mask_that_is_no_window_is_refused(tokenizer, how, message):
+    loaded, _ = tiny_pair(tokenizer, kernels=False, vocab_size=300)
+    loaded.model.__class__ = type("Masked", (Masked,), {"how": staticmethod(how)})
+    with pytest.raises(ValueError, match=f"Masked .*{message}"):
         make_engine(loaded, num_pages=10)
+
+
+def test_a_family_that_the_engine_computes_otherwise_is_refused(tokenizer, monkeypatch):
+    """Whatever the reason: here the backend is told of no window, or of another scale."""
+    loaded, _ = tiny_pair(tokenizer, "qwen2_moe", kernels=False, vocab_size=300, **ARCHITECTURES["qwen2_moe"])
+    compare_with_eager(loaded.model)
+    assert loaded.model.config.sliding_window == 8
+    for change in ({"window": None}, {"scaling": 0.2}, {"softcap": 5.0}):
+        monkeypatch.setattr(
+            model_runner,
+            "probe",
+            lambda *args, change=change, **kwargs: {
+                number: replace(asked, **change) for number, asked in probe(*args, **kwargs).items()
+            },
+        )
+        with pytest.raises(ValueError, match="computes something that the engine does not"):
+            compare_with_eager(loaded.model)

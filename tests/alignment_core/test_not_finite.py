@@ -8,7 +8,7 @@ from torch import nn
 
 from alignment_core import Prompt, RequestFailed, SamplingParams, model_runner
 from alignment_core.attention import native, paged_triton, sdpa
-from alignment_core.attention.paged_batch import PagedBatch, Plan
+from alignment_core.attention.paged_batch import LayerAttention, PagedBatch, Plan
 from alignment_core.cpu.layers import replace_layers
 from alignment_core.methods import METHODS
 from alignment_core.scheduler import Row
@@ -74,10 +74,8 @@ def attended(backend, window, softcap, dtype, poison=0.0, spoilt=None):
     places = list(zip(plan.row.tolist(), plan.position.tolist(), strict=True))
     if spoilt is not None:
         value[0, 1, places.index((2, spoilt)), 3] = poison
-    out, _ = backend.attend(
-        SimpleNamespace(layer_idx=0), query, key, value, None,
-        paged=PagedBatch.of(plan, [pools[0]], [pools[1]]), scaling=0.25, sliding_window=window, softcap=softcap,
-    )  # fmt: skip
+    paged = PagedBatch.of(plan, [pools[0]], [pools[1]], {0: LayerAttention(0.25, window, softcap)})
+    out, _ = backend.attend(SimpleNamespace(layer_idx=0), query, key, value, None, paged=paged)
     return out[0], places
 
 

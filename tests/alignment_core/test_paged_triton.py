@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from alignment_core.attention import paged_triton
-from alignment_core.attention.paged_batch import PagedBatch, Plan
+from alignment_core.attention.paged_batch import LayerAttention, PagedBatch, Plan
 from alignment_core.scheduler import Row
 from alignment_core.sequence import Branch
 from tests.counts import counted
@@ -61,11 +61,8 @@ def attend(
     plan = Plan.of([rows[chosen] for chosen in contexts], [], page_size)
     ordered = sorted(contexts, key=lambda chosen: chosen[1] > 1)  # as Plan.of does
     query, key, value = (torch.cat([new[chosen][i] for chosen in ordered], dim=1)[None] for i in range(3))
-    paged = PagedBatch.of(plan, [keys], [values], **batch)
-    out, _ = paged_triton.attend(
-        SimpleNamespace(layer_idx=0), query, key, value, None,
-        paged=paged, scaling=dim**-0.5, sliding_window=window, softcap=softcap,
-    )  # fmt: skip
+    paged = PagedBatch.of(plan, [keys], [values], {0: LayerAttention(dim**-0.5, window, softcap)}, **batch)
+    out, _ = paged_triton.attend(SimpleNamespace(layer_idx=0), query, key, value, None, paged=paged)
     wanted = [
         written_out(new[chosen][0], keys, values, rows[chosen], chosen[1], dim**-0.5, window, softcap)
         for chosen in ordered

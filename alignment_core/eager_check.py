@@ -1,0 +1,67 @@
+"""A few tokens through the engine's forward pass and through the model's own, so that no family is silently wrong."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from alignment_core.attention.paged_batch import Plan
+from alignment_core.model_runner import ModelRunner, RunnerConfig
+from alignment_core.scheduler import Row
+from alignment_core.sequence import Branch
+
+NUM_TOKENS, PAGE_SIZE = 16, 4
+CHUNKS = ((0, 7), (7, 13), (13, 14), (14, 15), (15, 16))  # prefills and decodes
+WINDOW = 4  # instead of the model's own, so that few tokens reach beyond it
+TOLERANCES = {torch.float32: 1e-3}  # of the logits' size, by the model's dtype
+TOLERANCE = 0.1  # of all others, which round
+
+
+@torch.inference_mode()
+def compare_with_eager(model: PreTrainedModel) -> None:
+    """Raises ValueError where the logits differ from those of transformers' eager attention, windows included, or the
+    architecture is one that can't be served.
+    """
+    config = model.config.get_text_config()
+    ids = [(37 * i + 11) % config.vocab_size for i in range(NUM_TOKENS)]
+    with _short_window(config):
+        ours = _of_engine(model, ids)
+        model.set_attn_implementation("eager")
+        token_ids = torch.tensor([ids], device=model.device)
+        theirs = model(input_ids=token_ids, use_cache=False).logits[0].float()
+    differences = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
+    difference = float(differences.median())  # an expert may be chosen otherwise at a near tie
+    if not difference < TOLERANCES.get(model.dtype, TOLERANCE):
+        raise ValueError(
+            f"{type(model).__name__} computes something that the engine does not: the logits differ by {difference:.2g}"
+        )
+
+
+def _of_engine(model: PreTrainedModel, ids: list[int]) -> Tensor:
+    """Logits at every token, [T, V] float32, in chunks over pages."""
+    runner = ModelRunner(model, RunnerConfig(page_size=PAGE_SIZE, max_model_len=NUM_TOKENS, eager=True))
+    runner.allocate(NUM_TOKENS // PAGE_SIZE)
+    branch = Branch(ids, pages=list(reversed(range(NUM_TOKENS // PAGE_SIZE))))
+    logits = []
+    for start, end in CHUNKS:
+        row = Row(branch, start, end)
+        plan = Plan.of([row], [(row, place) for place in range(start - end, 0)], PAGE_SIZE)
+        logits.append(runner.run(plan).clone())
+    return torch.cat(logits)
+
+
+@contextlib.contextmanager
+def _short_window(config: Any) -> Iterator[None]:
+    """transformers makes masks by what the configuration says at that moment."""
+    window = getattr(config, "sliding_window", None)
+    is_longer = isinstance(window, int) and window > WINDOW
+    if is_longer:
+        config.sliding_window = WINDOW
+    try:
+        yield
+    finally:
+        if is_longer:
+            config.sliding_window = window
