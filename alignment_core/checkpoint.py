@@ -1,6 +1,7 @@
 """What a model's files say of it, read without torch in milliseconds."""
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import struct
@@ -17,6 +18,18 @@ GGUF_MAGIC = b"GGUF"
 GGUF_HEAD = 1 << 16  # bytes, which have the model's sizes: its vocabulary comes behind them
 GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 GGUF_STRING, GGUF_ARRAY = 8, 9
+# What transformers asks for one after the other, by the name that a configuration has for a way of quantising.
+PACKAGES = {
+    "gptq": ("optimum", "gptqmodel"),
+    "awq": ("gptqmodel",),
+    "compressed-tensors": ("compressed-tensors",),
+    "torchao": ("torchao",),
+    "bitsandbytes": ("bitsandbytes",),
+    "auto-round": ("auto-round",),
+    "hqq": ("hqq",),
+    "quanto": ("optimum-quanto",),
+    "mxfp4": ("kernels",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +70,26 @@ def look_at(name: str | None) -> Checkpoint:
         return Checkpoint()
     try:
         config = json.loads((path / "config.json").read_bytes())
+        refuse_missing_packages(name, config)
         return _of_config(config)
     except (OSError, ValueError, AttributeError) as error:
         raise LoadingError(f"{name} can't be loaded: its config.json can't be read: {error}") from error
+
+
+def refuse_missing_packages(name: str, config: dict[str, Any]) -> None:
+    """Raises LoadingError with all that a quantised checkpoint takes and is not installed."""
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    missing = [package for package in PACKAGES.get(str(method), ()) if not _is_installed(package)]
+    if missing:
+        raise LoadingError(f"{name} is quantised by {method}, which takes: pip install {' '.join(missing)}")
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _of_config(config: dict[str, Any]) -> Checkpoint:

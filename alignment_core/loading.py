@@ -22,19 +22,20 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.distributed import DistributedConfig
 
-from alignment_core import cache, cuda_quantization, preflight, tensor_parallel
+from alignment_core import cache, checkpoint, cuda_quantization, preflight, tensor_parallel
 from alignment_core.checkpoint import EMBEDDED_ID, EMBEDDED_PACKAGE, embedded_file
 from alignment_core.cpu import packed_copy
 from alignment_core.cpu.layers import num_fused_layers, replace_layers
 from alignment_core.cpu.native import library
 from alignment_core.eager_check import compare_with_eager
 from alignment_core.errors import LoadingError
-from alignment_core.model_runner import scales_by_length
+from alignment_core.model_runner import heads_and_dim, scales_by_length
 from alignment_core.tensor_parallel import Followers
 
 log = logging.getLogger(__name__)
@@ -179,7 +180,10 @@ def _check(id: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
         raise LoadingError(f"{id} has no fast tokenizer (tokenizer.json)")
     parts: int = getattr(model, "_tp_size", None) or 1
     config = model.config.get_text_config()
-    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    try:
+        heads, _ = heads_and_dim(model)
+    except ValueError as error:
+        raise LoadingError(f"{id} can't be served: {error}") from error
     if heads % parts:
         raise LoadingError(f"{id} has {heads} key heads, which {parts} processes can't share evenly")
     foreign = [token for token, number in tokenizer.get_vocab().items() if number >= config.vocab_size]
@@ -197,8 +201,20 @@ def _compare(id: str, model: PreTrainedModel) -> None:
     try:
         compare_with_eager(model)
     except Exception as error:  # of any model's code
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise LoadingError(f"{id} can't be served: {kind}{str(error).partition(chr(10))[0]}") from error
+        raise LoadingError(f"{id} can't be served: {error if type(error) is ValueError else _told(error)}") from error
+
+
+def _refuse(name: str, config: PreTrainedConfig) -> None:
+    """Raises LoadingError for what transformers would tell in many lines, or piece by piece."""
+    checkpoint.refuse_missing_packages(name, config.to_dict())
+    is_known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if not is_known and not hasattr(config, "auto_map"):  # which names code of its own
+        raise LoadingError(f"{name} is of the type {config.model_type}, which is no language model of text alone")
+
+
+def _told(error: Exception) -> str:
+    """One line."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def _from_pretrained(
@@ -206,14 +222,18 @@ def _from_pretrained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """options: of AutoModelForCausalLM.from_pretrained."""
     try:
+        if "gguf_file" not in options:
+            _refuse(name, AutoConfig.from_pretrained(name, trust_remote_code=options["trust_remote_code"]))
         tokenizer = AutoTokenizer.from_pretrained(
             name, **{key: value for key, value in options.items() if key not in OF_MODELS}
         )
         model, info = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
+    except LoadingError:
+        raise
     except Exception as error:  # a damaged file shows in many ways
-        raise LoadingError(f"{name} can't be loaded: {type(error).__name__}: {error}") from error
+        raise LoadingError(f"{name} can't be loaded: {_told(error)}") from error
     if info["missing_keys"]:
         raise LoadingError(
             f"{name} lacks weights of a {type(model).__name__}: {', '.join(sorted(info['missing_keys']))}"

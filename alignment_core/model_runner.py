@@ -284,13 +284,18 @@ def _text_config(model: PreTrainedModel) -> Any:
     return model.config.get_text_config()
 
 
-def _num_kv_heads(config: Any) -> int:
-    num: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return num
+def heads_and_dim(model: PreTrainedModel) -> tuple[int, int]:
+    """Key heads of the whole model, and the numbers of each. Raises ValueError where layers differ."""
+    config = _text_config(model)
+    try:
+        num_kv_heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return num_kv_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    except RuntimeError as error:
+        told = f"{type(model).__name__} has layers whose keys are of different sizes, which can't be served yet"
+        raise ValueError(told) from error
 
 
 def _kv_heads_and_dim(model: PreTrainedModel) -> tuple[int, int]:
     """Of this process's part of the model."""
-    config = _text_config(model)
-    num_kv_heads = _num_kv_heads(config) // (getattr(model, "_tp_size", None) or 1)
-    return num_kv_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_kv_heads, head_dim = heads_and_dim(model)
+    return num_kv_heads // (getattr(model, "_tp_size", None) or 1), head_dim

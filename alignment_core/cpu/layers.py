@@ -9,6 +9,7 @@ import ctypes
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -39,6 +40,13 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.packed = packed
         self.matrices = [packed]
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """[N, K] float32, for models whose own code looks at it: what multiplying by the identity gives."""
+        plain = PackedMatrix(self.packed.format, self.packed.shape, *self.packed.tensors[:3], bias=None)
+        weight: Tensor = PackedLinear(plain)(torch.eye(self.packed.shape[1])).T
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, K] to […, N]."""

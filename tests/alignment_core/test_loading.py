@@ -11,7 +11,11 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfi
 
 from alignment_core import LoadingError, Prompt, SamplingParams, cuda_quantization, load, loading
 from alignment_core.checkpoint import embedded_file
-from tests.engines import make_engine, run_all, token_ids
+from alignment_core.cpu.layers import PackedLinear
+from alignment_core.cpu.packing import pack
+from tests.engines import GREEDY, aligned, make_engine, run_all, token_ids
+from tests.engines import judge as judge_greedy
+from tests.oracle import Oracle
 
 
 @pytest.fixture
@@ -229,3 +233,83 @@ def test_quantisations_that_can_not_be_are_refused():
     config = CONFIG_MAPPING["llama"](vocab_size=9, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
     with pytest.raises(cuda_quantization.QuantizationError, match="fp8"):  # torchao asks for a GPU
         cuda_quantization.quantise(AutoModelForCausalLM.from_config(config), "fp8")
+
+
+def model_of(directory, model_type, tokenizer, **changes):
+    """A tiny random model of a family, saved."""
+    small = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 2}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**{**small, **changes}))
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+UNSERVED = {
+    "deepseek_v3": (
+        {"num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
+         "moe_intermediate_size": 32, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 16,
+         "qk_rope_head_dim": 8, "v_head_dim": 16},
+        r"keys and values of different sizes, 4 × 24 and 4 × 16",
+    ),
+    "gpt_oss": ({"head_dim": 16, "num_local_experts": 4, "sliding_window": 8}, r"s_aux"),
+    "gemma4_text": (
+        {"head_dim": 16, "global_head_dim": 32, "layer_types": ["sliding_attention", "full_attention"],
+         "vocab_size_per_layer_input": 300, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0},
+        r"keys are of different sizes",
+    ),
+    "mamba2": ({"num_heads": 4, "head_dim": 16, "state_size": 16, "n_groups": 1}, r"linear_attention"),
+    "stablelm": ({}, r"does not pass its arguments on"),
+    "falcon": ({}, r"do not use transformers' attention interface"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", UNSERVED)
+def test_what_cannot_be_served_is_one_clear_line(tokenizer, tmp_path, model_type):
+    changes, message = UNSERVED[model_type]
+    with pytest.raises(LoadingError, match=f"tiny can't be served: .*{message}") as error:
+        load(model_of(tmp_path / "tiny", model_type, tokenizer, **changes))
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_that_takes_images_is_one_clear_line(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": config}))
+    with pytest.raises(LoadingError, match=r"is of the type llava, which is no language model of text alone$"):
+        load(str(checkpoint))
+
+
+def test_a_linear_layer_whose_weights_the_model_looks_at(tokenizer, tmp_path):
+    """The router of this family asks for the dtype of its own."""
+    experts = {"num_experts": 4, "moe_topk": 2, "moe_intermediate_size": 32, "head_dim": 8}
+    loaded = load(model_of(tmp_path / "tiny", "hunyuan_v1_moe", tokenizer, **experts))
+    judge = Oracle(
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / "tiny", dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+        )
+    )
+    (outputs,) = run_all(make_engine(loaded, num_pages=100), [(aligned(2.0), GREEDY)])
+    judge_greedy(judge, aligned(2.0), outputs)
+
+
+@pytest.mark.parametrize("quantization", ["auto", "none", "int8", "int4"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_weights_can_be_looked_at(quantization, bias):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 40, bias=bias).requires_grad_(requires_grad=False)
+    packed = PackedLinear(pack(linear.weight, linear.bias, quantization))
+    x = torch.randn(5, 64)
+    expected = torch.nn.functional.linear(x, packed.weight, linear.bias)
+    torch.testing.assert_close(packed(x), expected, atol=1e-5, rtol=1e-5)
+    if quantization in ("auto", "none"):
+        assert torch.equal(packed.weight, linear.weight)
+
+
+@pytest.mark.parametrize(
+    ("method", "packages"), [("gptq", "optimum gptqmodel"), ("awq", "gptqmodel"), ("compressed-tensors",) * 2]
+)
+def test_all_packages_that_a_quantised_checkpoint_takes_are_named_at_once(checkpoint, method, packages):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
+    with pytest.raises(LoadingError, match=f"is quantised by {method}, which takes: pip install {packages}$"):
+        load(str(checkpoint))
