@@ -2,7 +2,8 @@
 
 The pool hands out page numbers; the tensors they index live in the model runner. A full page is
 published under the SHA-256 chain of its salt and all token ids up to its end, so equal digests mean
-equal prefixes. A page that nobody holds keeps its content until it is the least recently used one.
+equal prefixes; what is hashed says which of the two it is, so that no salt can be a page's name. A
+page that nobody holds keeps its content until it is the least recently used one.
 """
 
 import hashlib
@@ -112,5 +113,6 @@ def hash_pages(branch: Branch, num_pages: int, page_size: int) -> list[bytes]:
     while len(hashes) < num_pages:
         start = len(hashes) * page_size
         tokens = array("i", branch.tokens[start : start + page_size])
-        hashes.append(hashlib.sha256((hashes[-1] if hashes else branch.salt) + tokens.tobytes()).digest())
+        before = hashes[-1] if hashes else hashlib.sha256(b"salt" + branch.salt).digest()
+        hashes.append(hashlib.sha256(b"page" + before + tokens.tobytes()).digest())
     return hashes

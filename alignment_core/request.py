@@ -13,7 +13,7 @@ DEFAULT_RATIO = 2.0
 MAX_STOP_STRINGS = 16
 MAX_PRINCIPLES = 16
 MAX_LOGPROBS = 20
-MAX_BIASES = 1024
+MAX_BIASES = MAX_STOP_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +111,8 @@ class SamplingParams:
         _require(self.max_tokens is None or self.max_tokens >= 0, "max_tokens", "≥ 0", self.max_tokens)
         _require(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings", len(self.stop))
         _require(all(self.stop), "stop", "free of empty strings", self.stop)
+        num_ends = len(self.stop_token_ids)
+        _require(num_ends <= MAX_STOP_TOKENS, "stop_token_ids", f"at most {MAX_STOP_TOKENS} tokens", num_ends)
         _require(self.min_tokens >= 0, "min_tokens", "≥ 0", self.min_tokens)
         if self.max_tokens is not None:
             _require(self.min_tokens <= self.max_tokens, "min_tokens", "at most max_tokens", self.min_tokens)

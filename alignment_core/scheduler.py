@@ -45,13 +45,15 @@ class Row:
 @dataclass(slots=True)
 class Step:
     """All rows of one forward pass. Sequences in `drawing` get a token: all their rows end at their newest one,
-    or at the last of their drafts. admitted: those that ran from this step on.
+    or at the last of their drafts. admitted: those that ran from this step on. num_given: drafts that are given, of
+    all rows.
     """
 
     rows: dict[Sequence, list[Row]] = field(default_factory=dict)
     admitted: list[Sequence] = field(default_factory=list)
     drawing: list[Sequence] = field(default_factory=list)
     num_tokens: int = 0
+    num_given: int = 0
 
     def drafts(self, sequence: Sequence) -> tuple[int, ...]:
         return self.rows[sequence][0].drafts
@@ -109,9 +111,12 @@ class Scheduler:
         """
         step = Step()
         preemptions = self.num_preemptions
-        for sequence in sorted(self.running, key=lambda s: (not s.is_decoding, s.is_decoding and s.last_turn)):
-            if sequence in self.running and sequence.num_drawn < sequence.max_tokens:
-                self._schedule(sequence, step)
+        decoding = sorted((s for s in self.running if s.is_decoding), key=lambda s: s.last_turn)
+        prefilling = [s for s in self.running if not s.is_decoding]
+        self._schedule_all(decoding, step)
+        if may_draft:
+            self._lengthen_by_given(step)
+        self._schedule_all(prefilling, step)
         while self.waiting and self.num_preemptions == preemptions and self._admits(self.waiting[0], step):
             sequence = self.waiting.popleft()
             self.running.append(sequence)
@@ -119,9 +124,15 @@ class Scheduler:
             self.num_tokens_admitted += sum(len(branch.tokens) for branch in sequence.branches)
             self._schedule(sequence, step)
         if may_draft:
+            self._lengthen_by_given(step)
             for sequence in step.drawing:
                 self._speculate(sequence, step)
         return step
+
+    def _schedule_all(self, sequences: list[Sequence], step: Step) -> None:
+        for sequence in sequences:
+            if sequence in self.running and sequence.num_drawn < sequence.max_tokens:  # it may be preempted by now
+                self._schedule(sequence, step)
 
     def commit(self, step: Step) -> None:
         """Record that the step's forward pass has run. Drafts count once they are accepted."""
@@ -171,22 +182,43 @@ class Scheduler:
             step.rows[sequence] = rows
             step.num_tokens += sum(row.num_tokens for row in rows)
 
-    def _speculate(self, sequence: Sequence, step: Step) -> None:
-        """Lengthen a decoding sequence's rows by drafts, or by tokens that are given, as far as they cost next to
-        nothing.
+    def _lengthen_by_given(self, step: Step) -> None:
+        """Decoding sequences whose next tokens are given take more of them: a batch for all, whatever else runs, as
+        every one has logits of its own.
         """
-        rows, given = step.rows[sequence], sequence.remaining_given
+        for sequence in step.drawing:
+            rows = step.rows[sequence]
+            left = min(SPECULATIVE_BATCH - step.num_given, self.max_num_batched_tokens - step.num_tokens)
+            num_given = min(
+                left // len(rows),
+                len(sequence.prompt.given) - len(sequence.output_ids),
+                sequence.max_tokens - len(sequence.output_ids) - 1,
+            )
+            if num_given > 0 and not step.drafts(sequence):
+                is_longer = self._lengthen(sequence, step, sequence.remaining_given[:num_given])
+                step.num_given += is_longer * len(rows) * num_given
+
+    def _speculate(self, sequence: Sequence, step: Step) -> None:
+        """Lengthen a decoding sequence's rows by drafts, as far as they cost next to nothing."""
+        rows = step.rows[sequence]
         most = min(
-            len(given) or self.num_speculative_tokens,
+            self.num_speculative_tokens,
             (min(SPECULATIVE_BATCH, self.max_num_batched_tokens) - step.num_tokens) // len(rows),
             sequence.max_tokens - len(sequence.output_ids) - 1,
         )
-        if most < 1 or any(row.num_tokens > 1 for row in rows) or (sequence.follows_reply and not given):
-            return
-        drafts = given[:most] or tuple(sequence.lookup.draft(most))
-        if drafts and all(self.pool.allocate(row.branch, row.end + len(drafts)) for row in rows):
-            step.rows[sequence] = [Row(row.branch, row.start, row.end + len(drafts), drafts) for row in rows]
-            step.num_tokens += len(rows) * len(drafts)
+        if most > 0 and not sequence.follows_reply:
+            self._lengthen(sequence, step, tuple(sequence.lookup.draft(most)))
+
+    def _lengthen(self, sequence: Sequence, step: Step, drafts: tuple[int, ...]) -> bool:
+        """Whether the sequence is decoding and there are pages for it."""
+        rows = step.rows[sequence]
+        if not drafts or any(row.num_tokens > 1 for row in rows):
+            return False
+        if not all(self.pool.allocate(row.branch, row.end + len(drafts)) for row in rows):
+            return False
+        step.rows[sequence] = [Row(row.branch, row.start, row.end + len(drafts), drafts) for row in rows]
+        step.num_tokens += len(rows) * len(drafts)
+        return True
 
     def _allocate(self, sequence: Sequence, branch: Branch, num_tokens: int, step: Step) -> bool:
         """Get pages, preempting the newest sequences if need be; False if `sequence` itself had to go."""

@@ -1,6 +1,5 @@
 """What is being generated: branches and sequences."""
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -14,6 +13,8 @@ from alignment_core.speculation import PromptLookup
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
+
+    from alignment_core.edits import Edits
 
 
 @dataclass(slots=True)
@@ -37,7 +38,7 @@ class Sequence:
     """One choice being generated: its branches, its parameters, and what has been drawn so far.
 
     matcher: where the reply is in its structure. is_queued: it has not run yet. directions: OPAD's latest, by
-    position. counts: how often the reply has each token. seen: the tokens of reply and principled prompts.
+    position. edits: made when the first token is edited.
     """
 
     request_id: int
@@ -61,8 +62,7 @@ class Sequence:
     was_preempted: bool = False
     is_queued: bool = True
     ended: bool = False
-    counts: Counter[int] = field(default_factory=Counter)
-    seen: set[int] = field(default_factory=set)
+    edits: "Edits | None" = None
     lookup: PromptLookup = field(init=False)
     directions: dict[int, Tensor] = field(default_factory=dict)
     times: Times = field(default_factory=Times)
@@ -70,8 +70,6 @@ class Sequence:
     def __post_init__(self) -> None:
         self.branches = [Branch(list(ids), salt=self.prompt.salt) for ids in self.prompt.branches]
         self.lookup = PromptLookup(self.branches[0].tokens)
-        if self.params.repetition_penalty != 1:
-            self.seen.update(*self.prompt.principled, self.prompt.given)
 
     def unwanted_ends(self, position: int) -> frozenset[int]:
         """The tokens that must not come after so many of the reply, if others may."""
@@ -87,7 +85,7 @@ class Sequence:
     @property
     def follows_reply(self) -> bool:
         """Whether the next draw depends on more of the reply than the branches' contexts tell the model."""
-        return self.params.penalises or self.matcher is not None or bool(self.remaining_given)
+        return self.params.penalises or self.matcher is not None or self.num_replied < 0
 
     @property
     def remaining_given(self) -> tuple[int, ...]:
@@ -120,9 +118,6 @@ class Sequence:
             branch.tokens[place : place + 1] = [token_id]
         self.output_ids.append(token_id)
         self.directions.pop(self.num_replied - 2, None)  # the next draw needs the one before it
-        if self.num_replied > 0:
-            self.counts[token_id] += 1
-            self.seen.add(token_id)
 
     def last_output(self, reason: FinishReason, news: Output | None = None) -> Output:
         """news: of the last token, if there is any."""

@@ -103,7 +103,8 @@ def _salt(key: bytes | None, cache_salt: str | None) -> bytes:
     """key: the hash of an API key whose prefixes are its own."""
     if key is None and cache_salt is None:
         return b""
-    return hashlib.sha256((key or b"") + (cache_salt or "").encode()).digest()
+    owner = b"anyone" if key is None else b"key" + key
+    return hashlib.sha256(owner + (b"" if cache_salt is None else b"salt" + cache_salt.encode())).digest()
 
 
 async def gather(replies: Sequence[Replies], request: Request) -> list[list[Output]] | None:

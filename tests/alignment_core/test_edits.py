@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from alignment_core import InvalidRequest, SamplingParams
+from alignment_core import InvalidRequest, SamplingParams, edits
 from tests.engines import GREEDY, aligned, make_engine, prompts, run_all, token_ids
 from tests.oracle import NEAR_TIE, Setting
 
@@ -243,3 +243,32 @@ def test_what_is_given_does_not_move_the_draws(tiny):
     (scored,) = run_all(engine, [(shorter, params)])
     assert token_ids(scored)[4:] == token_ids(free)
     assert "".join(o.text for o in scored) == "".join(o.text for o in free)
+
+
+def test_what_a_client_names_is_taken_to_the_device_once(tiny, monkeypatch):
+    """Not in every step: a thousand biases or ends, of each of many choices, took longer than the model."""
+    loaded, oracle = tiny
+    moved, move = [], edits.to_device
+    monkeypatch.setattr(edits, "to_device", lambda x, device: moved.append(x.numel()) or move(x, device))
+    monkeypatch.setattr(edits.np, "unpackbits", lambda *_, **__: pytest.fail("there is no structure"))
+    stops, biases = frozenset(range(100, 299)), {id: (id % 7) / 3 for id in range(299)}
+    setting = {"presence_penalty": 0.7, "frequency_penalty": 0.4, "repetition_penalty": 1.2}
+    params = replace(GREEDY, logit_bias=biases, stop_token_ids=stops, min_tokens=12, **setting)
+    prompt = aligned(2.0, 200)
+    engine, outputs = make_engine(loaded, num_pages=400), []
+    engine.submit(prompt, params, outputs.append)
+    while len(outputs) < 2:
+        engine.step()
+    del moved[:]
+    engine.step()
+    assert len(outputs) == 3
+    assert [size for size in moved if size > 1] == [300]  # which tokens may not come, as a mask
+    while engine.step():
+        pass
+    names = {"presence": 0.7, "frequency": 0.4, "repetition": 1.2, "bias": tuple(biases.items())}
+    judged(oracle, prompt, outputs, **names, min_tokens=12, stop_ids=tuple(stops))
+
+
+def test_ends_are_few():
+    with pytest.raises(InvalidRequest, match="at most 1024 tokens"):
+        SamplingParams(stop_token_ids=frozenset(range(1025)))

@@ -1,5 +1,9 @@
 """Which rows a step runs: the budget of its tokens, turns, and who comes next."""
 
+from dataclasses import replace
+
+import pytest
+
 from alignment_core import Prompt, SamplingParams
 from tests.engines import GREEDY, aligned, judge, make_engine, prompts, run_all
 
@@ -100,3 +104,36 @@ def test_a_preempted_sequence_comes_before_those_that_have_not_run(tiny):
     while not engine.scheduler.num_preemptions:
         assert engine.step()
     assert [sequence.was_preempted for sequence in engine.scheduler.waiting][:2] == [True, False]
+
+
+@pytest.mark.parametrize("others", ["decodes", "prefills", "texts"])
+def test_a_text_is_scored_in_as_many_steps_in_company_as_alone(tiny, others):
+    loaded, oracle = tiny
+    given = tuple((11 * i) % 280 + 7 for i in range(300))
+    scored = Prompt((given[:1],), given=given[1:])
+    company = {
+        "decodes": [(aligned(0, 10, i), SamplingParams(temperature=0, max_tokens=200, ignore_eos=True))
+                    for i in range(64)],
+        "prefills": [(Prompt((tuple(range(5 + i, 265 + i)) + given[:200],)), replace(GREEDY, max_tokens=3))
+                     for i in range(20)],
+        "texts": [(Prompt((given[i : i + 1],), given=given[i + 1 :]), SamplingParams(max_tokens=0)) for i in range(6)],
+    }  # fmt: skip
+    engine = make_engine(loaded, num_pages=4000, max_num_seqs=100)
+    replies = [[] for _ in company[others]]
+    for (prompt, params), reply in zip(company[others], replies, strict=True):
+        engine.submit(prompt, params, reply.append)
+    outputs, num_steps = [], 0
+    engine.submit(scored, SamplingParams(max_tokens=0, logprobs=0), outputs.append)
+    while not (outputs and outputs[-1].finish_reason):
+        engine.step()
+        num_steps += bool(outputs)
+    assert num_steps <= (len(company[others]) + 1) * 5 if others == "texts" else num_steps <= 7
+    while engine.step():
+        pass
+    z = oracle.logits(given).log_softmax(-1)
+    reports = [report for output in outputs for report in output.logprobs]
+    expected = [float(z[place, token]) for place, token in enumerate(given[1:])]
+    assert [report.logprob for report in reports] == pytest.approx(expected, abs=2e-4)
+    for (prompt, _), reply in zip(company[others], replies, strict=True):
+        if others != "texts":
+            judge(oracle, prompt, reply)

@@ -4,11 +4,15 @@ import contextlib
 import re
 import socket
 import time
+from array import array
 
 import httpx
 import pytest
 
+from alignment_core.kv_cache import hash_pages
+from alignment_core.sequence import Branch
 from server.settings import load_settings
+from server.streaming import _salt
 from tests.serving import serving
 
 pytestmark = pytest.mark.slow
@@ -213,3 +217,17 @@ def test_what_is_no_http_is_refused_and_harms_nobody(url, junk):
         answer = connection.recv(65536)
         assert answer == b"" or re.match(rb"HTTP/1\.1 4\d\d ", answer)
     assert httpx.get(url + "/health").status_code == 200
+
+
+def test_no_salt_gives_a_page_the_name_of_another():
+    """A client that knows a page's tokens can send their bytes, or its digest's, as a salt."""
+    tokens, more = list(range(10, 26)), list(range(40, 56))
+    victim = hash_pages(Branch([*tokens, *more], salt=_salt(None, None)), 2, 16)
+    forged = [b"".join(array("i", tokens)[i : i + 1].tobytes() for i in range(16)).decode(), victim[0].hex()]
+    salts = [
+        _salt(None, text) for text in (*forged, *(f"{mark}{text}" for mark in ("page", "salt") for text in forged))
+    ]
+    salts += [_salt(bytes(range(32)), None), _salt(None, bytes(range(32)).decode()), victim[0], b""]
+    names = [name for salt in salts for name in hash_pages(Branch([*more, *tokens], salt=salt), 2, 16)]
+    assert len(set(names)) == len(names)
+    assert not set(victim) & set(names)
