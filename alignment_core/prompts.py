@@ -4,12 +4,14 @@ The branches differ by the principle and by nothing else. What a user writes is 
 token's text inside a message stays text, and no template syntax in it is evaluated.
 """
 
+import copy
 import itertools
 import json
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import cached_property
 from typing import Any, Literal
 
@@ -21,6 +23,7 @@ from jinja2.meta import find_undeclared_variables
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from alignment_core import template_clock
 from alignment_core.errors import InvalidRequest
 from alignment_core.methods import METHODS, Method
 from alignment_core.request import MAX_PRINCIPLES, Principle, Prompt
@@ -47,12 +50,13 @@ class Rendering:
     """How a template renders a chat.
 
     tools: functions in OpenAI's form. variables: of the template's own. continues: the last message, the
-    assistant's, is the beginning of the reply.
+    assistant's, is the beginning of the reply. now: the time that templates show, the same in all branches.
     """
 
     tools: Sequence[Mapping[str, Any]] = ()
     variables: Mapping[str, Any] = field(default_factory=dict)
     continues: bool = False
+    now: datetime = field(default_factory=datetime.now)
 
 
 class PromptBuilder:
@@ -62,7 +66,9 @@ class PromptBuilder:
         """max_tokens: texts that can't be that short are refused before the work of encoding them."""
         if not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template")
-        self._tokenizer = tokenizer
+        self._templates = self._parsed(tokenizer.chat_template)
+        self._time_formats = template_clock.formats_of(self._templates)
+        self._tokenizer = self._with_clock(tokenizer) if self._time_formats else tokenizer
         added = tokenizer.added_tokens_decoder
         self._added = {token.content: (id, token) for id, token in added.items()}
         self._any_added = _any_of(self._added)
@@ -106,11 +112,8 @@ class PromptBuilder:
             safe = self._with_tools_as_text(safe, rendering)
             rendering = replace(rendering, tools=())
         principles = [principle for principle in principles if principle.weight > 0]
-        for _ in range(3):  # templates may show the time, which must be the same for all branches
-            base = self._encode(safe, escapes, rendering)
-            prompt = self._branches(base, safe, principles, placement, escapes, rendering, method)
-            if not principles or self._encode(safe, escapes, rendering) == base:
-                break
+        base = self._encode(safe, escapes, rendering)
+        prompt = self._branches(base, safe, principles, placement, escapes, rendering, method)
         return replace(prompt, continues=rendering.continues)
 
     def text_ids(self, text: str | Sequence[int]) -> tuple[int, ...]:
@@ -166,10 +169,28 @@ class PromptBuilder:
 
     @cached_property
     def _variables(self) -> frozenset[str]:
-        templates = self._tokenizer.chat_template
-        texts = templates.values() if isinstance(templates, dict) else [templates]
+        return frozenset().union(*map(find_undeclared_variables, self._templates))
+
+    @staticmethod
+    def _parsed(templates: str | dict[str, str]) -> list[jinja2.nodes.Template]:
+        """Raises ValueError for what is no template."""
         environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", _Generation])
-        return frozenset().union(*(find_undeclared_variables(environment.parse(text)) for text in texts))
+        try:
+            return [
+                environment.parse(text) for text in (templates.values() if isinstance(templates, dict) else [templates])
+            ]
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise ValueError(f"the chat template can't be parsed: {error}") from error
+
+    @staticmethod
+    def _with_clock(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """The same tokenizer, whose templates show the time that they are told."""
+        templates, tokenizer = tokenizer.chat_template, copy.copy(tokenizer)
+        if isinstance(templates, dict):
+            tokenizer.chat_template = {name: template_clock.held_still(text) for name, text in templates.items()}
+        else:
+            tokenizer.chat_template = template_clock.held_still(templates)
+        return tokenizer
 
     def generation_prompt(self, rendering: Rendering | None = None) -> str:
         """What the template writes of the reply itself, such as its header and "<think>"."""
@@ -348,6 +369,7 @@ class PromptBuilder:
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=rendering.continues,
                 **rendering.variables,
+                **template_clock.variables(self._time_formats, rendering.now),
             )
         except Exception as error:  # a template can raise anything
             raise InvalidRequest(f"the model's chat template refuses these messages: {error}", "messages") from error

@@ -171,6 +171,8 @@ class Prompt:
     def __post_init__(self) -> None:
         assert len(self.principled) == len(self.weights) == len(self.ratios) > 0
         assert math.isclose(sum(self.weights), 1.0)
+        for name in ("weights", "ratios"):  # whole numbers would make tensors of whole numbers
+            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
         object.__setattr__(self, "coefficients", METHODS[self.method].coefficients(self.weights, self.ratios))
         assert (self.base is None) == (not any(self.coefficients))
 

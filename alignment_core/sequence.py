@@ -38,7 +38,7 @@ class Sequence:
     """One choice being generated: its branches, its parameters, and what has been drawn so far.
 
     matcher: where the reply is in its structure. is_queued: it has not run yet. directions: OPAD's latest, by
-    position. edits: made when the first token is edited.
+    position. edits: made when the first token is edited. was_told: on_output has got, or gets, the last output.
     """
 
     request_id: int
@@ -62,6 +62,7 @@ class Sequence:
     was_preempted: bool = False
     is_queued: bool = True
     ended: bool = False
+    was_told: bool = False
     edits: "Edits | None" = None
     lookup: PromptLookup = field(init=False)
     directions: dict[int, Tensor] = field(default_factory=dict)

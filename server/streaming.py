@@ -298,7 +298,8 @@ def usage_object(usages: Sequence[Usage]) -> dict[str, Any]:
     """
     return {
         **_counts(usages[0].prompt_tokens, sum(usage.completion_tokens for usage in usages)),
-        "prompt_tokens_details": {"cached_tokens": usages[0].prompt_cached_tokens},
+        # of the choice that ran first: the others find what it has computed
+        "prompt_tokens_details": {"cached_tokens": min(usage.prompt_cached_tokens for usage in usages)},
         "alignment_details": {
             "branches": usages[0].branches,
             "branch_tokens_computed": sum(usage.branch_tokens_computed for usage in usages),

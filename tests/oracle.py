@@ -25,7 +25,7 @@ class Setting:
     stop_ids: tuple[int, ...] = ()
     allowed: Callable[[list[int]], Iterable[int]] | None = None  # the tokens that may follow a reply
     method: str = "linear"
-    scale: float = 20.0  # of "adaptive"
+    scale: float = 50.0  # of "adaptive"
 
 
 class Oracle:

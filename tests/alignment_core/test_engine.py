@@ -265,3 +265,21 @@ def test_the_thread_that_loaded_keeps_no_threads_beside_the_engines(tokenizer):
 
 def num_os_threads():
     return len(os.listdir("/proc/self/task"))
+
+
+def test_a_reply_ends_once_whoever_says_so(tiny):
+    """The watchdog gives up while the engine's thread is about to tell the end, or comes back later."""
+    engine, outputs = make_engine(tiny[0], num_pages=100), [[], []]
+    for collected, max_tokens in zip(outputs, (3, 9), strict=True):
+        engine.submit(aligned(2.0), replace(GREEDY, max_tokens=max_tokens), collected.append)
+    while not outputs[0]:
+        engine.step()
+    first, _ = engine.scheduler.running
+    finish = first.text.finish
+    first.text.finish = lambda: engine.give_up(EngineDead("it hangs")) or finish()
+    while not engine.error:
+        engine.step()
+    engine.stop()
+    for collected in outputs:
+        assert [output.finish_reason for output in collected if output.finish_reason] == ["error"]
+        assert collected[-1].finish_reason

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from alignment_core import alignment, model_runner, static_draw
+from alignment_core import model_runner, static_draw
 from alignment_core.attention import sdpa
 from alignment_core.request import Structure
 from tests.alignment_core import test_speculation
@@ -45,7 +45,7 @@ FEATURES = {
         (aligned(0, 20), replace(SHORT, min_tokens=5, ignore_eos=False, stop_token_ids=frozenset({85})),
          {"min_tokens": 5, "stop_ids": (2, 85)}),
     ],
-    "adaptive": [(replace(aligned(2.0, 20), method="adaptive"), SHORT, {"scale": alignment.ADAPTIVE_SCALE})],
+    "adaptive": [(replace(aligned(2.0, 20), method="adaptive"), SHORT, {})],
     "opad": [(replace(aligned(2.0, 20), method="opad"), SHORT, {"top_p": 1.0})],
 }  # fmt: skip
 

@@ -23,6 +23,13 @@ def prompt_of(method, ratios, shift=0):
     return Prompt(principled, weights, ratios, base, method=method)
 
 
+def alike(method, ratio, shift=0):
+    """Two principles' branches that differ from the base's in a token each."""
+    base = tuple((7 * i + shift) % 290 + 5 for i in range(24))
+    principled = tuple((base[0] + 1 + k, *base[1:]) for k in range(2))
+    return Prompt(principled, (0.25, 0.75), (ratio, ratio - 5), base, method=method)
+
+
 def setting_of(prompt, params):
     top_p = METHODS[prompt.method].top_p if params.alignment_top_p is None else params.alignment_top_p
     return Setting(prompt.ratios, prompt.weights, params.temperature, top_p, method=prompt.method)
@@ -96,9 +103,11 @@ def test_drafts_change_no_method(tiny, method, temperature, monkeypatch):
 
 
 def test_methods_differ(tiny):
-    """None of them is another one by mistake; but for guidance, which is ours without a plausible set."""
+    """None of them is another one by mistake; but for guidance, which is ours without a plausible set. The branches
+    are so much alike that the adaptive ratio's limit is reached.
+    """
     _, oracle = tiny
-    prompts = {method: prompt_of(method, (15.0, 20.0)) for method in METHODS}
+    prompts = {method: alike(method, 20.0, shift=1) for method in METHODS}
     z = {}
     for method, prompt in prompts.items():
         setting = replace(setting_of(prompt, GREEDY), top_p=1.0)
@@ -169,3 +178,27 @@ def test_a_plain_reply_has_no_trace(tiny):
     (outputs,) = run_all(make_engine(tiny[0], num_pages=100), [(aligned(0), replace(GREEDY, trace=True))])
     assert all(report.trace is None for output in outputs for report in output.logprobs)
     assert sum(len(output.logprobs) for output in outputs) == 12
+
+
+def test_the_limit_of_an_adaptive_ratio_is_reached(tiny):
+    """The number that docs/methods.md gives, and no other: with 20 or without a limit the tokens would be others."""
+    loaded, oracle = tiny
+    engine, others = make_engine(loaded, num_pages=200), {20.0: 0, math.inf: 0}
+    for shift in range(6):
+        prompt = alike("adaptive", 20.0, shift)
+        (outputs,) = run_all(engine, [(prompt, GREEDY)])
+        ids, setting = token_ids(outputs), setting_of(prompt, GREEDY)
+        assert oracle.check_greedy(prompt, setting, ids) <= 1
+        for scale in others:
+            rows = [oracle.next_logits(prompt, ids[:n], replace(setting, scale=scale)) for n in range(len(ids))]
+            others[scale] += [int(z.argmax()) for z in rows] != ids
+    assert min(others.values()) > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_whole_numbers_are_numbers(tiny, method):
+    loaded, oracle = tiny
+    base = tuple(range(10, 34))
+    prompt = Prompt(((*base[:5], 50, *base[5:]),), (1,), (2,), base, method=method)
+    (outputs,) = run_all(make_engine(loaded, num_pages=100), [(prompt, GREEDY)])
+    assert oracle.check_greedy(prompt, setting_of(prompt, GREEDY), token_ids(outputs)) <= 1

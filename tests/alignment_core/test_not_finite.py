@@ -202,9 +202,7 @@ def test_tokens_that_the_model_rules_out_are_never_drawn(masking, method, ratio,
     )
     prompts = [one, two, plain]
     for prompt, outputs in zip(prompts, run_all(engine, [(p, params) for p in prompts]), strict=True):
-        setting = Setting(
-            prompt.ratios, prompt.weights, temperature=temperature, top_p=1, method=prompt.method, scale=50.0
-        )
+        setting = Setting(prompt.ratios, prompt.weights, temperature=temperature, top_p=1, method=prompt.method)
         assert judge_draws(oracle, prompt, outputs, setting, 0) <= 1
         assert not set(token_ids(outputs)) & set(RULED_OUT)
         for output in outputs:

@@ -1,5 +1,6 @@
 """Real clients against a real server process with the embedded model."""
 
+import itertools
 import json
 import subprocess
 import time
@@ -8,7 +9,8 @@ import httpx
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from alignment_core import Principle, SamplingParams
+from alignment_core import Principle, SamplingParams, Usage
+from server.streaming import usage_object
 from tests.engines import make_engine, run_all
 
 CHAT = [{"role": "user", "content": "Where should our town get its power from?"}]
@@ -305,3 +307,11 @@ def test_a_dead_engine_shows_in_health_and_errors(own_server, monkeypatch):
     response = httpx.get(url + "/health")
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "engine_dead"
+
+
+def test_cached_tokens_do_not_depend_on_which_choice_ends_first():
+    """The first to run computes the prompt, and the others find it in the cache."""
+    usages = [Usage(30, cached, 5, 1, 30 - cached, 0, cached) for cached in (8, 24, 16)]
+    objects = [usage_object(order) for order in itertools.permutations(usages)]
+    assert objects == [objects[0]] * 6
+    assert objects[0]["prompt_tokens_details"] == {"cached_tokens": 8}
