@@ -1,7 +1,7 @@
 """Token ids to text, one token at a time: whole characters only, and never part of a stop string."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -9,6 +9,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 REPLACEMENT = "\ufffd"
 MAX_TOKENS_PER_CHARACTER = 4  # UTF-8 needs at most four bytes, and a token carries at least one
 NUM_BEFORE = 8  # tokens that may change how those after them are written
+MAX_UNSEEN = 32  # tokens that show nothing by themselves and may change how the next one is written
 
 
 class TextStream:
@@ -17,16 +18,21 @@ class TextStream:
     A token's text can depend on the token before it (leading spaces, joined bytes), so what is new
     is the difference between decoding a short window with and without the newest tokens.
 
-    before: the tokens of the text that this one goes on with.
+    before: the tokens of the text that this one goes on with. skipped: tokens that are no part of a text, as though
+    they were not there.
     """
 
     def __init__(
-        self, decode: Callable[[Sequence[int]], str], stop: tuple[str, ...] = (), before: Sequence[int] = ()
+        self,
+        decode: Callable[[Sequence[int]], str],
+        stop: tuple[str, ...] = (),
+        before: Sequence[int] = (),
+        skipped: Container[int] = frozenset(),
     ) -> None:
         self.stopped = False
-        self._decode = decode
+        self._decode, self._skipped = decode, skipped
         self._stops = [_Stop(text) for text in stop]
-        window = list(before[-NUM_BEFORE:])
+        window = [id for id in before[-2 * NUM_BEFORE :] if id not in skipped][-NUM_BEFORE:]
         self._window = [] if decode(window).endswith(REPLACEMENT) else window
         self._num_shown = len(self._window)  # leading tokens of the window whose text is out already
         self._held = ""  # text that may turn out to begin a stop string
@@ -34,8 +40,10 @@ class TextStream:
     def add(self, token_id: int, may_stop: bool = True) -> str:
         """The text that became certain with this token; `stopped` tells that a stop string ended it.
 
-        may_stop: whether stop strings count yet.
+        may_stop: whether stop strings count that end with this token.
         """
+        if token_id in self._skipped:
+            return ""
         self._window.append(token_id)
         shown = self._decode(self._window[: self._num_shown])
         text, settled = self._decode(self._window), len(self._window)
@@ -45,9 +53,11 @@ class TextStream:
             # The first of so many can't belong to a character that is still to be completed.
             settled = self._num_shown + 1
             text = self._decode(self._window[:settled])
+        if text == shown and settled - self._num_shown < MAX_UNSEEN:
+            return ""  # such as a space at the beginning, which is written if another one comes
         self._window = self._window[self._num_shown :]
         self._num_shown = settled - self._num_shown
-        return self._until_stop(text[len(shown) :]) if may_stop else text[len(shown) :]
+        return self._until_stop(text[len(shown) :], may_stop)
 
     def finish(self) -> str:
         """What was held back, now that nothing can follow."""
@@ -58,14 +68,15 @@ class TextStream:
         held, self._held = self._held, ""
         return text if self.stopped else text + held
 
-    def _until_stop(self, text: str) -> str:
-        ends = [(stop, stop.end_in(text)) for stop in self._stops]
-        begins = [end - len(stop.text) for stop, end in ends if end is not None]
+    def _until_stop(self, text: str, may_stop: bool = True) -> str:
+        ends = [(stop, stop.end_in(text, may_stop)) for stop in self._stops]
+        complete = [(end, end - len(stop.text)) for stop, end in ends if end is not None]
         text, num_before = self._held + text, len(self._held)
-        if begins:
+        if complete:
             self.stopped = True
             self._held = ""
-            return text[: num_before + min(begins)]
+            _, begin = min(complete)  # the first to be complete, however the text is cut into tokens
+            return text[: num_before + begin]
         keep = max((stop.num_matched for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
@@ -81,12 +92,16 @@ class _Stop:
         self.num_matched = 0
         self._borders = [0]  # of the first 1, 2 … characters: the longest proper beginning that is an end too
 
-    def end_in(self, more: str) -> int | None:
-        """Where in the text's next piece the string is complete for the first time, None where it is not."""
+    def end_in(self, more: str, counts: bool) -> int | None:
+        """Where in the text's next piece the string is complete for the first time, None where it is not or that
+        does not count.
+        """
         for place, character in enumerate(more, 1):
             self.num_matched = self._next(self.num_matched, character)
             if self.num_matched == len(self.text):
-                return place
+                if counts:
+                    return place
+                self.num_matched = self._borders[-1]
         return None
 
     def _next(self, num: int, character: str) -> int:
@@ -99,6 +114,11 @@ class _Stop:
                 border = self._borders[border - 1]
             self._borders.append(border + (self.text[border] == character))
         return num
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The control tokens, which are no part of a text."""
+    return frozenset(id for id, token in tokenizer.added_tokens_decoder.items() if token.special)
 
 
 class TokenBytes:

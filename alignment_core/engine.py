@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from functools import partial
 from types import TracebackType
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from alignment_core.backlog import Backlog
 from alignment_core.cpu.native import release_threads
-from alignment_core.detokenizer import TextStream, TokenBytes
+from alignment_core.detokenizer import TextStream, TokenBytes, special_ids
 from alignment_core.engine_config import EngineConfig, pages_that_fit
 from alignment_core.errors import EngineDead, RequestFailed
 from alignment_core.flight import Drawn, Flight, Sampler, draw
@@ -91,6 +90,7 @@ class Engine:
         self.eos_token_ids = frozenset(id for id in loaded.eos_token_ids if id < self.vocab_size)
         self.grammars = Grammars(loaded.tokenizer, self.vocab_size, self.eos_token_ids)
         self.token_bytes = TokenBytes(loaded.tokenizer)
+        self._special_ids = special_ids(loaded.tokenizer)
         self.prompts = PromptBuilder(loaded.tokenizer, self.max_model_len)
         self.error: BaseException | None = None
         self._ids = itertools.count()
@@ -158,7 +158,8 @@ class Engine:
         max_tokens = self._limits.max_tokens(prompt, params, n)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         request_id = next(self._ids)
-        decode = partial(self._decode, skip_special_tokens=params.skip_special_tokens)
+        before = (*prompt.principled[0], *prompt.given) if prompt.continues else ()
+        skipped = self._special_ids if params.skip_special_tokens else frozenset[int]()
         choices = [
             Sequence(
                 request_id=request_id,
@@ -168,9 +169,7 @@ class Engine:
                 max_tokens=max_tokens,
                 stop_token_ids=params.stop_token_ids | (frozenset() if params.ignore_eos else self.eos_token_ids),
                 eos_token_ids=self.eos_token_ids,
-                text=TextStream(
-                    decode, params.stop, (*prompt.principled[0], *prompt.given) if prompt.continues else ()
-                ),
+                text=TextStream(self._decode, params.stop, before, skipped),
                 on_output=on_output,
                 choice=choice,
                 matcher=self.grammars.matcher(params.structure) if params.structure else None,
@@ -514,9 +513,7 @@ class Engine:
             log.exception("The listener of request %d failed", sequence.request_id)
             self.abort(sequence.request_id)
 
-    def _decode(self, ids: Seq[int], skip_special_tokens: bool) -> str:
-        text = self.tokenizer.decode(
-            list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
+    def _decode(self, ids: Seq[int]) -> str:
+        text = self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text

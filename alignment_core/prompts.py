@@ -153,9 +153,8 @@ class PromptBuilder:
             return (*base[:start], *line, *base[start:])
 
         principles = [principle for principle in principles if principle.weight > 0]
-        return replace(
-            _mixed(base, [principled(principle) for principle in principles], principles, method), given=given
-        )
+        mixed = _mixed(base, [principled(principle) for principle in principles], principles, method)
+        return replace(mixed, given=given, continues=True)
 
     @cached_property
     def variables(self) -> frozenset[str]:

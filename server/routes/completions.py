@@ -1,15 +1,17 @@
 """POST /v1/completions."""
 
 import asyncio
-import codecs
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from transformers import PreTrainedTokenizerBase
 
 from alignment_core import Output, Prompt, Usage
+from alignment_core.detokenizer import TextStream, special_ids
 from alignment_core.output import IMPOSSIBLE, TokenLogprob
 from server.engine_client import EngineClient
 from server.models import serving
@@ -145,7 +147,12 @@ class TextCompletion:
         return prompt if isinstance(prompt, str) else self._engine.tokenizer.decode(prompt)
 
     def _opinions(self, number: int) -> "_Opinions":
-        return _Opinions(self._engine, self._body, self._texts[number][0] if self._body.scores else None)
+        prompt, ids = self._body.prompts()[number], self._texts[number]
+        offsets = None
+        if self._body.logprobs is not None:
+            text = prompt if isinstance(prompt, str) else None
+            offsets = _Offsets(self._engine.tokenizer, text, ids, is_scored=self._body.scores)
+        return _Opinions(self._engine, self._body, offsets, ids[0] if self._body.scores else None)
 
     @staticmethod
     def _choice(index: int, text: str, reason: str | None, opinions: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,16 +161,16 @@ class TextCompletion:
 
 class _Opinions:
     """A choice's log-probabilities, in OpenAI's older form, and its trace, as far as they are asked for: lists beside
-    each other; text_offset counts characters from the beginning on.
+    each other.
 
     first: a token in front, of which nothing is known.
     """
 
-    def __init__(self, engine: EngineClient, body: CompletionRequest, first: int | None) -> None:
+    def __init__(
+        self, engine: EngineClient, body: CompletionRequest, offsets: "_Offsets | None", first: int | None
+    ) -> None:
         self._token_bytes = engine.token_bytes
-        self._body, self._first = body, first
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._offset = 0
+        self._body, self._offsets, self._first = body, offsets, first
 
     def of(self, outputs: Sequence[Output]) -> dict[str, Any]:
         """What came with these outputs."""
@@ -172,22 +179,20 @@ class _Opinions:
         if self._first is not None:
             ids, reports, self._first = [self._first, *ids], [None, *reports], None
         found: dict[str, Any] = {}
-        if reports and self._body.logprobs is not None:
-            found["logprobs"] = self._logprobs(ids, reports)
+        if reports and self._offsets:
+            found["logprobs"] = self._logprobs(ids, reports, self._offsets)
         if self._body.traces:
             found["alignment"] = [report and trace_of(report, self._token_bytes) for report in reports]
         return found
 
-    def _logprobs(self, ids: Sequence[int], reports: Sequence[TokenLogprob | None]) -> dict[str, Any]:
-        offsets = []
-        for id in ids:
-            offsets.append(self._offset)
-            self._offset += len(self._decoder.decode(self._token_bytes(id)))
+    def _logprobs(
+        self, ids: Sequence[int], reports: Sequence[TokenLogprob | None], offsets: "_Offsets"
+    ) -> dict[str, Any]:
         return {
             "tokens": [self._name(id) for id in ids],
             "token_logprobs": [report and max(report.logprob, IMPOSSIBLE) for report in reports],
             "top_logprobs": [report and self._top(report) for report in reports],
-            "text_offset": offsets,
+            "text_offset": [offsets.next(id) for id in ids],
         }
 
     def _top(self, report: TokenLogprob) -> dict[str, float]:
@@ -202,6 +207,32 @@ class _Opinions:
             return content.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
+
+class _Offsets:
+    """Where in a choice's text its tokens begin: the first tokens are the prompt's, if it is scored.
+
+    text: the prompt, if it came as one; ids: its tokens. A token in front that the tokenizer has added is no text.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, text: str | None, ids: Sequence[int], is_scored: bool
+    ) -> None:
+        decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+        mark = tokenizer.bos_token
+        is_added = text is not None and mark and ids[0] == tokenizer.bos_token_id and not text.startswith(mark)
+        self._prompt = TextStream(decode)
+        self._reply = TextStream(decode, before=ids, skipped=special_ids(tokenizer))
+        self._num_added, self._num_prompt = int(is_scored and bool(is_added)), len(ids) if is_scored else 0
+        self._num_told = self._offset = 0
+
+    def next(self, id: int) -> int:
+        """That of the next token."""
+        begin, place = self._offset, self._num_told
+        self._num_told += 1
+        if place >= self._num_added:
+            self._offset += len((self._prompt if place < self._num_prompt else self._reply).add(id))
+        return begin
 
 
 async def _merged(replies: Sequence[Replies]) -> AsyncIterator[tuple[int, Output]]:

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from alignment_core.detokenizer import TextStream, TokenBytes
+from alignment_core.detokenizer import TextStream, TokenBytes, special_ids
 
 
 def stream(decode, ids, stop=()):
@@ -57,6 +57,7 @@ def test_an_unfinished_character_is_shown_at_the_end():
         ("aaab", ("aab",), "a"),
         ("x\n\nUser: y", ("\nUser", "User"), "x\n"),
         ("ababac", ("abac",), "ab"),
+        ("abc", ("b", "abc"), "a"),
         ("one EN", ("END",), "one EN"),
     ],
 )
@@ -158,3 +159,42 @@ def test_a_text_that_goes_on_keeps_the_space_in_between():
     for context, expected in ((before, " hi hi"), ((), "hi hi"), ((*before, 1 + 0xF0), "hi hi")):
         text = TextStream(tokenizer.decode, (), context)
         assert "".join(map(text.add, ids)) + text.finish() == expected
+
+
+def stripping():
+    """A tokenizer whose decoder takes a space off the beginning of a text, as Llama 2's does."""
+    tokenizer = sentencepiece()
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
+
+
+def test_a_control_token_that_is_left_out_glues_no_words():
+    """Anything of them in a row, and spaces alone: what is shown is the text of all other tokens."""
+    tokenizer, chance = stripping(), random.Random(3)
+    special, (space, h, i, space_h, hi) = len(tokenizer) - 1, range(257, 262)
+    assert tokenizer.convert_ids_to_tokens([special, hi]) == ["<s>", "▁hi"]
+    assert special_ids(tokenizer) == {special}
+    for _ in range(2000):
+        accent = chance.choice([[1 + 0xC3, 1 + 0xA9], [1 + 0xC3, special, 1 + 0xA9]])
+        chosen = chance.choices([[special], [special], [space], [h], [i], [space_h], [hi], accent], k=12)
+        ids = [id for some in chosen for id in some]
+        text = TextStream(tokenizer.decode, skipped=special_ids(tokenizer))
+        shown = "".join(map(text.add, ids)) + text.finish()
+        assert shown == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_a_stop_string_counts_from_where_it_ends():
+    """One that begins among the least tokens and ends behind them stops, and nothing of it has been shown."""
+    for least, expected in ((0, "x"), (3, "x"), (4, "xENDy"), (9, "xENDyEND")):
+        text, shown = TextStream(as_bytes, ("END",)), ""
+        for number, letter in enumerate(b"xENDyEND"):
+            shown += text.add(letter, may_stop=number >= least)
+            assert expected.startswith(shown)
+            if text.stopped:
+                break
+        assert shown + text.finish() == expected
+    overlapping = TextStream(as_bytes, ("aa",))
+    assert [overlapping.add(letter, may_stop=number > 1) for number, letter in enumerate(b"aaa")] == ["", "a", ""]
+    assert overlapping.stopped

@@ -1,11 +1,18 @@
 """/v1/completions, /tokenize, /detokenize and presets, through real clients."""
 
+import itertools
+from dataclasses import replace
+
 import httpx
 import openai
 import pytest
+from tokenizers import pre_tokenizers, processors
 
 from alignment_core import Principle, SamplingParams
-from tests.engines import make_engine, run_all
+from server.protocol.completions import CompletionRequest
+from server.routes.completions import TextCompletion
+from tests.alignment_core.test_detokenizer import stripping
+from tests.engines import make_engine, run_all, tiny_pair
 from tests.server.test_chat import CHAT, PRINCIPLE, create
 
 TEXT = "The capital of France is"
@@ -208,3 +215,47 @@ def test_prompts_that_leave_nothing_to_do(client, stream):
             assert logprobs[0].token_logprobs[-1] < 0
         else:
             assert logprobs == {0: None, 1: None}
+
+
+@pytest.fixture(scope="module")
+def small_words():
+    """An engine whose tokenizer begins texts with a control token and whose decoder takes a space off, as Llama 2's."""
+    tokenizer = stripping()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    bos = ("<s>", tokenizer.convert_tokens_to_ids("<s>"))
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    loaded, _ = tiny_pair(tokenizer)
+    return make_engine(loaded, num_pages=100)
+
+
+@pytest.mark.parametrize("principle", [None, "hi i"])
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize("asked", ["hi hi", [262, 261, 261], "hi <s> hi"], ids=str)
+def test_a_reply_goes_on_with_its_prompt(small_words, asked, echo, principle):
+    """Its first space is there, and text_offset is where in the choice's text each token begins."""
+    engine, tokenizer = small_words, small_words.tokenizer
+    spaced = tokenizer.convert_tokens_to_ids("▁hi")
+    body = CompletionRequest(model="m", prompt=asked, echo=echo, logprobs=0, logit_bias={str(spaced): 100})
+    ids = engine.prompts.text_ids(asked)
+    assert ids[0] == tokenizer.bos_token_id
+    prompt = engine.prompts.build_text(ids, [Principle(principle)] if principle else [], body.scores)
+    params = replace(body.sampling_params(), max_tokens=3)
+    (choice,) = TextCompletion(engine, "", body, [ids], [prompt]).whole(run_all(engine, [(prompt, params)]))["choices"]
+    text, offsets = choice["text"], choice["logprobs"]["text_offset"]
+    told = (asked if isinstance(asked, str) else tokenizer.decode(asked)) if echo else ""
+    assert text == told + " hi hi hi"
+    tokens = [*ids, *[spaced] * 3] if echo else [spaced] * 3
+    assert len(offsets) == len(tokens)
+    shown = [text[begin:end] for begin, end in itertools.pairwise([*offsets, len(text)])]
+    assert "".join(shown) == text
+    assert shown[-3:] == [" hi"] * 3
+    assert (
+        shown[: len(tokens) - 3]
+        == {
+            "hi hi": ["", "hi", " hi"],
+            "hi <s> hi": ["", "hi", " ", "<s>", " hi"],
+            "[262, 261, 261]": ["<s>", " hi", " hi"],
+        }[str(asked)][: len(tokens) - 3]
+    )
