@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from alignment_core import SamplingParams
-from alignment_core.prompts import Rendering
+from alignment_core.chat_template import Rendering
 from alignment_core.request import MAX_LOGPROBS
 from server.protocol.generation import FIRST, AlignmentFields, GenerationRequest, Schema, refused
 from server.strict_json import InvalidBody, refuse_too_many_values, strict

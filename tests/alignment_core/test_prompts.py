@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from alignment_core import InvalidRequest, Principle
-from alignment_core.prompts import PromptBuilder, Rendering
+from alignment_core.chat_template import Rendering
+from alignment_core.prompts import PromptBuilder
 
 PLAIN = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
@@ -193,7 +194,7 @@ def test_a_template_that_fails_in_its_own_way_is_a_bad_request(tokenizer):
 
 def test_what_is_far_too_long_is_refused_before_it_is_encoded(tokenizer, monkeypatch):
     prompts = PromptBuilder(tokenizer, max_tokens=100)
-    monkeypatch.setattr(prompts, "_encode", None)
+    monkeypatch.setattr(prompts, "_encoder", None)
     for chat, principles in [([{"role": "user", "content": "a" * 20_000}], []), (QUESTION, [Principle("a" * 20_000)])]:
         with pytest.raises(InvalidRequest, match="context holds"):
             prompts.build(chat, principles)

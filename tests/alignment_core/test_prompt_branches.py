@@ -1,0 +1,201 @@
+"""For every way in which templates treat messages: a principled prompt is the base and a principle, to the token."""
+
+import copy
+import itertools
+
+import pytest
+from tokenizers import normalizers
+from transformers import AddedToken
+
+from alignment_core import InvalidRequest, Principle
+from alignment_core.chat_template import Rendering
+from alignment_core.prompts import PromptBuilder
+from tests.alignment_core import test_prompts
+
+GEMMA_2 = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<start>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ m['content'] | trim }}<end>\n{% endfor %}{% if add_generation_prompt %}<start>model\n{% endif %}"
+)
+GEMMA_3 = (
+    "{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\n\n' %}"
+    "{% set rest = messages[1:] %}{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}"
+    "{% for m in rest %}<start>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ first if loop.first }}{{ m['content'] | trim }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start>model\n{% endif %}"
+)
+LLAMA_2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}{% set system = messages[0]['content'] %}"
+    "{% else %}{% set rest = messages %}{% set system = false %}{% endif %}{% for m in rest %}"
+    "{% if loop.first and system %}{% set text = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + m['content'] %}"
+    "{% else %}{% set text = m['content'] %}{% endif %}"
+    "{% if m['role'] == 'user' %}[INST] {{ text.strip() }} [/INST]{% else %} {{ text.strip() }} {% endif %}{% endfor %}"
+)
+LLAMA_3 = (
+    "{% for m in messages %}<start>{{ m['role'] }}<end>\n\n{{ m['content'] | trim }}<eot>{% endfor %}"
+    "{% if add_generation_prompt %}<start>assistant<end>\n\n{% endif %}"
+)
+MISTRAL = (  # system text stands in the last user message, if that is the last of all
+    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set rest = messages[1:] %}"
+    "{% else %}{% set rest = messages %}{% endif %}{% for m in rest %}{% if m['role'] == 'user' %}"
+    "{% if loop.last and system is defined %}[INST] {{ system + '\n\n' + m['content'] }}[/INST]"
+    "{% else %}[INST] {{ m['content'] }}[/INST]{% endif %}"
+    "{% else %} {{ m['content'] | trim }}</s>{% endif %}{% endfor %}"
+)
+TRIMS_USERS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{{ m['content'] | trim if m['role'] == 'user' else m['content'] }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+TRIMS_SYSTEM = TRIMS_USERS.replace("== 'user'", "== 'system'")
+DEFAULT = (  # also in place of an empty system message
+    "{% set ns = namespace(text='You are a helpful model.') %}{% for m in messages if m['role'] == 'system' and "
+    "m['content'] %}{% set ns.text = m['content'] %}{% endfor %}<|im_start|>system\n{{ ns.text }}<|im_end|>\n"
+    "{% for m in messages if m['role'] != 'system' %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}<|im_start|>assistant\n"
+)
+TEMPLATES = {
+    "smollm2": None,
+    "plain": test_prompts.PLAIN,
+    "refuses system": test_prompts.REFUSES_SYSTEM,
+    "drops system": test_prompts.DROPS_SYSTEM,
+    "merges system": test_prompts.MERGES_SYSTEM,
+    "date": test_prompts.WITH_DATE,
+    "trims all": test_prompts.TRIMMING,
+    "tools": test_prompts.KNOWS_MORE,
+    "trims users": TRIMS_USERS,
+    "trims system": TRIMS_SYSTEM,
+    "default": DEFAULT,
+    "gemma 2": GEMMA_2,
+    "gemma 3": GEMMA_3,
+    "llama 2": LLAMA_2,
+    "llama 3": LLAMA_3,
+    "mistral": MISTRAL,
+}
+SHAPES = [("user",), ("system", "user"), ("user", "assistant", "user"), ("system", "user", "assistant", "user")]
+ENDS = ["", " ", "\n", " \n\n ", "\u00a0", "\u3000\u2003", "\t"]
+SAID = {"system": "Be kind.", "user": "What is rain?", "assistant": "Rain is water."}
+PRINCIPLE = "Speak 1 simply."
+
+
+def chats():
+    """Messages with white space at either end of one of them, or of all, or with nothing in one of them."""
+    for roles in SHAPES:
+        plain = [{"role": role, "content": SAID[role]} for role in roles]
+        for index, (before, after) in itertools.product(range(len(roles)), itertools.product(ENDS, ENDS)):
+            yield [{**m, "content": before + m["content"] + after} if i == index else m for i, m in enumerate(plain)]
+        for end in ENDS:
+            yield [{**m, "content": end + m["content"] + end} for m in plain]
+            for index in range(len(roles)):
+                yield [{**m, "content": end} if i == index else m for i, m in enumerate(plain)]
+
+
+@pytest.mark.parametrize("placement", ["system", "user"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_principle_is_the_only_difference(tokenizer, name, placement):
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = TEMPLATES[name] or tokenizer.chat_template
+    prompts = PromptBuilder(tokenizer)
+    num_placed = 0
+    for chat in chats():
+        continued = chat[-1]["role"] == "assistant"
+        plain = prompts.build(chat, rendering=Rendering(continues=continued)).principled[0]
+        prompt = prompts.build(chat, [Principle(PRINCIPLE)], placement, Rendering(continues=continued))
+        assert prompt.base == plain, chat
+        principled, base = (tokenizer.decode(ids) for ids in (prompt.principled[0], prompt.base))
+        before, after = principled.split(PRINCIPLE)
+        left = without_joints(before, after, base)
+        assert left is not None, (chat, principled, base)
+        assert tuple(tokenizer.encode(left, add_special_tokens=False)) == prompt.base
+        num_placed += 1
+    assert num_placed > 500
+
+
+def without_joints(before, after, base):
+    """The text without its principle, what joins it to its neighbours, and the block that was made for it alone."""
+    for lead, trail in [("\n", ""), ("", "\n\n"), ("", "\n"), ("\n", "\n"), ("", ""), ("\n\n\n", "")]:
+        if before.endswith(lead) and after.startswith(trail):
+            rest = before.removesuffix(lead) + after.removeprefix(trail)
+            if rest == base:
+                return rest
+    for block in (
+        "<|im_start|>system\n{}<|im_end|>\n",
+        "<start>system<end>\n\n{}<eot>",
+        "<<SYS>>\n{}\n<</SYS>>\n\n",
+        "<<SYS>>\n{}\n<</SYS>>",
+    ):
+        lead, trail = block.split("{}")
+        if before.endswith(lead) and after.startswith(trail):
+            rest = before.removesuffix(lead) + after.removeprefix(trail)
+            if rest == base:
+                return rest
+    return None
+
+
+@pytest.mark.parametrize(
+    ("name", "chat"),
+    [
+        ("mistral", [*({"role": r, "content": SAID[r]} for r in ("system", "user", "assistant"))]),
+        ("mistral", [*({"role": r, "content": SAID[r]} for r in ("user", "assistant"))]),
+    ],
+)
+def test_system_text_that_the_template_drops_is_put_where_it_is_seen(tokenizer, name, chat):
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = TEMPLATES[name]
+    prompt = PromptBuilder(tokenizer).build(chat, [Principle(PRINCIPLE)], rendering=Rendering(continues=True))
+    principled, base = (tokenizer.decode(ids) for ids in (prompt.principled[0], prompt.base))
+    assert principled == base.replace("What is", f"{PRINCIPLE}\n\nWhat is")
+
+
+@pytest.mark.parametrize("name", ["gemma 3", "llama 2"])
+def test_a_principle_that_no_template_shows_is_refused(tokenizer, name):
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = TEMPLATES[name]
+    with pytest.raises(InvalidRequest, match="no place for a principle") as error:
+        PromptBuilder(tokenizer).build([{"role": "system", "content": "Be kind."}], [Principle(PRINCIPLE)])
+    assert error.value.param == "principle"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}\n{{ m['content'] }}\n{% endfor %}",  # says all twice
+        "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}\n{% endfor %}{{ messages | length }} messages, "
+        "{{ messages | map(attribute='content') | join | length }} letters",
+    ],
+)
+def test_a_template_that_changes_something_else_with_it_is_refused(tokenizer, template):
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = template
+    with pytest.raises(InvalidRequest, match="no place for a principle"):
+        PromptBuilder(tokenizer).build([{"role": "user", "content": "Hello"}], [Principle(PRINCIPLE)])
+
+
+def test_a_principle_that_the_tokenizer_drops_is_refused(tokenizer):
+    dropping = copy.deepcopy(tokenizer)
+    dropping.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    with pytest.raises(InvalidRequest, match="leaves no trace"):
+        PromptBuilder(dropping).build([{"role": "user", "content": "Hello"}], [Principle("\u200b\u200b")], "user")
+    with pytest.raises(InvalidRequest, match="leaves no trace"):
+        PromptBuilder(dropping).build_text("Hello", [Principle("\u200b")])
+
+
+@pytest.mark.parametrize("normalizer", [normalizers.NFKC(), normalizers.Lowercase()], ids=["NFKC", "lower case"])
+def test_look_alikes_of_control_tokens_stay_text(tokenizer, normalizer):
+    """Where a tokenizer normalises a text before it looks for its control tokens."""
+    normalising = copy.deepcopy(tokenizer)
+    normalising.backend_tokenizer.normalizer = normalizer
+    normalising.add_special_tokens(
+        {"additional_special_tokens": [AddedToken("<|stop|>", normalized=True, special=True)]}
+    )
+    stop = normalising.convert_tokens_to_ids("<|stop|>")
+    look_alike = "＜｜ｓｔｏｐ｜＞" if isinstance(normalizer, normalizers.NFKC) else "<|STOP|>"
+    assert stop in normalising.encode(look_alike)
+    prompts = PromptBuilder(normalising)
+    for text in (look_alike, f"a {look_alike}{look_alike} b", f"{look_alike}<|stop|><|im_end|>"):
+        chat = [{"role": "system", "content": text}, {"role": "user", "content": text}]
+        prompt = prompts.build(chat, [Principle(text)])
+        for ids in prompt.branches:
+            assert stop not in ids
+            assert ids.count(normalising.convert_tokens_to_ids("<|im_end|>")) == 2
+    line = prompts.build_text("It rains", [Principle(look_alike)]).principled[0]
+    assert stop not in line
