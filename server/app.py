@@ -18,6 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from server import auth, metrics
 from server.access_log import AccessLog
+from server.allowed_hosts import AllowedHosts
 from server.body_limit import BodyLimit
 from server.engine_client import EngineClient
 from server.key_limits import KeyLimits
@@ -86,6 +87,8 @@ def _middleware(settings: Settings, measures: metrics.Measures) -> list[Middlewa
         Middleware(CorrelationIdMiddleware, header_name=REQUEST_ID, validator=_is_request_id),
         Middleware(AccessLog, measures=measures),
     ]
+    if settings.answers_for is not None:
+        way.append(Middleware(AllowedHosts, settings.answers_for))
     if settings.cors_origins:
         headers = [REQUEST_ID, "Retry-After"]
         origins = list(settings.cors_origins)

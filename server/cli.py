@@ -229,6 +229,7 @@ def serve(args: list[str]) -> None:
         host=settings.host,
         port=settings.port,
         http=BoundedProtocol,
+        ws="none",
         log_config=None,
         access_log=False,
         proxy_headers=bool(settings.forwarded_allow_ips),

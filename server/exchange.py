@@ -25,9 +25,9 @@ class Exchange:
     """Filled as the request goes on.
 
     began: seconds of time.monotonic(). key: the API key's hash, None where none is asked for. admit: to be asked before
-    so many choices are submitted, raises KeyBusy; leave: of choices that have ended. charge: takes tokens from what
-    the key may still use. error_code: that of the response. The counts are the user's view, all prompts and choices
-    together.
+    so many choices are submitted, raises KeyBusy, InvalidRequest; leave: of choices that have ended. charge: takes
+    tokens, of every branch, from what the key may still use. error_code: that of the response. The counts are the
+    user's view, all prompts and choices together.
     """
 
     began: float = field(default_factory=time.monotonic)
@@ -42,9 +42,8 @@ class Exchange:
 
     def ask(self, prompt: Prompt) -> None:
         """The engine has taken the prompt in."""
-        num_tokens = len(prompt.principled[0]) + len(prompt.given)
-        self.num_prompt_tokens += num_tokens
-        self.charge(num_tokens)
+        self.num_prompt_tokens += len(prompt.principled[0]) + len(prompt.given)
+        self.charge(sum(len(ids) + len(prompt.given) for ids in prompt.branches))
 
     def take(self, output: Output) -> None:
         """What came of it."""
@@ -52,7 +51,7 @@ class Exchange:
             self.leave(1)
             self.finish_reasons.append(output.finish_reason)
             self.num_completion_tokens += output.usage.completion_tokens
-            self.charge(output.usage.completion_tokens)
+            self.charge(output.usage.completion_tokens * output.usage.branches)
             if output.finish_reason == "error":
                 self.error_code = CODES[type(output.error)]
 

@@ -3,30 +3,38 @@
 import asyncio
 import select
 import socket
+from collections import deque
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 MAX_HEADER_BYTES = 64 << 10
+MAX_PIPELINED = 16  # requests of a connection that wait behind the one that is answered
+SLICE = 4 << 10  # bytes that are parsed in one turn of the event loop: a byte can be a piece of a body of its own
 PATIENCE = 60.0  # seconds
-REFUSAL = (
-    b'{"error":{"message":"the headers are too long","type":"invalid_request_error","param":null,'
-    b'"code":"headers_too_large"}}'
-)
-RESPONSE = (
-    b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Type: application/json\r\nConnection: close\r\n"
-    b"Content-Length: %d\r\n\r\n%s" % (len(REFUSAL), REFUSAL)
-)
+
+
+def _response(status: bytes, message: bytes, code: bytes) -> bytes:
+    """A whole response in OpenAI's shape, after which the connection is closed."""
+    content = b'{"error":{"message":"%s","type":"invalid_request_error","param":null,"code":"%s"}}' % (message, code)
+    head = b"HTTP/1.1 %s\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+    return head % (status, len(content)) + content
+
+
+TOO_LONG = _response(b"431 Request Header Fields Too Large", b"the headers are too long", b"headers_too_large")
+MALFORMED = _response(b"400 Bad Request", b"this is no valid HTTP request", b"invalid_http")
 
 
 class BoundedProtocol(HttpToolsProtocol):
     """A connection is closed with a 431 whose request line and headers go on beyond MAX_HEADER_BYTES, as httptools
-    itself collects them without end, trailers behind a body too. It is cut off when its client says nothing for
-    PATIENCE where a request should begin or go on, or when what waits to be sent to it stays above the transport's
-    mark for as long. When it is lost, the request that is being answered is told, also if others wait behind it.
+    itself collects them without end, trailers behind a body too. It is cut off when more than MAX_PIPELINED requests
+    wait on it, when its client says nothing for PATIENCE where a request should begin or go on, or when what waits to
+    be sent to it stays above the transport's mark for as long. When it is lost, the request that is being answered is
+    told, also if others wait behind it.
     """
 
     _num_header_bytes = 0  # since the last piece of a body
+    _num_parsed = 0  # bytes of the first of _unread
     _answered: RequestResponseCycle | None = None
     _awaits_client = _awaits_headers = True
     _reading: asyncio.TimerHandle | None = None
@@ -34,6 +42,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._unread = deque[bytes]()
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # what waits to be sent when a connection is closed, too
             connection = transport.get_extra_info("socket")
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(PATIENCE * 1000))
@@ -44,21 +53,59 @@ class BoundedProtocol(HttpToolsProtocol):
             if timer is not None:
                 timer.cancel()
         self.pipeline.clear()
+        self._unread.clear()
         if self._answered is not None and not self._answered.response_complete:  # uvicorn tells the latest one
             self._answered.disconnected = True
             self._answered.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        self._unread.append(data)
+        if len(self._unread) == 1:
+            self._parse()
+
+    def _parse(self) -> None:
+        """One slice of what was received; the next in the loop's next turn, so that others have theirs."""
+        if not self._unread:  # the connection is lost
+            return
+        piece = self._unread[0][self._num_parsed : self._num_parsed + SLICE]
+        self._num_parsed += len(piece)
+        if self._num_parsed == len(self._unread[0]):
+            self._unread.popleft()
+            self._num_parsed = 0
+        self._take(piece)
+        if self.transport.is_closing():
+            self._unread.clear()
+        elif self._unread:
+            self.transport.pause_reading()
+            self.loop.call_soon(self._parse)
+        elif not self.flow.read_paused:
+            self.transport.resume_reading()
+
+    def _take(self, data: bytes) -> None:
         self._num_header_bytes += len(data)
         super().data_received(data)
         if self._num_header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
             if self.cycle is None or (self._awaits_headers and self.cycle.response_complete):
-                self.transport.write(RESPONSE)
+                self.transport.write(TOO_LONG)
                 self.transport.close()
             else:
                 self.transport.abort()  # there is no place for another response
         self._set_reading_timer()
+
+    def send_400_response(self, msg: str) -> None:
+        """Unless a response is under way, or there was none to give: the connection ends in any case."""
+        del msg
+        if self.transport.is_closing():
+            return
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.write(MALFORMED)
+            self.transport.close()
+        else:
+            self.transport.abort()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """It is answered as a request without the wish, and logged as one."""
 
     def on_message_begin(self) -> None:
         self._awaits_client = self._awaits_headers = True
@@ -68,6 +115,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_header_bytes = 0
         self._awaits_headers = False
         super().on_headers_complete()
+        if len(self.pipeline) > MAX_PIPELINED:
+            self.transport.abort()
+            raise ConnectionAbortedError  # so that nothing more is parsed
         if self.pipeline:
             self._look_for_end()
 

@@ -6,10 +6,12 @@ from collections import defaultdict
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from alignment_core import InvalidRequest
 from server.exchange import KeyBusy, exchange_of
 from server.protocol.errors import key_busy
 
 AT_ONCE = ("key_requests", 1.0)  # code, and seconds to wait
+WITHOUT_MODEL = ("/tokenize", "/detokenize")
 
 
 class Bucket:
@@ -44,14 +46,17 @@ class Allowance:
         self._most, self._bucket = most, bucket
         self.num_requests = self._num_choices = 0
 
-    def check(self) -> None:
-        """Raises KeyBusy if nothing more can be begun."""
+    def check(self, takes_tokens: bool) -> None:
+        """Raises KeyBusy if nothing more can be begun. takes_tokens: whether it is something for the model."""
         if self.num_requests >= self._most:
             raise KeyBusy(f"this API key has {self._most} requests running already, as many as it may", *AT_ONCE)
-        self._check_tokens()
+        if takes_tokens:
+            self._check_tokens()
 
     def admit(self, num_choices: int) -> None:
-        """Raises KeyBusy if these are too many beside those that run."""
+        """Raises KeyBusy if these are too many beside those that run, InvalidRequest if they are in any case."""
+        if num_choices > self._most:
+            raise InvalidRequest(f"{num_choices} choices are more than this API key may have, {self._most}", "n")
         if self._num_choices + num_choices > self._most:
             raise KeyBusy(f"this API key may have {self._most} choices, of all its requests, at once", *AT_ONCE)
         self._check_tokens()
@@ -73,7 +78,7 @@ class KeyLimits:
     """ASGI middleware behind KeyRequired. max_requests, tokens_per_minute: of each key, None for any number.
 
     A request counts while it is answered, and so does each of its choices, as a request may have hundreds. Tokens are
-    those of `usage`: a prompt's when it is submitted, a reply's when it ends.
+    those of every branch, in the cache or not: a prompt's when it is submitted, a reply's when it ends.
     """
 
     def __init__(self, app: ASGIApp, max_requests: int | None, tokens_per_minute: int | None) -> None:
@@ -88,7 +93,7 @@ class KeyLimits:
             return
         mine = self._of[exchange.key]
         try:
-            mine.check()
+            mine.check(takes_tokens=scope["path"].removeprefix(scope.get("root_path", "")) not in WITHOUT_MODEL)
         except KeyBusy as error:
             await key_busy(error)(scope, receive, send)
             return

@@ -22,6 +22,7 @@ from pydantic_settings import (
 )
 
 from server.command_line import page
+from server.hosts import ANY, host_of, is_this_machine
 from server.keys import hashed, keys_of
 
 PREFIX = "LINALIGN_"
@@ -160,6 +161,13 @@ See `linalign --help` for files and variables of the environment.
         title="ORIGINS",
         description="comma-separated origins whose pages may call, such as https://chat.example.org; * for all",
     )
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        title="HOSTS",
+        description="comma-separated names that requests may ask for beside this machine's own, such as "
+        "chat.example.org; * for all. Where none are given, a server on loopback without keys answers for no others, "
+        "any other server for all",
+    )
     forwarded_allow_ips: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         title="ADDRESSES",
@@ -188,10 +196,13 @@ See `linalign --help` for files and variables of the environment.
         None,
         ge=1,
         title="TOKENS",
-        description="tokens of prompts and replies that each key may have; beyond is a 429 (default: any number)",
+        description="tokens of prompts and replies that each key may have, of all branches together; beyond is a 429 "
+        "(default: any number)",
     )
     prefix_cache_per_key: CliImplicitFlag[bool] = Field(
-        False, description="no key reuses, or can find out about, prefixes that another has computed"
+        False,
+        description="no key reuses, or can find out about, prefixes that another has computed; where there are several "
+        "keys, unless --no-prefix-cache-per-key is given",
     )
     metrics_without_key: CliImplicitFlag[bool] = Field(False, description="/metrics is open to everyone")
     max_queued_requests: int = Field(
@@ -227,7 +238,7 @@ See `linalign --help` for files and variables of the environment.
     )
     config: Path | None = Field(None, title="FILE", description="YAML file of these settings (default: none)")
 
-    @field_validator("api_keys", "cors_origins", "forwarded_allow_ips", mode="before")
+    @field_validator("api_keys", "cors_origins", "allowed_hosts", "forwarded_allow_ips", mode="before")
     @classmethod
     def _split(cls, given: Any, info: ValidationInfo) -> Any:
         """From "a,b", as a variable has them, or a list."""
@@ -244,6 +255,15 @@ See `linalign --help` for files and variables of the environment.
             if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
                 raise ValueError(f"{origin} is no origin, such as https://chat.example.org")
         return origins
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _are_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        for host in hosts:
+            named = host_of(f"[{host}]" if host.count(":") > 1 else host)
+            if host != ANY and (host != named or not re.fullmatch(r"[\w.:-]+", host)):
+                raise ValueError(f"{host} is no host's name in lower case, without a port")
+        return hosts
 
     @field_validator("forwarded_allow_ips")
     @classmethod
@@ -262,12 +282,22 @@ See `linalign --help` for files and variables of the environment.
         return self
 
     @property
+    def answers_for(self) -> tuple[str, ...] | None:
+        """Hosts that requests may ask for, beside this machine's own; None for any."""
+        if ANY in self.allowed_hosts or not (self.allowed_hosts or not (self.is_reachable or self.api_keys)):
+            return None
+        return self.allowed_hosts
+
+    @property
+    def separates_keys(self) -> bool:
+        """Whether prefixes are shared within an API key only."""
+        is_said = "prefix_cache_per_key" in self.model_fields_set
+        return self.prefix_cache_per_key if is_said else len(self.api_keys) > 1
+
+    @property
     def is_reachable(self) -> bool:
         """Whether other machines can reach the server."""
-        try:
-            return not ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host != "localhost"
+        return not is_this_machine(self.host)
 
 
 def client_key() -> str:

@@ -43,15 +43,35 @@ class Replies:
         self._request_id: int | None = None
 
     @classmethod
-    async def of(cls, request: Request, body: GenerationRequest, prompt: Prompt, params: SamplingParams) -> "Replies":
-        """Submit. Raises InvalidRequest, EngineDead, EngineBusy, KeyBusy."""
+    async def of(
+        cls, request: Request, body: GenerationRequest, prompts: Sequence[Prompt], params: SamplingParams
+    ) -> list["Replies"]:
+        """Submit all prompts of a request, or none. Raises InvalidRequest, EngineDead, EngineBusy, KeyBusy."""
+        exchange, n, replies = exchange_of(request.scope), body.n or 1, list[Replies]()
+        exchange.admit(n * len(prompts))
+        try:
+            for prompt in prompts:
+                replies.append(await cls._submitted(request, body, prompt, params))
+        except BaseException:
+            exchange.charge = lambda _: None  # of a request that is refused
+            exchange.leave(n * (len(prompts) - len(replies)))
+            for one in replies:
+                one.abort()
+            raise
+        for prompt in prompts:
+            exchange.ask(prompt)
+        return replies
+
+    @classmethod
+    async def _submitted(
+        cls, request: Request, body: GenerationRequest, prompt: Prompt, params: SamplingParams
+    ) -> "Replies":
         state, exchange, n = request.app.state, exchange_of(request.scope), body.n or 1
         loop, replies = asyncio.get_running_loop(), cls(state.engine, n)
         measure = state.measures.of(prompt, exchange.began)
         operation = "chat" if isinstance(body, ChatCompletionRequest) else "text_completion"
-        exchange.admit(n)
         span = Generation(state.tracer, operation, body.model, prompt, params, n)
-        key = exchange.key if state.settings.prefix_cache_per_key else None
+        key = exchange.key if state.settings.separates_keys else None
         prompt = replace(prompt, salt=_salt(key, body.cache_salt))
 
         def on_output(output: Output) -> None:
@@ -67,10 +87,8 @@ class Replies:
         try:
             replies._request_id = await state.engine.submit_async(prompt, params, on_output, n)
         except Exception as error:
-            exchange.leave(n)
             span.fail(error)
             raise
-        exchange.ask(prompt)
         return replies
 
     @classmethod

@@ -154,6 +154,7 @@ def build(args: dict[str, Any]) -> Application:
         **_resources(settings),
     )(EngineReplica)
     # What is too much is refused in front of the engines, and keys are known there.
+    settings = settings.model_copy(update={"host": "0.0.0.0"})  # Ray's proxies listen, and clients ask for those
     behind = settings.model_copy(update={"api_keys": (), "max_queued_requests": sys.maxsize})
     ingress = serve.deployment(
         name="Ingress", max_ongoing_requests=10_000, graceful_shutdown_timeout_s=GRACE + FAREWELL

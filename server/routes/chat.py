@@ -55,7 +55,7 @@ async def begin(body: ChatCompletionRequest, request: Request) -> tuple[Replies,
     prompt, begun = await in_thread(request, build)
     params = body.sampling_params(**_for_tools(body, engine, end_of_thinking(begun)))
     most_calls = 1 if body.parallel_tool_calls is False else math.inf
-    replies = await Replies.of(request, body, prompt, params)
+    (replies,) = await Replies.of(request, body, [prompt], params)
     return replies, prompt, lambda: ReplyParser(engine.tokenizer, begun, rendering.tools, most_calls)
 
 

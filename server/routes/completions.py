@@ -1,6 +1,7 @@
 """POST /v1/completions."""
 
 import asyncio
+import itertools
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -49,17 +50,12 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
 
     texts, prompts = await in_thread(request, build)
     params = body.sampling_params()
-    replies: list[Replies] = []
-    try:
-        for prompt in prompts:
-            if params.max_tokens or prompt.given:
-                replies += [await Replies.of(request, body, prompt, params)]
-            else:
-                replies += [Replies.of_nothing(engine, prompt, body.n or 1)]
-    except BaseException:
-        for one in replies:
-            one.abort()
-        raise
+    asks = [bool(params.max_tokens or prompt.given) for prompt in prompts]  # for a token at all
+    submitted = iter(await Replies.of(request, body, list(itertools.compress(prompts, asks)), params))
+    replies = [
+        next(submitted) if is_asked else Replies.of_nothing(engine, prompt, body.n or 1)
+        for prompt, is_asked in zip(prompts, asks, strict=True)
+    ]
     completion = TextCompletion(engine, state.fingerprint, body, texts, prompts)
     if body.stream:
         return event_stream(completion.events(replies), replies)

@@ -153,7 +153,8 @@ def client(server, path, body, part=1.0):
     """The socket of a client that has sent its request, or a part of its body, and leaves at the end."""
     host, port = server.url.removeprefix("http://").split(":")
     data = json.dumps({"model": "smollm2", "temperature": 0, **body}).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(data)}\r\n\r\n"
     with socket.create_connection((host, int(port)), timeout=60) as connection:
         connection.sendall(head.encode() + data[: int(len(data) * part)])
         yield connection
@@ -322,8 +323,8 @@ def test_with_another_request_behind_it_on_the_same_connection(server):
     with disturbed(server), socket.create_connection((host, int(port)), timeout=60) as connection:
         running, _, _ = server.counts()
         content = json.dumps({"model": "smollm2", "messages": told("Towns"), "max_tokens": LONG}).encode()
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(content) + content)
         until(lambda: server.counts()[0] > running)
-        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         time.sleep(0.2)  # so that it has been read

@@ -1,10 +1,13 @@
 """What one API key may use, and that another's is not touched by it."""
 
 import time
+from dataclasses import replace
 
 import httpx
 import pytest
 
+from alignment_core import Output, Prompt, Usage
+from server.exchange import Exchange
 from server.key_limits import Bucket
 
 pytestmark = pytest.mark.slow
@@ -52,10 +55,17 @@ def test_a_key_has_so_many_requests_at_once_and_gets_a_place_when_one_ends(limit
     "asked", [{"prompt": ["Towns"] * 3}, {"prompt": "Towns", "n": 3}, {"prompt": ["a", "b"], "n": 2}]
 )
 def test_choices_count_as_requests_do(limited, asked):
-    """One request may have hundreds of them, and take the whole engine. None of it is begun, or what is ends."""
+    """One request may have hundreds of them, and take the whole engine. None of it is begun."""
     four = client_of(limited, "four")
     many = {"model": "smollm2", "max_tokens": 2, **asked}
-    assert refusal(four.post("/v1/completions", json=many)) == ("key_requests", 1)
+    refused = four.post("/v1/completions", json=many)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")  # however long it waits
+    long = BODY | {"max_tokens": 3000, "stream": True}
+    with four.stream("POST", "/v1/chat/completions", json=long) as first:
+        first_lines = first.iter_lines()
+        next(first_lines)
+        two = {"model": "smollm2", "max_tokens": 2, "prompt": ["Towns"] * 2}
+        assert refusal(four.post("/v1/completions", json=two)) == ("key_requests", 1)
     few = {"model": "smollm2", "max_tokens": 2, "prompt": ["Towns"] * 2}
     deadline = time.monotonic() + 30
     while four.post("/v1/completions", json=few).status_code == 429:
@@ -77,8 +87,11 @@ def test_a_key_has_so_many_tokens_a_minute(limited):
     three, four = client_of(limited, "three"), client_of(limited, "four")
     used = 0  # more than 300, as there are five more each second until the refusal
     asked = BODY | {"max_tokens": 120, "principle": "Be brief."}
+    told = {name: asked[name] for name in ("model", "messages", "principle")}
+    base = four.post("/tokenize", json=told).json()["branches"][-1]["tokens"]
     while (response := three.post("/v1/chat/completions", json=asked)).status_code == 200:
-        used += response.json()["usage"]["total_tokens"]
+        usage = response.json()["usage"]
+        used += usage["total_tokens"] + usage["completion_tokens"] + len(base)  # of both branches
         assert used < 3000
     code, seconds = refusal(response)
     assert code == "key_tokens"
@@ -116,3 +129,29 @@ def test_a_bucket_fills_up_and_never_over(monkeypatch):
     now[0] += 1000
     bucket.take(60)
     assert bucket.wait == pytest.approx(1)
+
+
+def test_what_every_branch_computes_is_charged():
+    ids = tuple(range(5, 105))
+    many = Prompt(((*ids, 1, 2), (*ids, 3)), (0.5, 0.5), (2.0, 2.0), ids)
+    scored = replace(many, given=(7,) * 40)
+    for prompt, num_tokens in ((Prompt((ids,)), 100), (many, 102 + 101 + 100), (scored, 303 + 3 * 40)):
+        charged = []
+        exchange = Exchange(charge=charged.append)
+        exchange.ask(prompt)
+        assert charged == [num_tokens]
+        exchange.take(Output("", (), "length", Usage(100, 0, 20, len(prompt.branches), 0, 0, 0)))
+        assert charged[1:] == [20 * len(prompt.branches)]
+
+
+def test_a_request_that_is_refused_is_not_charged(serving_small):
+    """Nor is any of its prompts, though the first had its place already; and tokenizing takes nothing of the model."""
+    limits = ("--max-tokens-per-minute-per-key", "300")
+    with serving_small("--api-keys", "one", *limits) as (url, _):
+        one = client_of(url, "one")
+        for _ in range(4):
+            refused = {"model": "smollm2", "prompt": ["Towns " * 250, "Towns " * 9000], "max_tokens": 1}
+            assert one.post("/v1/completions", json=refused).status_code == 400
+        assert one.post("/v1/chat/completions", json=BODY | {"max_tokens": 300}).status_code == 200
+        assert refusal(one.post("/v1/chat/completions", json=BODY))[0] == "key_tokens"
+        assert one.post("/tokenize", json={"model": "smollm2", "prompt": "Towns"}).status_code == 200

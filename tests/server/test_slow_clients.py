@@ -47,7 +47,7 @@ def connect(url):
 def request(body):
     """The bytes of a chat."""
     content = json.dumps(body).encode()
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
 
 
@@ -130,7 +130,7 @@ def test_a_whole_reply_that_nobody_reads_leaves_no_connection(impatient):
 
 def test_clients_that_do_not_go_on_are_cut_off(impatient):
     line = b"POST /v1/chat/completions HTTP/1.1\r\n"
-    headers = line + b"Host: x\r\nContent-Length: 100\r\n\r\n"
+    headers = line + b"Host: localhost\r\nContent-Length: 100\r\n\r\n"
     connections = [connect(impatient) for _ in range(4)]
     for connection, begun in zip(connections, (b"", line[:-10], headers[:-20], headers + b"{"), strict=True):
         connection.sendall(begun)

@@ -30,7 +30,7 @@ PREFLIGHT = {
 def shared(embedded, tmp_path_factory):  # noqa: ARG001 - loaded first, so that the server finds the converted copy
     """A server for several tenants, behind a proxy, that lets the pages of one origin in; and its log."""
     file = tmp_path_factory.mktemp("log") / "stderr"
-    args = ("--api-keys", "one,two", "--prefix-cache-per-key", "--cors-origins", PAGE)
+    args = ("--api-keys", "one,two", "--cors-origins", PAGE)
     with file.open("w") as stderr, serving(*args, "--forwarded-allow-ips", "127.0.0.1", stderr=stderr) as (url, _):
         yield url, file
 
