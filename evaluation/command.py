@@ -12,6 +12,7 @@ from alignment_core.methods import Method
 from server.command_line import parse
 from server.protocol.generation import Ratio
 from server.settings import API_KEY, FIRST_MODEL, Arguments, client_key
+from server.terminal import printable
 
 Task = Literal["personal-preference", "follow", "hh"]
 
@@ -116,4 +117,4 @@ def main(args: list[str]) -> None:
     try:
         asyncio.run(evaluate(settings))
     except FAILURES as error:
-        sys.exit(f"linalign eval: {error or repr(error)}")
+        sys.exit(f"linalign eval: {printable(str(error) or repr(error))}")

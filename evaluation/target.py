@@ -53,5 +53,5 @@ async def in_process(name: str | None, dtype: str, quantization: Any, concurrenc
     config = EngineConfig(max_model_len=min(2048, loaded.max_model_len), page_size=1)
     with Engine(loaded, config) as engine:
         transport = httpx.ASGITransport(create_app(engine, load_settings([])))
-        async with httpx.AsyncClient(transport=transport, base_url="http://linalign", timeout=None) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=None) as client:
             yield Target(client, engine.model_id, concurrency)

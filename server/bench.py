@@ -16,11 +16,13 @@ from httpx_sse import SSEError, aconnect_sse
 from pydantic import Field
 from pydantic_settings import CliPositionalArg, SettingsConfigDict
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from server.command_line import parse
 from server.settings import API_KEY, FIRST_MODEL, Arguments, client_key
+from server.terminal import printable
 
 WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
 
@@ -97,7 +99,7 @@ def main(args: list[str]) -> None:
             sys.exit(f"linalign bench: {settings.url}: {error}")
     Console().print(table_of(result))
     for failure in result["failures"]:
-        print(failure)
+        print(printable(failure))
     if settings.output:
         settings.output.write_text(json.dumps(result) + "\n")
 
@@ -143,10 +145,11 @@ def summary(measured: list[Measured], wall: float) -> dict[str, Any]:
 def table_of(result: dict[str, Any]) -> Table:
     """The result as a person reads it."""
     title = (
-        f"{result['model']}: {result['requests']} requests, {len(result['failures'])} failures, {result['wall_s']} s"
+        f"{printable(result['model'])}: {result['requests']} requests, {len(result['failures'])} failures, "
+        f"{result['wall_s']} s"
     )
     caption = f"{result['completion_tokens']} tokens, {result['tokens_per_s']} a second"
-    table = Table(title=title, caption=caption)
+    table = Table(title=escape(title), caption=caption)
     table.add_column("ms")
     for name in ("p50", "p90", "p99"):
         table.add_column(name, justify="right")

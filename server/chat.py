@@ -25,6 +25,7 @@ from rich.text import Text
 
 from server.command_line import parse
 from server.settings import API_KEY, FIRST_MODEL, Arguments, client_key
+from server.terminal import printable
 
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401 - the arrow keys bring earlier lines back
@@ -100,8 +101,8 @@ def main(args: list[str]) -> None:
         with httpx.Client(base_url=settings.url, headers=_headers(settings)) as client:
             model = settings.model or _first_model(client)
     except (httpx.HTTPError, httpx.InvalidURL, Refused, ValueError) as error:  # what answers may be no such server
-        sys.exit(f"linalign chat: {error} (`linalign serve` starts a server)")
-    console.print(f"[bold]{model}[/bold] at {settings.url}. /help says what there is.")
+        sys.exit(f"linalign chat: {printable(str(error))} (`linalign serve` starts a server)")
+    console.print(f"{printable(model)} at {settings.url}. /help says what there is.", markup=False)
     Chat(settings, model, console).run()
 
 
@@ -266,7 +267,7 @@ class Reply:
         if self.reasoning:
             parts.insert(0, Text(printable(self.reasoning), style="dim"))
         if self.error:
-            parts.append(Text(self.error, style="red"))
+            parts.append(Text(printable(self.error), style="red"))
         return Group(*parts)
 
     async def stream(self, client: httpx.AsyncClient) -> None:
@@ -283,11 +284,6 @@ def shown(text: str) -> Markdown:
     markdown = Markdown(printable(text))
     markdown.parsed = PARSER.parse(printable(text))
     return markdown
-
-
-def printable(text: str) -> str:
-    """Without what a terminal would obey."""
-    return "".join(mark for mark in text if mark.isprintable() or mark in "\n\t")
 
 
 async def deltas(client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:

@@ -194,12 +194,15 @@ def serve(args: list[str]) -> None:
     # Until uvicorn has its own: the first process of a container is not ended by a signal that it does not handle.
     signal.signal(signal.SIGTERM, stop_loading)
     from server import logs
+    from server.keys import is_open_to_everyone
     from server.settings import PREFIX
 
     settings = checked_settings(args)
     logs.begin(settings.log_format)
     if settings.is_reachable and not settings.api_keys:
         log.warning(OPEN_TO_EVERYONE, settings.host)
+    if settings.api_keys_file and is_open_to_everyone(settings.api_keys_file):
+        log.warning("All users of this machine can read the API keys in %s", settings.api_keys_file)
     for name in [name for name in os.environ if name.upper() == PREFIX + "API_KEYS"]:
         del os.environ[name]  # no child needs them
     _allow_many_connections()

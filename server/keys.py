@@ -1,6 +1,7 @@
 """API keys, of which only hashes are kept."""
 
 import hashlib
+import stat
 from pathlib import Path
 
 
@@ -9,6 +10,11 @@ def hashed(key: str) -> bytes:
     if not (key and key.isascii() and key.isprintable() and " " not in key):
         raise ValueError("an API key must be printable ASCII, without spaces, and not empty")
     return hashlib.sha256(key.encode()).digest()
+
+
+def is_open_to_everyone(file: Path) -> bool:
+    """Whether all users of this machine can read the file."""
+    return bool(file.stat().st_mode & stat.S_IROTH)
 
 
 def keys_of(file: Path) -> tuple[bytes, ...]:

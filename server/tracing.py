@@ -5,12 +5,15 @@ gen_ai attributes of the semantic conventions. Neither prompts nor replies are t
 import time
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi.telemetry import TelemetryConfig
 from opentelemetry import trace
 
 from alignment_core import Output, Prompt, SamplingParams
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import SpanProcessor
 
 QUIET = ("/health", "/metrics")
 # Said in full, as variables of the environment would switch on what records bodies that fail their validation.
@@ -35,11 +38,25 @@ class Tracing:
 
             resource = Resource.create({SERVICE_NAME: "linalign", SERVICE_VERSION: version("linalign")})
             provider = TracerProvider(resource=resource)
+            provider.add_span_processor(_without_queries())
             provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint, timeout=3)))
             self.tracer = provider.get_tracer("linalign")
             on: TelemetryConfig = {"tracing": True, "tracer_provider": provider, "operation_spans": False}
             self.telemetry = {**OFF, **on, "exclude": lambda scope: scope.get("path") in QUIET}
             self.close = provider.shutdown  # sends what is left
+
+
+def _without_queries() -> "SpanProcessor":
+    """What clients write behind a question mark may be a key."""
+    from opentelemetry.sdk.trace import Span, SpanProcessor
+
+    class WithoutQueries(SpanProcessor):
+        def on_start(self, span: Span, parent_context: object = None) -> None:
+            del parent_context
+            if span.attributes and "url.query" in span.attributes:
+                span.set_attribute("url.query", "REDACTED")
+
+    return WithoutQueries()
 
 
 class Generation:

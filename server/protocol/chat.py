@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from alignment_core import SamplingParams
 from alignment_core.chat_template import Rendering
 from alignment_core.request import MAX_LOGPROBS
-from server.protocol.generation import FIRST, AlignmentFields, GenerationRequest, Schema, refused
+from server.protocol.generation import FIRST, AlignmentFields, GenerationRequest, Metadata, Schema, refused
 from server.strict_json import InvalidBody, refuse_too_many_values, strict
 
 MAX_TOOLS = 1024
@@ -215,7 +215,7 @@ class ChatCompletionRequest(GenerationRequest, ChatFields):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    metadata: dict[str, str] | None = Field(None, description="the client's own notes; no effect on the reply")
+    metadata: Metadata | None = Field(None, description="the client's own notes; no effect on the reply")
     parallel_tool_calls: bool | None = Field(None, description="false keeps the first call alone")
 
     @classmethod

@@ -21,6 +21,10 @@ FIRST = Field(fail_fast=True)  # of a list's complaints, as there may be million
 Ratio = Annotated[float, Field(ge=MIN_RATIO, le=MAX_RATIO)]
 TokenId = Annotated[int, Field(ge=0)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+# As OpenAI bounds it: it comes back with every state of a response.
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
 CacheSalt = Annotated[
     str, Field(min_length=1, max_length=256, description="prefixes are shared with requests of the same salt alone")
 ]

@@ -11,6 +11,7 @@ from server.protocol.generation import (
     AlignmentFields,
     CacheSalt,
     JsonObjectFormat,
+    Metadata,
     Schema,
     TextFormat,
     refused,
@@ -145,7 +146,7 @@ class ResponsesRequest(AlignmentFields):
     reasoning: Reasoning | None = None
     stream: bool | None = None
     store: bool | None = Field(None, description="nothing is stored, which the response says")
-    metadata: dict[str, str] | None = Field(None, description="returned as it came")
+    metadata: Metadata | None = Field(None, description="returned as it came")
     user: str | None = None
     cache_salt: CacheSalt | None = None
     previous_response_id: str | None = None

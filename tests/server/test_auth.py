@@ -153,3 +153,13 @@ def test_below_a_prefix_the_same_is_open_and_errors_name_the_same_fields(embedde
         body = {"model": "smollm2", "prompt": "word " * 10_000}
         error = client.post("/one/v1/completions", json=body, headers=headers).json()["error"]
         assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
+
+
+@pytest.mark.parametrize(("mode", "warns"), [(0o600, False), (0o640, False), (0o644, True)])
+def test_a_file_of_keys_that_everyone_can_read_is_warned_of(tmp_path, mode, warns):
+    keys = tmp_path / "keys"
+    keys.write_text("one\n")
+    keys.chmod(mode)
+    with (tmp_path / "stderr").open("w") as stderr, serving("--api-keys-file", str(keys), stderr=stderr):
+        pass
+    assert ("All users of this machine can read the API keys" in (tmp_path / "stderr").read_text()) is warns

@@ -180,3 +180,17 @@ def test_every_token_has_its_log_probability(client, stream):
         response = list(response)[-1].response
     found = response.output[0].content[0].logprobs
     assert bytes(byte for token in found for byte in token.bytes).decode() == response.output_text == f'"{text}"'
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/chat/completions"])
+@pytest.mark.parametrize(
+    "metadata", [{f"k{i}": "v" for i in range(17)}, {"k" * 65: "v"}, {"k": "v" * 513}], ids=["many", "name", "value"]
+)
+def test_metadata_is_as_bounded_as_openais(url, path, metadata):
+    asked = {"input": "Hello"} if path == "/v1/responses" else {"messages": [{"role": "user", "content": "Hello"}]}
+    refused = httpx.post(url + path, json={"model": "smollm2", "metadata": metadata, **asked})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"].startswith("metadata")
+    most = {f"{i:064}": "v" * 512 for i in range(16)}
+    taken = httpx.post(url + path, json={"model": "smollm2", "metadata": most, "temperature": 0, **asked}, timeout=60)
+    assert taken.status_code == 200

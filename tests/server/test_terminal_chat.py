@@ -1,10 +1,13 @@
 """linalign chat in a real terminal (a pty), against a real server."""
 
 import contextlib
+import http.server
+import json
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
 
 import pexpect
@@ -217,3 +220,43 @@ def test_replies_do_not_command_the_terminal():
     console.print(shown("Use the <div> tag, a List<int>.\n\n<p>This.</p>"))
     assert words(console.export_text()) == "Use the div tag a List int p This p"
     assert not [mark for mark in text if not mark.isprintable() and mark != "\n"]
+
+
+class Hostile(http.server.BaseHTTPRequestHandler):
+    """A server whose every word would move the cursor, set the window's title and change colours."""
+
+    EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e[bold red]evil"
+
+    def do_GET(self):
+        self.answer(200, {"data": [{"id": self.EVIL}]})
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer(500, {"error": {"message": self.EVIL}})
+
+    def answer(self, status, content):
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("args", "typed"),
+    [(["chat"], "Hello\n/quit\n"), (["bench", "--requests", "1", "--warmup", "0"], "")],
+    ids=["chat", "bench"],
+)
+def test_a_hostile_server_does_not_reach_the_terminal(args, typed):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hostile) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        command = [*COMMAND[:-1], *args, f"http://127.0.0.1:{server.server_port}"]
+        result = subprocess.run(command, input=typed, capture_output=True, text=True, timeout=60, check=False)
+        server.shutdown()
+    shown = result.stdout + result.stderr
+    assert "evil" in shown
+    assert "[bold red]" in shown
+    assert not set(shown) & set("\x1b\x07\x9b\u202e")

@@ -56,6 +56,7 @@ def spans(embedded):  # noqa: ARG001 - loaded first, so that the server finds th
         assert httpx.post(url + "/v1/chat/completions", json=BODY | {"max_tokens": 9000}).status_code == 400
         text = {"model": "smollm2", "prompt": "Once", "max_tokens": 2, "ignore_eos": True}
         assert httpx.post(url + "/v1/completions", json=text, timeout=60).status_code == 200
+        assert httpx.post(url + "/v1/completions?api_key=swordfish", json=text, timeout=60).status_code == 200
         httpx.get(url + "/health")
     collector.shutdown()
     assert {path for path, _ in collector.received} == {"/v1/traces"}
@@ -104,10 +105,11 @@ def test_a_request_is_a_span_in_its_callers_trace_and_its_generation_one_in_that
 def test_streams_texts_and_refusals_have_spans_too_and_health_has_none(spans):
     generations = [span for span in spans if span.name in ("chat smollm2", "text_completion smollm2")]
     reasons = [attributes(span).get("gen_ai.response.finish_reasons") for span in generations]
-    assert sorted(reasons, key=str) == sorted([None, ["length"], ["length"], ["length", "length"]], key=str)
+    assert sorted(reasons, key=str) == sorted([None, *[["length"]] * 3, ["length", "length"]], key=str)
     (refused,) = [span for span in generations if attributes(span).get("error.type")]
     assert attributes(refused)["error.type"] == "InvalidRequest"
-    assert len(spans) == 8
+    assert len(spans) == 10
+    assert [attributes(span)["url.query"] for span in spans if "url.query" in attributes(span)] == ["REDACTED"]
     assert not any("/health" in span.name for span in spans)
 
 
