@@ -68,6 +68,8 @@ def look_at(name: str | None) -> Checkpoint:
         return Checkpoint()
     if (path / "adapter_config.json").is_file():  # of another model
         return Checkpoint()
+    if not (path / "config.json").is_file():  # but nothing, or a device that never ends
+        raise LoadingError(f"{name} can't be loaded: it has no file config.json")
     try:
         config = json.loads((path / "config.json").read_bytes())
         refuse_missing_packages(name, config)
@@ -129,7 +131,12 @@ def _of_gguf(path: Path) -> Checkpoint:
         while True:
             name = value(GGUF_STRING).decode().partition(".")[2]
             fields[name] = value(number("I"))
-    return Checkpoint(_whole(fields.get("context_length")), _whole(fields.get("attention.head_count_kv")))
+    (num_tensors,) = struct.unpack_from("<Q", head.ljust(16, b"\0"), 8)
+    num_layers, length = fields.get("block_count"), fields.get("context_length")
+    for what, number_of, most in (("layers", num_layers, num_tensors), ("tokens of context", length, 1 << 40)):
+        if isinstance(number_of, int) and not 1 <= number_of <= most:
+            raise LoadingError(f"{path.name} is damaged: {number_of} {what}, {num_tensors} tensors")
+    return Checkpoint(_whole(length), _whole(fields.get("attention.head_count_kv")))
 
 
 def _whole(number: object) -> int | None:

@@ -233,7 +233,7 @@ def _from_pretrained(
     except LoadingError:
         raise
     except Exception as error:  # a damaged file shows in many ways
-        raise LoadingError(f"{name} can't be loaded: {_told(error)}") from error
+        raise LoadingError(f"{options.get('gguf_file', name)} can't be loaded: {_told(error)}") from error
     if info["missing_keys"]:
         raise LoadingError(
             f"{name} lacks weights of a {type(model).__name__}: {', '.join(sorted(info['missing_keys']))}"

@@ -5,6 +5,7 @@ from pathlib import Path
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from server.command_line import complaints
 from server.protocol.generation import Preset
 
 SHIPPED = Path(__file__).parent.parent / "configs" / "presets.yaml"
@@ -15,6 +16,16 @@ def load_presets(file: Path | None) -> dict[str, Preset]:
     file = file or SHIPPED
     try:
         content = yaml.safe_load(file.read_text())
-        return TypeAdapter(dict[str, Preset]).validate_python(content or {})
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:
+        presets = TypeAdapter(dict[str, Preset]).validate_python(content or {})
+    except ValidationError as error:
+        raise ValueError(f"the presets of {file} can't be used: {complaints(error)}") from error
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"the presets of {file} can't be used: {error}") from error
+    for name, preset in presets.items():
+        if not name.isprintable() or not name.strip():  # line ends, halves of surrogate pairs
+            raise ValueError(f"the presets of {file} can't be used: {name!r} is no name")
+        try:
+            preset.model_dump_json()
+        except ValueError as error:
+            raise ValueError(f"the presets of {file} can't be used: {name} holds what is no text") from error
+    return presets

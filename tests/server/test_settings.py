@@ -88,7 +88,18 @@ def test_the_engine_gets_what_it_knows():
     assert all(getattr(config, name) == getattr(EngineConfig(), name) for name in ours)
 
 
-@pytest.mark.parametrize("content", ["teacher: 1", "teacher: {principal: x}", "[", "teacher: {alignment_ratio: 30}"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "teacher: 1",
+        "teacher: {principal: x}",
+        "[",
+        "teacher: {alignment_ratio: 30}",
+        '"a\\nb": {principle: x}',
+        '"\\ud800": {principle: x}',
+        'teacher: {principle: "\\ud800"}',
+    ],
+)
 def test_presets_that_can_not_be_are_an_error_at_the_start(tmp_path, content):
     file = tmp_path / "presets.yaml"
     file.write_text(content)
@@ -96,6 +107,7 @@ def test_presets_that_can_not_be_are_an_error_at_the_start(tmp_path, content):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "linalign serve: the presets of" in done.stderr
+    assert "pydantic" not in done.stderr
     assert "Traceback" not in done.stderr
 
 

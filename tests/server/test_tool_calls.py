@@ -312,3 +312,52 @@ def test_the_time_of_a_reply_is_linear(family, name):
     short, longer = (statistics.median(seconds(num) for _ in range(3)) for num in (shortest, 4 * shortest))
     assert longer < 9 * short  # 4 is linear, 16 is not
     assert seconds(16 * shortest) < 40 * short
+
+
+OWN = {
+    "start_anchor_pattern": "^",
+    "fields": {
+        "content": {"content": "text"},
+        "tool_calls": {"open": "<tool_call>", "close": "</tool_call>", "content": "json", "repeats": True},
+    },
+}
+DEEP = "[" * 3000
+HOSTILE = [
+    '<tool_call>{"name": "weather", "arguments": "\\ud800"}</tool_call>',
+    '<tool_call>{"name": "\\udfff", "arguments": {"a": "\\ud83d\\ude00"}}</tool_call>',
+    f'<tool_call>{{"name": {DEEP}, "arguments": {{}}}}</tool_call> and so on',
+    f"<tool_call>{DEEP}</tool_call> and so on",
+    f'<tool_call>{{"name": "w", "arguments": {{"a": {"1" * 5000}}}}}</tool_call>',
+    "<tool_call>not json</tool_call> and <tool_call>so on",
+    '<tool_call>[1, null, "x", {"function": 3}, {"name": "w"}]</tool_call>',
+    "<tool_call></tool_call>" * 3 + "<think>a</think>b",
+    "\0<tool_call>\0{\0",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+@pytest.mark.parametrize("more", [{}, {"response_template": OWN}], ids=["ours", "its own"])
+def test_hostile_calls_are_text_or_calls_however_they_are_cut(text, more):
+    messages = []
+    for size in (1, 7, len(text)):
+        parser = ReplyParser(tokenizer_of("qwen", **more), "", TOOLS)
+        deltas = [d for start in range(0, len(text), size) for d in parser.feed(text[start : start + size])]
+        message = message_of([*deltas, *parser.finish()])
+        json.dumps(message, ensure_ascii=False).encode()  # no halves of surrogate pairs
+        for call in message.get("tool_calls", ()):
+            call["id"] = ""
+        messages.append(message)
+    assert messages[0] == messages[1] == messages[2]
+    if "and so on" in text:
+        assert messages[0]["content"].endswith("so on")
+
+
+@pytest.mark.parametrize("piece", ["<tool_call></tool_call>", "<think>a</think>b"])
+def test_the_time_of_a_whole_reply_is_linear_in_its_marks(piece):
+    def seconds(num):
+        parser, began = ReplyParser(tokenizer_of("qwen"), "", TOOLS), time.process_time()
+        parser.feed(piece * num)
+        return time.process_time() - began
+
+    short, long = (statistics.median(seconds(num) for _ in range(3)) for num in (2000, 8000))
+    assert long < 8 * short  # 4 is linear, 16 is not
