@@ -489,7 +489,7 @@ class Engine:
             self.pool.unpublish(branch)
         self._forget(sequence)
         unknown = RequestFailed("the server failed in this request; others are not affected")
-        failed = error if isinstance(error, RequestFailed) else unknown
+        failed = error.with_traceback(None) if isinstance(error, RequestFailed) else unknown  # its frames hold much
         self._tell(sequence, replace(sequence.last_output("error"), error=failed))
 
     def _forget(self, sequence: Sequence) -> None:
