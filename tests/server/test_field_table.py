@@ -113,6 +113,8 @@ NEEDS = {
 NEEDS_IN_CHAT = {"top_logprobs": {"logprobs": True}, "tool_choice": {"tools": [WEATHER]}}
 NAMED_AS = {"chat_template_kwargs": "enable_thinking", "reasoning": "reasoning.effort"}
 NOTES = {
+    "min_tokens": "a stop string that begins within them and ends behind them stops",
+    "stop_token_ids": "1,024 at most",
     "add_generation_prompt": "the contrary of `continue_final_message`",
     "chat_template_kwargs": "variables that the model's template knows; the embedded model's knows none",
     "reasoning_effort": "for templates that know it; the embedded model's doesn't",
