@@ -52,9 +52,10 @@ class Replies:
         try:
             for prompt in prompts:
                 replies.append(await cls._submitted(request, body, prompt, params))
-        except BaseException:
+        except BaseException as error:
             exchange.charge = lambda _: None  # of a request that is refused
-            exchange.leave(n * (len(prompts) - len(replies)))
+            num_told = len(replies) + isinstance(error, asyncio.CancelledError)  # they leave as they end
+            exchange.leave(n * (len(prompts) - num_told))
             for one in replies:
                 one.abort()
             raise

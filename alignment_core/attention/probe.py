@@ -33,7 +33,8 @@ def probe(model: PreTrainedModel, reach: int, **arguments: object) -> dict[int, 
     model.set_attn_implementation(NAME)
     nothing = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     try:
-        model(input_ids=nothing, position_ids=nothing, use_cache=False, **arguments)
+        with torch.compiler.set_stance("force_eager"):  # layers may be compiled, for an engine before
+            model(input_ids=nothing, position_ids=nothing, use_cache=False, **arguments)
     except TypeError as error:
         if "paged" not in str(error):
             raise

@@ -11,6 +11,7 @@ from tests.engines import GREEDY, SMALL, aligned, make_engine, tiny_pair
 
 SHORT = replace(GREEDY, max_tokens=6)
 WHERE_THE_HOST_WAITS = {"flight.py:wait: Event.synchronize"}  # for the tokens of the step before, and nowhere else
+WHERE_PROBING_WAITS = ("probe.py:", "masking_utils.py:")  # once, before there is a pool
 WHERE_SIZING_WAITS = {"static_sampling.py:draw_everything: tensor"}  # once, before there are requests
 
 
@@ -38,7 +39,8 @@ def engine_on(cuda, tokenizer, dtype=torch.float32, model=None, warm_up=False, *
                 patch.setattr(part, "warm_up", lambda _: None)
         sizes = {"num_pages": 100, "max_num_seqs": 4, "num_speculative_tokens": 0}
         engine = make_engine(loaded, **sizes | config)
-    assert set(cuda.waits) <= WHERE_SIZING_WAITS
+    places = {place for place in cuda.waits if not place.startswith(WHERE_PROBING_WAITS)}
+    assert places <= WHERE_SIZING_WAITS
     cuda.waits.clear()
     cuda.launches.clear()
     return engine, oracle
