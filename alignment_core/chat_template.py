@@ -92,7 +92,7 @@ class ChatTemplate:
         """What the template puts into the system block by itself when there is no system message."""
         if not self._has_system_role:
             return ""
-        mark, user = "SYSTEM" + secrets.token_hex(8), {"role": "user", "content": "USER" + secrets.token_hex(8)}
+        mark, user = _mark(), {"role": "user", "content": _mark()}
         rendering = replace(rendering, continues=False)
         before, after = self._render([{"role": "system", "content": mark}, user], rendering).split(mark, 1)
         default = self._render([user], rendering)
@@ -112,7 +112,7 @@ class ChatTemplate:
         return [{"role": "system", "content": content}, *messages], replace(rendering, tools=())
 
     def _probe_system_role(self) -> bool:
-        mark = "SYSTEM" + secrets.token_hex(8)
+        mark = _mark()
         chat = [{"role": "system", "content": mark}, {"role": "user", "content": "Hello"}]
         try:
             return mark in self._render(chat, Rendering())
@@ -147,6 +147,11 @@ class _Generation(jinja2.ext.Extension):
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
         next(parser.stream)
         return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
+
+
+def _mark() -> str:
+    """Digits, which no template writes otherwise."""
+    return str(secrets.randbits(80))
 
 
 def _parsed(templates: str | dict[str, str]) -> list[jinja2.nodes.Template]:

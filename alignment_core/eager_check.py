@@ -1,6 +1,7 @@
 """A few tokens through the engine's forward pass and through the model's own, so that no family is silently wrong."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,11 +14,14 @@ from alignment_core.model_runner import ModelRunner, RunnerConfig
 from alignment_core.scheduler import Row
 from alignment_core.sequence import Branch
 
+log = logging.getLogger(__name__)
+
 NUM_TOKENS, PAGE_SIZE = 16, 4
 CHUNKS = ((0, 15), (15, 16))  # a prefill and a decode: every pass reads all weights
 WINDOW = 4  # instead of the model's own, so that few tokens reach beyond it
 TOLERANCES = {torch.float32: 1e-3}  # of the logits' size, by the model's dtype
-TOLERANCE = 0.1  # of all others, which round
+TOLERANCE = 0.1  # of all others, which round; or thrice what transformers' own attentions differ by: experts may be
+# chosen otherwise at near ties, and that spreads
 
 
 @torch.inference_mode()
@@ -28,16 +32,30 @@ def compare_with_eager(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     ids = [(37 * i + 11) % config.vocab_size for i in range(NUM_TOKENS)]
     with _short_window(config):
-        ours = _of_engine(model, ids)
-        model.set_attn_implementation("eager")
-        token_ids = torch.tensor([ids], device=model.device)
-        theirs = model(input_ids=token_ids, use_cache=False).logits[0].float()
-    differences = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
-    difference = float(differences.median())  # an expert may be chosen otherwise at a near tie
-    if not difference < TOLERANCES.get(model.dtype, TOLERANCE):
+        ours, theirs = _of_engine(model, ids), _of_transformers(model, ids, "eager")
+        tolerance = TOLERANCES.get(model.dtype)
+        if tolerance is None:
+            with contextlib.suppress(ValueError):  # of a model that has no other
+                tolerance = max(TOLERANCE, 3 * _difference(_of_transformers(model, ids, "sdpa"), theirs))
+    if not theirs.isfinite().all():
+        log.warning("%s gives no finite logits in %s: it can't be compared", type(model).__name__, model.dtype)
+    elif not (difference := _difference(ours, theirs)) < (tolerance or TOLERANCE):
         raise ValueError(
             f"{type(model).__name__} computes something that the engine does not: the logits differ by {difference:.2g}"
         )
+
+
+def _of_transformers(model: PreTrainedModel, ids: list[int], attention: str) -> Tensor:
+    """Logits at every token, [T, V] float32."""
+    model.set_attn_implementation(attention)
+    token_ids = torch.tensor([ids], device=model.device)
+    logits: Tensor = model(input_ids=token_ids, use_cache=False).logits[0].float()
+    return logits
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """The median of the tokens', relative to the size of the logits, [T, V]."""
+    return float(((a - b).norm(dim=-1) / b.norm(dim=-1)).median())
 
 
 def _of_engine(model: PreTrainedModel, ids: list[int]) -> Tensor:

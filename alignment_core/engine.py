@@ -98,7 +98,7 @@ class Engine:
         self._inbox: deque[Sequence | int] = deque()  # new sequences, and ids to abort
         self._news = threading.Condition()
         self._backlog = Backlog(config.max_queued_requests, config.max_queued_tokens, config.max_num_seqs)
-        self._telling = threading.Lock()
+        self._telling = threading.RLock()
         self._draining = self._stopping = False
         self._thread: threading.Thread | None = None
         self._num_drafted = self._num_accepted = self._num_generated = 0
@@ -503,12 +503,11 @@ class Engine:
 
     def _tell(self, sequence: Sequence, output: Output) -> None:
         """Nothing after the end, which `give_up` may tell from another thread at any moment."""
-        with self._telling:
-            if sequence.was_told:
-                return
-            sequence.was_told = output.finish_reason is not None
         try:
-            sequence.on_output(output)
+            with self._telling:
+                if not sequence.was_told:
+                    sequence.was_told = output.finish_reason is not None
+                    sequence.on_output(output)
         except Exception:  # the listener's own: it harms nobody else
             log.exception("The listener of request %d failed", sequence.request_id)
             self.abort(sequence.request_id)

@@ -126,6 +126,7 @@ def load(
         _check(id, model, tokenizer)
         if not _is_quantised(model):
             model = model.to(where)
+        model.eval()
         if not num_fused_layers(model):  # such a copy was compared when it was made
             _compare(id, model)
         if tensor_parallel_size == 1:
@@ -134,7 +135,6 @@ def load(
         if followers is not None:
             followers.kill()
         raise
-    model.eval()
     log.info("Loaded %s in %.1f s: %s on %s", id, time.perf_counter() - started, model.dtype, where)
     return LoadedModel(id, model, tokenizer, _max_model_len(model), _eos_token_ids(model, tokenizer), followers)
 

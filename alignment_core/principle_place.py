@@ -20,13 +20,16 @@ def place_in(base: str, marked: str, mark: str) -> Place | None:
     None where the template shows no mark, or several, or changes anything else with it: `base` is in the result, whole
     and in order.
     """
-    if marked.count(mark) != 1:
-        return None
-    start = _common_beginning(base, marked)
-    end = _common_beginning(base[start:][::-1], marked[start:][::-1])
-    if start + end < len(base):
+    if marked.count(mark) != 1 or not holds(marked, base):
         return None
     return Place(*marked.split(mark))
+
+
+def holds(text: str, base: str) -> bool:
+    """Whether `text` is `base` with something put in at one place."""
+    start = _common_beginning(base, text)
+    end = _common_beginning(base[start:][::-1], text[start:][::-1])
+    return start + end == len(base) < len(text)
 
 
 def _common_beginning(a: str, b: str) -> int:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from alignment_core.chat_template import ChatTemplate, Messages, Rendering
 from alignment_core.errors import InvalidRequest
 from alignment_core.methods import METHODS, Method
-from alignment_core.principle_place import Place, place_in
+from alignment_core.principle_place import Place, holds, place_in
 from alignment_core.request import MAX_PRINCIPLES, Principle, Prompt
 from alignment_core.safe_encoding import Escapes, SafeEncoder
 
@@ -67,10 +67,13 @@ class PromptBuilder:
         principles = [principle for principle in principles if principle.weight > 0]
         principled = []
         if principles:
-            place = self._place(base, safe, placement, rendering)
+            with_text, place = self._place(base, safe, placement, rendering)
             for principle in principles:
                 text = escapes.apply(self._encoder.any_added, principle.text)
-                principled.append(self._encoder.encode(place.with_principle(text), escapes))
+                rendered = self._template.text(with_text(text), rendering)
+                if not holds(rendered, base):  # the template makes more of this text than of others
+                    rendered = place.with_principle(text)
+                principled.append(self._encoder.encode(rendered, escapes))
         prompt = _mixed(self._encoder.encode(base, escapes), principled, principles, method)
         return replace(prompt, continues=rendering.continues)
 
@@ -148,17 +151,20 @@ class PromptBuilder:
             )
         self._refuse_principles(principles)
 
-    def _place(self, base: str, messages: Messages, placement: Placement, rendering: Rendering) -> Place:
-        """Where principles stand in the chat that is rendered as `base`. Raises InvalidRequest where the template does
-        not show them, or not without changing something else.
+    def _place(
+        self, base: str, messages: Messages, placement: Placement, rendering: Rendering
+    ) -> tuple[Callable[[str], Messages], Place]:
+        """Where principles stand in the chat that is rendered as `base`: the messages with a text there, and the place
+        in what they are rendered as. Raises InvalidRequest where the template does not show it, or not without
+        changing something else.
         """
-        mark = "PRINCIPLE" + secrets.token_hex(8)
+        mark = str(secrets.randbits(80))  # digits, which no template writes otherwise
         messages = self._as_shown(base, messages, rendering)
-        for chat in self._with_mark(messages, mark, placement, rendering):
+        for with_text in self._ways(messages, placement, rendering):
             with contextlib.suppress(InvalidRequest):
-                place = place_in(base, self._template.text(chat, rendering), mark)
+                place = place_in(base, self._template.text(with_text(mark), rendering), mark)
                 if place is not None:
-                    return place
+                    return with_text, place
         raise InvalidRequest("this model's chat template has no place for a principle in these messages", "principle")
 
     def _as_shown(self, base: str, messages: Messages, rendering: Rendering) -> Messages:
@@ -169,31 +175,32 @@ class PromptBuilder:
         for index in sorted({0, *users[:1], *users[-1:]}):
             for strip in (str.lstrip, str.rstrip):
                 shorter = _changed(messages, index, strip)
-                if shorter != messages and self._template.text(shorter, rendering) == base:
-                    messages = shorter
+                with contextlib.suppress(InvalidRequest):  # of a template that wants to be told something
+                    if shorter != messages and self._template.text(shorter, rendering) == base:
+                        messages = shorter
         return messages
 
-    def _with_mark(
-        self, messages: Messages, mark: str, placement: Placement, rendering: Rendering
-    ) -> Iterator[Messages]:
-        """The chat with a mark in the principle's place, the best place first."""
+    def _ways(
+        self, messages: Messages, placement: Placement, rendering: Rendering
+    ) -> Iterator[Callable[[str], Messages]]:
+        """To put a principle's text into the messages, the best first."""
         users = [index for index, message in enumerate(messages) if message["role"] == "user"]
         if placement == "user":
             if not users:
                 raise InvalidRequest("principle_placement 'user' needs a user message", "principle_placement")
-            yield _changed(messages, users[-1], lambda content: f"{content}\n{mark}")
+            yield lambda text: _changed(messages, users[-1], lambda content: f"{content}\n{text}")
             return
         rest = messages
         if messages[0]["role"] == "system":
             if messages[0]["content"].strip():
-                yield _changed(messages, 0, lambda content: f"{content}\n{mark}")
-            yield _changed(messages, 0, lambda _: mark)
+                yield lambda text: _changed(messages, 0, lambda content: f"{content}\n{text}")
+            yield lambda text: _changed(messages, 0, lambda _: text)
             rest = messages[1:]
         if default := self._template.default_system_text(rendering):
-            yield [{"role": "system", "content": f"{default}\n{mark}"}, *rest]
-        yield [{"role": "system", "content": mark}, *rest]
+            yield lambda text: [{"role": "system", "content": f"{default}\n{text}"}, *rest]
+        yield lambda text: [{"role": "system", "content": text}, *rest]
         if users:  # where templates put system text that they have no role for
-            yield _changed(messages, users[0], lambda content: f"{mark}\n\n{content}")
+            yield lambda text: _changed(messages, users[0], lambda content: f"{text}\n\n{content}")
 
     def _refuse_principles(self, principles: Sequence[Principle]) -> None:
         if principles and not any(principle.weight for principle in principles):
@@ -220,7 +227,8 @@ def _mixed(
     """The branches of a prompt whose base branch is `base`. Raises InvalidRequest."""
     if not principles:
         return Prompt(principled=(base,))
-    assert base not in principled
+    if base in principled:
+        raise InvalidRequest("a principle leaves no trace in this model's tokens", "principle")
     total = sum(principle.weight for principle in principles)
     if not total < float("inf"):
         raise InvalidRequest("the weights of the principles are too large", "principle")

@@ -16,7 +16,7 @@ MACRO = f"{{% macro {NAME}(format) %}}{{{{ {TIMES}[format] }}}}{{% endmacro %}}\
 def formats_of(templates: Iterable[nodes.Template]) -> frozenset[str]:
     """The formats that templates show the time in; none where they don't, or make up a format as they go."""
     calls = [call for template in templates for call in template.find_all(nodes.Call) if _is_name(call.node, NAME)]
-    arguments = [argument for call in calls for argument in call.args]
+    arguments = [value for call in calls for value in (*call.args, *(named.value for named in call.kwargs))]
     if not all(isinstance(argument, nodes.Const) for argument in arguments):
         return frozenset()
     return frozenset(str(argument.value) for argument in arguments if isinstance(argument, nodes.Const))

@@ -96,7 +96,7 @@ def main(args: list[str]) -> None:
         try:
             result = asyncio.run(bench(settings, lambda: progress.advance(bar)))
         except httpx.HTTPError as error:
-            sys.exit(f"linalign bench: {settings.url}: {error}")
+            sys.exit(f"linalign bench: {settings.url}: {printable(str(error))}")
     Console().print(table_of(result))
     for failure in result["failures"]:
         print(printable(failure))

@@ -35,6 +35,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     _num_header_bytes = 0  # since the last piece of a body
     _num_parsed = 0  # bytes of the first of _unread
+    _is_last = False  # nothing is read behind the latest request
     _answered: RequestResponseCycle | None = None
     _awaits_client = _awaits_headers = True
     _reading: asyncio.TimerHandle | None = None
@@ -60,6 +61,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._is_last:
+            return
         self._unread.append(data)
         if len(self._unread) == 1:
             self._parse()
@@ -68,19 +71,26 @@ class BoundedProtocol(HttpToolsProtocol):
         """One slice of what was received; the next in the loop's next turn, so that others have theirs."""
         if not self._unread:  # the connection is lost
             return
+        self._take(self._next_slice())
+        if self._unread:
+            self.transport.pause_reading()
+            self.loop.call_soon(self._parse)
+        elif not (self.flow.read_paused or self.transport.is_closing()):
+            self.transport.resume_reading()
+
+    def eof_received(self) -> None:
+        """Of a client that has said everything, and still listens."""
+        while self._unread:
+            self._take(self._next_slice())
+        super().eof_received()
+
+    def _next_slice(self) -> bytes:
         piece = self._unread[0][self._num_parsed : self._num_parsed + SLICE]
         self._num_parsed += len(piece)
         if self._num_parsed == len(self._unread[0]):
             self._unread.popleft()
             self._num_parsed = 0
-        self._take(piece)
-        if self.transport.is_closing():
-            self._unread.clear()
-        elif self._unread:
-            self.transport.pause_reading()
-            self.loop.call_soon(self._parse)
-        elif not self.flow.read_paused:
-            self.transport.resume_reading()
+        return piece
 
     def _take(self, data: bytes) -> None:
         self._num_header_bytes += len(data)
@@ -91,6 +101,8 @@ class BoundedProtocol(HttpToolsProtocol):
                 self.transport.close()
             else:
                 self.transport.abort()  # there is no place for another response
+        if self.transport.is_closing() or self._is_last:
+            self._unread.clear()
         self._set_reading_timer()
 
     def send_400_response(self, msg: str) -> None:
@@ -115,6 +127,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_header_bytes = 0
         self._awaits_headers = False
         super().on_headers_complete()
+        if self.parser.should_upgrade():  # httptools takes no body then: what follows must not be read as a request
+            self._is_last, self.cycle.keep_alive = True, False
         if len(self.pipeline) > MAX_PIPELINED:
             self.transport.abort()
             raise ConnectionAbortedError  # so that nothing more is parsed

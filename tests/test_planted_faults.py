@@ -43,8 +43,8 @@ FAULTS = {
     ),
     "prompts: a user's text may hold a reply's control tokens": Fault(
         "alignment_core/prompts.py",
-        'if message["role"] == "assistant" else self._any_added',
-        'if message["role"] != "system" else self._any_added',
+        'patterns = {"assistant": self._encoder.any_special}',
+        'patterns = dict.fromkeys(("assistant", "user"), self._encoder.any_special)',
         "tests/alignment_core/test_prompts.py",
     ),
     "streaming: what is held for a call that is cut off is lost": Fault(

@@ -118,3 +118,11 @@ def test_a_family_that_the_engine_computes_otherwise_is_refused(tokenizer, monke
         )
         with pytest.raises(ValueError, match="computes something that the engine does not"):
             compare_with_eager(loaded.model)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "phimoe"])
+def test_what_rounding_changes_is_no_reason_to_refuse(tokenizer, model_type):
+    """In 16 bits experts are chosen otherwise at near ties, whose work is computed."""
+    shape = {"num_hidden_layers": 12, "initializer_range": 0.1, "num_local_experts": 8}
+    loaded, _ = tiny_pair(tokenizer, model_type, kernels=False, vocab_size=300, **shape)
+    compare_with_eager(loaded.model.to(torch.bfloat16))

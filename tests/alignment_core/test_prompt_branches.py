@@ -4,7 +4,7 @@ import copy
 import itertools
 
 import pytest
-from tokenizers import normalizers
+from tokenizers import Regex, normalizers
 from transformers import AddedToken
 
 from alignment_core import InvalidRequest, Principle
@@ -199,3 +199,34 @@ def test_look_alikes_of_control_tokens_stay_text(tokenizer, normalizer):
             assert ids.count(normalising.convert_tokens_to_ids("<|im_end|>")) == 2
     line = prompts.build_text("It rains", [Principle(look_alike)]).principled[0]
     assert stop not in line
+
+
+@pytest.mark.parametrize(
+    ("how", "shown"),
+    [
+        ("m['content'] | tojson", '"Be kind.\\nSay \\"hi\\"\\nor not"'),
+        ("m['content'] | upper", 'BE KIND.\nSAY "HI"\nOR NOT'),
+        ("m['content'] | replace('\n', '|')", 'Be kind.|Say "hi"|or not'),
+        ("'told to say hi' if 'hi' in m['content'] else m['content']", None),
+    ],
+)
+def test_a_principle_is_treated_as_the_template_treats_texts(tokenizer, how, shown):
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = (
+        f"{{% for m in messages %}}<start>{{{{ m['role'] }}}}\n{{{{ {how} }}}}<end>\n{{% endfor %}}"
+    )
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Rain?"}]
+    prompt = PromptBuilder(tokenizer).build(chat, [Principle('Say "hi"\nor not')])
+    principled, base = (tokenizer.decode(ids) for ids in (prompt.principled[0], prompt.base))
+    if shown is None:  # the template would change what else there is
+        assert principled == base.replace("Be kind.", 'Be kind.\nSay "hi"\nor not')
+    else:
+        assert principled == f"<start>system\n{shown}<end>\n" + base[base.index("<start>user") :]
+
+
+def test_a_principle_that_the_tokenizer_merges_into_its_neighbours_is_refused(tokenizer):
+    merging = copy.deepcopy(tokenizer)
+    spaces = [normalizers.Replace("\u200b", " "), normalizers.Replace(Regex("[ \n]+"), " ")]
+    merging.backend_tokenizer.normalizer = normalizers.Sequence(spaces)
+    with pytest.raises(InvalidRequest, match="leaves no trace"):
+        PromptBuilder(merging).build([{"role": "user", "content": "Hello "}], [Principle("\u200b")], "user")

@@ -128,6 +128,29 @@ def test_a_request_that_wishes_for_another_protocol_is_answered_and_logged(tmp_p
     assert "upgrade request" not in (tmp_path / "stderr").read_text()
 
 
+@pytest.mark.parametrize("protocol", [b"websocket", b"h2c"])
+def test_a_body_behind_the_wish_for_another_protocol_is_never_a_request(small, protocol):
+    """httptools does not read it. A proxy that passes it on as a body must not get two answers."""
+    for length in (3000, 4096, 9000):
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: " + protocol
+        head += b"\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (length + len(HEALTH))
+        body = HELLO + b" " * (4096 * (1 + length // 4096) - len(head) - len(HELLO)) + HEALTH
+        with connected(small) as connection:
+            connection.sendall(head + body.ljust(length + len(HEALTH)))
+            assert received(connection).count(b"HTTP/1.1 ") == 1
+
+
+@pytest.mark.parametrize("length", [100, 5000, 100_000])
+def test_a_client_that_has_said_everything_is_answered(small, length):
+    """Half of the connection is closed, as `nc -N` does it."""
+    asked = b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % length + b"x" * length
+    for _ in range(5):
+        with connected(small) as connection:
+            connection.sendall(asked)
+            connection.shutdown(socket.SHUT_WR)
+            assert received(connection).startswith(b"HTTP/1.1 200")
+
+
 # Hosts
 
 

@@ -1,14 +1,22 @@
 """What one API key may use, and that another's is not touched by it."""
 
+import asyncio
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import httpx
 import pytest
+from opentelemetry import trace
+from starlette.requests import Request
 
-from alignment_core import Output, Prompt, Usage
-from server.exchange import Exchange
+from alignment_core import Output, Prompt, SamplingParams, Usage
+from alignment_core.output import nothing_of
+from server.exchange import Exchange, exchange_of
 from server.key_limits import Bucket
+from server.protocol.completions import CompletionRequest
+from server.settings import Settings
+from server.streaming import Replies
 
 pytestmark = pytest.mark.slow
 
@@ -155,3 +163,48 @@ def test_a_request_that_is_refused_is_not_charged(serving_small):
         assert one.post("/v1/chat/completions", json=BODY | {"max_tokens": 300}).status_code == 200
         assert refusal(one.post("/v1/chat/completions", json=BODY))[0] == "key_tokens"
         assert one.post("/tokenize", json={"model": "smollm2", "prompt": "Towns"}).status_code == 200
+
+
+def test_a_request_that_is_cancelled_gives_its_places_back_once():
+    """An engine tells the end of a choice whose submission was cancelled; of those that it never saw, nobody does."""
+    assert asyncio.run(places_given_back_by_a_cancelled_request(3)) == 3
+
+
+async def places_given_back_by_a_cancelled_request(num_prompts):
+    left, told = [], []
+
+    class Engine:
+        async def submit_async(self, prompt, _, on_output, n):
+            if not told:
+                told.append(prompt)
+                on_output(nothing_of(prompt, 0, "length"))
+                return 1
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                for choice in range(n):
+                    on_output(nothing_of(prompt, choice, "abort"))
+                raise
+
+        def abort(self, request_id):
+            pass
+
+    state = SimpleNamespace(
+        engine=Engine(),
+        settings=Settings(),
+        tracer=trace.NoOpTracer(),
+        measures=SimpleNamespace(of=lambda *_: lambda _: None),
+    )
+    request = Request({"type": "http", "app": SimpleNamespace(state=state), "state": {}})
+    exchange_of(request.scope).leave = left.append
+    body = CompletionRequest(model="m", prompt="a")
+    prompts = [Prompt(((5, 6, 7),))] * num_prompts
+    submitting = asyncio.ensure_future(Replies.of(request, body, prompts, SamplingParams(max_tokens=1)))
+    while not told:
+        await asyncio.sleep(0)
+    await asyncio.sleep(0.01)
+    submitting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await submitting
+    await asyncio.sleep(0.01)
+    return sum(left)
