@@ -5,6 +5,7 @@ as arguments too. So this backend asks for masks: what it gets is a number that 
 judged at places beyond every window, without a mask of that size.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,8 +33,9 @@ def probe(model: PreTrainedModel, reach: int, **arguments: object) -> dict[int, 
     AttentionMaskInterface.register(NAME, asked.mask)
     model.set_attn_implementation(NAME)
     nothing = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    is_compiled = any(module._compiled_call_impl for module in model.modules())  # for an engine before this one
     try:
-        with torch.compiler.set_stance("force_eager"):  # layers may be compiled, for an engine before
+        with torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext():
             model(input_ids=nothing, position_ids=nothing, use_cache=False, **arguments)
     except TypeError as error:
         if "paged" not in str(error):

@@ -65,7 +65,7 @@ def test_architectures(tokenizer, model_type, on_triton):
     assert engine.pool.num_free == engine.pool.num_pages
     assert engine.scheduler.num_preemptions
     assert engine.runner.graphs.num_runs >= 4
-    windows = {call.get("sliding_window") for call in on_triton}
+    windows = {asked.window for call in on_triton for asked in call["paged"].layers.values()}
     assert (windows != {None}) == ("sliding_window" in ARCHITECTURES[model_type])
     assert any(call.get("softcap") for call in on_triton) == (model_type == "gemma2")
 
