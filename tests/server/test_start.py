@@ -164,7 +164,7 @@ def test_what_files_say_of_their_model(files, monkeypatch):
         (["./nowhere"], "there is no directory ./nowhere"),
         (["nowhere.gguf"], "there is no file nowhere.gguf"),
         (["text.gguf"], "text.gguf is no GGUF file"),
-        (["empty"], "empty can't be loaded: its config.json can't be read"),
+        (["empty"], "empty can't be loaded: it has no file config.json"),
         (["--presets", "nowhere.yaml"], "the presets of nowhere.yaml can't be used"),
         (["--presets", "presets.yaml"], "the presets of presets.yaml can't be used"),
         (["--config", "nowhere.yaml"], "there is no config file nowhere.yaml"),
