@@ -64,7 +64,7 @@ class ChatTemplate:
         if not self.knows_tools:
             messages = _without_tool_messages(messages)
         if not self._has_system_role:
-            messages = without_system_role(messages)
+            messages = _without_system_role(messages)
         return self._render(messages, rendering)
 
     @cached_property
@@ -192,7 +192,7 @@ def _without_tool_messages(messages: Messages) -> Messages:
     return told
 
 
-def without_system_role(messages: Messages) -> Messages:
+def _without_system_role(messages: Messages) -> Messages:
     """System text at the head of the next user message, a blank line between: where such templates' users put it."""
     folded: Messages = []
     pending: list[str] = []

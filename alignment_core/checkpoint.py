@@ -31,7 +31,6 @@ PACKAGES = {
     "auto-round": ("auto-round",),
     "hqq": ("hqq",),
     "quanto": ("optimum-quanto",),
-    "mxfp4": ("kernels",),
 }
 
 

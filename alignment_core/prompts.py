@@ -210,7 +210,7 @@ class PromptBuilder:
                 f"there may be {MAX_PRINCIPLES} principles at most, got {len(principles)}", "principle"
             )
         self._refuse_what_is_far_too_long([], [principle.text for principle in principles])
-        if not all(self._encoder.encode_text(principle.text, is_first=False) for principle in principles):
+        if not all(self._tokenizer.encode(principle.text, add_special_tokens=False) for principle in principles):
             raise InvalidRequest("a principle leaves no trace in this model's tokens", "principle")
 
     def _refuse_what_is_far_too_long(self, contents: list[str], principles: list[str]) -> None:

@@ -161,6 +161,7 @@ OF_THIS_MACHINE = (
     "127.9.9.9",
     "[::1]",
     "[::1]:80",
+    "[::ffff:127.0.0.1]",
     "a.localhost",
     "localhost.",
 )
