@@ -11,6 +11,7 @@ from alignment_core import InvalidRequest, Principle
 from alignment_core.chat_template import Rendering
 from alignment_core.prompts import PromptBuilder
 from tests.alignment_core import test_prompts
+from tests.counts import counted
 
 GEMMA_2 = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
@@ -72,7 +73,7 @@ TEMPLATES = {
     "mistral": MISTRAL,
 }
 SHAPES = [("user",), ("system", "user"), ("user", "assistant", "user"), ("system", "user", "assistant", "user")]
-ENDS = ["", " ", "\n", " \n\n ", "\u00a0", "\u3000\u2003", "\t"]
+ENDS = ["", " \n\n ", "\u3000\u2003", *counted([], [" ", "\n", "\u00a0", "\t"])]
 SAID = {"system": "Be kind.", "user": "What is rain?", "assistant": "Rain is water."}
 PRINCIPLE = "Speak 1 simply."
 
@@ -107,7 +108,7 @@ def test_the_principle_is_the_only_difference(tokenizer, name, placement):
         assert left is not None, (chat, principled, base)
         assert tuple(tokenizer.encode(left, add_special_tokens=False)) == prompt.base
         num_placed += 1
-    assert num_placed > 500
+    assert num_placed > counted(100, 500)
 
 
 def without_joints(before, after, base):

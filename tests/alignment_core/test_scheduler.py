@@ -112,7 +112,7 @@ def test_a_text_is_scored_in_as_many_steps_in_company_as_alone(tiny, others):
     given = tuple((11 * i) % 280 + 7 for i in range(300))
     scored = Prompt((given[:1],), given=given[1:])
     company = {
-        "decodes": [(aligned(0, 10, i), SamplingParams(temperature=0, max_tokens=200, ignore_eos=True))
+        "decodes": [(aligned(0, 10, i), replace(GREEDY, max_tokens=30))
                     for i in range(64)],
         "prefills": [(Prompt((tuple(range(5 + i, 265 + i)) + given[:200],)), replace(GREEDY, max_tokens=3))
                      for i in range(20)],
@@ -127,6 +127,8 @@ def test_a_text_is_scored_in_as_many_steps_in_company_as_alone(tiny, others):
     while not (outputs and outputs[-1].finish_reason):
         engine.step()
         num_steps += bool(outputs)
+    if others == "decodes":
+        assert not any(reply[-1].finish_reason for reply in replies)
     assert num_steps <= (len(company[others]) + 1) * 5 if others == "texts" else num_steps <= 7
     while engine.step():
         pass
