@@ -55,10 +55,6 @@ class Request:
     def logprobs(self, choice: int) -> list[float]:
         return [report.logprob for output in self.replies[choice] for report in output.logprobs]
 
-    @property
-    def num_branches(self) -> int:
-        return len(self.prompt.branches)
-
 
 def random_request(chance: random.Random) -> Request:
     shared = [(7 * i + chance.choice([0, 0, 0, 1, 2])) % 290 + 5 for i in range(chance.randint(1, LONGEST))]

@@ -112,8 +112,7 @@ def test_a_text_is_scored_in_as_many_steps_in_company_as_alone(tiny, others):
     given = tuple((11 * i) % 280 + 7 for i in range(300))
     scored = Prompt((given[:1],), given=given[1:])
     company = {
-        "decodes": [(aligned(0, 10, i), replace(GREEDY, max_tokens=30))
-                    for i in range(64)],
+        "decodes": [(aligned(0, 10, i), replace(GREEDY, max_tokens=30)) for i in range(64)],
         "prefills": [(Prompt((tuple(range(5 + i, 265 + i)) + given[:200],)), replace(GREEDY, max_tokens=3))
                      for i in range(20)],
         "texts": [(Prompt((given[i : i + 1],), given=given[i + 1 :]), SamplingParams(max_tokens=0)) for i in range(6)],
