@@ -111,6 +111,15 @@ class Mixing:
         )
 
 
+def is_finite(logits: Tensor, mixing: Mixing) -> Tensor:
+    """Whether all rows of a sequence are without NaN and ∞, [S] bool; −∞ is how models rule tokens out themselves.
+
+    logits: [rows, V] float32.
+    """
+    sound = logits.amax(dim=-1) < torch.inf  # NaN is the greatest of all, and not below
+    return sound[mixing.principled].all(dim=1) & sound[mixing.base]
+
+
 def principled_logits(logits: Tensor, mixing: Mixing) -> Tensor:
     """z_p = Σ w_i z_i (section 2, general form).
 

@@ -20,7 +20,7 @@ GGUF_MAGIC = b"GGUF"
 GGUF_HEAD = 1 << 16  # bytes, which have the model's sizes: its vocabulary comes behind them
 GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 GGUF_STRING, GGUF_ARRAY = 8, 9
-DAMAGED = (struct.error, KeyError, ValueError, OverflowError, RecursionError)
+DAMAGED = (struct.error, KeyError, TypeError, ValueError, ArithmeticError, RecursionError)
 # What transformers asks for one after the other, by the name that a configuration has for a way of quantising.
 PACKAGES = {
     "gptq": ("optimum", "gptqmodel"),
@@ -76,7 +76,7 @@ def look_at(name: str | None) -> Checkpoint:
         config = json.loads((path / "config.json").read_bytes())
         refuse_missing_packages(name, config)
         return _of_config(config)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise LoadingError(f"{name} can't be loaded: its config.json can't be read: {error}") from error
 
 

@@ -32,8 +32,7 @@ class TextStream:
         self.stopped = False
         self._decode, self._skipped = decode, skipped
         self._stops = [_Stop(text) for text in stop]
-        window = [id for id in before[-2 * NUM_BEFORE :] if id not in skipped][-NUM_BEFORE:]
-        self._window = [] if decode(window).endswith(REPLACEMENT) else window
+        self._window = self._window_of([id for id in before[-3 * NUM_BEFORE :] if id not in skipped])
         self._num_shown = len(self._window)  # leading tokens of the window whose text is out already
         self._held = ""  # text that may turn out to begin a stop string
 
@@ -58,6 +57,13 @@ class TextStream:
         self._window = self._window[self._num_shown :]
         self._num_shown = settled - self._num_shown
         return self._until_stop(text[len(shown) :], may_stop)
+
+    def _window_of(self, before: list[int]) -> list[int]:
+        """The end of what comes before; nothing where that is in the middle of a character."""
+        for num in range(NUM_BEFORE, NUM_BEFORE + MAX_TOKENS_PER_CHARACTER):  # one begins where a character does
+            if not self._decode(before[-num:]).endswith(REPLACEMENT):
+                return before[-num:]
+        return []
 
     def finish(self) -> str:
         """What was held back, now that nothing can follow."""

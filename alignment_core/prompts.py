@@ -18,7 +18,7 @@ from alignment_core.errors import InvalidRequest
 from alignment_core.methods import METHODS, Method
 from alignment_core.principle_place import Place, holds, place_in
 from alignment_core.request import MAX_PRINCIPLES, Principle, Prompt
-from alignment_core.safe_encoding import Escapes, SafeEncoder
+from alignment_core.safe_encoding import Escapes, Forbidden, SafeEncoder
 
 Placement = Literal["system", "user"]
 Message = Mapping[str, Any]  # {"role": …, "content": …}, and what the template's own messages may have beside
@@ -48,34 +48,18 @@ class PromptBuilder:
         """Token ids of every branch. Principles of weight 0 take no part beside others."""
         rendering = rendering or Rendering()
         self._refuse(messages, principles, rendering)
-        escapes = Escapes()
-        # A reply of the model may hold tokens such as <think>; nobody's text may end a turn.
-        patterns = {"assistant": self._encoder.any_special}
-        safe: Messages = [
-            escapes.apply_to_all(patterns.get(message["role"], self._encoder.any_added), dict(message))
-            | {"role": message["role"]}
-            for message in messages
-        ]
-        rendering = replace(
-            rendering,
-            tools=escapes.apply_to_all(self._encoder.any_added, list(rendering.tools)),
-            variables=escapes.apply_to_all(self._encoder.any_added, dict(rendering.variables)),
-        )
-        safe, rendering = self._template.with_tools(safe, rendering)
-        base = self._template.text(safe, rendering)
+        base, safe, rendering, escapes = self._safely_rendered(messages, rendering)
         self._refuse_what_is_far_too_long([base], [])  # a template may make more of messages than they are
         principles = [principle for principle in principles if principle.weight > 0]
         principled = []
         if principles:
             with_text, place = self._place(base, safe, placement, rendering)
             for principle in principles:
-                text = escapes.apply(self._encoder.any_added, principle.text)
+                text = escapes.apply(self._encoder.tokens.in_texts, principle.text)
                 rendered = self._template.text(with_text(text), rendering)
-                if not holds(rendered, base):  # the template makes more of this text than of others
-                    rendered = place.with_principle(text)
-                principled.append(self._encoder.encode(rendered, escapes))
-        prompt = _mixed(self._encoder.encode(base, escapes), principled, principles, method)
-        return replace(prompt, continues=rendering.continues)
+                principled.append(self._that_adds_text(base, place, [rendered, place.with_principle(text)]))
+        *branches, of_base = [self._encoder.encode(text, escapes) for text in (*principled, base)]
+        return replace(_mixed(of_base, branches, principles, method), continues=rendering.continues)
 
     def text_ids(self, text: str | Sequence[int]) -> tuple[int, ...]:
         """Token ids of a text without any template; control tokens in it are control tokens. Raises InvalidRequest."""
@@ -134,6 +118,10 @@ class PromptBuilder:
     def _refuse(self, messages: Sequence[Message], principles: Sequence[Principle], rendering: Rendering) -> None:
         if not messages:
             raise InvalidRequest("messages must not be empty", "messages")
+        for message in messages:
+            role, content = message["role"], message["content"]
+            if not (isinstance(content, str) or (role == "assistant" and content is None)):
+                raise InvalidRequest(f"the content of a message of the role {role} must be a text", "messages")
         if rendering.continues and messages[-1]["role"] != "assistant":
             raise InvalidRequest("the last message must be the assistant's to be continued", "continue_final_message")
         for name in rendering.variables:
@@ -150,6 +138,45 @@ class PromptBuilder:
                 "messages",
             )
         self._refuse_principles(principles)
+
+    def _safely_rendered(
+        self, messages: Sequence[Message], rendering: Rendering
+    ) -> tuple[str, Messages, Rendering, Escapes]:
+        """The chat without a principle, all control tokens in which are the template's own, and what it is made of."""
+        escapes, of_beginnings = Escapes(), Escapes()
+        safe = self._escaped(messages, rendering, escapes, self._encoder.tokens)
+        safest = self._escaped(messages, rendering, of_beginnings, self._encoder.beginnings)
+        text = self._template.text(*safe)
+        if of_beginnings.used:
+            other = self._template.text(*safest)
+            if self._encoder.control_tokens(other) != self._encoder.control_tokens(text):
+                return other, *safest, of_beginnings  # the template makes tokens of texts: it takes parts away, say
+        return text, *safe, escapes
+
+    def _escaped(
+        self, messages: Sequence[Message], rendering: Rendering, escapes: Escapes, forbidden: Forbidden
+    ) -> tuple[Messages, Rendering]:
+        """Messages, tools and variables with stand-ins for what is forbidden in them."""
+        patterns = {"assistant": forbidden.in_replies}
+        safe: Messages = [
+            escapes.apply_to_all(patterns.get(message["role"], forbidden.in_texts), dict(message))
+            | {"role": message["role"]}
+            for message in messages
+        ]
+        tools = escapes.apply_to_all(forbidden.in_texts, list(rendering.tools))
+        variables = escapes.apply_to_all(forbidden.in_texts, dict(rendering.variables))
+        return self._template.with_tools(safe, replace(rendering, tools=tools, variables=variables))
+
+    def _that_adds_text(self, base: str, place: Place, candidates: Sequence[str]) -> str:
+        """The first of the candidates that is the base with some text more, and no control token: templates may make
+        more of a principle than of other texts, or less. Raises InvalidRequest.
+        """
+        tokens = [token for text in (place.before, place.after) for token in self._encoder.control_tokens(text)]
+        for text in candidates:
+            adds_text = len(text) > len(place.before) + len(place.after) and holds(text, base)
+            if adds_text and self._encoder.control_tokens(text) == tokens:
+                return text
+        raise InvalidRequest("this model's chat template makes something else of a principle", "principle")
 
     def _place(
         self, base: str, messages: Messages, placement: Placement, rendering: Rendering
@@ -172,7 +199,8 @@ class PromptBuilder:
         it would not take it off there.
         """
         users = [index for index, message in enumerate(messages) if message["role"] == "user"]
-        for index in sorted({0, *users[:1], *users[-1:]}):
+        beside = {0} if messages[0]["role"] == "system" else set[int]()
+        for index in sorted({*beside, *users[:1], *users[-1:]}):
             for strip in (str.lstrip, str.rstrip):
                 shorter = _changed(messages, index, strip)
                 with contextlib.suppress(InvalidRequest):  # of a template that wants to be told something
@@ -192,9 +220,11 @@ class PromptBuilder:
             return
         rest = messages
         if messages[0]["role"] == "system":
-            if messages[0]["content"].strip():
-                yield lambda text: _changed(messages, 0, lambda content: f"{content}\n{text}")
-            yield lambda text: _changed(messages, 0, lambda _: text)
+            behind, instead = (
+                lambda text: _changed(messages, 0, lambda content: f"{content}\n{text}"),
+                lambda text: _changed(messages, 0, lambda _: text),
+            )
+            yield from (behind, instead) if messages[0]["content"].strip() else (instead, behind)
             rest = messages[1:]
         if default := self._template.default_system_text(rendering):
             yield lambda text: [{"role": "system", "content": f"{default}\n{text}"}, *rest]

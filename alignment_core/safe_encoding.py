@@ -5,18 +5,30 @@ import json
 import re
 import secrets
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+# What Rust's tokenizers take for white space at the ends of a text; Python has U+001C to U+001F beside.
+WHITE_SPACE = "".join(mark for mark in map(chr, range(0x3001)) if mark.isspace() and mark not in "\x1c\x1d\x1e\x1f")
+
+
+@dataclass(frozen=True, slots=True)
+class Forbidden:
+    """What is escaped in texts. A reply of the model's own, which clients send back, may hold <think> and the like."""
+
+    in_texts: re.Pattern[str]
+    in_replies: re.Pattern[str]
+
 
 class Escapes:
     """Stand-ins for control tokens in users' texts, unguessable, so that templates and tokenizer pass them over."""
 
     def __init__(self) -> None:
-        self._nonce = secrets.token_hex(8)
+        self._nonce = str(secrets.randbits(64))  # digits, which no template writes otherwise
         self._texts: list[str] = []
 
     @property
@@ -54,24 +66,32 @@ class SafeEncoder:
         self._tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
         self._added = {token.content: (id, token) for id, token in added.items()}
-        self.any_added = _any_of(self._added)
-        self.any_special = _any_of(text for text, (_, token) in self._added.items() if token.special)
+        special = [text for text, (_, token) in self._added.items() if token.special]
+        harmless = _any_of(text for text in self._added if text not in special)
+        beginnings = _any_of({text[:1] for text in special})
+        self._any_added = _any_of(self._added)
+        self.tokens = Forbidden(self._any_added, _any_of(special))
+        self.beginnings = Forbidden(beginnings, re.compile(f"(?!{harmless.pattern})(?:{beginnings.pattern})"))
         # Look-alikes of a control token (full-width letters, say) may be made into one before it is looked for.
         normalises = tokenizer.backend_tokenizer.normalizer is not None
         self._has_look_alikes = normalises and any(token.normalized for token in added.values())
+
+    def control_tokens(self, rendered: str) -> list[str]:
+        """Those that stand in a rendered chat, in order."""
+        return self._any_added.findall(rendered)
 
     def encode(self, rendered: str, escapes: Escapes) -> tuple[int, ...]:
         """The control tokens that stand in `rendered` are the template's own; the escaped ones are text."""
         if not (escapes.used or self._has_look_alikes):
             return tuple(self._tokenizer.encode(rendered, add_special_tokens=False))
         ids: list[int] = []
-        pieces = re.split(f"({self.any_added.pattern})", rendered)
+        pieces = re.split(f"({self._any_added.pattern})", rendered)
         for index in range(0, len(pieces), 2):
             text = pieces[index]
             if index > 0 and self._added[pieces[index - 1]][1].rstrip:
-                text = text.lstrip()
+                text = text.lstrip(WHITE_SPACE)
             if index + 1 < len(pieces) and self._added[pieces[index + 1]][1].lstrip:
-                text = text.rstrip()
+                text = text.rstrip(WHITE_SPACE)
             ids += self.encode_text(escapes.undo(text), is_first=index == 0)
             if index + 1 < len(pieces):
                 ids.append(self._added[pieces[index + 1]][0])
@@ -84,7 +104,7 @@ class SafeEncoder:
         if self._added_ids.isdisjoint(ids):
             return ids
         # The vocabulary spells a control token as an ordinary piece too: cut behind its first character.
-        cuts = [0, *(match.start() + 1 for match in self.any_added.finditer(text)), len(text)]
+        cuts = [0, *(match.start() + 1 for match in self._any_added.finditer(text)), len(text)]
         parts = [text[start:end] for start, end in itertools.pairwise(cuts)]
         return [id for part in parts for id in self._cut(part)]
 
@@ -100,7 +120,9 @@ class SafeEncoder:
 
     @cached_property
     def _added_ids(self) -> frozenset[int]:
-        return frozenset(id for id, _ in self._added.values())
+        """But for the one that stands for what the vocabulary lacks."""
+        unknown = self._plain_tokenizer.encode("\U000fdead", add_special_tokens=False).ids
+        return frozenset(id for id, _ in self._added.values()) - frozenset(unknown)
 
     @cached_property
     def _plain_tokenizer(self) -> Tokenizer:

@@ -13,6 +13,7 @@ from alignment_core.alignment import (
     adaptive,
     difference,
     direction,
+    is_finite,
     log_totals,
     opad,
     plausible_floor,
@@ -109,7 +110,7 @@ def sample(logits: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> Ten
     if not decided.all():
         index = _lines(~decided)
         tokens[index] = choose(logits, y[index], mixing[index], settings[index])
-    return tokens
+    return torch.where(is_finite(logits, mixing), tokens, NO_TOKEN)
 
 
 def plan(sequences: Seq[Sequence], may_turn: bool = True) -> Mixing:

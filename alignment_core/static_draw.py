@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from alignment_core.alignment import Mixing, direction, principled_logits
+from alignment_core.alignment import Mixing, direction, is_finite, principled_logits
 
 if TYPE_CHECKING:
     from alignment_core.sampling import Settings
@@ -94,9 +94,9 @@ def choose(
         kept = leading(z, torch.ones_like(z), limit, weights_above)
         z = z.masked_fill(~kept, -torch.inf)
     best, first = z.max(dim=-1, keepdim=True)
-    is_finite = best.squeeze(1).isfinite() & y.amax(dim=-1).isfinite()  # NaN is greater than every number
+    is_possible = best.squeeze(1).isfinite() & is_finite(logits, mixing)
     if not filters.random:
-        return torch.where(is_finite, first.squeeze(1), NO_TOKEN)
+        return torch.where(is_possible, first.squeeze(1), NO_TOKEN)
     greedy = settings.temperature == 0
     mass = ((z - best) / torch.where(greedy, 1.0, settings.temperature)[:, None]).exp()
     mass = mass * (mass >= settings.min_p[:, None])
@@ -104,7 +104,7 @@ def choose(
         kept = leading(z, mass, _share(settings.top_p, mass), weights_above)
         mass = mass * kept
     drawn = torch.where(greedy, first.squeeze(1), inverse_transform(mass, settings.uniform))
-    return torch.where(is_finite, drawn, NO_TOKEN)
+    return torch.where(is_possible, drawn, NO_TOKEN)
 
 
 def mixed_logits(

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import html
 import json
 import math
+import re
 import sys
 import textwrap
 from collections.abc import AsyncIterator, Callable
@@ -31,6 +33,7 @@ with contextlib.suppress(ImportError):
     import readline  # noqa: F401 - the arrow keys bring earlier lines back
 
 LEAST_RATIO, MOST_RATIO = -10, 20
+ENTITY = re.compile(r"&#?\w+;")
 PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
 HELP = """\
 /principle TEXT   prefer this from now on; without a text: no principle
@@ -281,8 +284,9 @@ class Reply:
 
 def shown(text: str) -> Markdown:
     """Markdown in which HTML is shown as it is written."""
-    markdown = Markdown(printable(text))
-    markdown.parsed = PARSER.parse(printable(text))
+    text = ENTITY.sub(lambda entity: entity[0] if html.unescape(entity[0]).isprintable() else "", printable(text))
+    markdown = Markdown(text)
+    markdown.parsed = PARSER.parse(text)
     return markdown
 
 

@@ -1,16 +1,15 @@
 """Names that requests ask for, and whose they are."""
 
 import ipaddress
+import re
 
 ANY = "*"
 
 
 def host_of(header: str) -> str:
-    """The name in a Host header, in lower case, without the port."""
-    host = header.strip().lower()
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0].removesuffix(".")
+    """The name in a Host header, in lower case, without the port; "" where it is none."""
+    found = re.fullmatch(r"(?:\[([^\]]*)\]|([^:]*?)\.?)(?::\d*)?", header.strip().lower())
+    return (found[1] or found[2] or "") if found else ""
 
 
 def is_this_machine(host: str) -> bool:

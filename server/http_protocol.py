@@ -79,7 +79,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.resume_reading()
 
     def eof_received(self) -> None:
-        """Of a client that has said everything, and still listens."""
+        """Of a client that will say no more: what it has said counts, and then uvicorn closes the connection."""
         while self._unread:
             self._take(self._next_slice())
         super().eof_received()

@@ -43,8 +43,8 @@ FAULTS = {
     ),
     "prompts: a user's text may hold a reply's control tokens": Fault(
         "alignment_core/prompts.py",
-        'patterns = {"assistant": self._encoder.any_special}',
-        'patterns = dict.fromkeys(("assistant", "user"), self._encoder.any_special)',
+        'patterns = {"assistant": forbidden.in_replies}',
+        'patterns = dict.fromkeys(("assistant", "user"), forbidden.in_replies)',
         "tests/alignment_core/test_prompts.py",
     ),
     "streaming: what is held for a call that is cut off is lost": Fault(

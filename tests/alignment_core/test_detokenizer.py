@@ -185,6 +185,19 @@ def test_a_control_token_that_is_left_out_glues_no_words():
         assert shown == tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def test_a_text_goes_on_behind_characters_of_many_tokens():
+    """A window that began in the middle of one would be no text at all, and the first space be taken off."""
+    tokenizer, chance = stripping(), random.Random(5)
+    characters = [[1 + byte for byte in text.encode()] for text in ("é", "你", "🦩")]
+    for _ in range(1000):
+        before, ids = (
+            [id for some in chance.choices([*characters, [258], [259], [261]], k=num) for id in some] for num in (7, 5)
+        )
+        text = TextStream(tokenizer.decode, before=before)
+        shown = "".join(map(text.add, ids)) + text.finish()
+        assert tokenizer.decode(before) + shown == tokenizer.decode([*before, *ids])
+
+
 def test_a_stop_string_counts_from_where_it_ends():
     """One that begins among the least tokens and ends behind them stops, and nothing of it has been shown."""
     for least, expected in ((0, "x"), (3, "x"), (4, "xENDy"), (9, "xENDyEND")):

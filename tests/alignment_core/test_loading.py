@@ -7,6 +7,8 @@ import struct
 from pathlib import Path
 from types import SimpleNamespace
 
+import gguf
+import numpy as np
 import platformdirs
 import pytest
 import torch
@@ -328,6 +330,13 @@ def test_a_configuration_that_is_no_file_is_not_read(checkpoint, make):
         load(str(checkpoint))
 
 
+GGUF_TYPES = {
+    int: gguf.GGUFValueType.UINT32,
+    str: gguf.GGUFValueType.STRING,
+    list: gguf.GGUFValueType.ARRAY,
+}
+
+
 @pytest.mark.parametrize(
     ("field", "value"), [("llama.block_count", 0), ("llama.block_count", 1 << 31), ("llama.context_length", 0)]
 )
@@ -339,6 +348,30 @@ def test_a_gguf_whose_sizes_lie_is_refused_before_it_is_read(package, tmp_path, 
     (tmp_path / "lies.gguf").write_bytes(content)
     with pytest.raises(LoadingError, match=r"lies\.gguf is damaged"):
         load(str(tmp_path / "lies.gguf"))
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, '{"a":' * 100_000, "[]", "null", '"text"', "{"])
+def test_a_configuration_that_is_none_is_one_clear_line(checkpoint, content):
+    (checkpoint / "config.json").write_text(content)
+    with pytest.raises(LoadingError, match=r"its config\.json can't be read: .*$") as error:
+        load(str(checkpoint))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("alignment", [0, "text", [1, 2]])
+def test_a_gguf_whose_alignment_is_no_number_is_one_clear_line(tmp_path, alignment):
+    file = tmp_path / "lies.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_key_value(
+        "general.alignment", alignment, GGUF_TYPES[type(alignment)], sub_type=gguf.GGUFValueType.UINT32
+    )
+    writer.add_tensor("output.weight", np.zeros((4, 4), np.float32))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    with pytest.raises(LoadingError, match=r"lies\.gguf .*$") as error:
+        load(str(file))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("offset", [2**64 - 1, 2**64 - 32, 1 << 40])

@@ -1,5 +1,7 @@
 """NaN and −inf in a model: what can't be drawn is an error of that reply alone, and never gets into another."""
 
+import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -124,6 +126,35 @@ def test_nan_ends_its_own_reply_and_no_other(spoilt, static, params):
             judge_greedy(oracle, prompt, outputs)
     assert engine.alive
     assert engine.pool.num_free == engine.pool.num_pages
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0},
+        {"temperature": 1.0},
+        {"temperature": 1.0, "top_k": 5},
+        {"temperature": 1.0, "min_p": 0.1},
+        {"temperature": 1.0, "top_p": 0.5, "alignment_top_p": 0.3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("static", [False, True])
+def test_one_logit_that_is_not_finite_is_enough(tiny, static, params, monkeypatch):
+    """In whatever branch, also where no filter would have let the token through."""
+    engine = make_engine(tiny[0], num_pages=40, static=static)
+    draw, params = engine._sample, SamplingParams(max_tokens=3, seed=1, **params)
+    prompts = [(aligned(0.0), 0), *((replace(aligned(2.0), method=m), branch) for m in METHODS for branch in (0, 1))]
+    for (prompt, branch), poison in itertools.product(prompts, (torch.nan, torch.inf)):
+
+        def spoiled(logits, sequences, positions, branch=branch, poison=poison):
+            logits[branch, 7] = poison
+            return draw(logits, sequences, positions)
+
+        monkeypatch.setattr(engine, "_sample", spoiled)
+        (outputs,) = run_all(engine, [(prompt, params)])
+        assert failed(outputs), (prompt.method, branch, poison)
+        assert not token_ids(outputs)
 
 
 def test_a_text_that_is_scored_ends_where_nan_begins(spoilt):

@@ -172,6 +172,9 @@ OF_OTHERS = (
     "localhost.evil.example",
     "0.0.0.0",
     "192.0.2.1",
+    "[::1]evil.example",
+    "localhost:evil.example",
+    "::1",
     "",
 )
 
