@@ -94,10 +94,14 @@ class ChatTemplate:
             return ""
         mark, user = _mark(), {"role": "user", "content": _mark()}
         rendering = replace(rendering, continues=False)
-        before, after = self._render([{"role": "system", "content": mark}, user], rendering).split(mark, 1)
-        default = self._render([user], rendering)
+        try:
+            default = self._render([user], rendering)
+            shown = self._render([{"role": "system", "content": mark}, user], rendering)
+        except InvalidRequest:  # it wants other messages than these
+            return ""
+        before, found, after = shown.partition(mark)
         fits = len(before) + len(after) <= len(default) and default.startswith(before) and default.endswith(after)
-        return default[len(before) : len(default) - len(after)] if fits else ""
+        return default[len(before) : len(default) - len(after)] if found and fits else ""
 
     def with_tools(self, messages: Messages, rendering: Rendering) -> tuple[Messages, Rendering]:
         """The tools as text of the system message, where the template does not know any."""
@@ -186,7 +190,7 @@ def _without_tool_messages(messages: Messages) -> Messages:
                 f"<tool_call>\n{json.dumps(call['function'], ensure_ascii=False)}\n</tool_call>"
                 for call in message["tool_calls"]
             ]
-            told.append({"role": "assistant", "content": "\n".join([*filter(None, [message["content"]]), *calls])})
+            told.append({"role": "assistant", "content": "\n".join([*filter(None, [message.get("content")]), *calls])})
         else:
             told.append(message)
     return told

@@ -119,7 +119,7 @@ class PromptBuilder:
         if not messages:
             raise InvalidRequest("messages must not be empty", "messages")
         for message in messages:
-            role, content = message["role"], message["content"]
+            role, content = message["role"], message.get("content")
             if not (isinstance(content, str) or (role == "assistant" and content is None)):
                 raise InvalidRequest(f"the content of a message of the role {role} must be a text", "messages")
         if rendering.continues and messages[-1]["role"] != "assistant":
@@ -129,7 +129,7 @@ class PromptBuilder:
                 param = f"chat_template_kwargs.{name}"
                 raise InvalidRequest(f"this model's chat template does not know {name}", param)
         self._refuse_what_is_far_too_long(
-            [message["content"] or "" for message in messages] + [json.dumps(rendering.tools)],
+            [message.get("content") or "" for message in messages] + [json.dumps(rendering.tools)],
             [principle.text for principle in principles],
         )
         if self._max_tokens is not None and len(messages) > self._max_tokens:
@@ -143,14 +143,14 @@ class PromptBuilder:
         self, messages: Sequence[Message], rendering: Rendering
     ) -> tuple[str, Messages, Rendering, Escapes]:
         """The chat without a principle, all control tokens in which are the template's own, and what it is made of."""
-        escapes, of_beginnings = Escapes(), Escapes()
+        escapes, of_marks = Escapes(), Escapes()
         safe = self._escaped(messages, rendering, escapes, self._encoder.tokens)
-        safest = self._escaped(messages, rendering, of_beginnings, self._encoder.beginnings)
+        safest = self._escaped(messages, rendering, of_marks, self._encoder.marks)
         text = self._template.text(*safe)
-        if of_beginnings.used:
+        if of_marks.used:
             other = self._template.text(*safest)
-            if self._encoder.control_tokens(other) != self._encoder.control_tokens(text):
-                return other, *safest, of_beginnings  # the template makes tokens of texts: it takes parts away, say
+            if self._encoder.control_tokens(text) - self._encoder.control_tokens(other):
+                return other, *safest, of_marks  # the template makes tokens of texts: it takes parts of them away, say
         return text, *safe, escapes
 
     def _escaped(
@@ -171,7 +171,7 @@ class PromptBuilder:
         """The first of the candidates that is the base with some text more, and no control token: templates may make
         more of a principle than of other texts, or less. Raises InvalidRequest.
         """
-        tokens = [token for text in (place.before, place.after) for token in self._encoder.control_tokens(text)]
+        tokens = self._encoder.control_tokens(place.before) + self._encoder.control_tokens(place.after)
         for text in candidates:
             adds_text = len(text) > len(place.before) + len(place.after) and holds(text, base)
             if adds_text and self._encoder.control_tokens(text) == tokens:

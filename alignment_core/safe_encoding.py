@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import secrets
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -55,6 +56,8 @@ class Escapes:
         return re.sub(f"\ufdd0{self._nonce}-([0-9]+)\ufdd1", lambda match: self._texts[int(match[1])], text)
 
     def _stand_in(self, match: re.Match[str]) -> str:
+        if match.lastgroup == "kept":
+            return match[0]
         self._texts.append(match[0])
         return f"\ufdd0{self._nonce}-{len(self._texts) - 1}\ufdd1"
 
@@ -68,17 +71,18 @@ class SafeEncoder:
         self._added = {token.content: (id, token) for id, token in added.items()}
         special = [text for text, (_, token) in self._added.items() if token.special]
         harmless = _any_of(text for text in self._added if text not in special)
-        beginnings = _any_of({text[:1] for text in special})
+        marks = _any_of({mark for text in special for mark in re.findall(r"[^\w\s]", text)})
         self._any_added = _any_of(self._added)
         self.tokens = Forbidden(self._any_added, _any_of(special))
-        self.beginnings = Forbidden(beginnings, re.compile(f"(?!{harmless.pattern})(?:{beginnings.pattern})"))
+        # No letters and digits: the names of fields and functions consist of them.
+        self.marks = Forbidden(marks, re.compile(f"(?P<kept>{harmless.pattern})|{marks.pattern}"))
         # Look-alikes of a control token (full-width letters, say) may be made into one before it is looked for.
         normalises = tokenizer.backend_tokenizer.normalizer is not None
         self._has_look_alikes = normalises and any(token.normalized for token in added.values())
 
-    def control_tokens(self, rendered: str) -> list[str]:
-        """Those that stand in a rendered chat, in order."""
-        return self._any_added.findall(rendered)
+    def control_tokens(self, rendered: str) -> Counter[str]:
+        """How often each of them stands in a rendered chat."""
+        return Counter(self._any_added.findall(rendered))
 
     def encode(self, rendered: str, escapes: Escapes) -> tuple[int, ...]:
         """The control tokens that stand in `rendered` are the template's own; the escaped ones are text."""

@@ -284,10 +284,14 @@ class Reply:
 
 def shown(text: str) -> Markdown:
     """Markdown in which HTML is shown as it is written."""
-    text = ENTITY.sub(lambda entity: entity[0] if html.unescape(entity[0]).isprintable() else "", printable(text))
+    text = ENTITY.sub(lambda entity: entity[0] if _is_printable(html.unescape(entity[0])) else " ", printable(text))
     markdown = Markdown(text)
     markdown.parsed = PARSER.parse(text)
     return markdown
+
+
+def _is_printable(text: str) -> bool:
+    return printable(text) == text
 
 
 async def deltas(client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:

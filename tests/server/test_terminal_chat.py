@@ -216,11 +216,12 @@ def test_replies_do_not_command_the_terminal():
     console = Console(record=True, width=60, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(shown("one \x1b]0;title\x07\x1b[2J two\u202e\x9b31m"))
     console.print(shown("&lt;three&gt; &#x202e;&#27;[31m&NewLine;&rlm; [four](http://a&#x9b;31m) `&#8238;`"))
+    console.print(shown("5&#82&#8238;38; km&#x2&#x202e;02e; &rl&rlm;m; 6&nbsp;km 7\u00a0km"))
     text = console.export_text()
-    assert words(text) == "one 0 title 2J two31m three 31m four"
+    assert words(text) == "one 0 title 2J two31m three 31m four 5 82 38 km x2 02e rl m 6 km 7 km"
     console.print(shown("Use the <div> tag, a List<int>.\n\n<p>This.</p>"))
     assert words(console.export_text()) == "Use the div tag a List int p This p"
-    assert not [mark for mark in text if not mark.isprintable() and mark != "\n"]
+    assert not [mark for mark in text if not mark.isprintable() and mark not in "\n\xa0"]
 
 
 class Hostile(http.server.BaseHTTPRequestHandler):
