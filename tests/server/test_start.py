@@ -49,7 +49,7 @@ def command_line(tmp_path, *args):
 
 def test_the_embedded_model_is_served_without_what_it_does_not_use(embedded, tmp_path):  # noqa: ARG001 - converted
     with serving(patch=MODULES.format(file=str(tmp_path / "modules")), cold=True) as (url, _):
-        body = {"model": "smollm2", "messages": [{"role": "user", "content": "Hello"}], "principle": "Be brief."}
+        body = {"model": "smollm2", "principle": "Be brief.", "max_tokens": 8} | MESSAGES
         assert httpx.post(url + "/v1/chat/completions", json=body, timeout=60).json()["choices"][0]["message"]
     imported = set(json.loads((tmp_path / "modules").read_text()))
     assert {"torch", "transformers", "fastapi"} <= imported
