@@ -2,7 +2,6 @@
 
 import copy
 import json
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -18,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignment_core import template_clock
 from alignment_core.errors import InvalidRequest
+from alignment_core.principle_place import new_mark
 
 # Variables of templates that are not for users: they are set here, or by transformers.
 RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "raise_exception"}
@@ -92,7 +92,7 @@ class ChatTemplate:
         """What the template puts into the system block by itself when there is no system message."""
         if not self._has_system_role:
             return ""
-        mark, user = _mark(), {"role": "user", "content": _mark()}
+        mark, user = new_mark(), {"role": "user", "content": new_mark()}
         rendering = replace(rendering, continues=False)
         try:
             default = self._render([user], rendering)
@@ -116,7 +116,7 @@ class ChatTemplate:
         return [{"role": "system", "content": content}, *messages], replace(rendering, tools=())
 
     def _probe_system_role(self) -> bool:
-        mark = _mark()
+        mark = new_mark()
         chat = [{"role": "system", "content": mark}, {"role": "user", "content": "Hello"}]
         try:
             return mark in self._render(chat, Rendering())
@@ -151,11 +151,6 @@ class _Generation(jinja2.ext.Extension):
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
         next(parser.stream)
         return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
-
-
-def _mark() -> str:
-    """Digits, which no template writes otherwise."""
-    return str(secrets.randbits(80))
 
 
 def _parsed(templates: str | dict[str, str]) -> list[jinja2.nodes.Template]:

@@ -1,5 +1,6 @@
 """Where a principle stands in a rendered chat: found by a mark, so that the text around it is the base branch's."""
 
+import secrets
 from dataclasses import dataclass
 
 
@@ -12,6 +13,11 @@ class Place:
 
     def with_principle(self, text: str) -> str:
         return self.before + text + self.after
+
+
+def new_mark() -> str:
+    """Digits, which no template writes otherwise, and no client can guess."""
+    return str(secrets.randbits(80))
 
 
 def place_in(base: str, marked: str, mark: str) -> Place | None:

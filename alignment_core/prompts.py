@@ -6,7 +6,6 @@ token's text inside a message stays text, and no template syntax in it is evalua
 
 import contextlib
 import json
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from alignment_core.chat_template import ChatTemplate, Messages, Rendering
 from alignment_core.errors import InvalidRequest
 from alignment_core.methods import METHODS, Method
-from alignment_core.principle_place import Place, holds, place_in
+from alignment_core.principle_place import Place, holds, new_mark, place_in
 from alignment_core.request import MAX_PRINCIPLES, Principle, Prompt
 from alignment_core.safe_encoding import Escapes, Forbidden, SafeEncoder
 
@@ -185,7 +184,7 @@ class PromptBuilder:
         in what they are rendered as. Raises InvalidRequest where the template does not show it, or not without
         changing something else.
         """
-        mark = str(secrets.randbits(80))  # digits, which no template writes otherwise
+        mark = new_mark()
         messages = self._as_shown(base, messages, rendering)
         for with_text in self._ways(messages, placement, rendering):
             with contextlib.suppress(InvalidRequest):

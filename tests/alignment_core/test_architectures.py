@@ -126,3 +126,13 @@ def test_what_rounding_changes_is_no_reason_to_refuse(tokenizer, model_type):
     shape = {"num_hidden_layers": 12, "initializer_range": 0.1, "num_local_experts": 8}
     loaded, _ = tiny_pair(tokenizer, model_type, kernels=False, vocab_size=300, **shape)
     compare_with_eager(loaded.model.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_gives_no_finite_logits_is_served_with_a_warning(tokenizer, dtype, caplog):
+    """Each of its replies ends with an error, as far as it is so."""
+    loaded, _ = tiny_pair(tokenizer, kernels=False, vocab_size=300)
+    with torch.inference_mode():
+        loaded.model.lm_head.weight[7] = torch.nan
+    compare_with_eager(loaded.model.to(dtype))
+    assert f"no finite logits in {dtype}: it can't be compared" in caplog.text
