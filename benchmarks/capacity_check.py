@@ -57,7 +57,7 @@ def shape(name: str) -> Model:
 
 
 def chat_prompt(engine: Any, load: Load, user: int, turns: tuple[str, ...]) -> Any:
-    from alignment_core import Principle
+    from linalign import Principle
 
     chat = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), turns, strict=False)]
     whose = "" if load.shared else f"{NAMES[user]} wants this. "
@@ -82,7 +82,7 @@ def with_lengths(engine: Any, load: Load, user: int, turns: tuple[str, ...]) -> 
 
 def count(loaded: Any) -> dict[str, Any]:
     """Pages held at the end of replies, and prompt tokens computed in second turns, as the engine has them."""
-    from alignment_core import Engine, EngineConfig, SamplingParams
+    from linalign import Engine, EngineConfig, SamplingParams
 
     sizes = EngineConfig(num_pages=200, max_num_batched_tokens=CHUNK)
     params = SamplingParams(temperature=0, max_tokens=2 * REPLY, ignore_eos=True)
@@ -117,9 +117,9 @@ def count(loaded: Any) -> dict[str, Any]:
 
 def stream_load(loaded: Any) -> dict[str, Any]:
     """What each stream of serving.py asks for, on average, in tokens."""
-    from alignment_core import Engine, EngineConfig, Principle
     from benchmarks.serving import PRINCIPLE, settings
-    from server import bench
+    from linalign import Engine, EngineConfig, Principle
+    from linalign.server import bench
 
     engine = Engine(loaded, EngineConfig(num_pages=200))
     bodies = bench.chats(settings("", max(CPU_STREAMS)), "smollm2")
@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--only", choices=TABLES, nargs="+", default=list(TABLES))
     args = parser.parse_args()
     if args.measure:
-        from alignment_core import load
+        from linalign import load
 
         loaded = load()
         result = {"counts": count(loaded), "stream": stream_load(loaded)}

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from alignment_core import Engine, Principle, Prompt, SamplingParams, load
-from alignment_core.checkpoint import embedded_file
-from alignment_core.cpu.native import library
-from alignment_core.loading import LoadedModel
+from linalign import Engine, Principle, Prompt, SamplingParams, load
+from linalign.alignment_core.cpu.kernels import library
+from linalign.alignment_core.loading.checkpoint import embedded_file
+from linalign.alignment_core.loading.loader import LoadedModel
 
 QUESTION = (
     "Where should our town get its power from? Please compare the options that a small town by the sea has, "

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from alignment_core import Engine, EngineConfig, Principle, SamplingParams, load
-from alignment_core.loading import Quantization
-from alignment_core.sampling import sample
-from alignment_core.sequence import Sequence
+from linalign import Engine, EngineConfig, Principle, SamplingParams, load
+from linalign.alignment_core.decoding.sampling import sample
+from linalign.alignment_core.loading.loader import Quantization
+from linalign.alignment_core.scheduling.sequence import Sequence
 
 RATIO = 2.0
 SETTINGS: tuple[tuple[str, Quantization], ...] = (

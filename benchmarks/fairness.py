@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 
 from benchmarks.serving import served
-from server import bench
+from linalign.server import bench
 
 PRINCIPLE = "Be brief."
 

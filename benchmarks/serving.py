@@ -23,13 +23,13 @@ from typing import Any
 
 import httpx
 
-from server import bench
-from server.bench import BenchSettings
+from linalign.server import bench
+from linalign.server.bench import BenchSettings
 
 PRINCIPLE = "Answer in favour of solar power."
 ALONE = """
 import json, sys, time
-from alignment_core import Engine, Principle, SamplingParams
+from linalign import Engine, Principle, SamplingParams
 warmup, counted = json.load(sys.stdin)
 engine = Engine.load()
 for bodies in (warmup, counted):

@@ -25,7 +25,7 @@ from typing import Any
 
 import httpx
 
-from server.bench import WORDS
+from linalign.server.bench import WORDS
 
 NUM_PAGES = 600
 # A small KV cache, all of it in memory from the start, and counts that only the process itself knows.
@@ -33,17 +33,19 @@ SERVER = f"""
 NUM_PAGES = {NUM_PAGES}
 import asyncio, threading
 import torch
-import alignment_core.engine, alignment_core.model_runner, server.metrics
+from linalign.alignment_core import engine
+from linalign.alignment_core.execution import model_runner
+from linalign.server import metrics
 from prometheus_client.core import GaugeMetricFamily
-alignment_core.engine.pages_that_fit = lambda *_: NUM_PAGES
-alignment_core.model_runner._zeros = lambda shape, dtype, device: torch.zeros(shape, dtype=dtype, device=device)
-collect = server.metrics.EngineCollector.collect
+engine.pages_that_fit = lambda *_: NUM_PAGES
+model_runner._zeros = lambda shape, dtype, device: torch.zeros(shape, dtype=dtype, device=device)
+collect = metrics.EngineCollector.collect
 def with_more(self):
     yield from collect(self)
     yield GaugeMetricFamily("soak_tasks", "", len(asyncio.all_tasks()))
     yield GaugeMetricFamily("soak_threads", "", threading.active_count())
-server.metrics.EngineCollector.collect = with_more
-from server.cli import main; main()
+metrics.EngineCollector.collect = with_more
+from linalign.server.cli import main; main()
 """
 METHODS = ("linear", "cfg", "amulet", "adaptive", "opad")
 EDITS: list[dict[str, Any]] = [{"stop": ["e", "xyz"]}, {"presence_penalty": 1}, {"ignore_eos": True}]

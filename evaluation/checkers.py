@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from evaluation.statistics import words_of
+from linalign.evaluation.statistics import words_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 from pydantic_settings import CliPositionalArg, NoDecode, SettingsConfigDict
 
-from alignment_core.methods import Method
-from server.command_line import parse
-from server.protocol.generation import Ratio
-from server.settings import API_KEY, FIRST_MODEL, Arguments, client_key
-from server.terminal import printable
+from linalign.alignment_core.decoding.methods import Method
+from linalign.server.command_line import parse
+from linalign.server.protocol.generation import Ratio
+from linalign.server.settings import API_KEY, FIRST_MODEL, Arguments, client_key
+from linalign.server.terminal import printable
 
 Task = Literal["personal-preference", "follow", "hh"]
 
@@ -110,7 +110,7 @@ def main(args: list[str]) -> None:
     if settings.task == "hh" and not settings.judge_url:
         sys.exit("linalign eval: hh needs --judge-url URL")
     try:  # here, as it takes seconds, which --help can do without
-        from evaluation.run import FAILURES, evaluate
+        from linalign.evaluation.run import FAILURES, evaluate
     except ModuleNotFoundError as error:
         sys.exit(f"linalign eval needs the extra linalign[eval] ({error})")
     settings.output.mkdir(parents=True, exist_ok=True)

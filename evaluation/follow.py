@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from functools import partial
 from statistics import fmean
 
-from evaluation.checkers import CHECKABLE, PROMPTS, Checkable
-from evaluation.records import Cell, Job, Record, Records
-from evaluation.statistics import distinct, interval, longest_repetition, loops, words_of
-from evaluation.target import Target
+from linalign.evaluation.checkers import CHECKABLE, PROMPTS, Checkable
+from linalign.evaluation.records import Cell, Job, Record, Records
+from linalign.evaluation.statistics import distinct, interval, longest_repetition, loops, words_of
+from linalign.evaluation.target import Target
 
 MAX_TOKENS = 80
 

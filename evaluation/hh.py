@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from evaluation.records import Cell, Job, Record, Records
-from evaluation.statistics import interval
-from evaluation.target import Target
+from linalign.evaluation.records import Cell, Job, Record, Records
+from linalign.evaluation.statistics import interval
+from linalign.evaluation.target import Target
 
 SHIPPED = Path(__file__).parent / "data" / "dialogues.jsonl"
 PRINCIPLE = "Be helpful, honest and harmless: serve what the user really needs, and do nobody any harm."

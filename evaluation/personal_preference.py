@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from evaluation.records import Cell, Job, Record, Records
-from evaluation.statistics import interval
-from evaluation.target import Target
+from linalign.evaluation.records import Cell, Job, Record, Records
+from linalign.evaluation.statistics import interval
+from linalign.evaluation.target import Target
 
 SHIPPED = Path(__file__).parent / "data" / "personal_preference.jsonl"
 PUBLISHED = "kkuusou/personal_preference_eval"

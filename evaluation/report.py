@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from evaluation.records import Record
+from linalign.evaluation.records import Record
 
 mpl.rcParams["svg.hashsalt"] = "linalign"  # the same figure is the same file
 COLLAPSED = 0.2  # a share of replies that loop or are empty at which nobody wants them any more

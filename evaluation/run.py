@@ -8,13 +8,13 @@ from typing import Any
 
 import httpx
 
-from alignment_core import LoadingError
-from evaluation import follow, hh, personal_preference
-from evaluation.checkers import PROMPTS
-from evaluation.command import EvalSettings
-from evaluation.records import Cell, Record, Records, cells
-from evaluation.report import write
-from evaluation.target import Target, in_process, remote
+from linalign import LoadingError
+from linalign.evaluation import follow, hh, personal_preference
+from linalign.evaluation.checkers import PROMPTS
+from linalign.evaluation.command import EvalSettings
+from linalign.evaluation.records import Cell, Record, Records, cells
+from linalign.evaluation.report import write
+from linalign.evaluation.target import Target, in_process, remote
 
 FAILURES = (httpx.HTTPError, LoadingError)
 

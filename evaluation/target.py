@@ -7,9 +7,9 @@ from typing import Any
 
 import httpx
 
-from alignment_core import Engine, EngineConfig, load
-from server.app import create_app
-from server.settings import load_settings
+from linalign import Engine, EngineConfig, load
+from linalign.server.app import create_app
+from linalign.server.settings import load_settings
 
 
 class Target:

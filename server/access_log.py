@@ -6,9 +6,9 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.exchange import Exchange, exchange_of
-from server.metrics import Measures
-from server.protocol.errors import error_response
+from linalign.server.exchange import Exchange, exchange_of
+from linalign.server.metrics import Measures
+from linalign.server.protocol.errors import error_response
 
 log = logging.getLogger(__name__)
 

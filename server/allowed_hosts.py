@@ -5,8 +5,8 @@ from collections.abc import Collection
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.hosts import host_of, is_this_machine
-from server.protocol.errors import error_response
+from linalign.server.hosts import host_of, is_this_machine
+from linalign.server.protocol.errors import error_response
 
 
 class AllowedHosts:

@@ -16,17 +16,17 @@ from sse_starlette.sse import AppStatus
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from server import auth, metrics
-from server.access_log import AccessLog
-from server.allowed_hosts import AllowedHosts
-from server.body_limit import BodyLimit
-from server.engine_client import EngineClient
-from server.key_limits import KeyLimits
-from server.presets import load_presets
-from server.protocol.errors import HANDLERS, ErrorResponse
-from server.routes import chat, completions, models, playground, responses, tokens
-from server.settings import Settings
-from server.tracing import Tracing
+from linalign.server import auth, metrics
+from linalign.server.access_log import AccessLog
+from linalign.server.allowed_hosts import AllowedHosts
+from linalign.server.body_limit import BodyLimit
+from linalign.server.engine_client import EngineClient
+from linalign.server.key_limits import KeyLimits
+from linalign.server.presets import load_presets
+from linalign.server.protocol.errors import HANDLERS, ErrorResponse
+from linalign.server.routes import chat_completions, completions, models, playground, responses, tokens
+from linalign.server.settings import Settings
+from linalign.server.tracing import Tracing
 
 ERRORS: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorResponse, "description": "An error"}}
 REQUEST_ID = "X-Request-Id"
@@ -66,7 +66,7 @@ def create_app(engine: EngineClient, settings: Settings) -> FastAPI:
     app.state.long_bodies = ThreadPoolExecutor(1, "long-bodies")
     app.state.started = int(time.time())
     app.state.fingerprint = _fingerprint(engine, settings)
-    app.include_router(chat.router)
+    app.include_router(chat_completions.router)
     app.include_router(completions.router)
     app.include_router(responses.router)
     app.include_router(tokens.router)

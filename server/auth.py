@@ -7,8 +7,8 @@ from collections.abc import Collection
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.exchange import exchange_of
-from server.protocol.errors import error_response
+from linalign.server.exchange import exchange_of
+from linalign.server.protocol.errors import error_response
 
 # Orchestrators have no key, and the playground's page must be there to ask for one; it holds no data.
 OPEN = ("/", "/health")

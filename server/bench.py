@@ -20,9 +20,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from server.command_line import parse
-from server.settings import API_KEY, FIRST_MODEL, Arguments, client_key
-from server.terminal import printable
+from linalign.server.command_line import parse
+from linalign.server.settings import API_KEY, FIRST_MODEL, Arguments, client_key
+from linalign.server.terminal import printable
 
 WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
 

@@ -4,7 +4,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.protocol.errors import error_response
+from linalign.server.protocol.errors import error_response
 
 
 class BodyLimit:

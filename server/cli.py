@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 if TYPE_CHECKING:
-    from alignment_core import Engine, EngineConfig
-    from server.settings import Settings
+    from linalign import Engine, EngineConfig
+    from linalign.server.settings import Settings
 
 COMMANDS = {
     "serve": "an OpenAI-compatible server, with a playground",
@@ -76,7 +76,7 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    from server.command_line import Page
+    from linalign.server.command_line import Page
 
     commands = "commands:\n" + "\n".join(f"  {name:8}{what}" for name, what in COMMANDS.items())
     parser = argparse.ArgumentParser(
@@ -104,22 +104,22 @@ def run(command: str, args: list[str]) -> None:
     if command == "serve":
         serve(args)
     elif command == "chat":
-        from server import chat
+        from linalign.server import terminal_chat
 
-        chat.main(args)
+        terminal_chat.main(args)
     elif command == "bench":
-        from server import bench
+        from linalign.server import bench
 
         bench.main(args)
     else:
-        from evaluation import command as evaluation
+        from linalign.evaluation import command as evaluation
 
         evaluation.main(args)
 
 
 def engine_config(settings: "Settings") -> "EngineConfig":
     """Every setting that the engine knows by the same name."""
-    from alignment_core import EngineConfig
+    from linalign import EngineConfig
 
     names = [field.name for field in fields(EngineConfig)]
     given = settings.model_dump()
@@ -128,7 +128,7 @@ def engine_config(settings: "Settings") -> "EngineConfig":
 
 def build_engine(settings: "Settings") -> "Engine":
     """Not started yet. Raises LoadingError, ValueError."""
-    from alignment_core import Engine, load
+    from linalign import Engine, load
 
     loaded = load(
         settings.model,
@@ -143,11 +143,12 @@ def build_engine(settings: "Settings") -> "Engine":
 
 def checked_settings(args: list[str]) -> "Settings":
     """Those that serve is asked for. What can't be ends the process, before anything is loaded."""
-    from alignment_core import LoadingError, preflight
-    from server.address import AddressTaken, check_address
-    from server.command_line import complaints
-    from server.presets import load_presets
-    from server.settings import load_settings
+    from linalign import LoadingError
+    from linalign.alignment_core.loading import preflight
+    from linalign.server.address import AddressTaken, check_address
+    from linalign.server.command_line import complaints
+    from linalign.server.presets import load_presets
+    from linalign.server.settings import load_settings
 
     try:
         settings = load_settings(args)
@@ -176,7 +177,7 @@ def checked_settings(args: list[str]) -> "Settings":
 
 def runs_embedded_model(settings: "Settings") -> bool:
     """Whether it is the embedded model, on a CPU, in this process alone."""
-    from alignment_core import checkpoint, preflight
+    from linalign.alignment_core.loading import checkpoint, preflight
 
     alone = checkpoint.is_embedded(settings.model) and settings.tensor_parallel_size == 1
     return alone and (settings.device == "cpu" or not preflight.may_have_cuda())
@@ -193,9 +194,9 @@ def stop_loading(*_: object) -> None:
 def serve(args: list[str]) -> None:
     # Until uvicorn has its own: the first process of a container is not ended by a signal that it does not handle.
     signal.signal(signal.SIGTERM, stop_loading)
-    from server import logs
-    from server.keys import is_open_to_everyone
-    from server.settings import PREFIX
+    from linalign.server import logs
+    from linalign.server.keys import is_open_to_everyone
+    from linalign.server.settings import PREFIX
 
     settings = checked_settings(args)
     logs.begin(settings.log_format)
@@ -208,17 +209,17 @@ def serve(args: list[str]) -> None:
     _allow_many_connections()
     sys.setswitchinterval(0.0005)  # s: a step asks for the GIL many times, beside a thread that reads a long body
     gc.disable()  # a start makes a million objects that stay: looking for garbage among them takes a second
-    from alignment_core import LoadingError
-    from server.lean_imports import lean_imports
+    from linalign import LoadingError
+    from linalign.server.lean_imports import lean_imports
 
     try:
         with lean_imports() if runs_embedded_model(settings) else contextlib.nullcontext():
             engine = build_engine(settings)
         import uvicorn
 
-        from server.app import create_app
-        from server.http_protocol import BoundedProtocol
-        from server.shutdown import LAST_WORDS, Server
+        from linalign.server.app import create_app
+        from linalign.server.http_protocol import BoundedProtocol
+        from linalign.server.shutdown import LAST_WORDS, Server
 
         app = create_app(engine, settings)
     except (LoadingError, ValueError) as error:

@@ -6,14 +6,14 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from alignment_core import Output, Prompt, SamplingParams
-from alignment_core.detokenizer import TokenBytes
-from alignment_core.output import Stats
-from alignment_core.prompts import PromptBuilder
+from linalign import Output, Prompt, SamplingParams
+from linalign.alignment_core.output import Stats
+from linalign.alignment_core.text.detokenizer import TokenBytes
+from linalign.alignment_core.text.prompts import PromptBuilder
 
 
 class EngineClient(Protocol):
-    """`alignment_core.Engine` is one, `deploy.ray.remote_engine.RemoteEngine` another. Entered as the application
+    """`alignment_core.Engine` is one, `linalign.ray.remote_engine.RemoteEngine` another. Entered as the application
     starts, left as it ends; its coroutines are awaited on one event loop.
     """
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from starlette.types import Scope
 
-from alignment_core import InvalidRequest, Output, Prompt, RequestFailed
+from linalign import InvalidRequest, Output, Prompt, RequestFailed
 
 # Of what ends a reply that has begun; None where the engine itself has failed.
 CODES = {type(None): "engine_dead", RequestFailed: "internal_error", InvalidRequest: "invalid_value"}

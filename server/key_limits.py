@@ -6,9 +6,9 @@ from collections import defaultdict
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from alignment_core import InvalidRequest
-from server.exchange import KeyBusy, exchange_of
-from server.protocol.errors import key_busy
+from linalign import InvalidRequest
+from linalign.server.exchange import KeyBusy, exchange_of
+from linalign.server.protocol.errors import key_busy
 
 AT_ONCE = ("key_requests", 1.0)  # code, and seconds to wait
 WITHOUT_MODEL = ("/tokenize", "/detokenize")

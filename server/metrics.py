@@ -19,8 +19,8 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from alignment_core import Output, Prompt
-from alignment_core.output import FinishReason, Stats
+from linalign import Output, Prompt
+from linalign.alignment_core.output import FinishReason, Stats
 
 router = APIRouter()
 

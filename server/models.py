@@ -4,8 +4,8 @@ from typing import TypeVar
 
 from starlette.datastructures import State
 
-from server.protocol.errors import ModelNotFound
-from server.protocol.generation import AlignmentFields, Preset
+from linalign.server.protocol.errors import ModelNotFound
+from linalign.server.protocol.generation import AlignmentFields, Preset
 
 Body = TypeVar("Body", bound=AlignmentFields)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from server.command_line import complaints
-from server.protocol.generation import Preset
+from linalign.server.command_line import complaints
+from linalign.server.protocol.generation import Preset
 
 SHIPPED = Path(__file__).parent.parent / "configs" / "presets.yaml"
 

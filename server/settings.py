@@ -21,9 +21,9 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
-from server.command_line import page
-from server.hosts import ANY, host_of, is_this_machine
-from server.keys import hashed, keys_of
+from linalign.server.command_line import page
+from linalign.server.hosts import ANY, host_of, is_this_machine
+from linalign.server.keys import hashed, keys_of
 
 PREFIX = "LINALIGN_"
 # What options of commands that talk to a server are for.

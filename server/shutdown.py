@@ -11,7 +11,7 @@ from types import FrameType
 
 import uvicorn
 
-from alignment_core import Engine, EngineDead
+from linalign import Engine, EngineDead
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from server.threads import LONG, in_thread
+from linalign.server.threads import LONG, in_thread
 
 MOST_KEYS = 10_000  # of one object: each that is unknown is a complaint of its own
 MOST_VALUES = 100_000  # names too, integers apart: prompts may be token ids

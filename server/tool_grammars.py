@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from alignment_core import InvalidRequest
-from alignment_core.grammars import PLAIN_JSON, STRICT, refuse_in_schema
-from alignment_core.request import Structure
-from server.tool_calls import HERMES, LLAMA, CallFormat, call_format
+from linalign import InvalidRequest
+from linalign.alignment_core.decoding.grammars import PLAIN_JSON, STRICT, refuse_in_schema
+from linalign.alignment_core.request import Structure
+from linalign.server.tool_calls import HERMES, LLAMA, CallFormat, call_format
 
 JSON_OPTIONS = {**PLAIN_JSON, **STRICT}
 NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}

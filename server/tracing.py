@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi.telemetry import TelemetryConfig
 from opentelemetry import trace
 
-from alignment_core import Output, Prompt, SamplingParams
+from linalign import Output, Prompt, SamplingParams
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import SpanProcessor

@@ -11,13 +11,13 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from alignment_core import Engine, EngineConfig, Prompt, SamplingParams, load
-from alignment_core.loading import LoadedModel
-from alignment_core.methods import METHODS
-from alignment_core.output import Output
-from alignment_core.request import Structure
-from alignment_core.sequence import Branch, Sequence
-from alignment_core.speculation import PromptLookup
+from linalign import Engine, EngineConfig, Prompt, SamplingParams, load
+from linalign.alignment_core.decoding.methods import METHODS
+from linalign.alignment_core.loading.loader import LoadedModel
+from linalign.alignment_core.output import Output
+from linalign.alignment_core.request import Structure
+from linalign.alignment_core.scheduling.sequence import Branch, Sequence
+from linalign.alignment_core.scheduling.speculation import PromptLookup
 from tests.engines import tiny_pair
 
 STRUCTURES = [  # of single letters, as the model has no tokens for words

@@ -7,9 +7,9 @@ import time
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from alignment_core import Engine, EngineConfig, Prompt, SamplingParams
-from alignment_core.cpu.layers import replace_layers
-from alignment_core.loading import LoadedModel
+from linalign import Engine, EngineConfig, Prompt, SamplingParams
+from linalign.alignment_core.cpu.layers import replace_layers
+from linalign.alignment_core.loading.loader import LoadedModel
 from tests.oracle import Oracle, Setting
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

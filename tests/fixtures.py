@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alignment_core import load
-from alignment_core.checkpoint import EMBEDDED_FILE, embedded_file
+from linalign import load
+from linalign.alignment_core.loading.checkpoint import EMBEDDED_FILE, embedded_file
 from tests.engines import FEW_WORDS, tiny_pair
 from tests.oracle import Oracle
 

@@ -20,9 +20,11 @@ import tempfile
 from tests.counts import LONG_RUN
 
 PRELOADED = (
-    "alignment_core", "evaluation.command", "jsonschema", "llguidance.hf", "openai", "server.app",
-    "server.bench", "server.chat", "server.cli", "server.http_protocol", "server.shutdown", "server.tracing",
-    "transformers.models.llama.modeling_llama", "transformers.models.llama.tokenization_llama", "uvicorn", "uvloop",
+    "jsonschema", "linalign.alignment_core.engine", "linalign.alignment_core.loading.loader",
+    "linalign.evaluation.command", "linalign.server.app", "linalign.server.bench", "linalign.server.cli",
+    "linalign.server.http_protocol", "linalign.server.shutdown", "linalign.server.terminal_chat",
+    "linalign.server.tracing", "llguidance.hf", "openai", "transformers.models.llama.modeling_llama",
+    "transformers.models.llama.tokenization_llama", "uvicorn", "uvloop",
 )  # fmt: skip
 MOST_BYTES = 1 << 20  # of a request
 ADDRESS = "FORK_SERVER"  # in the environment

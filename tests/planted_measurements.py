@@ -48,7 +48,7 @@ def needs_no_triton(bench):
     """Fails as long as the engine chooses Triton, which a retry leaves out."""
     from gpu_measurements.parts import without  # here, as importing torch takes seconds
 
-    from alignment_core import model_runner
+    from linalign.alignment_core.execution import model_runner
 
     model_runner._choose_backend = mock.Mock(return_value="linalign_triton")
     with without(bench.without):

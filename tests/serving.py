@@ -17,10 +17,10 @@ import openai
 import pytest
 import uvicorn
 
-from alignment_core import Engine, EngineConfig
-from alignment_core.checkpoint import EMBEDDED_ID
-from server.app import create_app
-from server.settings import Settings
+from linalign import Engine, EngineConfig
+from linalign.alignment_core.loading.checkpoint import EMBEDDED_ID
+from linalign.server.app import create_app
+from linalign.server.settings import Settings
 from tests import fork_server
 from tests.counts import LONG_RUN
 from tests.engines import tiny_pair
@@ -28,7 +28,7 @@ from tests.engines import tiny_pair
 KEY = "first-key"
 SLEEPING = """
 import time
-from alignment_core.model_runner import ModelRunner
+from linalign.alignment_core.execution.model_runner import ModelRunner
 forward_of_small_model = ModelRunner.forward
 def forward_of_larger_model(self, step):
     time.sleep(0.005 + 0.0003 * step.num_tokens)
@@ -67,7 +67,7 @@ def serving(*args, patch="", status=0, env=None, cold=LONG_RUN, **options):
     options: cwd, stdout, stderr; of Popen where it is cold.
     """
     port = free_port()
-    code, argv = patch + "\nfrom server.cli import main; main()", ["serve", "--port", str(port), *args]
+    code, argv = patch + "\nfrom linalign.server.cli import main; main()", ["serve", "--port", str(port), *args]
     options["env"] = {**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}
     if cold:
         started = subprocess.Popen([sys.executable, "-c", code, *argv], **options)

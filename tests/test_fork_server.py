@@ -61,7 +61,7 @@ def test_standard_input():
 def test_a_child_has_what_costs_time_imported_and_asks_for_children_of_its_own():
     code = """
 import os, sys
-assert {"torch", "transformers", "server.app"} <= set(sys.modules)
+assert {"torch", "transformers", "linalign.server.app"} <= set(sys.modules)
 assert os.listdir("/proc/self/task") == [str(os.getpid())]
 from tests import fork_server
 print(fork_server.run("print(6 * 7)", cold=False).stdout, end="")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from alignment_core import Engine, EngineConfig, Prompt
-from alignment_core.attention import sdpa
+from linalign import Engine, EngineConfig, Prompt
+from linalign.alignment_core.attention import sdpa
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import linalign
 from tests.serving import free_port
 
 pytestmark = pytest.mark.slow
@@ -37,9 +39,9 @@ def built(tmp_path_factory):
     source = folder / "source"
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True).stdout
     for name in filter(None, names.split("\0")):
-        if (ROOT / name).is_file():
+        if (ROOT / name).exists():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
+            shutil.copy(ROOT / name, source / name, follow_symlinks=False)
     junk = source / "tests" / "__pycache__" / "junk.pyc"
     junk.parent.mkdir()
     junk.touch()
@@ -65,7 +67,7 @@ def sources():
     names = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, check=True, text=True
     ).stdout.splitlines()
-    return {name for name in names if (ROOT / name).is_file()}
+    return {name for name in names if (ROOT / name).is_file() and not (ROOT / name).is_symlink()}
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +77,17 @@ def installed(built, tmp_path_factory):
     (path,) = built.glob("*.whl")
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(folder), str(path)]
     subprocess.run(pip, check=True)
-    where = [sys.executable, "-c", "import server; print(server.__file__)"]
+    where = [sys.executable, "-c", "import linalign.server as server; print(server.__file__)"]
     found = subprocess.run(
         where, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}, capture_output=True, text=True
     )
     assert Path(found.stdout.strip()).is_relative_to(folder)  # and not the source tree's
     return folder
+
+
+def source_of(name):
+    """The tracked file that an archive has under linalign/, where it is reached by a link."""
+    return str((ROOT / name).resolve().relative_to(ROOT))
 
 
 def command(installed, *args):
@@ -106,15 +113,39 @@ def run(installed, elsewhere, *args):
 
 
 def test_the_wheel_has_what_runs_and_nothing_else(wheel, sources):
-    ours = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    packages = ("alignment_core/", "server/", "evaluation/", "configs/", "deploy/ray/")
+    ours = {source_of(name) for name in wheel.namelist() if ".dist-info/" not in name}
+    packages = ("alignment_core/", "configs/", "deploy/ray/", "evaluation/", "linalign/__init__.py", "server/")
     assert ours == {name for name in sources if name.startswith(packages)}
     assert {"alignment_core/py.typed", "alignment_core/cpu/kernels.cpp", "server/playground/index.html"} <= ours
 
 
+def test_one_import_name(wheel, installed, elsewhere):
+    """The packages that a wheel without linalign/ would put beside everyone else's are nowhere."""
+    folders = {name.partition("/")[0] for name in wheel.namelist()}
+    assert folders == {"linalign", f"linalign-{version('linalign')}.dist-info"}
+    code = """
+import importlib.util, sys
+sys.path.remove("")  # the working directory has folders of these names
+names = ("alignment_core", "configs", "deploy", "evaluation", "server")
+print([name for name in names if importlib.util.find_spec(name)])
+"""
+    env = {**os.environ, "PYTHONPATH": str(installed)}
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=elsewhere, env=env, capture_output=True, text=True, check=True
+    )
+    assert found.stdout == "[]\n"
+
+
+def test_the_public_names():
+    namespace = {}
+    exec("from linalign import *", namespace)
+    assert namespace.keys() - {"__builtins__"} == set(linalign.__all__) == linalign.MODULES.keys()
+    assert all(namespace[name].__module__.startswith("linalign.alignment_core.") for name in linalign.__all__)
+
+
 def test_the_licences_of_all_that_is_inside(wheel, sources):
     licences = {name for name in sources if Path(name).name == "LICENSE"}
-    told = {name.partition("/licenses/")[2] for name in wheel.namelist() if "/licenses/" in name}
+    told = {source_of(name.partition("/licenses/")[2]) for name in wheel.namelist() if "/licenses/" in name}
     assert told == licences
     vendored = {name.split("/")[3] for name in sources if name.startswith("server/playground/vendor/")}
     assert {name.split("/")[3] for name in licences if "vendor" in name} == vendored
@@ -123,7 +154,7 @@ def test_the_licences_of_all_that_is_inside(wheel, sources):
 def test_the_sdist_has_all_but_what_is_for_this_repository(built, sources):
     (path,) = built.glob("*.tar.gz")
     with tarfile.open(path) as archive:
-        names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+        names = {source_of(member.name.partition("/")[2]) for member in archive.getmembers() if member.isfile()}
     made = {name for name in names if ".egg-info/" in name} | {"PKG-INFO", "setup.cfg"}
     assert names - made <= sources
     assert sources - names == {".ci/run", ".gitignore"}

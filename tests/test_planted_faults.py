@@ -24,37 +24,37 @@ class Fault:
 
 FAULTS = {
     "scheduler: a preempted sequence goes behind all that wait": Fault(
-        "alignment_core/scheduler.py",
+        "alignment_core/scheduling/scheduler.py",
         "self.waiting.appendleft(sequence)",
         "self.waiting.append(sequence)",
         "tests/alignment_core/test_scheduler.py",
     ),
     "cache: a page that was never computed keeps its published name": Fault(
-        "alignment_core/kv_cache.py",
+        "alignment_core/scheduling/kv_cache.py",
         "if not written:",
         "if not written and index > branch.num_published:",
         "tests/alignment_core/test_kv_cache.py",
     ),
     "sampling: choices of a request draw the same numbers": Fault(
-        "alignment_core/sampling.py",
+        "alignment_core/decoding/sampling.py",
         "(s.seed, s.choice, position)",
         "(s.seed, 0, position)",
         "tests/alignment_core/test_sampling.py",
     ),
     "prompts: a user's text may hold a reply's control tokens": Fault(
-        "alignment_core/prompts.py",
+        "alignment_core/text/prompts.py",
         'patterns = {"assistant": forbidden.in_replies}',
         'patterns = dict.fromkeys(("assistant", "user"), forbidden.in_replies)',
         "tests/alignment_core/test_prompts.py",
     ),
     "streaming: what is held for a call that is cut off is lost": Fault(
-        "server/streaming.py",
+        "server/replies/streaming.py",
         "parser.feed(output.text) + (parser.finish() if output.finish_reason else [])",
         "parser.feed(output.text)",
         "tests/server/test_chat.py",
     ),
     "limits: a reply may be a token longer than the context": Fault(
-        "alignment_core/limits.py",
+        "alignment_core/scheduling/limits.py",
         "if longest + max_tokens > self.max_model_len:",
         "if longest + max_tokens > self.max_model_len + 1:",
         "tests/alignment_core/test_limits.py",
@@ -96,7 +96,7 @@ def test_what_a_fault_replaces_is_there_once(fault):
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_a_planted_fault_is_noticed(fault, tmp_path):
     copy = tmp_path / "copy"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*"))
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(".*"))
     (copy / ".venv").symlink_to(ROOT / ".venv")
     environment = {name: value for name, value in os.environ.items() if name not in ("FORK_SERVER", "LONG_RUN")}
     environment |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}

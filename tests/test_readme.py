@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from alignment_core import Engine, SamplingParams
+from linalign import Engine, SamplingParams
 from tests import fork_server
 
 pytestmark = pytest.mark.slow

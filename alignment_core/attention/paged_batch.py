@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from alignment_core.scheduler import Row
-from alignment_core.transfer import to_device
+from linalign.alignment_core.scheduling.scheduler import Row
+from linalign.alignment_core.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from alignment_core.attention.paged_batch import LayerAttention, PagedBatch
-from alignment_core.attention.sdpa import asked_by, store
+from linalign.alignment_core.attention.paged_batch import LayerAttention, PagedBatch
+from linalign.alignment_core.attention.sdpa import asked_by, store
 
 NAME = "linalign_triton"
 PROGRAMS = 256  # about two a multiprocessor: with fewer, contexts are split

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from alignment_core.attention.paged_batch import LayerAttention
+from linalign.alignment_core.attention.paged_batch import LayerAttention
 
 NAME = "linalign_probe"
 MARK = 16  # masks are filled with MARK, MARK + 1, …, which every dtype holds exactly, and no mask of a model's own

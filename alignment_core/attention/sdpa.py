@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from alignment_core.attention.paged_batch import LayerAttention, PagedBatch
+from linalign.alignment_core.attention.paged_batch import LayerAttention, PagedBatch
 
 NAME = "linalign_paged"  # not "…sdpa": transformers would refuse models with soft-capping
 

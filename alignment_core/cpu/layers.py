@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from alignment_core.attention import native
-from alignment_core.attention.paged_batch import LayerAttention, PagedBatch, Plan
-from alignment_core.attention.probe import probe
-from alignment_core.cpu.native import Layer, Shape, library
-from alignment_core.cpu.packing import PackedMatrix, Quantization, pack, packable
-from alignment_core.scheduler import Row
-from alignment_core.sequence import Branch
+from linalign.alignment_core.attention.paged_batch import LayerAttention, PagedBatch, Plan
+from linalign.alignment_core.attention.probe import probe
+from linalign.alignment_core.cpu import attention as cpu_attention
+from linalign.alignment_core.cpu.kernels import Layer, Shape, library
+from linalign.alignment_core.cpu.packing import PackedMatrix, Quantization, pack, packable
+from linalign.alignment_core.scheduling.scheduler import Row
+from linalign.alignment_core.scheduling.sequence import Branch
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class FusedLayers(nn.Module):
             self._layers,
             len(self.members),
             ctypes.byref(self._shape),
-            ctypes.byref(native.native_batch(paged)),
+            ctypes.byref(cpu_attention.native_batch(paged)),
             cos.data_ptr(),
             sin.data_ptr(),
             hidden_states.data_ptr(),
@@ -150,7 +150,7 @@ class FusedLayers(nn.Module):
 def replace_layers(model: PreTrainedModel, quantization: Quantization) -> None:
     """Fuse and pack what can be. model: float32 on a CPU; what is replaced gives its weights up."""
     asked = probe(model, model.config.get_text_config().max_position_embeddings, paged=None)
-    model.set_attn_implementation(native.NAME)
+    model.set_attn_implementation(cpu_attention.NAME)
     layers = getattr(model.base_model, "layers", None)
     if isinstance(layers, nn.ModuleList):
         for index, layer in enumerate(layers):

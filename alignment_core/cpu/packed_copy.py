@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from alignment_core.attention.paged_batch import LayerAttention
-from alignment_core.cpu import layers, packing
-from alignment_core.cpu.layers import FusedLayer, FusedLayers, PackedLinear
-from alignment_core.cpu.native import SOURCE, Shape
-from alignment_core.cpu.packing import PackedMatrix
+from linalign.alignment_core.attention.paged_batch import LayerAttention
+from linalign.alignment_core.cpu import layers, packing
+from linalign.alignment_core.cpu.kernels import SOURCE, Shape
+from linalign.alignment_core.cpu.layers import FusedLayer, FusedLayers, PackedLinear
+from linalign.alignment_core.cpu.packing import PackedMatrix
 
 DTYPES = {"F32": torch.float32, "I32": torch.int32}
 LINE = 64  # bytes of a cache line

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from alignment_core.cpu.native import Matrix, library
+from linalign.alignment_core.cpu.kernels import Matrix, library
 
 Format = Literal["float32", "bfloat16", "int8", "int4"]
 Quantization = Literal["auto", "none", "int8", "int4"]

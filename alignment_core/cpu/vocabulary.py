@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from alignment_core.cpu.native import library
+from linalign.alignment_core.cpu.kernels import library
 
 CAPACITY = 1024  # tokens that are narrowed to at the first try
 

@@ -16,9 +16,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from alignment_core import Engine, EngineConfig, Prompt, SamplingParams
-from alignment_core.loading import LoadedModel
 from gpu_measurements.parts import without
+from linalign import Engine, EngineConfig, Prompt, SamplingParams
+from linalign.alignment_core.loading.loader import LoadedModel
 
 RATIO = 2.0
 GREEDY = SamplingParams(temperature=0, ignore_eos=True)

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from alignment_core import Engine, EngineConfig, Prompt
-from alignment_core.loading import LoadedModel
 from gpu_measurements import features, precision
 from gpu_measurements.bench import GREEDY, RATIO, SMALL, exact_model, finish, start
 from gpu_measurements.features import FEATURES, Feature
 from gpu_measurements.rounding import rounded
 from gpu_measurements.smoke import EXPECTED, tokens
+from linalign import Engine, EngineConfig, Prompt
+from linalign.alignment_core.loading.loader import LoadedModel
 from tests.oracle import Oracle, Setting
 
 CPU = torch.device("cpu")

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from alignment_core import Engine, Prompt, SamplingParams
-from alignment_core.request import Structure
 from gpu_measurements.bench import GREEDY
+from linalign import Engine, Prompt, SamplingParams
+from linalign.alignment_core.request import Structure
 
 SEED, SCALE = 1, 0.35
 SHAPE = {  # sizes that int4 takes: groups of 128

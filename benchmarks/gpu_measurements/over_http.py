@@ -7,19 +7,19 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from alignment_core import Principle
 from gpu_measurements.bench import GREEDY, RATIO, Bench, finish, forget, start
 from gpu_measurements.speed import total_time
+from linalign import Principle
 
 
 def over_http(bench: Bench) -> dict[str, float]:
     """The last of its process: the server ends the engine with itself."""
     import uvicorn  # here, as nothing else needs the server's packages
 
-    from server.app import create_app
-    from server.bench import BenchSettings, chats
-    from server.bench import bench as load_test
-    from server.settings import Settings
+    from linalign.server.app import create_app
+    from linalign.server.bench import BenchSettings, chats
+    from linalign.server.bench import bench as load_test
+    from linalign.server.settings import Settings
 
     many, reply = bench.shape.many, bench.shape.reply
     settings = BenchSettings(

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-from alignment_core import cuda_graphs, model_runner, static_draw, static_sampling
-from alignment_core.attention import sdpa
+from linalign.alignment_core.attention import sdpa
+from linalign.alignment_core.decoding import static_draw, static_sampler
+from linalign.alignment_core.execution import cuda_graphs, model_runner
 
 
 @contextlib.contextmanager
@@ -21,7 +22,7 @@ def without(*parts: str | None) -> Iterator[None]:
             match part:
                 case "compile":
                     patch(model_runner, "compile_layers", lambda *_: None)
-                    patch(static_sampling, "compiled_draw", lambda *_: static_draw.draw)
+                    patch(static_sampler, "compiled_draw", lambda *_: static_draw.draw)
                 case "Triton":
                     patch(model_runner, "_choose_backend", lambda _: sdpa.NAME)
                 case "graphs":

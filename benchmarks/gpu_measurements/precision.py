@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch.nn.functional import kl_div
 
-from alignment_core import Engine, EngineConfig, Prompt
-from alignment_core.loading import LoadedModel
 from gpu_measurements.bench import GREEDY, RATIO, SMALL, Bench, exact_model, finish, random_model, start
 from gpu_measurements.parts import without
 from gpu_measurements.smoke import EXPECTED
+from linalign import Engine, EngineConfig, Prompt
+from linalign.alignment_core.loading.loader import LoadedModel
 
 SEED, SCALE = 2, 0.1
 REPLY = 64

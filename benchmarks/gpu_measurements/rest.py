@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from alignment_core import Prompt
-from alignment_core.attention import sdpa
-from alignment_core.attention.paged_batch import LayerAttention, PagedBatch, Plan
-from alignment_core.scheduler import Row
-from alignment_core.sequence import Branch
 from gpu_measurements.bench import RATIO, Bench, finish, forget, start_decodes
+from linalign import Prompt
+from linalign.alignment_core.attention import sdpa
+from linalign.alignment_core.attention.paged_batch import LayerAttention, PagedBatch, Plan
+from linalign.alignment_core.scheduling.scheduler import Row
+from linalign.alignment_core.scheduling.sequence import Branch
 
 
 def attention(bench: Bench) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def backends(on_cuda: bool) -> Iterator[tuple[str, Any, int]]:
     yield "gathered", sdpa.attend, 16
     if not on_cuda:
         return
-    from alignment_core.attention import paged_triton
+    from linalign.alignment_core.attention import paged_triton
 
     yield "Triton", paged_triton.attend, 16
 

@@ -9,18 +9,15 @@ from unittest import mock
 
 import torch
 
-from alignment_core import (
-    Engine,
-    EngineConfig,
-    cuda_quantization,
-    scheduler,
-)
-from alignment_core import engine as engine_module
-from alignment_core.cpu.layers import replace_layers
-from alignment_core.loading import LoadedModel
 from gpu_measurements.bench import Bench, NotHere, exact_model, finish
 from gpu_measurements.features import FEATURES, SCALE, SEED, SHAPE, Feature
 from gpu_measurements.parts import without
+from linalign import Engine, EngineConfig
+from linalign.alignment_core import engine as engine_module
+from linalign.alignment_core.cpu.layers import replace_layers
+from linalign.alignment_core.loading import cuda_quantization
+from linalign.alignment_core.loading.loader import LoadedModel
+from linalign.alignment_core.scheduling import scheduler
 
 EXPECTED = Path(__file__).with_name("expected.json")
 

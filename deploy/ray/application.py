@@ -1,4 +1,4 @@
-"""The application: `serve run deploy.ray.application:build`, or a configuration such as deploy/ray/cpu.yaml."""
+"""The application: `serve run linalign.ray.application:build`, or a configuration such as deploy/ray/cpu.yaml."""
 
 import asyncio
 import os
@@ -10,22 +10,22 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
+
+from linalign import EngineDead, Output, Prompt, SamplingParams
+from linalign.alignment_core.output import Stats
+from linalign.ray.remote_engine import ClusterBusy, Description, News, RemoteEngine
+from linalign.server import logs
+from linalign.server.app import create_app
+from linalign.server.cli import build_engine
+from linalign.server.command_line import complaints
+from linalign.server.presets import load_presets
+from linalign.server.protocol.errors import error_response
+from linalign.server.settings import Settings, check_variables
+from linalign.server.shutdown import patience
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
-
-from alignment_core import EngineDead, Output, Prompt, SamplingParams
-from alignment_core.output import Stats
-from deploy.ray.remote_engine import ClusterBusy, Description, News, RemoteEngine
-from server import logs
-from server.app import create_app
-from server.cli import build_engine
-from server.command_line import complaints
-from server.presets import load_presets
-from server.protocol.errors import error_response
-from server.settings import Settings, check_variables
-from server.shutdown import patience
 
 # Of `linalign serve` alone, and what is set instead of them in a configuration of Ray Serve.
 FOREIGN = {
@@ -35,7 +35,7 @@ FOREIGN = {
     "shutdown_timeout": "graceful_shutdown_timeout_s of both deployments",
     "config": "args of the application",
 }
-PREFIX_ROUTER = "deploy.ray.prefix_router.PrefixRouter"
+PREFIX_ROUTER = "linalign.ray.prefix_router.PrefixRouter"
 OFTEN = 0.5  # seconds between the stats of a replica that go with its news
 GRACE = 300.0  # seconds for the replies that are on their way when a replica leaves
 FAREWELL = 1.0  # seconds for the requests of an engine that has died to be told

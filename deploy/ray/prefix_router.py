@@ -8,12 +8,11 @@ from itertools import takewhile
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from linalign import EngineConfig, Prompt
+from linalign.alignment_core.scheduling.kv_cache import hash_pages
+from linalign.alignment_core.scheduling.sequence import Branch
 from ray.exceptions import RayError
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
-
-from alignment_core import EngineConfig, Prompt
-from alignment_core.kv_cache import hash_pages
-from alignment_core.sequence import Branch
 
 Pages = OrderedDict[bytes, None]  # their hashes, the newest last
 Branches = list[list[bytes]]  # the hashes of every branch's full pages
@@ -27,8 +26,8 @@ class PrefixRouter(RequestRouter):
     and as much again where others have fewer pages, so that new conversations spread although they all begin alike.
 
     What a replica has cached is what has been sent there, newest first, as many pages as it has; it is not asked.
-    Prompts share pages under the same hashes as in the engine's own cache (`alignment_core.kv_cache`). Every process
-    that sends requests has a router, and learns alone.
+    Prompts share pages under the same digests as in the engine's own cache (alignment_core/scheduling/kv_cache.py).
+    Every process that sends requests has a router, and learns alone.
     """
 
     def initialize_state(self, *, tokens_per_request: int = 128) -> None:  # type: ignore[override]

@@ -11,15 +11,15 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from linalign import EngineBusy, EngineDead, Output, Prompt, SamplingParams
+from linalign.alignment_core.output import FinishReason, Stats, nothing_of
+from linalign.alignment_core.text.detokenizer import TokenBytes
+from linalign.alignment_core.text.prompts import PromptBuilder
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
-from transformers import PreTrainedTokenizerBase
-
-from alignment_core import EngineBusy, EngineDead, Output, Prompt, SamplingParams
-from alignment_core.detokenizer import TokenBytes
-from alignment_core.output import FinishReason, Stats, nothing_of
-from alignment_core.prompts import PromptBuilder
 
 log = logging.getLogger(__name__)
 

@@ -4,9 +4,9 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from alignment_core import SamplingParams
-from alignment_core.request import MAX_LOGPROBS
-from server.protocol.generation import FIRST, GenerationRequest, TokenId, refused
+from linalign import SamplingParams
+from linalign.alignment_core.request import MAX_LOGPROBS
+from linalign.server.protocol.generation import FIRST, GenerationRequest, TokenId, refused
 
 MAX_PROMPTS = 256
 DEFAULT_MAX_TOKENS = 16  # OpenAI's

@@ -11,12 +11,12 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from alignment_core import EngineBusy, EngineDead, InvalidRequest, RequestFailed
-from server.exchange import KeyBusy, exchange_of
-from server.protocol.generation import Schema
-from server.protocol.responses import RESPONSE_NAMES
-from server.settings import nearest
-from server.strict_json import InvalidBody
+from linalign import EngineBusy, EngineDead, InvalidRequest, RequestFailed
+from linalign.server.exchange import KeyBusy, exchange_of
+from linalign.server.protocol.generation import Schema
+from linalign.server.protocol.responses import RESPONSE_NAMES
+from linalign.server.settings import nearest
+from linalign.server.strict_json import InvalidBody
 
 MAX_MESSAGE = 1000  # characters: what a client sent need not come back whole
 

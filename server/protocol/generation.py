@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from alignment_core import Principle, SamplingParams
-from alignment_core.methods import Method
-from alignment_core.request import MAX_PRINCIPLES, MAX_RATIO, MAX_STOP_STRINGS, MIN_RATIO, Structure
+from linalign import Principle, SamplingParams
+from linalign.alignment_core.decoding.methods import Method
+from linalign.alignment_core.request import MAX_PRINCIPLES, MAX_RATIO, MAX_STOP_STRINGS, MIN_RATIO, Structure
 
 
 def refused(param: str, message: str, kind: str = "invalid_value") -> PydanticCustomError:

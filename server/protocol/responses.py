@@ -4,9 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, PrivateAttr, Tag, ValidationError, model_validator
 
-from alignment_core.request import MAX_LOGPROBS
-from server.protocol.chat import MAX_TOOLS, ChatCompletionRequest, Function
-from server.protocol.generation import (
+from linalign.alignment_core.request import MAX_LOGPROBS
+from linalign.server.protocol.chat_request import MAX_TOOLS, ChatCompletionRequest, Function
+from linalign.server.protocol.generation import (
     FIRST,
     AlignmentFields,
     CacheSalt,

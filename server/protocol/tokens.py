@@ -4,8 +4,8 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from server.protocol.chat import ChatFields
-from server.protocol.generation import FIRST, AlignmentFields, Schema, TokenId, refused
+from linalign.server.protocol.chat_request import ChatFields
+from linalign.server.protocol.generation import FIRST, AlignmentFields, Schema, TokenId, refused
 
 
 class TokenizeRequest(ChatFields):

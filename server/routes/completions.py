@@ -11,13 +11,13 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from transformers import PreTrainedTokenizerBase
 
-from alignment_core import Output, Prompt, Usage
-from alignment_core.detokenizer import TextStream, special_ids
-from alignment_core.output import IMPOSSIBLE, TokenLogprob
-from server.engine_client import EngineClient
-from server.models import serving
-from server.protocol.completions import CompletionRequest
-from server.streaming import (
+from linalign import Output, Prompt, Usage
+from linalign.alignment_core.output import IMPOSSIBLE, TokenLogprob
+from linalign.alignment_core.text.detokenizer import TextStream, special_ids
+from linalign.server.engine_client import EngineClient
+from linalign.server.models import serving
+from linalign.server.protocol.completions import CompletionRequest
+from linalign.server.replies.streaming import (
     DONE,
     FAILURES,
     STREAMED,
@@ -29,8 +29,8 @@ from server.streaming import (
     trace_of,
     usage_object,
 )
-from server.strict_json import StrictJSON
-from server.threads import in_thread
+from linalign.server.strict_json import StrictJSON
+from linalign.server.threads import in_thread
 
 router = APIRouter(route_class=StrictJSON)
 

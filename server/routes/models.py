@@ -5,8 +5,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from server.engine_client import EngineClient
-from server.protocol.errors import ModelNotFound
+from linalign.server.engine_client import EngineClient
+from linalign.server.protocol.errors import ModelNotFound
 
 router = APIRouter()
 

@@ -7,14 +7,23 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from alignment_core import InvalidRequest, Output
-from server.engine_client import EngineClient
-from server.models import serving
-from server.protocol.responses import ResponsesRequest
-from server.routes.chat import begin
-from server.streaming import FAILURES, STREAMED, Event, Replies, event_stream, gather, logprob_object, usage_object
-from server.strict_json import StrictJSON
-from server.tool_calls import Delta, ReplyParser
+from linalign import InvalidRequest, Output
+from linalign.server.engine_client import EngineClient
+from linalign.server.models import serving
+from linalign.server.protocol.responses import ResponsesRequest
+from linalign.server.replies.streaming import (
+    FAILURES,
+    STREAMED,
+    Event,
+    Replies,
+    event_stream,
+    gather,
+    logprob_object,
+    usage_object,
+)
+from linalign.server.routes.chat_completions import begin
+from linalign.server.strict_json import StrictJSON
+from linalign.server.tool_calls import Delta, ReplyParser
 
 router = APIRouter(route_class=StrictJSON)
 News = dict[str, Any]

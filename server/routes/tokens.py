@@ -4,12 +4,12 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from alignment_core import InvalidRequest
-from server.engine_client import EngineClient
-from server.models import preset_of, serving
-from server.protocol.tokens import DetokenizeRequest, TokenizeRequest
-from server.strict_json import StrictJSON
-from server.threads import in_thread
+from linalign import InvalidRequest
+from linalign.server.engine_client import EngineClient
+from linalign.server.models import preset_of, serving
+from linalign.server.protocol.tokens import DetokenizeRequest, TokenizeRequest
+from linalign.server.strict_json import StrictJSON
+from linalign.server.threads import in_thread
 
 router = APIRouter(route_class=StrictJSON)
 

@@ -4,11 +4,12 @@ import pytest
 import torch
 from scipy import stats
 
-from alignment_core import Prompt, sampling
-from alignment_core.alignment import Mixing, direction, log_totals, plausible_set, principled_logits
-from alignment_core.cpu import vocabulary
-from alignment_core.methods import linear
-from alignment_core.sampling import Settings, choose, draw, uniform
+from linalign import Prompt
+from linalign.alignment_core.cpu import vocabulary
+from linalign.alignment_core.decoding import sampling
+from linalign.alignment_core.decoding.alignment import Mixing, direction, log_totals, plausible_set, principled_logits
+from linalign.alignment_core.decoding.methods import linear
+from linalign.alignment_core.decoding.sampling import Settings, choose, draw, uniform
 from tests.oracle import Oracle, Setting
 
 

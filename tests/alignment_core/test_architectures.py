@@ -14,11 +14,12 @@ from transformers.masking_utils import (
 )
 from transformers.models.llama import modeling_llama
 
-from alignment_core import model_runner
-from alignment_core.attention import native, sdpa
-from alignment_core.attention.probe import probe
-from alignment_core.cpu.layers import replace_layers
-from alignment_core.eager_check import compare_with_eager
+from linalign.alignment_core.attention import sdpa
+from linalign.alignment_core.attention.probe import probe
+from linalign.alignment_core.cpu import attention as cpu_attention
+from linalign.alignment_core.cpu.layers import replace_layers
+from linalign.alignment_core.execution import model_runner
+from linalign.alignment_core.loading.eager_check import compare_with_eager
 from tests.engines import ARCHITECTURES, GREEDY, judge, make_engine, prompts, run_all, tiny_pair
 
 pytestmark = pytest.mark.slow
@@ -33,7 +34,7 @@ def test_architectures(tokenizer, model_type, kernels, monkeypatch):
     loaded, oracle = tiny_pair(tokenizer, model_type, kernels, vocab_size=300, **ARCHITECTURES[model_type])
     for config in ({"num_pages": 400}, {"page_size": 4, "num_pages": 400, "max_num_batched_tokens": 9}):
         engine = make_engine(loaded, **config)
-        assert loaded.model.config._attn_implementation == (native.NAME if kernels else sdpa.NAME)
+        assert loaded.model.config._attn_implementation == (cpu_attention.NAME if kernels else sdpa.NAME)
         for prompt, outputs in zip(prompts(), run_all(engine, [(prompt, GREEDY) for prompt in prompts()]), strict=True):
             judge(oracle, prompt, outputs)
 

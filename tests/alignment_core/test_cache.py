@@ -12,8 +12,9 @@ import time
 
 import pytest
 
-from alignment_core import Prompt, SamplingParams, cache, load
-from alignment_core.cpu import native
+from linalign import Prompt, SamplingParams, load
+from linalign.alignment_core import disk_cache
+from linalign.alignment_core.cpu import kernels
 from tests import fork_server
 from tests.engines import make_engine, run_all, token_ids
 from tests.server.test_faults import at_once, chat
@@ -23,8 +24,8 @@ pytestmark = pytest.mark.slow
 
 # All processes here compile them so, where they find none.
 QUICK_KERNELS = """
-from alignment_core.cpu import native
-native.FLAGS = tuple(flag for flag in native.FLAGS if flag != "-O3")
+from linalign.alignment_core.cpu import kernels
+kernels.FLAGS = tuple(flag for flag in kernels.FLAGS if flag != "-O3")
 """
 PARAMS = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 
@@ -32,7 +33,7 @@ PARAMS = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 @pytest.fixture(scope="module")
 def whole(package, tmp_path_factory):
     """A cache as the first start leaves it, that of a fresh interpreter, and what a server on it says."""
-    native.library()  # this process's own, before a test lets it look for them elsewhere
+    kernels.library()  # this process's own, before a test lets it look for them elsewhere
     home = tmp_path_factory.mktemp("whole")
     return home, reply(package, home, cold=True)
 
@@ -108,7 +109,7 @@ DAMAGES = {
 def test_a_damaged_copy_is_replaced_and_never_used(package, home, damage, monkeypatch, caplog):
     monkeypatch.syspath_prepend(package)
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
-    caplog.set_level("INFO", "alignment_core.loading")
+    caplog.set_level("INFO", "linalign.alignment_core.loading.loader")
     assert sorted(path.name for path in model_in(home).iterdir()) == sorted(FILES)
     copy = model_in(home)
     damage(copy)
@@ -122,7 +123,7 @@ def test_a_damaged_copy_is_replaced_and_never_used(package, home, damage, monkey
         assert loaded.tokenizer.chat_template
     assert len(answers[0]) == 20
     assert answers[0] == answers[1]
-    assert cache.has(copy)
+    assert disk_cache.has(copy)
     assert not list((home / "linalign").glob(".*"))
 
 
@@ -131,7 +132,7 @@ def test_a_fresh_interpreter_replaces_a_damaged_copy_too(package, whole, home, t
     garbage(model_in(home) / "packed.safetensors")
     told = told_by(package, home, whole, tmp_path, cold=True)
     assert "damaged" in told
-    assert cache.has(model_in(home))
+    assert disk_cache.has(model_in(home))
 
 
 # Directories that can't be used
@@ -240,7 +241,7 @@ def test_a_disk_that_is_full_indeed(package, whole, tmp_path, megabytes):
 
 def loading(package, home, patch=""):
     """A process that loads the embedded model."""
-    code = QUICK_KERNELS + patch + "\nfrom alignment_core import load; load()"
+    code = QUICK_KERNELS + patch + "\nfrom linalign import load; load()"
     environment = {**os.environ, "PYTHONPATH": f"{package}:{os.getcwd()}", "XDG_CACHE_HOME": str(home)}
     return fork_server.run(code, env=environment)
 
@@ -261,19 +262,19 @@ def test_what_a_killed_process_leaves_is_never_used_and_swept(package, home, whe
     assert list(left.rglob("model.safetensors"))
     assert loading(package, home).returncode == 0  # another may still be at it
     assert left.exists()
-    assert cache.has(model_in(home))
-    long_ago = time.time() - 2 * cache.ABANDONED
+    assert disk_cache.has(model_in(home))
+    long_ago = time.time() - 2 * disk_cache.ABANDONED
     os.utime(left, (long_ago, long_ago))
     assert loading(package, home).returncode == 0
     assert not left.exists()
-    assert cache.has(model_in(home))
-    assert cache.has(kernels_in(home))
+    assert disk_cache.has(model_in(home))
+    assert disk_cache.has(kernels_in(home))
 
 
 def test_three_servers_that_start_on_one_empty_cache_at_once_answer_the_same(package, whole, tmp_path):
     assert at_once(*[lambda: reply(package, tmp_path)] * 3) == [whole[1]] * 3
-    assert cache.has(model_in(tmp_path))
-    assert cache.has(kernels_in(tmp_path))
+    assert disk_cache.has(model_in(tmp_path))
+    assert disk_cache.has(kernels_in(tmp_path))
     assert len(list((tmp_path / "linalign").iterdir())) == 2
 
 
@@ -288,12 +289,12 @@ def test_readers_among_writers_never_meet_half_a_file(tmp_path):
     def work(number):
         while time.monotonic() < ends:
             if number % 4 == 0:
-                cache.discard(target) if target.parent.exists() else None
+                disk_cache.discard(target) if target.parent.exists() else None
             elif number % 4 == 1:
-                seen.append(cache.has(target))
+                seen.append(disk_cache.has(target))
             else:
                 with contextlib.suppress(OSError):  # another one's discard came between
-                    cache.add(target, write)
+                    disk_cache.add(target, write)
             with contextlib.suppress(FileNotFoundError):
                 assert [len((target / f"{number}").read_bytes()) for number in range(5)] == [1000] * 5
 
@@ -305,8 +306,8 @@ def test_readers_among_writers_never_meet_half_a_file(tmp_path):
         thread.join()
     assert not failed
     assert True in seen
-    cache.add(target, write)
-    assert cache.has(target)
+    disk_cache.add(target, write)
+    assert disk_cache.has(target)
     assert [path.name for path in target.parent.iterdir()] == ["name"]
 
 
@@ -323,7 +324,7 @@ def guarded(work, number, failed):
 BUILD = f"""
 import logging; logging.basicConfig(level="INFO")
 {QUICK_KERNELS}
-print(native.library().linalign_encode.restype)
+print(kernels.library().linalign_encode.restype)
 """
 
 
@@ -360,7 +361,7 @@ def test_damaged_kernels_are_compiled_anew(built, damage):
     told = build(built)
     assert "Compiling" in told
     assert "slower" not in told
-    assert cache.has(copy)
+    assert disk_cache.has(copy)
     assert [path.name for path in (built / "linalign").iterdir()] == [copy.name]
 
 

@@ -7,9 +7,9 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from alignment_core import InvalidRequest, Principle
-from alignment_core.chat_template import Rendering
-from alignment_core.prompts import PromptBuilder
+from linalign import InvalidRequest, Principle
+from linalign.alignment_core.text.chat_template import Rendering
+from linalign.alignment_core.text.prompts import PromptBuilder
 from tests.alignment_core.test_prompt_branches import PRINCIPLE, TEMPLATES
 
 

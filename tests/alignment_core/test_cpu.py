@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from alignment_core import load
-from alignment_core.cpu.layers import PackedLinear, num_fused_layers, replace_layers
-from alignment_core.cpu.packing import pack
+from linalign import load
+from linalign.alignment_core.cpu.layers import PackedLinear, num_fused_layers, replace_layers
+from linalign.alignment_core.cpu.packing import pack
 from tests import fork_server
 from tests.engines import make_engine, run_all, threads, tiny_pair
 from tests.test_readme import reply
@@ -128,8 +128,8 @@ def test_the_embedded_model_keeps_its_own_four_bits(embedded):
 
 def test_logits_are_the_same_bits_alone_and_in_a_crowd(embedded, monkeypatch):
     """Plain and aligned rows, prefills and decodes beside them, other chunks, other pages, other numbers of threads."""
-    from alignment_core.prompts import PromptBuilder
-    from alignment_core.request import Principle
+    from linalign.alignment_core.request import Principle
+    from linalign.alignment_core.text.prompts import PromptBuilder
     from tests.alignment_core.test_embedded import CASES, GREEDY
 
     builder = PromptBuilder(embedded.tokenizer)
@@ -194,7 +194,7 @@ def test_dtypes(dtype):
 IN_NARROW_VECTORS = """
 import sys
 import pytest
-from alignment_core.cpu import native
+from linalign.alignment_core.cpu import kernels
 others = tuple(flag for flag in native.FLAGS if flag != "-O3" and not flag.startswith("-march"))
 native.FLAGS = (*others, "-march={processor}")
 sys.exit(pytest.main(["-q", "-k", "linear or long_row or rounded", "tests/alignment_core/test_cpu.py"]))
@@ -216,8 +216,8 @@ def test_older_processors_compute_the_same(processor):
 def test_without_a_compiler_it_is_slower_and_says_so(compiler):
     code = (
         "import logging; logging.basicConfig();"
-        "from alignment_core import *;"
-        "from alignment_core.cpu.native import library;"
+        "from linalign import *;"
+        "from linalign.alignment_core.cpu.kernels import library;"
         "messages = [{'role': 'user', 'content': 'How do I get to work?'}];"
         "params = SamplingParams(temperature=0, max_tokens=48);"
         "engine = Engine.load().start();"

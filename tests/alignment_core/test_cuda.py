@@ -8,15 +8,17 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from alignment_core import EngineConfig, engine_config, model_runner
-from alignment_core.attention import paged_triton
-from alignment_core.attention.paged_batch import Plan
-from alignment_core.batch_invariant import ROWS, in_blocks, run_in_blocks
-from alignment_core.cuda_graphs import padded_size
-from alignment_core.engine_config import pages_that_fit
-from alignment_core.model_runner import compile_layers
-from alignment_core.scheduler import Row
-from alignment_core.sequence import Branch
+from linalign import EngineConfig
+from linalign.alignment_core import engine_config
+from linalign.alignment_core.attention import paged_triton
+from linalign.alignment_core.attention.paged_batch import Plan
+from linalign.alignment_core.engine_config import pages_that_fit
+from linalign.alignment_core.execution import model_runner
+from linalign.alignment_core.execution.batch_invariant import ROWS, in_blocks, run_in_blocks
+from linalign.alignment_core.execution.cuda_graphs import padded_size
+from linalign.alignment_core.execution.model_runner import compile_layers
+from linalign.alignment_core.scheduling.scheduler import Row
+from linalign.alignment_core.scheduling.sequence import Branch
 from tests.counts import counted
 from tests.engines import (
     ARCHITECTURES,

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from alignment_core.detokenizer import TextStream, TokenBytes, special_ids
+from linalign.alignment_core.text.detokenizer import TextStream, TokenBytes, special_ids
 
 
 def stream(decode, ids, stop=()):

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from alignment_core import InvalidRequest, SamplingParams, edits
+from linalign import InvalidRequest, SamplingParams
+from linalign.alignment_core.decoding import edits
 from tests.engines import GREEDY, aligned, make_engine, prompts, run_all, token_ids
 from tests.oracle import NEAR_TIE, Setting
 

@@ -10,10 +10,11 @@ import torch
 import transformers
 from scipy import stats
 
-from alignment_core import Principle, SamplingParams, sampling
-from alignment_core.alignment import principled_logits
-from alignment_core.checkpoint import embedded_file
-from alignment_core.prompts import PromptBuilder
+from linalign import Principle, SamplingParams
+from linalign.alignment_core.decoding import sampling
+from linalign.alignment_core.decoding.alignment import principled_logits
+from linalign.alignment_core.loading.checkpoint import embedded_file
+from linalign.alignment_core.text.prompts import PromptBuilder
 from tests import oracle as oracle_module
 from tests.counts import LONG_RUN, counted
 from tests.engines import aligned, make_engine, run_all, token_ids

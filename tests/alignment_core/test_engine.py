@@ -9,8 +9,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alignment_core import EngineDead, Prompt, RequestFailed, SamplingParams
-from alignment_core import engine as engine_module
+from linalign import EngineDead, Prompt, RequestFailed, SamplingParams
+from linalign.alignment_core import engine as engine_module
 from tests.engines import (
     GREEDY,
     aligned,

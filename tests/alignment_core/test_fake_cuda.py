@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from alignment_core import model_runner, static_draw
-from alignment_core.attention import sdpa
-from alignment_core.request import Structure
+from linalign.alignment_core.attention import sdpa
+from linalign.alignment_core.decoding import static_draw
+from linalign.alignment_core.execution import model_runner
+from linalign.alignment_core.request import Structure
 from tests.alignment_core import test_speculation
 from tests.alignment_core.test_grammars import allowed_by
 from tests.engines import GREEDY, SMALL, aligned, judge, make_engine, run_all, tiny_pair, token_ids
@@ -253,5 +254,7 @@ def test_nan_ends_its_own_reply_and_no_other(cuda, tokenizer, caplog):
         assert ["not finite" in str(outputs[-1].error) for outputs in failed] == [True, True]
         judge(oracle, aligned(2.0, 20), company)
     assert set(cuda.waits) == WHERE_THE_HOST_WAITS
-    assert {record.name for record in caplog.records if record.levelname == "ERROR"} == {"alignment_core.engine"}
+    assert {record.name for record in caplog.records if record.levelname == "ERROR"} == {
+        "linalign.alignment_core.engine"
+    }
     caplog.clear()

@@ -5,10 +5,10 @@ import operator
 import pytest
 import torch
 
-from alignment_core import alignment, static_draw
-from alignment_core import engine as engine_module
-from alignment_core.cuda_graphs import Graphs
-from alignment_core.transfer import to_device, to_host
+from linalign.alignment_core import engine as engine_module
+from linalign.alignment_core.decoding import alignment, static_draw
+from linalign.alignment_core.execution.cuda_graphs import Graphs
+from linalign.alignment_core.transfer import to_device, to_host
 from tests.engines import aligned, run_all
 from tests.fake_cuda import CUDA, CudaTensor, Fault
 from tests.fake_cuda.engine import SHORT, WHERE_THE_HOST_WAITS, engine_on, several

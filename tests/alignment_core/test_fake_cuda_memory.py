@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from alignment_core import static_decodes
-from alignment_core.cuda_graphs import Graphs
-from alignment_core.model_runner import ModelRunner
-from alignment_core.transfer import to_device
+from linalign.alignment_core.execution import static_decodes
+from linalign.alignment_core.execution.cuda_graphs import Graphs
+from linalign.alignment_core.execution.model_runner import ModelRunner
+from linalign.alignment_core.transfer import to_device
 from tests.engines import aligned, judge, run_all
 from tests.fake_cuda import CUDA, CudaTensor, FakeCuda, Fault
 from tests.fake_cuda.engine import SHORT, WHERE_THE_HOST_WAITS, engine_on

@@ -12,8 +12,8 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from alignment_core import InvalidRequest, SamplingParams
-from alignment_core.request import Structure
+from linalign import InvalidRequest, SamplingParams
+from linalign.alignment_core.request import Structure
 from tests.engines import GREEDY, aligned, make_engine, run_all, tiny_pair, token_ids
 from tests.oracle import Setting
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from alignment_core import Prompt
-from alignment_core.kv_cache import PagePool
-from alignment_core.sequence import Branch
+from linalign import Prompt
+from linalign.alignment_core.scheduling.kv_cache import PagePool
+from linalign.alignment_core.scheduling.sequence import Branch
 from tests.engines import GREEDY, aligned, judge, make_engine, run_all, token_ids
 
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from transformers import AddedToken
 
-from alignment_core import InvalidRequest, Prompt, SamplingParams, load
-from alignment_core.request import Structure
+from linalign import InvalidRequest, Prompt, SamplingParams, load
+from linalign.alignment_core.request import Structure
 from tests.engines import GREEDY, aligned, judge, make_engine, run_all, tiny_pair, token_ids
 
 

@@ -14,10 +14,11 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig
 
-from alignment_core import LoadingError, Prompt, SamplingParams, cuda_quantization, load, loading
-from alignment_core.checkpoint import EMBEDDED_FILE, embedded_file
-from alignment_core.cpu.layers import PackedLinear
-from alignment_core.cpu.packing import pack
+from linalign import LoadingError, Prompt, SamplingParams, load
+from linalign.alignment_core.cpu.layers import PackedLinear
+from linalign.alignment_core.cpu.packing import pack
+from linalign.alignment_core.loader.checkpoint import EMBEDDED_FILE, embedded_file
+from linalign.alignment_core.loading import cuda_quantization, loader
 from tests.engines import GREEDY, aligned, make_engine, run_all, token_ids
 from tests.engines import judge as judge_greedy
 from tests.oracle import Oracle
@@ -72,10 +73,10 @@ def cut_down(package, monkeypatch):
 
 def test_a_damaged_copy_is_never_used_and_a_second_start_converts_nothing(empty_cache, cut_down, monkeypatch):  # noqa: ARG001
     conversions = []
-    read = loading._from_gguf
-    monkeypatch.setattr(loading, "_from_gguf", lambda *args: conversions.append(args) or read(*args))
-    packed, read_packed = [], loading.packed_copy.load
-    monkeypatch.setattr(loading.packed_copy, "load", lambda *args: packed.append(args) or read_packed(*args))
+    read = loader._from_gguf
+    monkeypatch.setattr(loader, "_from_gguf", lambda *args: conversions.append(args) or read(*args))
+    packed, read_packed = [], loader.packed_copy.load
+    monkeypatch.setattr(loader.packed_copy, "load", lambda *args: packed.append(args) or read_packed(*args))
     first = load()
     assert not packed
     second = load()
@@ -118,7 +119,7 @@ def test_a_gguf_file_by_its_path(empty_cache, cut_down):  # noqa: ARG001
 )
 def test_what_is_not_packed_without_loss_is_read_from_floats(empty_cache, cut_down, options, monkeypatch):  # noqa: ARG001
     first = load(**options)
-    monkeypatch.setattr(loading.packed_copy, "load", None)
+    monkeypatch.setattr(loader.packed_copy, "load", None)
     assert weights_of(load(**options).model) == weights_of(first.model)
 
 
@@ -174,7 +175,7 @@ def test_rotary_scalings_that_depend_on_the_batch_are_capped(embedded):
     config = copy.deepcopy(embedded.model.config)
     config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
     model = SimpleNamespace(config=config)
-    assert loading._max_model_len(model) == 4096
+    assert loader._max_model_len(model) == 4096
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from alignment_core import Prompt, SamplingParams
-from alignment_core.methods import METHODS, amulet, linear, starts_from_base
-from alignment_core.speculation import PromptLookup
+from linalign import Prompt, SamplingParams
+from linalign.alignment_core.decoding.methods import METHODS, amulet, linear, starts_from_base
+from linalign.alignment_core.scheduling.speculation import PromptLookup
 from tests.engines import GREEDY, aligned, make_engine, run_all, token_ids
 from tests.oracle import Setting, amulet_game
 

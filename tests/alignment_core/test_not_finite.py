@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from alignment_core import Prompt, RequestFailed, SamplingParams, model_runner
-from alignment_core.attention import native, paged_triton, sdpa
-from alignment_core.attention.paged_batch import LayerAttention, PagedBatch, Plan
-from alignment_core.cpu.layers import replace_layers
-from alignment_core.methods import METHODS
-from alignment_core.scheduler import Row
-from alignment_core.sequence import Branch
+from linalign import Prompt, RequestFailed, SamplingParams
+from linalign.alignment_core.attention import paged_triton, sdpa
+from linalign.alignment_core.attention.paged_batch import LayerAttention, PagedBatch, Plan
+from linalign.alignment_core.cpu import attention as cpu_attention
+from linalign.alignment_core.cpu.layers import replace_layers
+from linalign.alignment_core.decoding.methods import METHODS
+from linalign.alignment_core.execution import model_runner
+from linalign.alignment_core.scheduling.scheduler import Row
+from linalign.alignment_core.scheduling.sequence import Branch
 from tests.alignment_core.test_pairs import judge as judge_draws
 from tests.engines import GREEDY, PROGRAMS, aligned, make_engine, run_all, tiny_pair, token_ids
 from tests.engines import judge as judge_greedy
@@ -31,7 +33,7 @@ RULED_OUT = (0, 1, 150, *range(290, 300))  # tokens whose logits the model makes
 @pytest.mark.parametrize(
     ("backend", "dtype"),
     [
-        (native, torch.float32),
+        (cpu_attention, torch.float32),
         (sdpa, torch.float32),
         (sdpa, torch.float16),
         (sdpa, torch.bfloat16),

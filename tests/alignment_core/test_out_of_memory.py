@@ -11,11 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignment_core import Prompt, SamplingParams, flight
-from alignment_core import engine as engine_module
-from alignment_core.halving import halve
-from alignment_core.scheduler import Row
-from alignment_core.sequence import Branch
+from linalign import Prompt, SamplingParams
+from linalign.alignment_core import engine as engine_module
+from linalign.alignment_core import pending_step
+from linalign.alignment_core.execution.halving import halve
+from linalign.alignment_core.scheduling.scheduler import Row
+from linalign.alignment_core.scheduling.sequence import Branch
 from tests.alignment_core import test_speculation
 from tests.engines import GREEDY, aligned, judge, make_engine, prompts, run_all, token_ids
 
@@ -190,7 +191,7 @@ def test_a_draw_that_is_too_large_is_made_in_parts(few_words, monkeypatch, confi
 
     if what == "sample":
         monkeypatch.setattr(engine, "_sample", small(engine._sample))
-    module = engine_module if what == "sample" else flight
+    module = engine_module if what == "sample" else pending_step
     monkeypatch.setattr(module, what, small(getattr(module, what)))
     for outputs, expected in zip(run_all(engine, wanted), undisturbed, strict=True):
         assert token_ids(outputs) == token_ids(expected)

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from alignment_core.attention import paged_triton
-from alignment_core.attention.paged_batch import LayerAttention, PagedBatch, Plan
-from alignment_core.scheduler import Row
-from alignment_core.sequence import Branch
+from linalign.alignment_core.attention import paged_triton
+from linalign.alignment_core.attention.paged_batch import LayerAttention, PagedBatch, Plan
+from linalign.alignment_core.scheduling.scheduler import Row
+from linalign.alignment_core.scheduling.sequence import Branch
 from tests.counts import counted
 
 pytestmark = pytest.mark.slow
@@ -144,7 +144,7 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from alignment_core.attention import paged_triton
+from linalign.alignment_core.attention import paged_triton
 
 def compile(kernel, arch, constants, **pointers):
     types = {name: "*" + pointers[name] if name in pointers else "constexpr" if name in constants

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from alignment_core import Prompt, SamplingParams
-from alignment_core.methods import METHODS
-from alignment_core.request import Structure
-from alignment_core.sampling import uniform
-from alignment_core.speculation import PromptLookup
+from linalign import Prompt, SamplingParams
+from linalign.alignment_core.decoding.methods import METHODS
+from linalign.alignment_core.decoding.sampling import uniform
+from linalign.alignment_core.request import Structure
+from linalign.alignment_core.scheduling.speculation import PromptLookup
 from tests.alignment_core.test_grammars import allowed_by
 from tests.engines import make_engine, tiny_pair
 from tests.oracle import NEAR_TIE, Setting

@@ -7,9 +7,9 @@ import pytest
 from tokenizers import Regex, normalizers
 from transformers import AddedToken
 
-from alignment_core import InvalidRequest, Principle
-from alignment_core.chat_template import Rendering
-from alignment_core.prompts import PromptBuilder
+from linalign import InvalidRequest, Principle
+from linalign.alignment_core.text.chat_template import Rendering
+from linalign.alignment_core.text.prompts import PromptBuilder
 from tests.alignment_core import test_prompts
 from tests.counts import counted
 

@@ -10,9 +10,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from alignment_core import InvalidRequest, Principle
-from alignment_core.chat_template import Rendering
-from alignment_core.prompts import PromptBuilder
+from linalign import InvalidRequest, Principle
+from linalign.alignment_core.text.chat_template import Rendering
+from linalign.alignment_core.text.prompts import PromptBuilder
 
 PLAIN = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"

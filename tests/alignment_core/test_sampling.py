@@ -1,6 +1,6 @@
 """Draws: seeds and ends, and branches that are not needed."""
 
-from alignment_core import SamplingParams
+from linalign import SamplingParams
 from tests.engines import GREEDY, aligned, make_engine, prompts, run_all, token_ids
 from tests.oracle import Setting
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from alignment_core import Prompt, SamplingParams
+from linalign import Prompt, SamplingParams
 from tests.engines import GREEDY, aligned, judge, make_engine, prompts, run_all
 
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from alignment_core import Principle, SamplingParams
-from alignment_core.speculation import PromptLookup
+from linalign import Principle, SamplingParams
+from linalign.alignment_core.scheduling.speculation import PromptLookup
 from tests.engines import FEW_WORDS, GREEDY, aligned, judge, make_engine, run_all, token_ids
 
 pytestmark = pytest.mark.slow

@@ -5,13 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from alignment_core import Prompt, SamplingParams, model_runner, static_sampling
-from alignment_core.alignment import Mixing, principled_logits
-from alignment_core.cuda_graphs import Graphs
-from alignment_core.model_runner import ModelRunner
-from alignment_core.sampling import choose
-from alignment_core.static_draw import PREPARED, Filters, draw, leading, weights_above
-from alignment_core.static_sampling import StaticSampler, compiled_draw
+from linalign import Prompt, SamplingParams
+from linalign.alignment_core.decoding import static_sampler
+from linalign.alignment_core.decoding.alignment import Mixing, principled_logits
+from linalign.alignment_core.decoding.sampling import choose
+from linalign.alignment_core.decoding.static_draw import PREPARED, Filters, draw, leading, weights_above
+from linalign.alignment_core.decoding.static_sampler import StaticSampler, compiled_draw
+from linalign.alignment_core.execution import model_runner
+from linalign.alignment_core.execution.cuda_graphs import Graphs
+from linalign.alignment_core.execution.model_runner import ModelRunner
 from tests.alignment_core.test_alignment import settings
 from tests.engines import GREEDY, aligned, judge, make_engine, run_all
 
@@ -91,7 +93,7 @@ def test_filters_that_nobody_asks_for_are_left_out():
 
 def test_usual_steps_never_leave_the_device(tiny, monkeypatch):
     """What is drawn stays where the graph puts it: no index from the host, no general draw."""
-    monkeypatch.setattr(static_sampling, "sample", None)  # the general draw
+    monkeypatch.setattr(static_sampler, "sample", None)  # the general draw
     engine = make_engine(tiny[0], num_pages=100, static=True)
     draw_step, drawn = engine._sample, []
     monkeypatch.setattr(engine, "_sample", lambda *step: drawn.append(draw_step(*step)) or drawn[-1])
@@ -107,7 +109,7 @@ def test_no_request_waits_for_a_capture(tiny, monkeypatch):
     monkeypatch.setattr(Graphs, "run", lambda self, name, function: (names.append(name), run(self, name, function)))
     monkeypatch.setattr(ModelRunner, "captures", True)  # as if on a GPU
     monkeypatch.setattr(model_runner, "compile_layers", lambda _: None)
-    monkeypatch.setattr(static_sampling, "compiled_draw", lambda: draw)
+    monkeypatch.setattr(static_sampler, "compiled_draw", lambda: draw)
     engine = make_engine(tiny[0], num_pages=100, static=True, max_num_seqs=5)
     warm = set(names)
     names.clear()

@@ -20,12 +20,12 @@ import pytest
 
 import alignment_core
 import server
-from alignment_core import LoadingError, load
-from alignment_core.attention.paged_batch import Plan
-from alignment_core.messages import pack, unpack
-from alignment_core.model_runner import RunnerConfig
-from alignment_core.scheduler import Row
-from alignment_core.sequence import Branch
+from linalign import LoadingError, load
+from linalign.alignment_core.attention.paged_batch import Plan
+from linalign.alignment_core.execution.model_runner import RunnerConfig
+from linalign.alignment_core.execution.process_messages import pack, unpack
+from linalign.alignment_core.scheduling.scheduler import Row
+from linalign.alignment_core.scheduling.sequence import Branch
 from tests import fork_server
 from tests.counts import LONG_RUN
 from tests.engines import prompts, tiny_pair
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.slow
 # Followers need no time for imports either; they are no children of rank 0 then, so their ids are told.
 FORKED = """
 import os, pathlib, types
-from alignment_core import tensor_parallel
+from linalign.alignment_core.execution import tensor_parallel
 from tests import fork_server
 def popen(*args, **options):
     process = fork_server.popen(*args, **options)
@@ -49,7 +49,7 @@ tensor_parallel.subprocess = types.SimpleNamespace(**vars(tensor_parallel.subpro
 SCRIPT = """
 import json, os, signal, sys
 from tests.engines import GREEDY, make_engine, prompts, run_all, token_ids
-from alignment_core import load
+from linalign import load
 
 loaded = load(sys.argv[1], tensor_parallel_size=2)
 config = {"num_speculative_tokens": int(sys.argv[2]), "static": "static" in sys.argv}
@@ -129,7 +129,7 @@ def test_followers_end_when_rank_0_is_killed(checkpoint):
 
 
 def test_what_can_not_be_split_is_refused():
-    code = "from alignment_core import load; load(None, tensor_parallel_size=2)"
+    code = "from linalign import load; load(None, tensor_parallel_size=2)"
     result = fork_server.run(code)
     assert result.returncode == 1
     assert "LoadingError: smollm2 has 3 key heads, which 2 processes can't share evenly" in result.stderr

@@ -9,10 +9,10 @@ from typing import Any
 from ray.serve import Application
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from alignment_core import Prompt, SamplingParams
-from deploy.ray import application
-from deploy.ray.remote_engine import News
-from server.settings import Settings
+from linalign import Prompt, SamplingParams
+from linalign.ray import application
+from linalign.ray.remote_engine import News
+from linalign.server.settings import Settings
 
 # Seeds of requests that do it, once each: as long as there is a file of that name in $FAULTS. An engine that stalls is
 # not known to hang.

@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from alignment_core import EngineConfig
-from alignment_core.model_runner import ModelRunner, RunnerConfig
 from benchmarks import capacity, capacity_check
+from linalign import EngineConfig
+from linalign.alignment_core.execution.model_runner import ModelRunner, RunnerConfig
 from tests.engines import tiny_pair
 
 pytestmark = pytest.mark.slow

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from alignment_core.loading import EMBEDDED_REQUIREMENT
+from linalign.alignment_core.loading.loader import EMBEDDED_REQUIREMENT
 
 pytestmark = pytest.mark.slow
 
@@ -199,13 +199,16 @@ def test_what_gets_into_the_build_is_enough_and_nothing_else_is_installed(tmp_pa
     context = tmp_path / "context"
     let_in = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     for name in let_in:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         (context / name).parent.mkdir(parents=True, exist_ok=True)
-        copy(ROOT / name, context / name)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, context / name, symlinks=True)
+        else:
+            shutil.copy(ROOT / name, context / name)
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path]
     subprocess.run([sys.executable, "-m", "pip", "wheel", *options, context], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     installed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     packages = [name for name in let_in if (ROOT / name).is_dir()]
     tracked = subprocess.run(["git", "ls-files", *packages], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert installed == set(tracked.stdout.splitlines())
+    sources = {str((ROOT / name).resolve().relative_to(ROOT)) for name in installed}
+    assert sources == {name for name in tracked.stdout.splitlines() if not (ROOT / name).is_symlink()}

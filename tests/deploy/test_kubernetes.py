@@ -10,9 +10,9 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from deploy.ray.application import build
-from server.metrics import ENGINE
-from server.settings import Settings, load_settings
+from linalign.ray.application import build
+from linalign.server.metrics import ENGINE
+from linalign.server.settings import Settings, load_settings
 
 FOLDER = Path(__file__).parents[2] / "deploy/kubernetes"
 RELEASE = "1.34"  # of Kubernetes; a schema of it is in kubernetes-validate
@@ -181,7 +181,7 @@ def test_the_ray_service_is_valid():
     assert cluster["rayVersion"] == version("ray")
     (application,) = ServeDeploySchema.model_validate(yaml.safe_load(SERVICE["spec"]["serveConfigV2"])).applications
     application.args.pop("api_keys_file")  # a secret of the cluster
-    assert application.import_path == "deploy.ray.application:build"
+    assert application.import_path == "linalign.ray.application:build"
     assert build({**application.args, "api_keys": "key"})
     (engines,) = [d for d in application.deployments if d.name == "EngineReplica"]
     (group,) = cluster["workerGroupSpecs"]

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.settings import Settings
-from server.shutdown import FAREWELL, LAST_WORDS
+from linalign.server.settings import Settings
+from linalign.server.shutdown import FAREWELL, LAST_WORDS
 from tests.serving import KEY, free_port
 
 pytestmark = pytest.mark.slow

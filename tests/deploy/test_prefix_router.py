@@ -8,8 +8,8 @@ import pytest
 from ray.serve._private.request_router.common import ReplicaQueueLengthCache
 from ray.serve.request_router import PendingRequest
 
-from alignment_core import Prompt
-from deploy.ray.prefix_router import PAGE_SIZE, PATIENCE, PrefixRouter
+from linalign import Prompt
+from linalign.ray.prefix_router import PAGE_SIZE, PATIENCE, PrefixRouter
 
 WEIGHT = 8 * PAGE_SIZE  # tokens_per_request
 pytestmark = pytest.mark.anyio

@@ -14,10 +14,10 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from deploy.ray import remote_engine
-from deploy.ray.application import GRACE, EngineReplica, build
-from deploy.ray.remote_engine import Description, RemoteEngine
-from server.shutdown import PATIENCE, USUAL
+from linalign.ray import remote_engine
+from linalign.ray.application import GRACE, EngineReplica, build
+from linalign.ray.remote_engine import Description, RemoteEngine
+from linalign.server.shutdown import PATIENCE, USUAL
 from tests.deploy.faulty import DIES
 from tests.deploy.ray_cluster import (
     LOGS,
@@ -247,7 +247,7 @@ def test_the_configurations_are_valid(file):
         built = build(one.args)
         known = {"Ingress", "EngineReplica"}
         assert {deployment.name for deployment in one.deployments} <= known
-        assert one.import_path == "deploy.ray.application:build"
+        assert one.import_path == "linalign.ray.application:build"
         assert built
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from evaluation.checkers import CHECKABLE, PROMPTS
+from linalign.evaluation.checkers import CHECKABLE, PROMPTS
 
 PLAIN = (
     "You can practise every day, and look at the work of others whose drawings you like very much indeed. "

@@ -1,6 +1,6 @@
 import pytest
 
-from evaluation.statistics import distinct, interval, longest_repetition, loops, words_of
+from linalign.evaluation.statistics import distinct, interval, longest_repetition, loops, words_of
 
 
 def test_words():

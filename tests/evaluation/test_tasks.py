@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from pydantic_settings import CliApp
 
-from evaluation import follow, hh, personal_preference
-from evaluation.checkers import CHECKABLE
-from evaluation.command import EvalSettings, main
-from evaluation.records import Cell, cells
-from server import cli
-from server.bench import BenchSettings
+from linalign.evaluation import follow, hh, personal_preference
+from linalign.evaluation.checkers import CHECKABLE
+from linalign.evaluation.command import EvalSettings, main
+from linalign.evaluation.records import Cell, cells
+from linalign.server import cli
+from linalign.server.bench import BenchSettings
 from tests.counts import counted
 
 pytestmark = pytest.mark.slow
@@ -99,7 +99,8 @@ def test_the_published_dataset_is_read_from_a_hub(tmp_path):
         threading.Thread(target=hub.serve_forever).start()
         address = f"http://127.0.0.1:{hub.server_port}"
         environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-        code = "import json; from evaluation import personal_preference as p; print(json.dumps(p.load(p.PUBLISHED)))"
+        code = "import json; from linalign.evaluation.personal_preference import PUBLISHED, load; "
+        code += "print(json.dumps(load(PUBLISHED)))"
         done = subprocess.run(
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
         )

@@ -6,13 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from alignment_core import Prompt, static_decodes, static_sampling
+from linalign import Prompt
+from linalign.alignment_core.decoding import static_sampler
+from linalign.alignment_core.execution import static_decodes
 from tests.engines import GREEDY, SMALL, aligned, make_engine, tiny_pair
 
 SHORT = replace(GREEDY, max_tokens=6)
 WHERE_THE_HOST_WAITS = {"flight.py:wait: Event.synchronize"}  # for the tokens of the step before, and nowhere else
 WHERE_PROBING_WAITS = ("probe.py:", "masking_utils.py:")  # once, before there is a pool
-WHERE_SIZING_WAITS = {"static_sampling.py:draw_everything: tensor"}  # once, before there are requests
+WHERE_SIZING_WAITS = {"static_sampler.py:draw_everything: tensor"}  # once, before there are requests
 
 
 def several():
@@ -35,7 +37,7 @@ def engine_on(cuda, tokenizer, dtype=torch.float32, model=None, warm_up=False, *
     cuda.take(loaded.model)
     with pytest.MonkeyPatch.context() as patch:
         if not warm_up:
-            for part in (static_sampling.StaticSampler, static_decodes.StaticDecodes):
+            for part in (static_sampler.StaticSampler, static_decodes.StaticDecodes):
                 patch.setattr(part, "warm_up", lambda _: None)
         sizes = {"num_pages": 100, "max_num_seqs": 4, "num_speculative_tokens": 0}
         engine = make_engine(loaded, **sizes | config)

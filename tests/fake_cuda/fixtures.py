@@ -4,8 +4,11 @@ import logging
 
 import pytest
 
-from alignment_core import engine, model_runner, scheduler, static_draw, static_sampling
-from alignment_core.attention import paged_triton
+from linalign.alignment_core import engine
+from linalign.alignment_core.attention import paged_triton
+from linalign.alignment_core.decoding import static_draw, static_sampler
+from linalign.alignment_core.execution import model_runner
+from linalign.alignment_core.scheduling import scheduler
 from tests.engines import PROGRAMS
 from tests.fake_cuda import FakeCuda
 
@@ -19,7 +22,7 @@ def cuda(monkeypatch, caplog):
     for module in (engine, scheduler):
         monkeypatch.setattr(module, "SPECULATIVE_BATCH", 4)  # few sizes are captured
     monkeypatch.setattr(model_runner, "compile_layers", lambda _: None)
-    monkeypatch.setattr(static_sampling, "compiled_draw", lambda: static_draw.draw)
+    monkeypatch.setattr(static_sampler, "compiled_draw", lambda: static_draw.draw)
     with device:
         yield device
     assert [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR] == []

@@ -10,8 +10,8 @@ import pytest
 from starlette.routing import Mount, Route
 from starlette.testclient import TestClient
 
-from server.app import create_app
-from server.settings import Settings, load_settings
+from linalign.server.app import create_app
+from linalign.server.settings import Settings, load_settings
 from tests.engines import make_engine
 from tests.serving import KEY, serving
 

@@ -9,8 +9,8 @@ import httpx
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from alignment_core import Principle, SamplingParams, Usage
-from server.streaming import usage_object
+from linalign import Principle, SamplingParams, Usage
+from linalign.server.replies.streaming import usage_object
 from tests.engines import make_engine, run_all
 
 CHAT = [{"role": "user", "content": "Where should our town get its power from?"}]

@@ -8,9 +8,9 @@ import openai
 import pytest
 from tokenizers import pre_tokenizers, processors
 
-from alignment_core import Principle, SamplingParams
-from server.protocol.completions import CompletionRequest
-from server.routes.completions import TextCompletion
+from linalign import Principle, SamplingParams
+from linalign.server.protocol.completions import CompletionRequest
+from linalign.server.routes.completions import TextCompletion
 from tests.alignment_core.test_detokenizer import stripping
 from tests.engines import make_engine, run_all, tiny_pair
 from tests.server.test_chat import CHAT, PRINCIPLE, create

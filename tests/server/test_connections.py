@@ -9,8 +9,8 @@ import time
 import httpx
 import pytest
 
-from server.http_protocol import MAX_PIPELINED
-from server.settings import load_settings
+from linalign.server.http_protocol import MAX_PIPELINED
+from linalign.server.settings import load_settings
 from tests.counts import counted
 from tests.serving import serving
 

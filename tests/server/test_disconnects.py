@@ -19,11 +19,12 @@ pytestmark = pytest.mark.slow
 LONG = 4000  # tokens that nobody waits for: more than 20 seconds
 PATCH = """
 import asyncio, contextlib, pathlib, time
-import alignment_core.grammars as grammars, alignment_core.loading as loading
-from server.routes import chat, completions, responses
-loading._eos_token_ids = lambda *_: frozenset({{3}})  # which nobody draws: replies end by their length only
+from linalign.alignment_core.decoding import grammars
+from linalign.alignment_core.loading import loader
+from linalign.server.routes import chat_completions, completions, responses
+loader._eos_token_ids = lambda *_: frozenset({{3}})  # which nobody draws: replies end by their length only
 here = pathlib.Path({directory!r})
-compile, original = grammars.Grammars._compile, chat.event_stream
+compile, original = grammars.Grammars._compile, chat_completions.event_stream
 def held_and_compiled(self, structure):
     (here / "compiling").touch()
     while (here / "held").exists():
@@ -47,7 +48,7 @@ def event_stream(events, replies):
         (here / "ended").touch()
     return original(held_and_ended(), replies)
 grammars.Grammars._compile = held_and_compiled
-for module in (chat, completions, responses):
+for module in (chat_completions, completions, responses):
     module.event_stream = event_stream
 """
 COMPLAINTS = ("Traceback", "never retrieved", "never awaited", "Exception", "ERROR", "was destroyed")

@@ -11,7 +11,7 @@ import httpx
 import pytest
 import uvicorn
 
-from server.shutdown import LOCKED, Server
+from linalign.server.shutdown import LOCKED, Server
 from tests.serving import await_metric
 
 pytestmark = pytest.mark.slow
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 # The engine fails in a chosen way as soon as a file is there.
 BREAK_A_STEP = """
 import ctypes, os, time
-from alignment_core.model_runner import ModelRunner
+from linalign.alignment_core.execution.model_runner import ModelRunner
 forward = ModelRunner.forward
 def broken(self, step):
     if os.path.exists({trigger!r}):
@@ -29,7 +29,8 @@ ModelRunner.forward = broken
 """
 # One request fails in a chosen place: the one with this seed.
 BREAK_A_REQUEST = """
-import alignment_core.edits as edits, alignment_core.sampling as sampling, alignment_core.engine as engine
+from linalign.alignment_core import engine
+from linalign.alignment_core.decoding import sampling
 original_edit, original_accept = sampling.edit, engine.Engine._accept
 def broken_edit(y, sequences, positions):
     if any(s.params.seed == 13 and p >= 3 for s, p in zip(sequences, positions)):
@@ -46,8 +47,8 @@ sampling.edit, engine.Engine._accept = broken_edit, broken_accept
 # What takes ten seconds takes three here: a step that hangs is noticed then, and one that does not may take so long.
 PATIENCE = 3.0
 IMPATIENT = f"""
-import server.shutdown
-server.shutdown.PATIENCE = {PATIENCE}
+from linalign.server import shutdown
+shutdown.PATIENCE = {PATIENCE}
 """
 
 
@@ -140,7 +141,7 @@ def test_a_step_that_fails_or_hangs_ends_the_process_with_an_error_for_everyone(
 def test_health_is_503_as_soon_as_the_hang_is_noticed(serving_small, tmp_path):
     trigger = tmp_path / "trigger"
     patch = BREAK_A_STEP.format(trigger=str(trigger), what="time.sleep(10**6)")
-    patch += IMPATIENT + "server.shutdown.FAREWELL = 5"
+    patch += IMPATIENT + "shutdown.FAREWELL = 5"
     with serving_small(patch=patch, status=1, stderr=subprocess.DEVNULL) as (url, process):
         chat(url)
         trigger.touch()

@@ -12,9 +12,9 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsBas
 from openai.types.completion_create_params import CompletionCreateParamsBase as TextParams
 from openai.types.responses.response_create_params import ResponseCreateParamsBase as ResponsesParams
 
-from server.protocol.chat import ChatCompletionRequest
-from server.protocol.completions import CompletionRequest
-from server.protocol.responses import ResponsesRequest
+from linalign.server.protocol.chat_request import ChatCompletionRequest
+from linalign.server.protocol.completions import CompletionRequest
+from linalign.server.protocol.responses import ResponsesRequest
 from tests.server.test_fields import WEATHER
 
 pytestmark = pytest.mark.slow

@@ -9,8 +9,8 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from alignment_core import Principle, SamplingParams
-from alignment_core.methods import METHODS
+from linalign import Principle, SamplingParams
+from linalign.alignment_core.decoding.methods import METHODS
 from tests.engines import make_engine, run_all
 from tests.server.test_chat import CHAT, PRINCIPLE, create
 

@@ -33,7 +33,7 @@ MOST_BYTES = 200_000  # larger ones are test_bad_input's
 LONGEST_STALL = 1.0  # seconds, the issue's own bound, beside what requests without a flaw cost others here
 MOST_GROWTH = 150 << 20  # bytes: compiled structures, of which the cache holds 32, and what the allocator keeps
 # A KV cache that is full after some requests, so that its pages do not look like a leak.
-FEW_PAGES = "import alignment_core.engine as engine\nengine.pages_that_fit = lambda *_: 200"
+FEW_PAGES = "import linalign.alignment_core.engine as engine\nengine.pages_that_fit = lambda *_: 200"
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},

@@ -10,13 +10,13 @@ import pytest
 from opentelemetry import trace
 from starlette.requests import Request
 
-from alignment_core import Output, Prompt, SamplingParams, Usage
-from alignment_core.output import nothing_of
-from server.exchange import Exchange, exchange_of
-from server.key_limits import Bucket
-from server.protocol.completions import CompletionRequest
-from server.settings import Settings
-from server.streaming import Replies
+from linalign import Output, Prompt, SamplingParams, Usage
+from linalign.alignment_core.output import nothing_of
+from linalign.server.exchange import Exchange, exchange_of
+from linalign.server.key_limits import Bucket
+from linalign.server.protocol.completions import CompletionRequest
+from linalign.server.replies.streaming import Replies
+from linalign.server.settings import Settings
 
 pytestmark = pytest.mark.slow
 

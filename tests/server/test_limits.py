@@ -10,8 +10,8 @@ import time
 import httpx
 import pytest
 
-from alignment_core import EngineBusy, Prompt, SamplingParams
-from server.threads import LONG
+from linalign import EngineBusy, Prompt, SamplingParams
+from linalign.server.threads import LONG
 from tests.engines import make_engine, run_all
 
 pytestmark = pytest.mark.slow

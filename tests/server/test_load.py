@@ -7,7 +7,7 @@ import resource
 import httpx
 import pytest
 
-from alignment_core import Principle, SamplingParams
+from linalign import Principle, SamplingParams
 from tests.counts import counted
 from tests.engines import make_engine, run_all
 from tests.serving import serving

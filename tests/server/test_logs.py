@@ -20,7 +20,7 @@ BODY = {
     "ignore_eos": True,
 }
 BREAK_A_ROUTE = """
-import server.routes.tokens as tokens
+import linalign.server.routes.tokens as tokens
 def broken(*args):
     raise ValueError("injected")
 tokens.preset_of = broken
@@ -57,7 +57,7 @@ def test_every_request_is_a_line_with_its_id(logged):
     assert response.headers["X-Request-Id"] == "abc-1"
     (line,) = request_lines(lines, "abc-1")
     facts, usage = line["request"], response.json()["usage"]
-    assert (line["level"], line["logger"]) == ("INFO", "server.access_log")
+    assert (line["level"], line["logger"]) == ("INFO", "linalign.server.access_log")
     assert (facts["method"], facts["path"], facts["status"]) == ("POST", "/v1/chat/completions", 200)
     assert (facts["prompt_tokens"], facts["completion_tokens"]) == (usage["prompt_tokens"], usage["completion_tokens"])
     assert facts["finish_reasons"] == "length"
@@ -163,5 +163,5 @@ def test_text_has_the_id_in_every_line(tmp_path):
     with (tmp_path / "stderr").open("w") as stderr, serving(stderr=stderr) as (url, _):
         httpx.post(url + "/v1/chat/completions", json=BODY, headers={"X-Request-Id": "abc-2"}, timeout=60)
     text = (tmp_path / "stderr").read_text()
-    assert re.search(r"INFO server.access_log \[abc-2\]: method=POST path=/v1/chat/completions status=200 ", text)
+    assert re.search(r"INFO linalign\.server\.access_log \[abc-2\]: method=POST path=\S+ status=200 ", text)
     assert "swordfish" not in text

@@ -8,7 +8,7 @@ import openai
 import pytest
 from openai.types.responses import Response
 
-from server.protocol.responses import ResponsesRequest
+from linalign.server.protocol.responses import ResponsesRequest
 from tests.server.test_chat import CHAT, JSON, PRINCIPLE, create
 from tests.server.test_fields import WEATHER, Plant
 

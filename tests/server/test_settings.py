@@ -7,14 +7,14 @@ from hashlib import sha256
 
 import pytest
 
-from alignment_core import EngineConfig
-from evaluation.command import EvalSettings
-from server import cli
-from server.bench import BenchSettings
-from server.chat import ChatSettings
-from server.cli import engine_config
-from server.command_line import page, parse
-from server.settings import Settings, load_settings
+from linalign import EngineConfig
+from linalign.evaluation.command import EvalSettings
+from linalign.server import cli
+from linalign.server.bench import BenchSettings
+from linalign.server.cli import engine_config
+from linalign.server.command_line import page, parse
+from linalign.server.settings import Settings, load_settings
+from linalign.server.terminal_chat import ChatSettings
 
 
 def test_precedence_is_flag_then_variable_then_file_then_default(tmp_path, monkeypatch):
@@ -103,7 +103,7 @@ def test_the_engine_gets_what_it_knows():
 def test_presets_that_can_not_be_are_an_error_at_the_start(tmp_path, content):
     file = tmp_path / "presets.yaml"
     file.write_text(content)
-    command = [sys.executable, "-c", "from server.cli import main; main()", "serve", "--presets", str(file)]
+    command = [sys.executable, "-c", "from linalign.server.cli import main; main()", "serve", "--presets", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "linalign serve: the presets of" in done.stderr

@@ -15,7 +15,7 @@ SHORT = 3.0  # seconds, in place of a minute
 # Small buffers of the kernel, so that a reply need not be megabytes long before somebody notices that it is not read.
 IMPATIENT = f"""
 import socket
-import server.http_protocol as http_protocol
+import linalign.server.http_protocol as http_protocol
 http_protocol.PATIENCE = {SHORT}
 connection_made = http_protocol.BoundedProtocol.connection_made
 def made(self, transport):

@@ -11,9 +11,9 @@ import gguf
 import httpx
 import pytest
 
-from alignment_core import preflight
-from alignment_core.checkpoint import Checkpoint, look_at
-from server.lean_imports import lean_imports
+from linalign.alignment_core.loading import preflight
+from linalign.alignment_core.loading.checkpoint import Checkpoint, look_at
+from linalign.server.lean_imports import lean_imports
 from tests.serving import serving
 
 pytestmark = pytest.mark.slow
@@ -42,7 +42,7 @@ atexit.register(lambda: open({file!r}, "w").write(json.dumps(sorted(sys.modules)
 
 def command_line(tmp_path, *args):
     """What a fresh interpreter says to it, and the modules that it has imported."""
-    code = MODULES.format(file=str(tmp_path / "modules")) + "from server.cli import main; main()"
+    code = MODULES.format(file=str(tmp_path / "modules")) + "from linalign.server.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=tmp_path)
     return done, set(json.loads((tmp_path / "modules").read_text()))
 

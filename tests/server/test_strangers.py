@@ -9,10 +9,10 @@ from array import array
 import httpx
 import pytest
 
-from alignment_core.kv_cache import hash_pages
-from alignment_core.sequence import Branch
-from server.settings import load_settings
-from server.streaming import _salt
+from linalign.alignment_core.scheduling.kv_cache import hash_pages
+from linalign.alignment_core.scheduling.sequence import Branch
+from linalign.server.replies.streaming import _salt
+from linalign.server.settings import load_settings
 from tests.serving import serving
 
 pytestmark = pytest.mark.slow

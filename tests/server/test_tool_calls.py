@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from alignment_core import InvalidRequest, SamplingParams
-from alignment_core.grammars import Grammars
-from alignment_core.request import Structure
-from server.tool_calls import HERMES, LLAMA, MISTRAL, ReplyParser, call_format, end_of_thinking, message_of
-from server.tool_grammars import demanded, kept_to
+from linalign import InvalidRequest, SamplingParams
+from linalign.alignment_core.decoding.grammars import Grammars
+from linalign.alignment_core.request import Structure
+from linalign.server.tool_calls import HERMES, LLAMA, MISTRAL, ReplyParser, call_format, end_of_thinking, message_of
+from linalign.server.tool_grammars import demanded, kept_to
 from tests.engines import aligned, make_engine, run_all, tiny_pair
 
 TOOLS = [

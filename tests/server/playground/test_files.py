@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
-from server.routes.playground import FOLDER
+from linalign.server.routes.playground import FOLDER
 from tests.server.playground.browsing import ROOT, opened
 
 pytestmark = pytest.mark.slow

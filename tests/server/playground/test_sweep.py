@@ -5,7 +5,7 @@ import json
 import pytest
 from playwright.sync_api import expect
 
-from evaluation import statistics
+from linalign.evaluation import statistics
 from tests.server.playground.browsing import ask, plain, set_tokens, text_of
 
 pytestmark = pytest.mark.slow

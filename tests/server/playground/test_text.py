@@ -6,7 +6,7 @@ import httpx
 import pytest
 from playwright.sync_api import expect
 
-from server.routes.playground import POLICY
+from linalign.server.routes.playground import POLICY
 from tests.server.playground.browsing import force, limit, opened, say
 
 pytestmark = pytest.mark.slow

@@ -1,0 +1,100 @@
+"""What requests change in their principled logits before anything else is done: e of DESIGN section 2.1.
+
+The direction is not edited, so every edit counts once, whatever the ratio. In this order: the
+repetition penalty, the presence and frequency penalties, the biases, and what may not come at all.
+"""
+
+from collections.abc import Collection
+from collections.abc import Sequence as Seq
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from linalign.alignment_core.request import SamplingParams
+from linalign.alignment_core.scheduling.sequence import Sequence
+from linalign.alignment_core.transfer import to_device
+
+
+def edit(y: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> None:
+    """Change the lines of y, [S, V] float32, in place.
+
+    positions: how many tokens of each reply come before; negative where the next token is given: nothing is edited.
+    """
+    for line, sequence, position in zip(y, sequences, positions, strict=True):
+        if sequence.params.edits and position >= 0:
+            sequence.edits = sequence.edits or Edits(sequence, y.device)
+            sequence.edits.apply(line, sequence, position)
+
+
+class Edits:
+    """One sequence's, as tensors on the device that are made once and grow with the reply: a client may name a thousand
+    tokens, and a prompt has more.
+    """
+
+    def __init__(self, sequence: Sequence, device: torch.device) -> None:
+        params, prompt = sequence.params, sequence.prompt
+        self._device = device
+        self._biased = self._ids(params.logit_bias)
+        self._biases = self._on_device(torch.tensor(list(params.logit_bias.values()), dtype=torch.float32))
+        self._ends, self._later_ends = (
+            torch.tensor(list(sequence.unwanted_ends(position)), dtype=torch.int64) for position in (0, 1 << 62)
+        )
+        # The tokens that penalties are for: those of the principled prompts, then those that only the reply has.
+        repeated = (*prompt.principled, prompt.given) if params.repetition_penalty != 1 else ()
+        seen = {id for ids in repeated for id in ids}
+        self._places = {id: place for place, id in enumerate(seen)}
+        self._seen, self._times = self._ids(seen), torch.zeros(len(seen), device=device)
+        self._num_counted = 0  # tokens of the reply
+
+    def apply(self, y: Tensor, sequence: Sequence, position: int) -> None:
+        """y: [V] float32, changed in place."""
+        if sequence.params.penalises:
+            assert position == max(sequence.num_replied, 0)
+            self._count(sequence)
+            y[self._seen] = self._penalised(y[self._seen], sequence.params)
+        if len(self._biased):
+            y[self._biased] += self._biases
+        forbidden = self._forbidden(y, sequence, position)
+        if forbidden is not None:
+            y.masked_fill_(to_device(forbidden, y.device), -torch.inf)
+
+    def _penalised(self, logits: Tensor, params: SamplingParams) -> Tensor:
+        """logits: of the tokens that were seen."""
+        if params.repetition_penalty != 1:
+            divided, multiplied = logits / params.repetition_penalty, logits * params.repetition_penalty
+            logits = torch.where(logits > 0, divided, multiplied)
+        presence = torch.where(self._times > 0, params.presence_penalty, 0.0)
+        return logits - presence - params.frequency_penalty * self._times
+
+    def _count(self, sequence: Sequence) -> None:
+        """Take in what has been drawn since."""
+        replied = sequence.output_ids[len(sequence.prompt.given) + self._num_counted :]
+        new = [id for id in dict.fromkeys(replied) if id not in self._places]
+        self._num_counted += len(replied)
+        self._places |= {id: len(self._places) + i for i, id in enumerate(new)}
+        if new:
+            self._seen = torch.cat([self._seen, self._ids(new)])
+            self._times = torch.cat([self._times, torch.zeros(len(new), device=self._device)])
+        if replied:
+            places = self._ids([self._places[id] for id in replied])
+            self._times.index_add_(0, places, torch.ones(len(replied), device=self._device))
+
+    def _forbidden(self, y: Tensor, sequence: Sequence, position: int) -> Tensor | None:
+        """Which tokens may not come, [V] bool on the host; None where all may."""
+        matcher = sequence.matcher
+        unwanted = self._ends if position < sequence.params.min_tokens else self._later_ends
+        if matcher is None and not len(unwanted):
+            return None
+        forbidden = torch.zeros(len(y), dtype=torch.bool)
+        if matcher is not None:
+            allowed = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+            forbidden = torch.from_numpy(np.unpackbits(allowed, count=len(y), bitorder="little") == 0)
+        unended = forbidden.index_fill(0, unwanted, value=True)
+        return forbidden if unended.all() else unended  # a structure that is complete ends
+
+    def _ids(self, ids: Collection[int]) -> Tensor:
+        return self._on_device(torch.tensor(list(ids), dtype=torch.int64))
+
+    def _on_device(self, values: Tensor) -> Tensor:
+        return to_device(values, self._device)

@@ -1,0 +1,246 @@
+"""What a reply must look like, by llguidance: JSON schemas, regular expressions, choices, grammars.
+
+Why llguidance: docs/decisions/0010.
+"""
+
+import itertools
+import json
+import os
+import re
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase
+
+from linalign.alignment_core.errors import InvalidRequest
+from linalign.alignment_core.request import Structure
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+    from llguidance._lib import JsonCompileOptions
+
+MOST_CACHED = 32  # of up to 40 MB
+MAX_REFERENCES, MAX_DEPTH = 500, 100  # beyond, llguidance may overflow its stack
+# So that no structure compiles for a second and no token's mask takes much of a step; measured on the worst ones.
+MAX_LENGTH, QUICK_LENGTH = 1 << 17, 1 << 13
+MAX_LITERALS, LONG_LITERAL = 1 << 14, 256  # a mask takes as long as the literal is that is being written
+MAX_JOINED_PATTERNS, MAX_PATTERN_PROPERTIES, MAX_MULTIPLES = 8, 64, 100_000
+SIZES: dict[str, Any] = {
+    "step_max_items": 10_000,
+    "max_lexer_states": 20_000,
+    "step_lexer_fuel": 100_000,
+    "verbose_errors": False,
+}
+OF_JSON = {"max_grammar_size": 20_000, "initial_lexer_fuel": 500_000, **SIZES}
+OF_GRAMMARS = {"max_grammar_size": 4_000, "initial_lexer_fuel": 100_000, **SIZES, "step_max_items": 5_000}
+NOT_ENFORCED = ("description", "title", "$comment", "examples", "default")
+PLAIN_JSON: "JsonCompileOptions" = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "json_allowed_escapes": 'bfnrt\\"',  # with \\u a key could be spelled so that no rule about it is seen to apply
+}
+STRICT: "JsonCompileOptions" = {"lenient": False, "coerce_one_of": False}
+
+
+class Grammars:
+    """Matchers for one tokenizer's vocabulary; safe from any thread."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
+        self._tokenizer, self._vocab_size, self._eos_token_ids = tokenizer, vocab_size, sorted(eos_token_ids)
+        self._lock = threading.Lock()
+        self._compiled = lru_cache(maxsize=MOST_CACHED)(self._compile)
+        most = max(1, (os.cpu_count() or 1) // 4)
+        self._pools = [ThreadPoolExecutor(most, thread_name_prefix="grammars") for _ in range(2)]
+
+    def pool(self, structure: Structure) -> ThreadPoolExecutor:
+        """Where callers should wait for a matcher: what takes long holds up nobody who wants something short."""
+        return self._pools[len(structure.text) > QUICK_LENGTH]
+
+    def matcher(self, structure: Structure) -> "LLMatcher":
+        """A fresh matcher. Raises InvalidRequest for what the library can't parse or would not enforce."""
+        return self._compiled(structure).deep_copy()
+
+    def _compile(self, structure: Structure) -> "LLMatcher":
+        import llguidance
+
+        _refuse_bombs(structure)
+        try:
+            grammar = _behind(structure.after, _grammar(structure)) if structure.after else _grammar(structure)
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(f"{structure.param} can't be used: {error}", structure.param) from error
+        limits = llguidance.LLParserLimits(**(OF_GRAMMARS if structure.kind == "grammar" else OF_JSON))
+        matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
+        begun = matcher.deep_copy()
+        begun.compute_bitmask()  # some limits are met at the first token only
+        if begun.is_error():
+            raise self.failure(structure, begun)
+        return matcher
+
+    @staticmethod
+    def failure(structure: Structure, matcher: "LLMatcher") -> InvalidRequest:
+        """What to tell a client whose structure is beyond the library's limits."""
+        told = matcher.get_error().partition("\n<")[0]  # behind it are states and stacks
+        return InvalidRequest(f"{structure.param} can't be used: {told}", structure.param)
+
+    @property
+    def _vocabulary(self) -> "LLTokenizer":
+        with self._lock:
+            return self._make_vocabulary
+
+    @cached_property
+    def _make_vocabulary(self) -> "LLTokenizer":
+        from llguidance.hf import from_tokenizer
+
+        # A tokenizer may know tokens that the model has not: masks are then longer than logits, and their end is cut.
+        num_tokens = max(self._vocab_size, max(self._tokenizer.get_vocab().values()) + 1)
+        return from_tokenizer(self._tokenizer, num_tokens, self._eos_token_ids)
+
+
+def _refuse_bombs(structure: Structure) -> None:
+    text, kind = structure.text, structure.kind
+    depth = 0
+    if kind in ("regex", "grammar", "lark"):
+        steps = (1 if character in "[{(" else -1 if character in "]})" else 0 for character in text)
+        depth = max(itertools.accumulate(steps), default=0)
+    for size, most, what in (
+        (len(text), MAX_LITERALS if kind == "regex" else MAX_LENGTH, "characters"),
+        (text.count("$ref"), MAX_REFERENCES, "references"),
+        (depth, MAX_DEPTH, "levels"),
+    ):
+        if size > most:
+            raise InvalidRequest(f"{structure.param} has {size} {what}, more than {most}", structure.param)
+
+
+def refuse_in_schema(schema: Any) -> None:
+    """What llguidance would neither enforce nor survive nor be done with in a second. Raises ValueError.
+
+    minProperties counts a name that comes twice twice, unless the names are known.
+    """
+    multiples = num_pattern_properties = 0
+    for item in _dicts(schema):
+        least, required = item.get("minProperties"), item.get("required")
+        if isinstance(least, int) and least > max(1, len(required) if isinstance(required, list) else 0):
+            raise ValueError("minProperties beyond the required ones is not implemented")
+        multiple, patterns = item.get("multipleOf"), item.get("patternProperties")
+        if isinstance(multiple, int | float) and not isinstance(multiple, bool):
+            multiples += int("".join(map(str, Decimal(str(multiple)).as_tuple().digits)))
+        num_pattern_properties += len(patterns) if isinstance(patterns, dict) else 0
+    try:
+        joined = [_joined(schema, schema, key) for key in ("pattern", "multipleOf")]
+    except RecursionError as error:
+        raise ValueError("its references are nested too deeply") from error
+    for size, most, what in (
+        (_length_of_literals(schema), MAX_LITERALS, "characters in long strings"),
+        (num_pattern_properties, MAX_PATTERN_PROPERTIES, "patternProperties"),
+        (multiples, MAX_MULTIPLES, "in its multipleOf together"),
+        (joined[0], MAX_JOINED_PATTERNS, "patterns for one string"),
+        (joined[1], 1, "multipleOf for one number"),
+    ):
+        if size > most:
+            raise ValueError(f"it has {size} {what}, more than {most}")
+
+
+def _dicts(value: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
+    """All objects in a JSON value. Raises ValueError where it is too deep."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"it has more than {MAX_DEPTH} levels")
+    if isinstance(value, dict):
+        yield value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _dicts(item, depth + 1)
+
+
+def _length_of_literals(value: Any) -> int:
+    """Characters of the strings, names included, that are long: those of an enumeration may be many."""
+    if isinstance(value, str):
+        return len(value) if len(value) > LONG_LITERAL else 0
+    if isinstance(value, dict):
+        items = [item for name, item in value.items() if not (name in NOT_ENFORCED and isinstance(item, str))]
+        return sum(map(_length_of_literals, (*value, *items)))
+    return sum(map(_length_of_literals, value)) if isinstance(value, list) else 0
+
+
+def _joined(
+    root: Any, schema: Any, key: str, within: tuple[str, ...] = (), memory: dict[str, int] | None = None
+) -> int:
+    """How many of a keyword may have to hold for one value at once, at most: an upper bound.
+
+    within: the references that are being followed. memory: what they came to.
+    """
+    memory = {} if memory is None else memory
+    if not isinstance(schema, dict):
+        return 0
+    num = int(key in schema and not isinstance(schema[key], dict))
+    target = schema.get("$ref")
+    if isinstance(target, str) and target not in within:
+        if target not in memory:
+            memory[target] = _joined(root, _resolved(root, target), key, (*within, target), memory)
+        num += memory[target]
+    others = {name: item for name, item in schema.items() if name not in ("allOf", "$ref", "$defs", "definitions")}
+    both = schema.get("allOf")
+    num += sum(_joined(root, item, key, within, memory) for item in both) if isinstance(both, list) else 0
+    members: list[Any] = []
+    for name, item in others.items():
+        if name in ("properties", "patternProperties") and isinstance(item, dict):
+            members += item.values()
+        elif isinstance(item, list):
+            members += item
+        else:
+            members.append(item)
+    return num + max((_joined(root, item, key, within, memory) for item in members), default=0)
+
+
+def _resolved(root: Any, reference: str) -> Any:
+    """What a reference inside a schema points to; None where that is nothing."""
+    found = root
+    for name in reference.removeprefix("#").split("/")[1:]:
+        name = name.replace("~1", "/").replace("~0", "~")
+        found = found.get(name) if isinstance(found, dict) else None
+    return found
+
+
+def _grammar(structure: Structure) -> str:
+    from llguidance import LLMatcher, grammar_from
+
+    match structure.kind:
+        case "json_schema":
+            schema = json.loads(structure.text)
+            refuse_in_schema(schema)
+            return LLMatcher.grammar_from_json_schema(schema, PLAIN_JSON, STRICT)
+        case "choice":
+            choices = json.loads(structure.text)
+            if (size := _length_of_literals(choices)) > MAX_LITERALS:
+                raise ValueError(f"it has {size} characters in long choices, more than {MAX_LITERALS}")
+            return grammar_from("regex", "|".join(map(_escaped, choices)))
+        case "regex":
+            return grammar_from("regex", structure.text)
+        case "lark":
+            return structure.text
+        case "grammar":
+            if "%json" in structure.text:
+                raise ValueError("a grammar can't hold JSON schemas; use response_format")
+            return grammar_from("grammar", structure.text)
+
+
+def _behind(mark: str, grammar: str) -> str:
+    """Anything up to a mark, then the grammar, as llguidance's lists of grammars."""
+    is_lark = not grammar.lstrip().startswith("{")
+    body, *others = [{"lark_grammar": grammar}] if is_lark else json.loads(grammar)["grammars"]
+    rules = [
+        "start: before /[ \\n]{0,4}/ @body",
+        f"before{'' if mark.startswith('<[') else '[lazy]'}: ANY {mark}",
+        "ANY: /(.|\\n)*/",
+    ]
+    return json.dumps(
+        {"grammars": [{"name": "all", "lark_grammar": "\n".join(rules)}, {**body, "name": "body"}, *others]}
+    )
+
+
+def _escaped(text: str) -> str:
+    """A regular expression for the text itself, in Rust's syntax."""
+    return re.sub(r"[\\.+*?()|\[\]{}^$#&\-~/]", r"\\\g<0>", text)

@@ -1,0 +1,39 @@
+"""One forward pass as two, for a GPU whose memory does not hold all of it at once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from linalign.alignment_core.scheduling.scheduler import Row
+
+
+@dataclass(frozen=True, slots=True)
+class Half:
+    """rows, wanted: see `Plan.of`. lines: where its logits belong among those of the whole."""
+
+    rows: list[Row] = field(default_factory=list)
+    wanted: list[tuple[Row, int]] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
+
+
+def halve(rows: Sequence[Row], wanted: Sequence[tuple[Row, int]]) -> tuple[Half, Half]:
+    """Two parts of as many tokens, ± 1, to be run in this order: a row may read what earlier ones write, and what it
+    writes itself. The row in the middle is cut.
+
+    rows: as they were scheduled. wanted: see `Plan.of`.
+    """
+    first, second = Half(), Half()
+    left = sum(row.num_tokens for row in rows) // 2
+    cuts = {}
+    for row in rows:
+        head, tail = cuts[id(row)] = row.cut(min(left, row.num_tokens))
+        left -= head.num_tokens
+        for half, piece in ((first, head), (second, tail)):
+            if piece.num_tokens:
+                half.rows.append(piece)
+    for line, (row, place) in enumerate(wanted):
+        head, tail = cuts[id(row)]
+        is_in_tail = place >= -tail.num_tokens
+        half = second if is_in_tail else first
+        half.wanted.append((tail, place) if is_in_tail else (head, place + tail.num_tokens))
+        half.lines.append(line)
+    return first, second

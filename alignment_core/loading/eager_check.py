@@ -1,0 +1,85 @@
+"""A few tokens through the engine's forward pass and through the model's own, so that no family is silently wrong."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from linalign.alignment_core.attention.paged_batch import Plan
+from linalign.alignment_core.execution.model_runner import ModelRunner, RunnerConfig
+from linalign.alignment_core.scheduling.scheduler import Row
+from linalign.alignment_core.scheduling.sequence import Branch
+
+log = logging.getLogger(__name__)
+
+NUM_TOKENS, PAGE_SIZE = 16, 4
+CHUNKS = ((0, 15), (15, 16))  # a prefill and a decode: every pass reads all weights
+WINDOW = 4  # instead of the model's own, so that few tokens reach beyond it
+TOLERANCES = {torch.float32: 1e-3}  # of the logits' size, by the model's dtype
+TOLERANCE = 0.1  # of all others, which round; or thrice what transformers' own attentions differ by: experts may be
+# chosen otherwise at near ties, and that spreads
+
+
+@torch.inference_mode()
+def compare_with_eager(model: PreTrainedModel) -> None:
+    """Raises ValueError where the logits differ from those of transformers' eager attention, windows included, or the
+    architecture is one that can't be served.
+    """
+    config = model.config.get_text_config()
+    ids = [(37 * i + 11) % config.vocab_size for i in range(NUM_TOKENS)]
+    with _short_window(config):
+        ours, theirs = _of_engine(model, ids), _of_transformers(model, ids, "eager")
+        tolerance = TOLERANCES.get(model.dtype)
+        if tolerance is None:
+            with contextlib.suppress(ValueError):  # of a model that has no other
+                tolerance = max(TOLERANCE, 3 * _difference(_of_transformers(model, ids, "sdpa"), theirs))
+    if not theirs.isfinite().all():
+        log.warning("%s gives no finite logits in %s: it can't be compared", type(model).__name__, model.dtype)
+    elif not (difference := _difference(ours, theirs)) < (tolerance or TOLERANCE):
+        raise ValueError(
+            f"{type(model).__name__} computes something that the engine does not: the logits differ by {difference:.2g}"
+        )
+
+
+def _of_transformers(model: PreTrainedModel, ids: list[int], attention: str) -> Tensor:
+    """Logits at every token, [T, V] float32."""
+    model.set_attn_implementation(attention)
+    token_ids = torch.tensor([ids], device=model.device)
+    logits: Tensor = model(input_ids=token_ids, use_cache=False).logits[0].float()
+    return logits
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """The median of the tokens', relative to the size of the logits, [T, V]."""
+    return float(((a - b).norm(dim=-1) / b.norm(dim=-1)).median())
+
+
+def _of_engine(model: PreTrainedModel, ids: list[int]) -> Tensor:
+    """Logits at every token, [T, V] float32, in chunks over pages."""
+    runner = ModelRunner(model, RunnerConfig(page_size=PAGE_SIZE, max_model_len=NUM_TOKENS, eager=True))
+    runner.allocate(NUM_TOKENS // PAGE_SIZE)
+    branch = Branch(ids, pages=list(reversed(range(NUM_TOKENS // PAGE_SIZE))))
+    logits = []
+    for start, end in CHUNKS:
+        row = Row(branch, start, end)
+        plan = Plan.of([row], [(row, place) for place in range(start - end, 0)], PAGE_SIZE)
+        logits.append(runner.run(plan).clone())
+    return torch.cat(logits)
+
+
+@contextlib.contextmanager
+def _short_window(config: Any) -> Iterator[None]:
+    """transformers makes masks by what the configuration says at that moment."""
+    window = getattr(config, "sliding_window", None)
+    is_longer = isinstance(window, int) and window > WINDOW
+    if is_longer:
+        config.sliding_window = WINDOW
+    try:
+        yield
+    finally:
+        if is_longer:
+            config.sliding_window = window

@@ -1,0 +1,210 @@
+"""One tokenizer's chat template: messages to text, in whatever roles and tools the template knows."""
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+from jinja2.meta import find_undeclared_variables
+from transformers import PreTrainedTokenizerBase
+
+from linalign.alignment_core.errors import InvalidRequest
+from linalign.alignment_core.text import template_clock
+from linalign.alignment_core.text.principle_place import new_mark
+
+# Variables of templates that are not for users: they are set here, or by transformers.
+RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "raise_exception"}
+RESERVED |= {"bos_token", "eos_token", "pad_token", "unk_token", "strftime_now", "tojson"}
+TOOLS_TEXT = """# Tools
+
+You may call one or more functions to assist with the user query. Their signatures:
+{}
+
+For each function call, return a JSON object with its name and arguments inside <tool_call></tool_call> tags:
+<tool_call>
+{{"name": "function-name", "arguments": {{"argument": "value"}}}}
+</tool_call>"""
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """How a template renders a chat.
+
+    tools: functions in OpenAI's form. variables: of the template's own. continues: the last message, the
+    assistant's, is the beginning of the reply. now: the time that templates show, the same in all branches.
+    """
+
+    tools: Sequence[Mapping[str, Any]] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    continues: bool = False
+    now: datetime = field(default_factory=datetime.now)
+
+
+class ChatTemplate:
+    """Raises InvalidRequest for what it can't render, and ValueError at once if there is no template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.chat_template:
+            raise ValueError("the tokenizer has no chat template")
+        self._templates = _parsed(tokenizer.chat_template)
+        self._time_formats = template_clock.formats_of(self._templates)
+        self._tokenizer = _with_clock(tokenizer) if self._time_formats else tokenizer
+        self._has_system_role = self._probe_system_role()
+
+    def text(self, messages: Messages, rendering: Rendering) -> str:
+        """The chat as the model sees it, whether or not the template knows tool and system messages."""
+        if not self.knows_tools:
+            messages = _without_tool_messages(messages)
+        if not self._has_system_role:
+            messages = _without_system_role(messages)
+        return self._render(messages, rendering)
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """What the template knows beside the messages, for `Rendering.variables`."""
+        return self._variables - RESERVED
+
+    @cached_property
+    def knows_tools(self) -> bool:
+        """Whether the template tells the model of tools by itself."""
+        return "tools" in self._variables
+
+    @cached_property
+    def _variables(self) -> frozenset[str]:
+        return frozenset().union(*map(find_undeclared_variables, self._templates))
+
+    def generation_prompt(self, rendering: Rendering | None = None) -> str:
+        """What the template writes of the reply itself, such as its header and "<think>"."""
+        chat = [{"role": "user", "content": "Hello"}]
+        rendering = rendering or Rendering()
+        without = self._apply(chat, rendering, add_generation_prompt=False)
+        return self._apply(chat, rendering, add_generation_prompt=True).removeprefix(without)
+
+    def default_system_text(self, rendering: Rendering) -> str:
+        """What the template puts into the system block by itself when there is no system message."""
+        if not self._has_system_role:
+            return ""
+        mark, user = new_mark(), {"role": "user", "content": new_mark()}
+        rendering = replace(rendering, continues=False)
+        try:
+            default = self._render([user], rendering)
+            shown = self._render([{"role": "system", "content": mark}, user], rendering)
+        except InvalidRequest:  # it wants other messages than these
+            return ""
+        before, found, after = shown.partition(mark)
+        fits = len(before) + len(after) <= len(default) and default.startswith(before) and default.endswith(after)
+        return default[len(before) : len(default) - len(after)] if found and fits else ""
+
+    def with_tools(self, messages: Messages, rendering: Rendering) -> tuple[Messages, Rendering]:
+        """The tools as text of the system message, where the template does not know any."""
+        if not rendering.tools or self.knows_tools:
+            return messages, rendering
+        text = TOOLS_TEXT.format("\n".join(json.dumps(tool, ensure_ascii=False) for tool in rendering.tools))
+        if messages[0]["role"] == "system":
+            system, messages = messages[0]["content"], messages[1:]
+        else:
+            system = self.default_system_text(rendering)
+        content = f"{system}\n\n{text}" if system else text
+        return [{"role": "system", "content": content}, *messages], replace(rendering, tools=())
+
+    def _probe_system_role(self) -> bool:
+        mark = new_mark()
+        chat = [{"role": "system", "content": mark}, {"role": "user", "content": "Hello"}]
+        try:
+            return mark in self._render(chat, Rendering())
+        except InvalidRequest:
+            return False
+
+    def _render(self, messages: Messages, rendering: Rendering) -> str:
+        return self._apply(messages, rendering, add_generation_prompt=not rendering.continues)
+
+    def _apply(self, messages: Messages, rendering: Rendering, add_generation_prompt: bool) -> str:
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                messages,
+                tools=list(rendering.tools) or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=rendering.continues,
+                **rendering.variables,
+                **template_clock.variables(self._time_formats, rendering.now),
+            )
+        except Exception as error:  # a template can raise anything
+            raise InvalidRequest(f"the model's chat template refuses these messages: {error}", "messages") from error
+        assert isinstance(rendered, str)
+        return rendered
+
+
+class _Generation(jinja2.ext.Extension):
+    """transformers' tag for what the assistant says; here it only has to be parsed."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2's way
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
+
+
+def _parsed(templates: str | dict[str, str]) -> list[jinja2.nodes.Template]:
+    """Raises ValueError for what is no template."""
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", _Generation])
+    texts = templates.values() if isinstance(templates, dict) else [templates]
+    try:
+        return [environment.parse(text) for text in texts]
+    except (jinja2.TemplateError, RecursionError) as error:
+        raise ValueError(f"the chat template can't be parsed: {error}") from error
+
+
+def _with_clock(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The same tokenizer, whose templates show the time that they are told."""
+    templates, tokenizer = tokenizer.chat_template, copy.copy(tokenizer)
+    if isinstance(templates, dict):
+        tokenizer.chat_template = {name: template_clock.held_still(text) for name, text in templates.items()}
+    else:
+        tokenizer.chat_template = template_clock.held_still(templates)
+    return tokenizer
+
+
+def _without_tool_messages(messages: Messages) -> Messages:
+    """For templates that know nothing of tools: calls and results as text, in the form of Hermes and Qwen."""
+    told: Messages = []
+    for message in messages:
+        if message["role"] == "tool":
+            content = f"<tool_response>\n{message['content']}\n</tool_response>"
+            told.append({"role": "user", "content": content})
+        elif message.get("tool_calls"):
+            calls = [
+                f"<tool_call>\n{json.dumps(call['function'], ensure_ascii=False)}\n</tool_call>"
+                for call in message["tool_calls"]
+            ]
+            told.append({"role": "assistant", "content": "\n".join([*filter(None, [message.get("content")]), *calls])})
+        else:
+            told.append(message)
+    return told
+
+
+def _without_system_role(messages: Messages) -> Messages:
+    """System text at the head of the next user message, a blank line between: where such templates' users put it."""
+    folded: Messages = []
+    pending: list[str] = []
+    for message in messages:
+        if message["role"] == "system":
+            pending.append(message["content"])
+        elif message["role"] == "user" and pending:
+            folded.append({"role": "user", "content": "\n\n".join([*pending, message["content"]])})
+            pending = []
+        else:
+            folded.append(message)
+    if pending:
+        raise InvalidRequest(
+            "this model has no system role, so a system message needs a user message after it", "messages"
+        )
+    return folded

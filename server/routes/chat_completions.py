@@ -1,0 +1,75 @@
+"""POST /v1/chat/completions."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from linalign import Prompt
+from linalign.server.engine_client import EngineClient
+from linalign.server.models import serving
+from linalign.server.protocol.chat_request import ChatCompletionRequest
+from linalign.server.replies.streaming import STREAMED, ChatCompletion, Replies, event_stream, gather
+from linalign.server.strict_json import StrictJSON
+from linalign.server.threads import in_thread
+from linalign.server.tool_calls import ReplyParser, end_of_thinking, marks_are_special
+from linalign.server.tool_grammars import demanded, kept_to, literal
+
+router = APIRouter(route_class=StrictJSON)
+
+
+@router.post("/v1/chat/completions", response_model=None, responses=STREAMED)
+async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response | dict[str, Any]:
+    state = request.app.state
+    body = serving(body, state)
+    replies, prompt, parser = await begin(body, request)
+    completion = ChatCompletion(state.engine, body, state.fingerprint, prompt, parser)
+    if body.stream:
+        options = body.stream_options
+        usage, continuous = (options.include_usage, options.continuous_usage_stats) if options else (False, False)
+        return event_stream(completion.events(replies, usage, continuous), [replies])
+    outputs = await gather([replies], request)
+    return completion.whole(outputs[0], replies.n) if outputs else Response(status_code=499)
+
+
+async def begin(body: ChatCompletionRequest, request: Request) -> tuple[Replies, Prompt, Callable[[], ReplyParser]]:
+    """Submit a chat. Its replies, its prompt, and what makes a parser for each reply.
+
+    Raises InvalidRequest, EngineDead, EngineBusy.
+    """
+    state = request.app.state
+    engine: EngineClient = state.engine
+    engine.refuse_early()
+    principles = body.principles(state.settings.default_alignment_ratio)
+    messages = [message.rendered() for message in body.messages]
+    placement = body.principle_placement or "system"
+    rendering = body.rendering()
+
+    def build() -> tuple[Prompt, str]:
+        method = body.alignment_method or "linear"
+        prompt = engine.prompts.build(messages, principles, placement, rendering, method)
+        return prompt, "" if rendering.continues else engine.prompts.generation_prompt(rendering)
+
+    prompt, begun = await in_thread(request, build)
+    params = body.sampling_params(**_for_tools(body, engine, end_of_thinking(begun)))
+    most_calls = 1 if body.parallel_tool_calls is False else math.inf
+    (replies,) = await Replies.of(request, body, [prompt], params)
+    return replies, prompt, lambda: ReplyParser(engine.tokenizer, begun, rendering.tools, most_calls)
+
+
+def _for_tools(body: ChatCompletionRequest, engine: EngineClient, mark: str) -> dict[str, Any]:
+    """What tools and reasoning change in how a reply is drawn. mark: ends the reasoning that has begun, if any."""
+    after = mark and literal(mark, engine.tokenizer)
+    tools, parallel = body.callable_tools(), body.parallel_tool_calls is not False
+    more: dict[str, Any] = {}
+    if body.demands_call:
+        more["structure"] = demanded(engine.tokenizer, tools, parallel and body.tool_choice == "required", after)
+    elif any(tool["function"].get("strict") for tool in tools):
+        more["structure"] = kept_to(engine.tokenizer, tools, parallel, after)
+    elif after and (structure := body.structure()):
+        more["structure"] = replace(structure, after=after)
+    if tools and marks_are_special(engine.tokenizer):
+        more["skip_special_tokens"] = False
+    return more

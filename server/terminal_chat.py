@@ -1,0 +1,319 @@
+"""linalign chat: talk with a server's model in a terminal, under a principle."""
+
+import asyncio
+import contextlib
+import html
+import json
+import math
+import re
+import sys
+import textwrap
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import httpx
+from httpx_sse import aconnect_sse
+from markdown_it import MarkdownIt
+from pydantic import Field
+from pydantic_settings import CliPositionalArg, SettingsConfigDict
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.live import Live
+from rich.markdown import Markdown
+from rich.panel import Panel
+from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
+
+from linalign.server.command_line import parse
+from linalign.server.settings import API_KEY, FIRST_MODEL, Arguments, client_key
+from linalign.server.terminal import printable
+
+with contextlib.suppress(ImportError):
+    import readline  # noqa: F401 - the arrow keys bring earlier lines back
+
+LEAST_RATIO, MOST_RATIO = -10, 20
+ENTITY = re.compile(r"&#?\w+;")
+PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+HELP = """\
+/principle TEXT   prefer this from now on; without a text: no principle
+/ratio NUMBER     how far to go with it; without a number: the server's own
+/compare TEXT     three replies side by side: without it, prompted, aligned
+/history          the conversation so far
+/new              begin another conversation
+/quit             leave (or Ctrl-D); Ctrl-C stops a reply"""
+
+
+class ChatSettings(Arguments):
+    """Chat with the model of a running server, under a principle. URL is any OpenAI-compatible server; principles and
+    ratios are for those of linalign.
+    """
+
+    EPILOG: ClassVar[str] = f"""
+to be typed beside messages:
+{textwrap.indent(HELP, "  ")}
+
+examples:
+  linalign chat
+  linalign chat --principle "Encourage cycling." --alignment-ratio 4
+  linalign chat http://127.0.0.1:8123 --model smollm2:teacher
+  LINALIGN_API_KEY=key-1 linalign chat https://models.example.org
+
+exit status:
+  0  the input has ended
+  1  there is no such server, it refuses, or an option's value can't be
+  2  an unknown option
+"""
+
+    model_config = SettingsConfigDict(cli_prog_name="linalign chat")
+
+    url: CliPositionalArg[str] = Field("http://127.0.0.1:8000", description="the server, without /v1")
+    model: str | None = Field(None, title="NAME", description=FIRST_MODEL)
+    api_key: str = Field(default_factory=client_key, title="KEY", description=API_KEY)
+    principle: str = Field("", title="TEXT", description="a preference, in plain words (default: none)")
+    alignment_ratio: float | None = Field(
+        None,
+        ge=LEAST_RATIO,
+        le=MOST_RATIO,
+        title="RATIO",
+        description=f"from {LEAST_RATIO} to {MOST_RATIO}, how far to follow the principle (default: the server's own)",
+    )
+    temperature: float | None = Field(
+        None, ge=0, le=2, title="T", description="from 0, always the likeliest word, to 2 (default: the server's own)"
+    )
+    max_tokens: int | None = Field(
+        None, ge=1, title="TOKENS", description="longest reply (default: as long as the context allows)"
+    )
+
+
+class Refused(Exception):
+    """What the server said instead of a reply."""
+
+
+@dataclass(slots=True)
+class Conversation:
+    principle: str
+    ratio: float | None
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+
+def main(args: list[str]) -> None:
+    console = Console(highlight=False)
+    settings = parse(ChatSettings, args)
+    try:
+        with httpx.Client(base_url=settings.url, headers=_headers(settings)) as client:
+            model = settings.model or _first_model(client)
+    except (httpx.HTTPError, httpx.InvalidURL, Refused, ValueError) as error:  # what answers may be no such server
+        sys.exit(f"linalign chat: {printable(str(error))} (`linalign serve` starts a server)")
+    console.print(f"{printable(model)} at {settings.url}. /help says what there is.", markup=False)
+    Chat(settings, model, console).run()
+
+
+def _headers(settings: ChatSettings) -> dict[str, str]:
+    return {"Authorization": f"Bearer {settings.api_key}"}
+
+
+def _first_model(client: httpx.Client) -> str:
+    response = client.get("/v1/models")
+    _raise_for_error(response)
+    model: str = response.json()["data"][0]["id"]
+    return model
+
+
+class Chat:
+    """One conversation after the other, until the input ends."""
+
+    def __init__(self, settings: ChatSettings, model: str, console: Console) -> None:
+        self._settings = settings
+        self._model = model
+        self._console = console
+        self._conversation = Conversation(settings.principle, settings.alignment_ratio)
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/principle": self._set_principle,
+            "/ratio": self._set_ratio,
+            "/compare": self._compare,
+            "/history": self._show_history,
+            "/new": self._begin,
+            "/help": lambda _: self._console.print(HELP, markup=False),
+        }
+
+    def run(self) -> None:
+        while True:
+            try:
+                line = input("> ").strip()  # readline has to know the prompt
+            except (EOFError, KeyboardInterrupt):
+                self._console.print()
+                return
+            name, _, rest = line.partition(" ")
+            if name == "/quit":
+                return
+            if not name.startswith("/"):
+                self._say(line)
+            elif name in self._commands:
+                self._commands[name](rest.strip())
+            else:
+                self._console.print(f"There is no {name}.\n{HELP}", markup=False)
+
+    def _set_principle(self, text: str) -> None:
+        self._conversation.principle = text
+        self._console.print(f"Principle: {text}" if text else "No principle.", markup=False)
+
+    def _set_ratio(self, text: str) -> None:
+        try:
+            ratio = float(text) if text else None
+        except ValueError:
+            ratio = math.nan
+        if ratio is not None and not LEAST_RATIO <= ratio <= MOST_RATIO:
+            self._console.print(f"{text} is no number from {LEAST_RATIO} to {MOST_RATIO}.", markup=False)
+            return
+        self._conversation.ratio = ratio
+        self._console.print("Ratio: the server's own." if ratio is None else f"Ratio: {ratio:g}")
+
+    def _show_history(self, _: str) -> None:
+        for message in self._conversation.messages:
+            self._console.print(f"[bold]{message['role']}[/bold]")
+            self._console.print(
+                shown(message["content"]) if message["role"] == "assistant" else message["content"], markup=False
+            )
+
+    def _begin(self, _: str) -> None:
+        self._conversation.messages.clear()
+        self._console.print("A new conversation.")
+
+    def _say(self, text: str) -> None:
+        if not text:
+            return
+        messages = [*self._conversation.messages, {"role": "user", "content": text}]
+        reply = Reply("", self._body(messages, self._conversation.ratio))
+        self._show([reply], lambda: reply.rendered)
+        if reply.text:
+            self._conversation.messages = [*messages, {"role": "assistant", "content": reply.text}]
+
+    def _compare(self, text: str) -> None:
+        """The replies are looked at, not kept."""
+        if not text or not self._conversation.principle:
+            self._console.print("/compare wants a text, and a principle before it.")
+            return
+        messages = [*self._conversation.messages, {"role": "user", "content": text}]
+        ratio = self._conversation.ratio
+        plain = self._body(messages, ratio)
+        for name in ("principle", "alignment_ratio"):
+            plain.pop(name, None)
+        replies = [
+            Reply("without the principle", plain),
+            Reply("prompted, ratio 0", self._body(messages, 0)),
+            Reply("aligned" if ratio is None else f"aligned, ratio {ratio:g}", self._body(messages, ratio)),
+        ]
+
+        def side_by_side() -> Table:
+            grid = Table.grid(expand=True)
+            for _ in replies:
+                grid.add_column(ratio=1)
+            grid.add_row(*(Panel(reply.rendered, title=reply.title) for reply in replies))
+            return grid
+
+        self._show(replies, side_by_side)
+
+    def _body(self, messages: list[dict[str, str]], ratio: float | None) -> dict[str, Any]:
+        settings, principle = self._settings, self._conversation.principle
+        optional = {
+            "principle": principle or None,
+            "alignment_ratio": ratio if principle else None,
+            "temperature": settings.temperature,
+            "max_tokens": settings.max_tokens,
+        }
+        given = {name: value for name, value in optional.items() if value is not None}
+        return {"model": self._model, "messages": messages, "stream": True, **given}
+
+    def _show(self, replies: "list[Reply]", rendered: Callable[[], Any]) -> None:
+        """Stream them at once. Ctrl-C ends them, what is there stays."""
+
+        async def stream() -> None:
+            settings = self._settings
+            async with httpx.AsyncClient(base_url=settings.url, headers=_headers(settings), timeout=600) as client:
+                await asyncio.gather(*(reply.stream(client) for reply in replies))
+
+        with (
+            Live(get_renderable=lambda: Tail(rendered()), console=self._console, transient=True),
+            contextlib.suppress(KeyboardInterrupt),
+        ):
+            asyncio.run(stream())
+        self._console.print(rendered())
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """As much of the end of something as the terminal has lines for."""
+
+    whole: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = console.render_lines(self.whole, options, pad=False)
+        for line in lines[-max(console.height - 2, 1) :]:
+            yield from line
+            yield Segment.line()
+
+
+@dataclass(slots=True)
+class Reply:
+    """One that is on its way. error: why it is not whole."""
+
+    title: str
+    body: dict[str, Any]
+    reasoning: str = ""
+    text: str = ""
+    error: str = ""
+
+    @property
+    def rendered(self) -> Group:
+        parts: list[Markdown | Text] = [shown(self.text)]
+        if self.reasoning:
+            parts.insert(0, Text(printable(self.reasoning), style="dim"))
+        if self.error:
+            parts.append(Text(printable(self.error), style="red"))
+        return Group(*parts)
+
+    async def stream(self, client: httpx.AsyncClient) -> None:
+        try:
+            async for delta in deltas(client, self.body):
+                self.reasoning += delta.get("reasoning_content") or ""
+                self.text += delta.get("content") or ""
+        except (httpx.HTTPError, Refused) as error:
+            self.error = str(error) or repr(error)
+
+
+def shown(text: str) -> Markdown:
+    """Markdown in which HTML is shown as it is written."""
+    text = ENTITY.sub(lambda entity: entity[0] if _is_printable(html.unescape(entity[0])) else " ", printable(text))
+    markdown = Markdown(text)
+    markdown.parsed = PARSER.parse(text)
+    return markdown
+
+
+def _is_printable(text: str) -> bool:
+    return printable(text) == text
+
+
+async def deltas(client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    """The news of a streamed chat completion as they come. Raises httpx.HTTPError, Refused."""
+    async with aconnect_sse(client, "POST", "/v1/chat/completions", json=body) as source:
+        if source.response.is_error:
+            await source.response.aread()
+            _raise_for_error(source.response)
+        async for event in source.aiter_sse():
+            if event.data == "[DONE]":
+                return
+            chunk = json.loads(event.data)
+            if "error" in chunk:
+                raise Refused(chunk["error"]["message"])
+            for choice in chunk["choices"]:
+                yield choice["delta"]
+    raise Refused("the connection was cut off")
+
+
+def _raise_for_error(response: httpx.Response) -> None:
+    """With what the server says, in OpenAI's shape or another."""
+    if response.is_error:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            raise Refused(response.json()["error"]["message"])
+        raise Refused(f"the server answered {response.status_code}")
