@@ -104,8 +104,8 @@ class Output:
     times: Times | None = None
 
 
-def nothing_of(prompt: Prompt, choice: int, reason: FinishReason, num_tokens: int = 0) -> Output:
-    """The end of a choice that no engine has computed, or of which nothing but the number of its tokens is known."""
+def terminal_output(prompt: Prompt, choice: int, reason: FinishReason, num_tokens: int = 0) -> Output:
+    """The last output of a choice that no engine has computed, or of which only the number of tokens is known."""
     num_prompt_tokens = len(prompt.principled[0]) + len(prompt.given)
     usage = Usage(num_prompt_tokens, 0, num_tokens, len(prompt.branches), 0, 0, 0)
     return Output("", (), reason, usage, choice, times=Times())

@@ -177,8 +177,8 @@ class Prompt:
         assert (self.base is None) == (not any(self.coefficients))
 
     @property
-    def follows_logits(self) -> bool:
-        """Whether the logits themselves tell how they are mixed, or those before them."""
+    def mixes_by_logits(self) -> bool:
+        """Whether the coefficients depend on the logits."""
         return self.method in ("adaptive", "opad")
 
     @property

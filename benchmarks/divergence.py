@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from linalign import Engine, EngineConfig, Principle, SamplingParams, load
-from linalign.alignment_core.decoding.sampling import sample
+from linalign.alignment_core.decoding.sampler import Drawn, Sampler
 from linalign.alignment_core.loading.loader import Quantization
-from linalign.alignment_core.scheduling.sequence import Sequence
+from linalign.alignment_core.scheduling.sequence import NextToken
 
 RATIO = 2.0
 SETTINGS: tuple[tuple[str, Quantization], ...] = (
@@ -41,19 +41,19 @@ QUESTIONS = (
 PRINCIPLES = ("Answer as a patient primary-school teacher.", "Favour whatever is good for the environment.")
 
 
-class Recorder:
-    """Stands in for the engine's `sample`: keeps the logits; forces the tokens of an earlier run, if there was one."""
+class Recorder(Sampler):
+    """Keeps the logits; forces the tokens of an earlier run, if there was one."""
 
     def __init__(self, forced: list[int] | None) -> None:
         self.forced = forced
         self.logits: list[Tensor] = []
         self.chosen: list[int] = []
 
-    def __call__(self, logits: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> Tensor:
-        chosen = sample(logits, sequences, positions)
+    def draw(self, logits: Tensor, next_tokens: Seq[NextToken]) -> Drawn:
+        chosen = super().draw(logits, next_tokens).tokens
         self.logits.append(logits.clone())
         self.chosen += chosen.tolist()
-        return chosen if self.forced is None else torch.tensor([self.forced[len(self.logits) - 1]])
+        return Drawn(chosen if self.forced is None else torch.tensor([self.forced[len(self.logits) - 1]]), [])
 
 
 def record(
@@ -62,7 +62,7 @@ def record(
     loaded = load(name, dtype=dtype, quantization=quantization, device="cpu")
     engine = Engine(loaded, EngineConfig(max_model_len=min(2048, loaded.max_model_len)))
     recorder = Recorder(forced)
-    engine._sample = recorder
+    engine.loop.sampler = recorder
     params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
     for question in QUESTIONS:
         for principle in PRINCIPLES:

@@ -9,6 +9,7 @@ import httpx
 
 from linalign import Engine, EngineConfig, load
 from linalign.server.app import create_app
+from linalign.server.local_engine import LocalEngine
 from linalign.server.settings import load_settings
 
 
@@ -52,6 +53,6 @@ async def in_process(name: str | None, dtype: str, quantization: Any, concurrenc
     # Many requests share all but the end of a prompt, and pages of one token are all that they have in common.
     config = EngineConfig(max_model_len=min(2048, loaded.max_model_len), page_size=1)
     with Engine(loaded, config) as engine:
-        transport = httpx.ASGITransport(create_app(engine, load_settings([])))
+        transport = httpx.ASGITransport(create_app(LocalEngine(engine), load_settings([])))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=None) as client:
             yield Target(client, engine.model_id, concurrency)

@@ -219,9 +219,10 @@ def serve(args: list[str]) -> None:
 
         from linalign.server.app import create_app
         from linalign.server.http_protocol import BoundedProtocol
+        from linalign.server.local_engine import LocalEngine
         from linalign.server.shutdown import LAST_WORDS, Server
 
-        app = create_app(engine, settings)
+        app = create_app(LocalEngine(engine), settings)
     except (LoadingError, ValueError) as error:
         sys.exit(f"linalign serve: {error}")
     gc.freeze()  # so that no later collection, of 0.2 s, looks at them again; hardly any of them is garbage

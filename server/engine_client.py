@@ -1,4 +1,4 @@
-"""What the HTTP server asks of an engine, be it in this process or on other machines."""
+"""What the HTTP server needs of an engine, in this process or on other machines."""
 
 from collections.abc import Callable
 from types import TracebackType
@@ -13,8 +13,8 @@ from linalign.alignment_core.text.prompts import PromptBuilder
 
 
 class EngineClient(Protocol):
-    """`alignment_core.Engine` is one, `linalign.ray.remote_engine.RemoteEngine` another. Entered as the application
-    starts, left as it ends; its coroutines are awaited on one event loop.
+    """`LocalEngine` is one, `linalign.ray.remote_engine.RemoteEngine` another. The application enters it at its start
+    and leaves it at its end. Its coroutines run on one event loop.
     """
 
     model_id: str
@@ -31,24 +31,24 @@ class EngineClient(Protocol):
     ) -> None: ...
 
     def refuse_early(self) -> None:
-        """Raises EngineDead or EngineBusy where no request would be taken in; to be asked before work."""
+        """Raises EngineDead or EngineBusy if any request would be refused. Call it before expensive work."""
 
-    async def submit_async(
+    async def submit(
         self, prompt: Prompt, params: SamplingParams, on_output: Callable[[Output], None], n: int = 1
     ) -> int:
         """Queue a request for n choices; returns its id. Raises EngineDead, EngineBusy, InvalidRequest.
 
-        on_output: called from any thread with every Output, each choice's last with a finish_reason, a usage and
-        times; also where the coroutine is cancelled, but not where it raises anything else.
+        on_output: called from any thread with every Output. The last one of each choice has a finish_reason, a usage
+        and times. It is also called if the coroutine is cancelled, but not if it raises anything else.
         """
         ...
 
     def abort(self, request_id: int) -> None:
-        """End what is still going of a request."""
+        """End the unfinished choices of a request."""
 
     async def check_health(self) -> None:
         """Raises EngineDead if no request would be served."""
 
     async def all_stats(self) -> dict[str, Stats]:
-        """What is going on in each engine, by its name; the only one need not have any."""
+        """The stats of each engine by its name. A single engine may have the name ""."""
         ...

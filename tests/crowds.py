@@ -165,7 +165,7 @@ def crowd(loaded: LoadedModel, seed: int) -> Counter[str]:
     for request, judge in zip(requests, expected, strict=True):
         compare(request, judge)
     assert engine.pool.num_free == engine.pool.num_pages
-    assert (engine._backlog.num_requests, engine._backlog.num_tokens) == (0, 0)
+    assert (engine.backlog.num_requests, engine.backlog.num_tokens) == (0, 0)
     assert engine.idle
     assert not engine.scheduler.running
     assert not engine.scheduler.waiting

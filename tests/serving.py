@@ -20,6 +20,7 @@ import uvicorn
 from linalign import Engine, EngineConfig
 from linalign.alignment_core.loading.checkpoint import EMBEDDED_ID
 from linalign.server.app import create_app
+from linalign.server.local_engine import LocalEngine
 from linalign.server.settings import Settings
 from tests import fork_server
 from tests.counts import LONG_RUN
@@ -138,7 +139,7 @@ def own_server(embedded):
     Its replies end by their length only, so none is over before the test is done with it.
     """
     engine = Engine(dataclasses.replace(embedded, eos_token_ids=frozenset()), EngineConfig(num_pages=1100))
-    config = uvicorn.Config(create_app(engine, Settings()), port=free_port(), log_level="warning")
+    config = uvicorn.Config(create_app(LocalEngine(engine), Settings()), port=free_port(), log_level="warning")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

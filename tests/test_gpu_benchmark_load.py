@@ -8,6 +8,7 @@ import torch
 
 from linalign import Engine, EngineConfig, Prompt
 from linalign.alignment_core.attention import sdpa
+from linalign.alignment_core.scheduling.sequence import Status
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -55,7 +56,7 @@ def test_all_of_a_load_far_larger_than_a_step_runs_at_once(loaded, aligned):
     start_decodes(engine, prompts, max_tokens)
     running = engine.scheduler.running
     assert len(running) == len(prompts)
-    assert all(sequence.output_ids and not sequence.ended for sequence in running)
+    assert all(sequence.output_ids and sequence.status is Status.RUNNING for sequence in running)
     for _ in range(max_tokens - 1):  # as many are measured
         assert engine.step()
     assert len(running) == len(prompts)

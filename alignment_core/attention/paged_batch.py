@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from linalign.alignment_core.scheduling.scheduler import Row
+from linalign.alignment_core.scheduling.step import Row
 from linalign.alignment_core.transfer import to_device
 
 

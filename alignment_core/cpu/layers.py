@@ -21,8 +21,8 @@ from linalign.alignment_core.attention.probe import probe
 from linalign.alignment_core.cpu import attention as cpu_attention
 from linalign.alignment_core.cpu.kernels import Layer, Shape, library
 from linalign.alignment_core.cpu.packing import PackedMatrix, Quantization, pack, packable
-from linalign.alignment_core.scheduling.scheduler import Row
 from linalign.alignment_core.scheduling.sequence import Branch
+from linalign.alignment_core.scheduling.step import Row
 
 log = logging.getLogger(__name__)
 

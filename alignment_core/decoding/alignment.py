@@ -83,21 +83,21 @@ class Mixing:
         )
 
     @classmethod
-    def plan(
-        cls, sequences: Sequence[tuple[Sequence[float], Sequence[float], bool]], may_turn: bool = True
+    def of(
+        cls, sequences: Sequence[tuple[Sequence[float], Sequence[float], bool]], may_start_from_base: bool = True
     ) -> "Mixing":
-        """Number the rows in order: each sequence's principled branches, then its base branch if it has one. The
+        """The mixing of sequences whose rows follow each other: principled branches, then the base branch if any. The
         tensors are on the host.
 
-        sequences: (weights, coefficients, has a base branch) of each. may_turn: where a sequence starts from its
-        base, it is mixed from there: z_b + Σ (w_i + c_i)(z_i − z_b), which is the same.
+        sequences: (weights, coefficients, has a base branch) of each. may_start_from_base: whether a sequence that
+        `starts_from_base` is mixed as z_b + Σ (w_i + c_i)(z_i − z_b), which has the same value.
         """
         row, lines, base = 0, [], []
         for weights, coefficients, has_base in sequences:
             line = [(row + i, *pair) for i, pair in enumerate(zip(weights, coefficients, strict=True))]
             row += len(weights) + has_base
             base.append(row - 1 if has_base else line[0][0])
-            if may_turn and starts_from_base(coefficients):
+            if may_start_from_base and starts_from_base(coefficients):
                 line = [(base[-1], 1.0, 0.0), *((place, 0.0, w + c) for place, w, c in line)]
             lines.append(line)
         k = max(map(len, lines))

@@ -12,16 +12,13 @@ import torch
 from torch import Tensor
 
 from linalign.alignment_core.request import SamplingParams
-from linalign.alignment_core.scheduling.sequence import Sequence
+from linalign.alignment_core.scheduling.sequence import NextToken, Sequence
 from linalign.alignment_core.transfer import to_device
 
 
-def edit(y: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> None:
-    """Change the lines of y, [S, V] float32, in place.
-
-    positions: how many tokens of each reply come before; negative where the next token is given: nothing is edited.
-    """
-    for line, sequence, position in zip(y, sequences, positions, strict=True):
+def edit(y: Tensor, next_tokens: Seq[NextToken]) -> None:
+    """Edit the lines of y, [S, V] float32, in place; not those whose next token is given."""
+    for line, (sequence, position) in zip(y, next_tokens, strict=True):
         if sequence.params.edits and position >= 0:
             sequence.edits = sequence.edits or Edits(sequence, y.device)
             sequence.edits.apply(line, sequence, position)

@@ -1,5 +1,6 @@
-"""What the policies make of the tokens that were drawn: log-probabilities, alternatives, traces."""
+"""Log-probabilities of drawn tokens, their alternatives, and traces of the policies behind them."""
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
@@ -8,17 +9,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from linalign.alignment_core.decoding.alignment import principled_logits
-from linalign.alignment_core.decoding.edits import edit
-from linalign.alignment_core.decoding.sampling import Settings, candidates, mixing_of, plan
+from linalign.alignment_core.decoding.draw_settings import mixing_of
+from linalign.alignment_core.decoding.policy import Policy
 from linalign.alignment_core.output import IMPOSSIBLE, TokenLogprob, Trace
-from linalign.alignment_core.scheduling.sequence import Sequence
 from linalign.alignment_core.transfer import to_device, to_host
 
 
 @dataclass(frozen=True, slots=True)
-class Opinions:
-    """What policies make of S tokens. drawn: their log-probabilities, [S] float32. top_ids, top: the best tokens and
-    theirs, [S, most] int64 and float32, −inf where there are no more.
+class TokenScores:
+    """Log-probabilities that one policy gives to N tokens and to its best tokens.
+
+    drawn: [N] float32. top_ids, top: [N, most] int64 and float32, −inf where there are fewer.
     """
 
     drawn: Tensor
@@ -26,13 +27,14 @@ class Opinions:
     top: Tensor
 
     @classmethod
-    def none(cls, num_tokens: int, most: int, device: torch.device) -> "Opinions":
+    def zeros(cls, num_tokens: int, most: int, device: torch.device) -> "TokenScores":
         ids = torch.zeros(num_tokens, most, dtype=torch.int64, device=device)
         return cls(torch.zeros(num_tokens, device=device), ids, torch.zeros(ids.shape, device=device))
 
     def put(self, index: Tensor, z: Tensor, drawn: Tensor, ids: Tensor | None = None) -> None:
-        """Fill in the lines `index`. z: [N, K] float32, log-probabilities of the tokens `ids`, [N, K], or of all;
-        drawn: [N] int64.
+        """Fill in the lines `index`.
+
+        z: [N, K] float32, log-probabilities of the tokens `ids`, [N, K], or of all tokens. drawn: [N] int64.
         """
         most = self.top.shape[1]
         place = z.topk(min(most, z.shape[1])).indices.sort().values  # ties in order of token id
@@ -46,14 +48,14 @@ class Opinions:
         missing = (0, most - top.shape[1])
         self.top_ids[index], self.top[index] = pad(place, missing), pad(top, missing, value=-torch.inf)
 
-    def to_host(self) -> "Opinions":
-        return Opinions(to_host(self.drawn), to_host(self.top_ids), to_host(self.top))
+    def to_host(self) -> "TokenScores":
+        return TokenScores(to_host(self.drawn), to_host(self.top_ids), to_host(self.top))
 
-    def reports(self, tokens: Seq[int], wanted: Seq[int]) -> list[TokenLogprob]:
-        """On the host. wanted: how many of the best for each."""
+    def reports(self, tokens: Seq[int], num_alternatives: Seq[int]) -> list[TokenLogprob]:
+        """One report for each of N tokens, on the host."""
         reports = []
         for token, most, drawn, *best in zip(
-            tokens, wanted, self.drawn.tolist(), self.top_ids.tolist(), self.top.tolist(), strict=True
+            tokens, num_alternatives, self.drawn.tolist(), self.top_ids.tolist(), self.top.tolist(), strict=True
         ):
             top = [(id, value) for id, value in zip(*best, strict=True) if value > -torch.inf]
             reports.append(TokenLogprob(token, drawn, tuple(top[:most])))
@@ -62,86 +64,106 @@ class Opinions:
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Log-probabilities of the S tokens that a step drew.
+    """Log-probabilities of N of the tokens that a step drew.
 
-    wanted: how many alternatives each of them is to have, None for no report at all; traced: which are to have a
-    trace. drawn_from: by the policies that they were drawn from; principled, base: by those. num_plausible: [S]
-    int64; kl: [S] float32. A line that nobody wants is 0.
+    lines: their numbers among the step's tokens. num_alternatives: of each. traced: which of them have a trace.
+    drawn_from: scores of the policies that they were drawn from. principled, base: scores of those policies, for traced
+    tokens. num_plausible: [N] int64; kl: [N] float32.
     """
 
-    wanted: Seq[int | None]
+    lines: Seq[int]
+    num_alternatives: Seq[int]
     traced: Seq[bool]
-    drawn_from: Opinions
-    principled: Opinions
-    base: Opinions
+    drawn_from: TokenScores
+    principled: TokenScores
+    base: TokenScores
     num_plausible: Tensor
     kl: Tensor
 
     def to_host(self) -> "Logprobs":
         names = ("drawn_from", "principled", "base")
-        opinions = {name: getattr(self, name).to_host() for name in names}
-        return replace(self, **opinions, num_plausible=to_host(self.num_plausible), kl=to_host(self.kl))
+        scores = {name: getattr(self, name).to_host() for name in names}
+        return replace(self, **scores, num_plausible=to_host(self.num_plausible), kl=to_host(self.kl))
 
-    def reports(self, tokens: Seq[int]) -> list[tuple[TokenLogprob, ...]]:
-        """One for each of `tokens`, on the host, empty where nobody wants it."""
-        most = [n or 0 for n in self.wanted]
-        found = self.drawn_from.reports(tokens, most)
+    def reports(self, tokens: Seq[int]) -> Iterator[tuple[int, TokenLogprob]]:
+        """Each line with its report, on the host. tokens: all tokens of the step."""
+        mine = [tokens[line] for line in self.lines]
+        found = self.drawn_from.reports(mine, self.num_alternatives)
         if any(self.traced):
-            policies = (self.principled.reports(tokens, most), self.base.reports(tokens, most))
+            policies = [policy.reports(mine, self.num_alternatives) for policy in (self.principled, self.base)]
             traces = zip(*policies, self.num_plausible.tolist(), self.kl.tolist(), strict=True)
             found = [
                 replace(report, trace=Trace(*trace)) if is_traced else report
                 for report, is_traced, trace in zip(found, self.traced, traces, strict=True)
             ]
-        return [() if n is None else (report,) for n, report in zip(self.wanted, found, strict=True)]
+        return zip(self.lines, found, strict=True)
 
 
-def log_probabilities(logits: Tensor, sequences: Seq[Sequence], positions: Seq[int], tokens: Tensor) -> Logprobs | None:
+def log_probabilities(policy: Policy, tokens: Tensor, lines: Seq[int]) -> list[Logprobs]:
     """How probable drawn tokens were: under the aligned policy, softmax of z at temperature 1 on the plausible
-    set, or, without alignment, under the model itself. None if nobody wants to know.
+    set, or, without alignment, under the model itself. One object, or none where no request wants to know.
 
-    logits, sequences, positions: as for `sample`; tokens: [S] int64, what it drew. Of NO_TOKEN nothing is to be had.
+    tokens: [S] int64, what was drawn from the S lines of the policy. NO_TOKEN gets some number. lines: the numbers of
+    the S lines among the step's tokens.
     """
-    tokens = tokens.clamp(min=0)
-    wanted = [sequence.params.num_reported for sequence in sequences]
-    if all(n is None for n in wanted):
-        return None
-    traced = [sequence.params.trace and sequence.prompt.base is not None for sequence in sequences]
-    device, most = logits.device, max(n for n in wanted if n is not None)
-    drawn_from, principled, base = (Opinions.none(len(sequences), most, device) for _ in range(3))
-    num_plausible = torch.zeros(len(sequences), dtype=torch.int64, device=device)
-    kl = torch.zeros(len(sequences), device=device)
-    unturned = plan(sequences, may_turn=False).to(device)
+    sequences = [sequence for sequence, _ in policy.next_tokens]
+    mine = [line for line, sequence in enumerate(sequences) if sequence.params.num_reported is not None]
+    if not mine:
+        return []
+    num_alternatives = [sequences[line].params.num_reported or 0 for line in mine]
+    aligned = [sequences[line].prompt.base is not None for line in mine]
+    traced = [sequences[line].params.trace and is_one for line, is_one in zip(mine, aligned, strict=True)]
+    device = policy.logits.device
+    drawn_from, principled, base = (TokenScores.zeros(len(mine), max(num_alternatives), device) for _ in range(3))
+    found = Logprobs(
+        lines=[lines[line] for line in mine],
+        num_alternatives=num_alternatives,
+        traced=traced,
+        drawn_from=drawn_from,
+        principled=principled,
+        base=base,
+        num_plausible=torch.zeros(len(mine), dtype=torch.int64, device=device),
+        kl=torch.zeros(len(mine), device=device),
+    )
+    tokens = tokens.clamp(min=0)[to_device(torch.tensor(mine), device)]
+    _put_models(found, policy, tokens, mine, aligned)
+    _put_aligned(found, policy, tokens, [line for line, is_one in zip(mine, aligned, strict=True) if is_one], mine)
+    return [found]
 
-    def on_device(lines: list[int]) -> Tensor:
-        return to_device(torch.tensor(lines), device)
 
-    def reported(is_aligned: bool) -> list[int]:
-        return [
-            line
-            for line, (n, sequence) in enumerate(zip(wanted, sequences, strict=True))
-            if n is not None and (sequence.prompt.base is not None) == is_aligned
-        ]
+def _put_models(found: Logprobs, policy: Policy, tokens: Tensor, mine: Seq[int], aligned: Seq[bool]) -> None:
+    """The model's own policies: of plain lines, and, for traces, of the branches of aligned lines."""
+    logits = policy.logits
+    unaligned = [place for place, is_one in enumerate(aligned) if not is_one]
+    traced = [place for place, is_one in enumerate(found.traced) if is_one]
+    if not (unaligned or traced):
+        return
+    prompts = [sequence.prompt for sequence, _ in policy.next_tokens]
+    mixing = mixing_of(prompts, may_start_from_base=False)[torch.tensor(mine)].to(logits.device)
+    for places, scores in ((unaligned, found.drawn_from), (traced, found.principled)):
+        if places:
+            index = to_device(torch.tensor(places), logits.device)
+            scores.put(index, principled_logits(logits, mixing[index]).log_softmax(dim=-1), tokens[index])
+    if traced:
+        found.base.put(index, logits[mixing.base[index]].log_softmax(dim=-1), tokens[index])
 
-    if lines := reported(is_aligned=False):
-        index = on_device(lines)
-        drawn_from.put(index, principled_logits(logits, unturned[index]).log_softmax(dim=-1), tokens[index])
-    if lines := reported(is_aligned=True):
-        index = on_device(lines)
-        mixing = mixing_of(logits, sequences, positions)[index]
-        settings = Settings.of([sequences[i] for i in lines], [positions[i] for i in lines])
-        y = principled_logits(logits, mixing)
-        edit(y, [sequences[i] for i in lines], [positions[i] for i in lines])
-        for some, ids, z in candidates(logits, y, mixing, settings):
-            z = z.log_softmax(dim=-1)
-            drawn_from.put(index[some], z, tokens[index[some]], ids)
-            if any(traced):
-                of_base = logits[mixing.base[some]].log_softmax(dim=-1).gather(1, ids).clamp(min=IMPOSSIBLE)
-                possible = z > -torch.inf
-                num_plausible[index[some]] = possible.sum(dim=-1)
-                kl[index[some]] = torch.where(possible, z.exp() * (z - of_base), 0).sum(dim=-1)
-    if any(traced):
-        index = on_device([line for line, is_one in enumerate(traced) if is_one])
-        principled.put(index, principled_logits(logits, unturned[index]).log_softmax(dim=-1), tokens[index])
-        base.put(index, logits[unturned.base[index]].log_softmax(dim=-1), tokens[index])
-    return Logprobs(wanted, traced, drawn_from, principled, base, num_plausible, kl)
+
+def _put_aligned(found: Logprobs, policy: Policy, tokens: Tensor, aligned: Seq[int], mine: Seq[int]) -> None:
+    """The aligned policies. aligned: lines of the policy. mine: the line of each of the N tokens."""
+    place_of = {line: place for place, line in enumerate(mine)}
+    wanted, device = set(aligned), policy.logits.device
+    for group in policy.candidates if aligned else ():
+        lines = group.lines(len(policy.next_tokens))
+        kept = [i for i, line in enumerate(lines) if line in wanted]
+        if not kept:
+            continue
+        of_group = to_device(torch.tensor(kept), device)
+        index = to_device(torch.tensor([place_of[lines[i]] for i in kept]), device)
+        ids, z = group.token_ids[of_group], group.z[of_group].log_softmax(dim=-1)
+        found.drawn_from.put(index, z, tokens[index], ids)
+        if any(found.traced):
+            rows = policy.settings.mixing.base[to_device(torch.tensor([lines[i] for i in kept]), device)]
+            of_base = policy.logits[rows].log_softmax(dim=-1).gather(1, ids).clamp(min=IMPOSSIBLE)
+            possible = z > -torch.inf
+            found.num_plausible[index] = possible.sum(dim=-1)
+            found.kl[index] = torch.where(possible, z.exp() * (z - of_base), 0).sum(dim=-1)

@@ -1,8 +1,8 @@
-"""The draw of `sampling`, in shapes that depend on [S, V] alone and without a look at any value on the host:
-what a CUDA graph can hold, torch.compile can fuse, and a host that is a step ahead need not wait for.
+"""The draw of `sampling` in fixed shapes: they depend on [S, V] alone, and the host reads no value of a tensor.
 
-Where `sampling` sorts the few tokens that matter, this looks for the threshold that sorting would
-find, bit by bit: a float's bits, read as an integer, are in the order of the floats.
+So a CUDA graph can hold it, torch.compile can fuse it, and the host need not wait for the device. Where `sampling`
+sorts a few candidates, this finds the threshold that sorting would find, bit by bit: the bits of floats,
+read as integers, have the order of the floats.
 """
 
 from collections.abc import Callable
@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from linalign.alignment_core.decoding.alignment import Mixing, direction, is_finite, principled_logits
+from linalign.alignment_core.decoding.alignment import direction, is_finite, principled_logits
 
 if TYPE_CHECKING:
-    from linalign.alignment_core.decoding.sampling import Settings
+    from linalign.alignment_core.decoding.draw_settings import DrawSettings
 
 BLOCK = 128
 DIGIT = 4  # bits that one pass over the vocabulary finds
 WeightsAbove = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-NO_TOKEN = -1  # where no token can be drawn, as the logits are not finite
+NO_TOKEN = -1  # instead of a token id, where the logits are not finite
 TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """What some sequence of a step asks for; each costs passes over the vocabulary for all of them."""
+    """The filters that some line of a step needs. Each costs passes over the vocabulary for all lines."""
 
     nucleus: bool = False
     top_k: bool = False
@@ -35,7 +35,7 @@ class Filters:
     random: bool = False
 
     @classmethod
-    def of(cls, settings: "Settings") -> "Filters":
+    def of(cls, settings: "DrawSettings") -> "Filters":
         """settings: on the host."""
         return cls(
             nucleus=bool((settings.nucleus_top_p < 1).any()),
@@ -46,7 +46,7 @@ class Filters:
 
     @property
     def prepared(self) -> "Filters":
-        """The least of PREPARED that includes these: what is compiled and captured is little, and done at the start."""
+        """The smallest of PREPARED that includes these filters. Few sets are compiled and captured, at the start."""
         return next(more for more in PREPARED if all(a >= b for a, b in zip(astuple(more), astuple(self), strict=True)))
 
 
@@ -65,36 +65,50 @@ def weights_above(keys: Tensor, weight: Tensor, low: Tensor, width: int) -> Tens
     return torch.stack([torch.where(keys > end, weight, 0).sum(dim=-1) for end in ends])
 
 
-def draw(
-    logits: Tensor,
-    mixing: Mixing,
-    settings: "Settings",
-    filters: Filters,
-    weights_above: WeightsAbove = weights_above,
+def draw_from_logits(
+    logits: Tensor, settings: "DrawSettings", filters: Filters, weights_above: WeightsAbove = weights_above
 ) -> Tensor:
-    """One token a sequence, [S] int64, or NO_TOKEN: DESIGN sections 2.1 to 2.5, without edits.
+    """Draw one token a line from a step's logits, without edits: docs/design.md, section 2, steps 1 to 5.
 
-    logits: [rows, V] float32. filters: those of `settings` at least. weights_above: as the function of that name.
+    logits: [rows, V] float32. filters: those of `settings`, or more. weights_above: as the function of that name.
+    Returns [S] int64, NO_TOKEN where the logits of a line are not finite.
     """
-    return choose(logits, principled_logits(logits, mixing), mixing, settings, filters, weights_above)
+    y = principled_logits(logits, settings.mixing)
+    z = mixed_logits(logits, y, settings, filters, weights_above)
+    return draw(z, is_finite(logits, settings.mixing), settings, filters, weights_above)
 
 
-def choose(
+def mixed_logits(
     logits: Tensor,
     y: Tensor,
-    mixing: Mixing,
-    settings: "Settings",
+    settings: "DrawSettings",
     filters: Filters,
     weights_above: WeightsAbove = weights_above,
 ) -> Tensor:
-    """As `draw`. y: [S, V] float32, the edited principled logits."""
-    z = mixed_logits(logits, y, mixing, settings, filters, weights_above)
+    """z of steps 3 and 4, [S, V] float32, −inf outside the nucleus. y: [S, V], the edited principled logits."""
+    z = y + direction(logits, settings.mixing)
+    if filters.nucleus:
+        best = y.amax(dim=-1, keepdim=True)
+        mass = ((y - best) / settings.nucleus_temperature[:, None]).exp()
+        kept = leading(y, mass, _share(settings.nucleus_top_p, mass), weights_above)
+        z = z.masked_fill(~kept, -torch.inf)
+    return z
+
+
+def draw(
+    z: Tensor,
+    is_finite: Tensor,
+    settings: "DrawSettings",
+    filters: Filters,
+    weights_above: WeightsAbove = weights_above,
+) -> Tensor:
+    """Step 5: one token a line, [S] int64. z: [S, V]. is_finite: [S] bool, false for lines that get NO_TOKEN."""
     if filters.top_k:
         limit = torch.where(settings.top_k > 0, settings.top_k.float(), torch.inf)
         kept = leading(z, torch.ones_like(z), limit, weights_above)
         z = z.masked_fill(~kept, -torch.inf)
     best, first = z.max(dim=-1, keepdim=True)
-    is_possible = best.squeeze(1).isfinite() & is_finite(logits, mixing)
+    is_possible = best.squeeze(1).isfinite() & is_finite
     if not filters.random:
         return torch.where(is_possible, first.squeeze(1), NO_TOKEN)
     greedy = settings.temperature == 0
@@ -107,26 +121,8 @@ def choose(
     return torch.where(is_possible, drawn, NO_TOKEN)
 
 
-def mixed_logits(
-    logits: Tensor,
-    y: Tensor,
-    mixing: Mixing,
-    settings: "Settings",
-    filters: Filters,
-    weights_above: WeightsAbove = weights_above,
-) -> Tensor:
-    """z of DESIGN sections 2.3 and 2.4, [S, V] float32, −inf outside the nucleus. y: see `choose`."""
-    z = y + direction(logits, mixing)
-    if filters.nucleus:
-        best = y.amax(dim=-1, keepdim=True)
-        mass = ((y - best) / settings.nucleus_temperature[:, None]).exp()
-        kept = leading(y, mass, _share(settings.nucleus_top_p, mass), weights_above)
-        z = z.masked_fill(~kept, -torch.inf)
-    return z
-
-
 def leading(x: Tensor, weight: Tensor, limit: Tensor, weights_above: WeightsAbove) -> Tensor:
-    """[S, V] bool: in falling order of x, ties by token id, those before which there is less than `limit`.
+    """The tokens that have less than `limit` weight before them, in falling order of x, ties by token id; [S, V] bool.
 
     x: [S, V] float32; weight: [S, V] float32, ≥ 0, the same where x is the same. limit: [S] > 0.
     """

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from linalign.alignment_core.scheduling.scheduler import Row
+from linalign.alignment_core.scheduling.step import Row
 
 
 @dataclass(frozen=True, slots=True)

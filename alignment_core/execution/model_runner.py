@@ -22,8 +22,8 @@ from linalign.alignment_core.execution.cuda_graphs import Graphs, padded_size
 from linalign.alignment_core.execution.halving import halve
 from linalign.alignment_core.execution.static_decodes import StaticDecodes, resolve
 from linalign.alignment_core.execution.tensor_parallel import Followers
-from linalign.alignment_core.scheduling.scheduler import Row, Step
 from linalign.alignment_core.scheduling.sequence import Branch
+from linalign.alignment_core.scheduling.step import Row, Step
 from linalign.alignment_core.transfer import to_device
 
 log = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from linalign.alignment_core.attention.paged_batch import LayerAttention, PagedBatch, Plan
 from linalign.alignment_core.execution.cuda_graphs import Graphs, padded_size, padded_sizes
-from linalign.alignment_core.scheduling.scheduler import Row
 from linalign.alignment_core.scheduling.sequence import Branch
+from linalign.alignment_core.scheduling.step import Row
 from linalign.alignment_core.transfer import to_device
 
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from linalign.alignment_core.attention.paged_batch import Plan
 from linalign.alignment_core.execution.model_runner import ModelRunner, RunnerConfig
-from linalign.alignment_core.scheduling.scheduler import Row
 from linalign.alignment_core.scheduling.sequence import Branch
+from linalign.alignment_core.scheduling.step import Row
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""What waits for its first step, and how much of it may."""
+"""How many requests wait for their first step, and how many may."""
 
 import math
 import threading
@@ -9,9 +9,9 @@ from linalign.alignment_core.scheduling.sequence import Sequence
 
 
 class Backlog:
-    """Counts of choices, and of prompt tokens of all their branches, that have not run yet; safe from any thread.
+    """Counts the waiting choices and their prompt tokens in all branches. Safe from any thread.
 
-    max_requests, max_tokens: their bounds, None for none. batch: how many leave at once, at most.
+    max_requests, max_tokens: upper bounds; None means no bound. batch: sequences that run at once, at most.
     """
 
     def __init__(self, max_requests: int | None, max_tokens: int | None, batch: int) -> None:
@@ -21,14 +21,14 @@ class Backlog:
         self.num_requests = self.num_tokens = 0
 
     def enter(self, choices: Seq[Sequence]) -> None:
-        """Raises EngineBusy where they don't fit; one request always does, however long it is."""
+        """Count these choices. Raises EngineBusy beyond a bound; an empty backlog takes any one request."""
         with self._lock:
             self.refuse_if_full(choices)
             self.num_requests += len(choices)
             self.num_tokens += sum(choice.num_prompt_tokens for choice in choices)
 
     def refuse_if_full(self, choices: Seq[Sequence] = ()) -> None:
-        """Raises EngineBusy if there is no room for these choices, or for any at all."""
+        """Raises EngineBusy if there is no room for these choices, or, without choices, for a single one."""
         with self._lock:
             most, most_tokens = self._bounds
             num_requests = self.num_requests + max(len(choices), 1)
@@ -37,9 +37,7 @@ class Backlog:
                 raise EngineBusy(retry_after=min(1 + self.num_requests // self._batch, 60))
 
     def leave(self, sequence: Sequence) -> None:
-        """It runs now, or never will; said again it changes nothing."""
+        """Stop counting a sequence: its first step begins, or it ends before that. Call it once for each sequence."""
         with self._lock:
-            if sequence.is_queued:
-                sequence.is_queued = False
-                self.num_requests -= 1
-                self.num_tokens -= sequence.num_prompt_tokens
+            self.num_requests -= 1
+            self.num_tokens -= sequence.num_prompt_tokens

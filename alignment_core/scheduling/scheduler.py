@@ -1,70 +1,22 @@
 """Which rows run in the next step.
 
-The unit is the sequence: its branches are admitted, preempted and freed together, and it draws a
-token only in a step that brings every one of its branches to its newest token. Decodes come first,
-those that have waited longest ahead, then prefills in order of arrival, each cut to what is left of
-the step's token budget.
+The unit is the sequence: its branches are admitted, preempted and freed together. A sequence draws a
+token only in a step that brings all of its branches to their newest tokens. Decodes come first,
+longest wait first; then prefills in order of arrival, each cut to the rest of the step's token budget.
 """
 
 import itertools
 from collections import deque
-from dataclasses import dataclass, field
 
 from linalign.alignment_core.scheduling.kv_cache import PagePool
-from linalign.alignment_core.scheduling.sequence import Branch, Sequence
+from linalign.alignment_core.scheduling.sequence import Branch, Sequence, Status
+from linalign.alignment_core.scheduling.step import Row, Step
 
-SPECULATIVE_BATCH = 64  # tokens: a step that is longer anyway has no time to spare for drafts
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One branch's query tokens [start, end) in one forward pass; the last of them may be drafts."""
-
-    branch: Branch
-    start: int
-    end: int
-    drafts: tuple[int, ...] = ()
-
-    @property
-    def num_tokens(self) -> int:
-        return self.end - self.start
-
-    @property
-    def tokens(self) -> list[int]:
-        """One that is being drawn is negative, see `Sequence.expect`."""
-        return [*self.branch.tokens[self.start : self.end], *self.drafts]
-
-    def cut(self, num_tokens: int) -> "tuple[Row, Row]":
-        """Its first tokens, and the others."""
-        middle = self.start + num_tokens
-        num_drafts = max(0, middle - (self.end - len(self.drafts)))
-        head = Row(self.branch, self.start, middle, self.drafts[:num_drafts])
-        return head, Row(self.branch, middle, self.end, self.drafts[num_drafts:])
-
-
-@dataclass(slots=True)
-class Step:
-    """All rows of one forward pass. Sequences in `drawing` get a token: all their rows end at their newest one,
-    or at the last of their drafts. admitted: those that ran from this step on. num_given: drafts that are given, of
-    all rows.
-    """
-
-    rows: dict[Sequence, list[Row]] = field(default_factory=dict)
-    admitted: list[Sequence] = field(default_factory=list)
-    drawing: list[Sequence] = field(default_factory=list)
-    num_tokens: int = 0
-    num_given: int = 0
-
-    def drafts(self, sequence: Sequence) -> tuple[int, ...]:
-        return self.rows[sequence][0].drafts
-
-    @property
-    def has_drafts(self) -> bool:
-        return any(self.drafts(sequence) for sequence in self.drawing)
+SPECULATIVE_BATCH = 64  # tokens; in a longer step drafts would cost time
 
 
 class Scheduler:
-    """Sequences that wait and sequences that run. Not thread-safe: the engine's loop owns it.
+    """Sequences that wait and sequences that run. Not thread-safe: the loop owns it.
 
     num_speculative_tokens: the longest draft; 0 switches speculation off.
     """
@@ -87,27 +39,28 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, wherever it is, and free its pages."""
-        if sequence in self.running:
+        """Forget a sequence and free its pages. A second call has no effect."""
+        if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
             self._release(sequence)
-        elif sequence in self.waiting:
+        elif sequence.status is not Status.FINISHED:
             self.waiting.remove(sequence)
+        sequence.status = Status.FINISHED
 
-    def awaits_tokens(self) -> bool:
-        """Whether the tokens that are being drawn should be known before the next step is planned."""
-        if any(sequence.follows_reply for sequence in self.running):
+    def needs_pending_tokens(self) -> bool:
+        """Whether the next step should be planned after the tokens of the pending step are known."""
+        if any(sequence.needs_last_token for sequence in self.running):
             return True
         rows = sum(len(sequence.branches) for sequence in self.running)
         if self.num_speculative_tokens == 0 or rows > SPECULATIVE_BATCH // 2:
             return False
-        promises = [sequence.lookup.promises() for sequence in self.running]  # all are asked: they count their pauses
-        return any(promises)
+        may_draft = [sequence.lookup.may_draft_next() for sequence in self.running]  # each call counts a pause
+        return any(may_draft)
 
     def schedule(self, may_draft: bool = True) -> Step:
-        """Plan the next step. Pages are allocated and published; `commit` must follow the forward pass.
+        """Plan the next step, allocate and publish its pages. `commit` must follow the forward pass.
 
-        may_draft: whether all tokens drawn so far are known.
+        may_draft: whether all drawn tokens are known. Only then can drafts follow them.
         """
         step = Step()
         preemptions = self.num_preemptions
@@ -120,7 +73,9 @@ class Scheduler:
         while self.waiting and self.num_preemptions == preemptions and self._admits(self.waiting[0], step):
             sequence = self.waiting.popleft()
             self.running.append(sequence)
-            step.admitted.append(sequence)
+            if sequence.status is Status.WAITING:
+                step.admitted.append(sequence)
+            sequence.status = Status.RUNNING
             self.num_tokens_admitted += sum(len(branch.tokens) for branch in sequence.branches)
             self._schedule(sequence, step)
         if may_draft:
@@ -131,11 +86,12 @@ class Scheduler:
 
     def _schedule_all(self, sequences: list[Sequence], step: Step) -> None:
         for sequence in sequences:
-            if sequence in self.running and sequence.num_drawn < sequence.max_tokens:  # it may be preempted by now
+            # A sequence may be preempted by the ones before it.
+            if sequence.status is Status.RUNNING and sequence.num_drawn < sequence.max_tokens:
                 self._schedule(sequence, step)
 
     def commit(self, step: Step) -> None:
-        """Record that the step's forward pass has run. Drafts count once they are accepted."""
+        """Record that the step's forward pass has run. Drafts count as computed when they are accepted."""
         for sequence, rows in step.rows.items():
             for row in rows:
                 row.branch.num_computed = row.end - len(row.drafts)
@@ -144,7 +100,7 @@ class Scheduler:
                     sequence.num_tokens_extra += row.num_tokens
 
     def _admits(self, sequence: Sequence, step: Step) -> bool:
-        # One spare page a running sequence, so that an admission is not undone by the next decode.
+        # One spare page for each running sequence, so that the next decode does not undo the admission.
         pages = sum(self.pool.pages_for(len(branch.tokens) + 1) for branch in sequence.branches)
         return (
             len(self.running) < self.max_num_seqs
@@ -159,22 +115,22 @@ class Scheduler:
             num_cached = self.pool.adopt(branch)
             sequence.num_tokens_cached += num_cached
             self.num_tokens_cached += num_cached
-            if branch is sequence.branches[0] and not (sequence.num_drawn or sequence.was_preempted):
+            if branch is sequence.branches[0] and not (sequence.num_drawn or sequence.num_preemptions):
                 sequence.num_prompt_cached += num_cached
             num_tokens = min(branch.remaining, budget)
             if num_tokens == branch.remaining and budget - num_tokens < later:
-                num_tokens -= 1  # nothing is drawn without the later branches: leave the token to them
+                num_tokens -= 1  # the later branches need the token: without them nothing is drawn
             end = branch.num_computed + num_tokens
             if not self._allocate(sequence, branch, end, step):
                 return
-            # The newest token may be trimmed below, so the page that it fills is published a step later.
+            # The newest token may be trimmed below, so its page is published a step later.
             self.pool.publish(branch, min(end, len(branch.tokens) - 1))
             rows.append(Row(branch, branch.num_computed, end))
             budget -= end - branch.num_computed
 
         if all(row.end == len(row.branch.tokens) for row in rows):
             step.drawing.append(sequence)
-        else:  # no branch gets ahead: the logits of all are wanted in the same step
+        else:  # no branch gets ahead: the draw needs the logits of all branches in the same step
             rows = [Row(row.branch, row.start, min(row.end, len(row.branch.tokens) - 1)) for row in rows]
             rows = [row for row in rows if row.num_tokens]
         if rows:
@@ -183,8 +139,8 @@ class Scheduler:
             step.num_tokens += sum(row.num_tokens for row in rows)
 
     def _lengthen_by_given(self, step: Step) -> None:
-        """Decoding sequences whose next tokens are given take more of them: a batch for all, whatever else runs, as
-        every one has logits of its own.
+        """Let decoding sequences take several given tokens in one step. All such sequences share SPECULATIVE_BATCH
+        tokens, because each given token needs a row of logits.
         """
         for sequence in step.drawing:
             rows = step.rows[sequence]
@@ -199,18 +155,18 @@ class Scheduler:
                 step.num_given += is_longer * len(rows) * num_given
 
     def _speculate(self, sequence: Sequence, step: Step) -> None:
-        """Lengthen a decoding sequence's rows by drafts, as far as they cost next to nothing."""
+        """Append drafts to the rows of a decoding sequence while the step stays within SPECULATIVE_BATCH tokens."""
         rows = step.rows[sequence]
         most = min(
             self.num_speculative_tokens,
             (min(SPECULATIVE_BATCH, self.max_num_batched_tokens) - step.num_tokens) // len(rows),
             sequence.max_tokens - len(sequence.output_ids) - 1,
         )
-        if most > 0 and not sequence.follows_reply:
+        if most > 0 and not sequence.needs_last_token:
             self._lengthen(sequence, step, tuple(sequence.lookup.draft(most)))
 
     def _lengthen(self, sequence: Sequence, step: Step, drafts: tuple[int, ...]) -> bool:
-        """Whether the sequence is decoding and there are pages for it."""
+        """Append drafts to the sequence's rows; False, and no change, if it is not decoding or pages are missing."""
         rows = step.rows[sequence]
         if not drafts or any(row.num_tokens > 1 for row in rows):
             return False
@@ -221,7 +177,7 @@ class Scheduler:
         return True
 
     def _allocate(self, sequence: Sequence, branch: Branch, num_tokens: int, step: Step) -> bool:
-        """Get pages, preempting the newest sequences if need be; False if `sequence` itself had to go."""
+        """Allocate pages, preempting the newest sequences if need be; False if `sequence` itself is preempted."""
         while not self.pool.allocate(branch, num_tokens):
             victim = next(s for s in reversed(self.running) if s not in step.rows)
             self._preempt(victim)
@@ -232,7 +188,8 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._release(sequence)
-        sequence.was_preempted = True
+        sequence.status = Status.PREEMPTED
+        sequence.num_preemptions += 1
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
 

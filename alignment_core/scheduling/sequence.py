@@ -1,8 +1,10 @@
-"""What is being generated: branches and sequences."""
+"""What the loop keeps of a request: branches and sequences."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from enum import Enum, auto
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
@@ -17,55 +19,74 @@ if TYPE_CHECKING:
     from linalign.alignment_core.decoding.edits import Edits
 
 
+class Status(Enum):
+    """Where a sequence is. The scheduler alone changes it."""
+
+    WAITING = auto()  # for its first step
+    RUNNING = auto()  # its branches hold pages
+    PREEMPTED = auto()  # its pages are freed; it waits to run again
+    FINISHED = auto()  # the scheduler has forgotten it
+
+
 @dataclass(slots=True)
 class Branch:
-    """One token context and its pages. Tokens [0, num_computed) have their keys and values in the pool."""
+    """One token context and its pages. The pool has the keys and values of tokens [0, num_computed)."""
 
-    tokens: list[int]
-    pages: list[int] = field(default_factory=list)
-    page_hashes: list[bytes] = field(default_factory=list)
-    num_published: int = 0
-    num_computed: int = 0
-    salt: bytes = b""
+    tokens: list[int]  # the prompt, then the reply
+    pages: list[int] = field(default_factory=list)  # page numbers, in the order of the tokens
+    page_hashes: list[bytes] = field(default_factory=list)  # of the first full pages: see `kv_cache.hash_pages`
+    num_published: int = 0  # leading pages that other branches may adopt
+    num_computed: int = 0  # leading tokens whose keys and values are in the pages
+    salt: bytes = b""  # pages are shared with branches of the same salt alone
 
     @property
     def remaining(self) -> int:
         return len(self.tokens) - self.num_computed
 
 
+class OutputChannel:
+    """Hands a choice's outputs to its listener, from any thread, and nothing after the last one."""
+
+    def __init__(self, on_output: Callable[[Output], None]) -> None:
+        self._on_output = on_output
+        self._lock = threading.RLock()
+        self._is_closed = False
+
+    def send(self, output: Output) -> None:
+        """Raises what the listener raises."""
+        with self._lock:
+            if not self._is_closed:
+                self._is_closed = output.finish_reason is not None
+                self._on_output(output)
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One choice being generated: its branches, its parameters, and what has been drawn so far.
-
-    matcher: where the reply is in its structure. is_queued: it has not run yet. directions: OPAD's latest, by
-    position. edits: made when the first token is edited. was_told: on_output has got, or gets, the last output.
-    """
+    """One choice that is generated: its branches, its parameters, and its reply so far."""
 
     request_id: int
     prompt: Prompt
     params: SamplingParams
-    seed: int
-    max_tokens: int
-    stop_token_ids: frozenset[int]
-    eos_token_ids: frozenset[int]
-    text: TextStream
-    on_output: Callable[[Output], None]
-    choice: int = 0
-    matcher: "LLMatcher | None" = None
-    branches: list[Branch] = field(init=False)
-    output_ids: list[int] = field(default_factory=list)
-    num_tokens_computed: int = 0
-    num_tokens_extra: int = 0
-    num_tokens_cached: int = 0
-    num_prompt_cached: int = 0
-    last_turn: int = 0
-    was_preempted: bool = False
-    is_queued: bool = True
-    ended: bool = False
-    was_told: bool = False
-    edits: "Edits | None" = None
-    lookup: PromptLookup = field(init=False)
-    directions: dict[int, Tensor] = field(default_factory=dict)
+    seed: int  # of the draws; params.seed, or a fresh one
+    max_tokens: int  # length of the reply, given tokens included
+    stop_token_ids: frozenset[int]  # tokens that end the reply
+    eos_token_ids: frozenset[int]  # the model's own ends of sequence
+    text: TextStream  # token ids to text
+    outputs: OutputChannel
+    choice: int = 0  # number among the choices of the request
+    matcher: "LLMatcher | None" = None  # where the reply is in its structure
+    status: Status = Status.WAITING
+    branches: list[Branch] = field(init=False)  # the principled ones, then the base
+    output_ids: list[int] = field(default_factory=list)  # the reply so far, given tokens included
+    num_preemptions: int = 0
+    num_tokens_computed: int = 0  # of all branches
+    num_tokens_extra: int = 0  # of them, those of all branches but the first
+    num_tokens_cached: int = 0  # that prefix reuse spared, of all branches
+    num_prompt_cached: int = 0  # that prefix reuse spared in the first principled prompt
+    last_turn: int = 0  # the scheduler's number of the latest step that the sequence ran in
+    edits: "Edits | None" = None  # made when the first token is edited
+    lookup: PromptLookup = field(init=False)  # drafts
+    directions: dict[int, Tensor] = field(default_factory=dict)  # OPAD's memory: the newest directions by position
     times: Times = field(default_factory=Times)
 
     def __post_init__(self) -> None:
@@ -73,19 +94,19 @@ class Sequence:
         self.lookup = PromptLookup(self.branches[0].tokens)
 
     def unwanted_ends(self, position: int) -> frozenset[int]:
-        """The tokens that must not come after so many of the reply, if others may."""
+        """The tokens that must not come at this position of the reply, if another token can."""
         if position < self.params.min_tokens:
             return self.stop_token_ids | (self.eos_token_ids if self.matcher is not None else frozenset())
         return self.eos_token_ids if self.params.ignore_eos and self.matcher is not None else frozenset()
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Of all branches, what is given included."""
+        """Tokens of all branches, given tokens included."""
         return sum(len(ids) for ids in self.prompt.branches) + len(self.prompt.given)
 
     @property
-    def follows_reply(self) -> bool:
-        """Whether the next draw depends on more of the reply than the branches' contexts tell the model."""
+    def needs_last_token(self) -> bool:
+        """Whether the host must know the last token before the next one can be drawn: an edit depends on it."""
         return self.params.penalises or self.matcher is not None or self.num_replied < 0
 
     @property
@@ -94,7 +115,7 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether only the newest token of each branch is left to compute."""
+        """Whether each branch has one token left to compute, its newest."""
         return all(branch.remaining == 1 for branch in self.branches)
 
     @property
@@ -104,24 +125,24 @@ class Sequence:
 
     @property
     def num_replied(self) -> int:
-        """Tokens that were not given; negative as long as more are to be."""
+        """Tokens of the reply that were not given; negative while given tokens are left."""
         return len(self.output_ids) - len(self.prompt.given)
 
     def expect(self, place: int) -> None:
-        """The step that has been launched draws the next token: until it is known, −1 − place stands for it."""
+        """Append a placeholder for the token that the launched step draws at `place`: −1 − place."""
         for branch in self.branches:
             branch.tokens.append(-1 - place)
 
     def append(self, token_id: int) -> None:
-        """DESIGN section 2.6: the one token that was drawn goes to every branch, in the place kept for it if any."""
+        """Append the drawn token to every branch, over its placeholder if it has one."""
         for branch, prompt in zip(self.branches, self.prompt.branches, strict=True):
             place = len(prompt) + len(self.output_ids)
             branch.tokens[place : place + 1] = [token_id]
         self.output_ids.append(token_id)
         self.directions.pop(self.num_replied - 2, None)  # the next draw needs the one before it
 
-    def last_output(self, reason: FinishReason, news: Output | None = None) -> Output:
-        """news: of the last token, if there is any."""
+    def last_output(self, reason: FinishReason, output: Output | None = None) -> Output:
+        """The last output of the sequence. output: of its last token, if there is one."""
         usage = Usage(
             prompt_tokens=len(self.prompt.principled[0]) + len(self.prompt.given),
             prompt_cached_tokens=self.num_prompt_cached,
@@ -131,5 +152,12 @@ class Sequence:
             extra_tokens_computed=self.num_tokens_extra,
             prefix_cached_tokens=self.num_tokens_cached,
         )
-        news = news or Output("", choice=self.choice)
-        return replace(news, finish_reason=reason, usage=usage, times=self.times)
+        output = output or Output("", choice=self.choice)
+        return replace(output, finish_reason=reason, usage=usage, times=self.times)
+
+
+class NextToken(NamedTuple):
+    """A token that a step draws: `position` is its number in the sequence's reply, negative for a given token."""
+
+    sequence: Sequence
+    position: int

@@ -3,7 +3,7 @@
 Saxena, "Prompt Lookup Decoding", 2023. The draft is the same for every branch of a sequence, as all
 of them share what has been generated. Verification draws at every drafted position from the mixed
 distribution, with that position's own number, and goes on while the draw is the draft: a token is
-accepted with the probability that it has, which is speculative sampling (Leviathan et al., ICML 2023)
+accepted with its own probability, which is speculative sampling (Leviathan et al., ICML 2023)
 for a draft without a distribution of its own. So the reply is the one that would have been drawn
 token by token, to the very token under one seed.
 """
@@ -15,8 +15,8 @@ LONGEST_PAUSE = 32  # steps
 class PromptLookup:
     """Drafts for one sequence.
 
-    tokens: the context so far, owned and lengthened by somebody else; never shortened. Its last one may
-    be unknown yet when `promises` is asked, never when `draft` is.
+    tokens: the context so far. The sequence owns it, appends to it and never shortens it. The last token
+    may be a placeholder when `may_draft_next` is called, but not when `draft` is.
     """
 
     def __init__(self, tokens: list[int]) -> None:
@@ -26,27 +26,27 @@ class PromptLookup:
         self._length = 4
         self._misses = 0
         self._resume = 0  # tokens before the next draft
-        self._has_promised = False
+        self._may_draft_next = False
 
-    def promises(self) -> bool:
-        """Whether the tokens before the newest one have stood elsewhere, so that a draft is worth waiting for it."""
+    def may_draft_next(self) -> bool:
+        """Whether the tokens before the newest one occur earlier, so that a draft is worth waiting for the newest."""
         if len(self._tokens) < self._resume:
             return False
-        self._has_promised = self._match(len(self._tokens) - 1) is not None
-        return self._has_promised
+        self._may_draft_next = self._match(len(self._tokens) - 1) is not None
+        return self._may_draft_next
 
     def draft(self, most: int) -> list[int]:
-        """Up to `most` tokens that followed the newest ones where they last stood; none where they are new."""
+        """Up to `most` tokens that followed the newest ones at their last occurrence; none if there was none."""
         if len(self._tokens) < self._resume:
             return []
         start = self._match(len(self._tokens))
-        if start is None and self._has_promised:
-            self.learn(0, 0)  # waiting for the newest token was in vain
-        self._has_promised = False
+        if start is None and self._may_draft_next:
+            self.learn(0, 0)  # the wait for the newest token gained nothing
+        self._may_draft_next = False
         return [] if start is None else self._continuation(start, min(most, self._length))
 
     def learn(self, num_drafted: int, num_accepted: int) -> None:
-        """Draft more after a draft that was right, less after one that was not, and pause after wrong ones."""
+        """Draft more after an accepted draft, less after a rejected one, and pause after several rejected ones."""
         if num_accepted:
             self._misses = 0
             self._length = 2 * num_drafted if num_accepted == num_drafted else num_accepted + 1
@@ -57,12 +57,12 @@ class PromptLookup:
 
     def _continuation(self, start: int, length: int) -> list[int]:
         text = self._tokens[start : start + length]
-        while len(text) < length:  # the match runs into the end: what follows it repeats with that period
+        while len(text) < length:  # the match reaches the end of the context: repeat it with that period
             text.append(text[start - len(self._tokens) + len(text)])
         return text
 
     def _match(self, end: int) -> int | None:
-        """Where the context went on, the last time that it had the n-gram before `end`."""
+        """The place after the last earlier occurrence of the n-gram before `end`; None if there is none."""
         for place in range(self._num_indexed, end):  # n-grams that have a token after them
             for n in NGRAMS:
                 if place >= n:

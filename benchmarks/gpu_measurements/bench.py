@@ -238,7 +238,7 @@ def start_decodes(engine: Engine, prompts: list[Prompt], max_tokens: int) -> Non
 
 def drop(engine: Engine) -> None:
     """End all requests."""
-    for request_id in list(engine._requests):
+    for request_id in list(engine.loop.requests):
         engine.abort(request_id)
     finish(engine)
 

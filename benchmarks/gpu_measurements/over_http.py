@@ -19,6 +19,7 @@ def over_http(bench: Bench) -> dict[str, float]:
     from linalign.server.app import create_app
     from linalign.server.bench import BenchSettings, chats
     from linalign.server.bench import bench as load_test
+    from linalign.server.local_engine import LocalEngine
     from linalign.server.settings import Settings
 
     many, reply = bench.shape.many, bench.shape.reply
@@ -31,7 +32,7 @@ def over_http(bench: Bench) -> dict[str, float]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    app = create_app(bench.engine, Settings())
+    app = create_app(LocalEngine(bench.engine), Settings())
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()

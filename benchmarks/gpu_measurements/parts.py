@@ -22,7 +22,7 @@ def without(*parts: str | None) -> Iterator[None]:
             match part:
                 case "compile":
                     patch(model_runner, "compile_layers", lambda *_: None)
-                    patch(static_sampler, "compiled_draw", lambda *_: static_draw.draw)
+                    patch(static_sampler, "compiled_draw", lambda *_: static_draw.draw_from_logits)
                 case "Triton":
                     patch(model_runner, "_choose_backend", lambda _: sdpa.NAME)
                 case "graphs":

@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.nn.functional import kl_div
@@ -12,6 +13,7 @@ from gpu_measurements.bench import GREEDY, RATIO, SMALL, Bench, exact_model, fin
 from gpu_measurements.parts import without
 from gpu_measurements.smoke import EXPECTED
 from linalign import Engine, EngineConfig, Prompt
+from linalign.alignment_core.decoding.sampler import Drawn
 from linalign.alignment_core.loading.loader import LoadedModel
 
 SEED, SCALE = 2, 0.1
@@ -78,16 +80,15 @@ def log_probabilities(model: Any, prompt: tuple[int, ...], tokens: list[int]) ->
 def forced(engine: Engine, prompt: Prompt, tokens: list[int]) -> torch.Tensor:
     """[tokens, V] log-probabilities of the engine's own path while it is made to reply `tokens`."""
     seen: list[torch.Tensor] = []
-    sample, wanted = engine._sample, iter(tokens)
+    sampler, wanted = engine.loop.sampler, iter(tokens)
 
-    def spy(logits: torch.Tensor, *_: object) -> torch.Tensor:
+    def spy(logits: torch.Tensor, *_: object) -> Drawn:
         seen.append(logits[:1].float().log_softmax(-1).clone())
-        return engine.runner.drawn[:1].fill_(next(wanted))
+        return Drawn(engine.runner.drawn[:1].fill_(next(wanted)), [])
 
-    engine._sample = spy
-    start(engine, [prompt], replace(GREEDY, max_tokens=len(tokens)))
-    finish(engine)
-    engine._sample = sample
+    with mock.patch.object(sampler, "draw", spy):
+        start(engine, [prompt], replace(GREEDY, max_tokens=len(tokens)))
+        finish(engine)
     return torch.cat(seen)
 
 

@@ -10,6 +10,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from gpu_measurements.bench import GREEDY, Bench, drop, finish, forget, start, start_decodes
+from linalign.alignment_core.scheduling.sequence import NextToken
 
 PROFILED_STEPS = 8
 TOP = 20  # kernels
@@ -160,12 +161,12 @@ def draw_time(bench: Bench) -> float:
     with mock.patch.object(engine.scheduler, "add", sequences.append):
         params = replace(GREEDY, temperature=1.0, max_tokens=1)
         start(engine, [bench.prompt(i, True) for i in range(bench.shape.many)], params)
-        engine._take_in()
-    engine._requests.clear()
+        engine._empty_inbox()
+    engine.loop.requests.clear()
     logits = engine.runner.logits.normal_(0, 3)[: 2 * len(sequences)]
     run = engine.runner.graphs.run
     with mock.patch.object(engine.runner.graphs, "run", wraps=run) as spy:
-        engine._sample(logits, sequences, [0] * len(sequences))
+        engine.loop.sampler.draw(logits, [NextToken(sequence, 0) for sequence in sequences])
     ((name, function),) = [call.args for call in spy.call_args_list]
 
     def again() -> None:

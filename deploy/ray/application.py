@@ -18,6 +18,7 @@ from linalign.server import logs
 from linalign.server.app import create_app
 from linalign.server.cli import build_engine
 from linalign.server.command_line import complaints
+from linalign.server.local_engine import LocalEngine
 from linalign.server.presets import load_presets
 from linalign.server.protocol.errors import error_response
 from linalign.server.settings import Settings, check_variables
@@ -47,6 +48,7 @@ class EngineReplica:
     def __init__(self, settings: Settings) -> None:
         logs.begin(settings.log_format)
         self._engine = build_engine(settings).start()
+        self._client = LocalEngine(self._engine)
         self._id = serve.get_replica_context().replica_id.unique_id
         self._told = 0.0  # when the stats went out last
 
@@ -86,7 +88,7 @@ class EngineReplica:
 
         request_id, left = None, n
         try:
-            request_id = await self._engine.submit_async(prompt, params, on_output, n)
+            request_id = await self._client.submit(prompt, params, on_output, n)
             yield self._news()
             while left:
                 new = [await outputs.get()]

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from linalign import EngineBusy, EngineDead, Output, Prompt, SamplingParams
-from linalign.alignment_core.output import FinishReason, Stats, nothing_of
+from linalign.alignment_core.output import FinishReason, Stats, terminal_output
 from linalign.alignment_core.text.detokenizer import TokenBytes
 from linalign.alignment_core.text.prompts import PromptBuilder
 from ray.exceptions import RayActorError, RayTaskError
@@ -93,7 +93,7 @@ class Request:
         """Tell that the choices that are left have ended, and why."""
         while self.num_tokens:
             choice, num_tokens = self.num_tokens.popitem()
-            self.on_output(nothing_of(self.prompt, choice, reason, num_tokens))
+            self.on_output(terminal_output(self.prompt, choice, reason, num_tokens))
 
 
 class RemoteEngine:
@@ -128,7 +128,7 @@ class RemoteEngine:
     def refuse_early(self) -> None:
         """Nothing: whether there is room turns out when a replica is looked for."""
 
-    async def submit_async(
+    async def submit(
         self, prompt: Prompt, params: SamplingParams, on_output: Callable[[Output], None], n: int = 1
     ) -> int:
         """Until a replica has taken the request in. Raises ClusterBusy, EngineDead, InvalidRequest."""

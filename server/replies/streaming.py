@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from linalign import EngineDead, InvalidRequest, Output, Prompt, RequestFailed, SamplingParams, Usage
-from linalign.alignment_core.output import IMPOSSIBLE, TokenLogprob, nothing_of
+from linalign.alignment_core.output import IMPOSSIBLE, TokenLogprob, terminal_output
 from linalign.server.engine_client import EngineClient
 from linalign.server.exchange import CODES, exchange_of
 from linalign.server.protocol.chat_request import ChatCompletionRequest
@@ -86,7 +86,7 @@ class Replies:
             replies._queue.put_nowait(output)
 
         try:
-            replies._request_id = await state.engine.submit_async(prompt, params, on_output, n)
+            replies._request_id = await state.engine.submit(prompt, params, on_output, n)
         except Exception as error:
             span.fail(error)
             raise
@@ -97,7 +97,7 @@ class Replies:
         """For a request that asks for no token at all."""
         replies = cls(engine, n)
         for choice in range(n):
-            replies._queue.put_nowait(nothing_of(prompt, choice, "length"))
+            replies._queue.put_nowait(terminal_output(prompt, choice, "length"))
         return replies
 
     async def __aiter__(self) -> AsyncIterator[Output]:

@@ -6,14 +6,16 @@ from scipy import stats
 
 from linalign import Prompt
 from linalign.alignment_core.cpu import vocabulary
-from linalign.alignment_core.decoding import sampling
+from linalign.alignment_core.decoding import candidates as narrowing
 from linalign.alignment_core.decoding.alignment import Mixing, direction, log_totals, plausible_set, principled_logits
+from linalign.alignment_core.decoding.candidates import candidates
+from linalign.alignment_core.decoding.draw_settings import DrawSettings, uniform
 from linalign.alignment_core.decoding.methods import linear
-from linalign.alignment_core.decoding.sampling import Settings, choose, draw, uniform
+from linalign.alignment_core.decoding.sampling import draw_places, sample_from
 from tests.oracle import Oracle, Setting
 
 
-def settings(n, numbers=None, **changes):
+def settings(n, numbers=None, mixing=None, **changes):
     """n plain sequences at temperature 1; changes: a value for all or a list of n."""
     values = {
         "aligned": False,
@@ -26,7 +28,13 @@ def settings(n, numbers=None, **changes):
         "uniform": ((torch.arange(n).double() + 0.5) / n) if numbers is None else numbers,
         **changes,
     }
-    return Settings(**{name: torch.as_tensor(value).expand(n).clone() for name, value in values.items()})
+    tensors = {name: torch.as_tensor(value).expand(n).clone() for name, value in values.items()}
+    return DrawSettings(mixing, **tensors)
+
+
+def choose(logits, y, chosen):
+    """The tokens of the dynamic draw."""
+    return sample_from(candidates(logits, y, chosen), chosen)
 
 
 def everywhere(logits, mixing):
@@ -46,7 +54,7 @@ def test_mixing_equals_the_formula(ratios):
     k = len(ratios)
     weights = tuple(w / sum(range(1, k + 1)) for w in range(1, k + 1))
     logits = torch.randn(k + 1, 50) * 5
-    mixing = Mixing.plan([(weights, linear(weights, ratios), True)])
+    mixing = Mixing.of([(weights, linear(weights, ratios), True)])
     z = principled_logits(logits, mixing) + everywhere(logits, mixing)
     setting, prompt = Setting(ratios, weights, top_p=float("inf")), Prompt(((1,),) * k, weights, ratios, (1,))
     oracle = object.__new__(Oracle)  # of logits that are there already
@@ -56,14 +64,14 @@ def test_mixing_equals_the_formula(ratios):
 
 def test_a_plain_row_beside_aligned_ones_is_untouched_to_the_bit():
     logits = torch.randn(6, 1000)
-    mixing = Mixing.plan([((0.5, 0.5), (1.0, 2.0), True), ((1.0,), (0.0,), False), ((1.0,), (3.0,), True)])
+    mixing = Mixing.of([((0.5, 0.5), (1.0, 2.0), True), ((1.0,), (0.0,), False), ((1.0,), (3.0,), True)])
     z = principled_logits(logits, mixing) + everywhere(logits, mixing)
     assert torch.equal(z[1], logits[3])
 
 
 def test_the_direction_is_free_of_nan_when_edits_are_minus_infinity():
     logits = torch.randn(2, 10)
-    mixing = Mixing.plan([((1.0,), (5.0,), True)])
+    mixing = Mixing.of([((1.0,), (5.0,), True)])
     y = principled_logits(logits, mixing)
     y[:, 3] = -torch.inf
     z = y + everywhere(logits, mixing)
@@ -91,7 +99,7 @@ def test_settings_are_each_rows_own():
     z = torch.zeros(2, 100)
     z[:, 0] = 1.0
     both = settings(2, top_k=[1, 0], uniform=[0.99, 0.99])
-    first, second = draw(z, both).tolist()
+    first, second = draw_places(z, both).tolist()
     assert first == 0
     assert second != 0
 
@@ -108,7 +116,7 @@ def test_settings_are_each_rows_own():
 )
 def test_filters(filters, support):
     z = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]).log().expand(1000, 5)
-    assert set(draw(z, settings(1000, **filters)).tolist()) == support
+    assert set(draw_places(z, settings(1000, **filters)).tolist()) == support
 
 
 @pytest.mark.parametrize(
@@ -133,19 +141,19 @@ def test_what_is_left_out_early_makes_no_difference(filters, narrows, monkeypatc
     torch.manual_seed(2)
     logits = torch.randn(64, 3000) * 4
     aligned = filters.get("aligned", False)
-    mixing = Mixing.plan([((1.0,), (2.0 * aligned,), aligned)] * 32)
-    y, chosen = principled_logits(logits, mixing), settings(32, **filters)
-    sizes, narrow = [], sampling.narrow
+    mixing = Mixing.of([((1.0,), (2.0 * aligned,), aligned)] * 32)
+    y, chosen = principled_logits(logits, mixing), settings(32, mixing=mixing, **filters)
+    sizes, narrow = [], narrowing.narrow
 
     def watch(y, bounds):
-        tokens, candidates = narrow(y, bounds)
+        tokens, of_tokens = narrow(y, bounds)
         sizes.append(tokens.shape[1])
-        return tokens, candidates
+        return tokens, of_tokens
 
-    monkeypatch.setattr(sampling, "narrow", watch)
-    early = choose(logits, y, mixing, chosen)
-    monkeypatch.setattr(sampling, "floor", lambda y, *_: torch.full((len(y),), -torch.inf))
-    assert torch.equal(early, choose(logits, y, mixing, chosen))
+    monkeypatch.setattr(narrowing, "narrow", watch)
+    early = choose(logits, y, chosen)
+    monkeypatch.setattr(narrowing, "floor", lambda y, *_: torch.full((len(y),), -torch.inf))
+    assert torch.equal(early, choose(logits, y, chosen))
     assert (sizes[0] < 3000) == narrows
     assert sizes[-1] == 3000
 
@@ -160,33 +168,37 @@ def test_the_kernels_passes_over_a_vocabulary_are_torchs(size, share, monkeypatc
     bounds = y.quantile(share, dim=-1).clamp(min=-1e30)
     assert vocabulary.has_kernels(y)
     best, totals = vocabulary.log_totals(y, temperature)
-    narrowed = sampling.narrow(y, bounds)
+    narrowed = narrowing.narrow(y, bounds)
     assert torch.equal(best, log_totals(y, temperature)[0])
     torch.testing.assert_close(totals, log_totals(y, temperature)[1], atol=1e-5, rtol=1e-6)
     monkeypatch.setattr(vocabulary, "has_kernels", lambda _: False)
-    for ours, theirs in zip(narrowed, sampling.narrow(y, bounds), strict=True):
+    for ours, theirs in zip(narrowed, narrowing.narrow(y, bounds), strict=True):
         assert torch.equal(ours, theirs)
 
 
 def test_narrow_and_wide_lines_mix():
     torch.manual_seed(3)
     logits = torch.randn(8, 500) * 3
-    mixing = Mixing.plan([((1.0,), (2.0 * a,), a) for a in (True, False, False, True)])
+    mixing = Mixing.of([((1.0,), (2.0 * a,), a) for a in (True, False, False, True)])
     y = principled_logits(logits, mixing)
     mixed = settings(
-        4, aligned=[True, False, False, True], nucleus_top_p=[0.8, 1.0, 0.5, 1.0], temperature=[0.0, 1.0, 1.0, 2.0]
+        4,
+        mixing=mixing,
+        aligned=[True, False, False, True],
+        nucleus_top_p=[0.8, 1.0, 0.5, 1.0],
+        temperature=[0.0, 1.0, 1.0, 2.0],
     )
-    together = choose(logits, y, mixing, mixed)
+    together = choose(logits, y, mixed)
     for i in range(4):
         index = torch.tensor([i])
-        assert choose(logits, y[index], mixing[index], mixed[index]) == together[i]
+        assert choose(logits, y[index], mixed[index]) == together[i]
 
 
 def test_a_draw_survives_logits_that_underflow():
     z = torch.full((10, 50), -1e30)
     z[:, 7] = 0
     z[:, :5] = -torch.inf
-    assert set(draw(z, settings(10)).tolist()) == {7}
+    assert set(draw_places(z, settings(10)).tolist()) == {7}
     assert z.argmax(-1).tolist() == [7] * 10
 
 

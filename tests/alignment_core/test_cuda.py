@@ -211,7 +211,7 @@ def test_keys_and_values_may_have_fewer_bits(tokenizer, name, dtype, monkeypatch
         engine = make_engine(loaded, num_pages=100, kv_cache_dtype=kv_cache_dtype)
         assert engine.runner._keys[0].dtype == (torch.float32 if kv_cache_dtype == "auto" else dtype)
         engine.submit(aligned(0, 60), GREEDY, print)
-        engine._take_in()
+        engine._empty_inbox()
         logits.append(engine.runner.forward(engine.scheduler.schedule()).log_softmax(-1))
     divergence = (logits[0].exp() * (logits[0] - logits[1])).sum()
     assert 0 < divergence < 0.02

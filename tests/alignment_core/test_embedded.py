@@ -11,7 +11,7 @@ import transformers
 from scipy import stats
 
 from linalign import Principle, SamplingParams
-from linalign.alignment_core.decoding import sampling
+from linalign.alignment_core.decoding import policy
 from linalign.alignment_core.decoding.alignment import principled_logits
 from linalign.alignment_core.loading.checkpoint import embedded_file
 from linalign.alignment_core.text.prompts import PromptBuilder
@@ -198,8 +198,8 @@ def test_ratio_zero_is_bit_equal_to_the_plain_path(embedded, tokenizer, monkeypa
         seen[-1].append(z.clone())
         return z
 
-    monkeypatch.setattr(sampling, "principled_logits", spy)
-    monkeypatch.setattr(sampling, "choose", None)  # greedy at ratio 0 takes the best of these very logits
+    monkeypatch.setattr(policy, "principled_logits", spy)
+    monkeypatch.setattr(policy, "candidates", None)  # greedy at ratio 0 takes the best of these very logits
     params = SamplingParams(temperature=0, max_tokens=8)
     for prompt in (builder.build(chat, [Principle(principle, ratio=0.0)]), builder.build(plain_chat)):
         seen.append([])

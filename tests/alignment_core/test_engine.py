@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from linalign import EngineDead, Prompt, RequestFailed, SamplingParams
-from linalign.alignment_core import engine as engine_module
+from linalign.alignment_core.decoding.sampler import Sampler
+from linalign.alignment_core.decoding.static_sampler import StaticSampler
 from tests.engines import (
     GREEDY,
     aligned,
@@ -136,15 +137,15 @@ def test_a_draw_that_fails_for_one_sequence_harms_no_other(tiny, monkeypatch, co
     engine = make_engine(loaded, num_pages=400, **config)
 
     def breaking(draw):
-        def drawn(logits, sequences, positions):
-            if any(s.params.seed == 13 and p >= 3 for s, p in zip(sequences, positions, strict=True)):
+        def drawn(sampler, logits, next_tokens):
+            if any(sequence.params.seed == 13 and position >= 3 for sequence, position in next_tokens):
                 raise ValueError("injected")
-            return draw(logits, sequences, positions)
+            return draw(sampler, logits, next_tokens)
 
         return drawn
 
-    monkeypatch.setattr(engine_module, "sample", breaking(engine_module.sample))
-    monkeypatch.setattr(engine, "_sample", breaking(engine._sample))
+    for kind in (Sampler, StaticSampler):
+        monkeypatch.setattr(kind, "draw", breaking(kind.draw))
     bad = replace(GREEDY, seed=13)
     first, *good = run_all(engine, [(aligned(2.0), bad), *((prompt, GREEDY) for prompt in prompts())])
     assert isinstance(first[-1].error, RequestFailed)

@@ -5,7 +5,6 @@ import operator
 import pytest
 import torch
 
-from linalign.alignment_core import engine as engine_module
 from linalign.alignment_core.decoding import alignment, static_draw
 from linalign.alignment_core.execution.cuda_graphs import Graphs
 from linalign.alignment_core.transfer import to_device, to_host
@@ -38,7 +37,7 @@ def test_a_nonzero_in_what_is_captured_is_seen(cuda, tokenizer, monkeypatch):
 
 def test_a_look_beside_what_is_captured_is_seen(cuda, tokenizer, monkeypatch):
     engine, _ = engine_on(cuda, tokenizer)
-    plant(monkeypatch, engine_module, "draw", lambda logits, *_: logits.isnan().any().item())
+    plant(monkeypatch, engine.loop.sampler, "draw", lambda logits, *_: logits.isnan().any().item())
     run_all(engine, [(aligned(2.0, 20), SHORT)])
     assert set(cuda.waits) - WHERE_THE_HOST_WAITS == {
         "test_fake_cuda_faults.py:<lambda>: aten._local_scalar_dense.default"

@@ -145,15 +145,15 @@ def test_nan_ends_its_own_reply_and_no_other(spoilt, static, params):
 def test_one_logit_that_is_not_finite_is_enough(tiny, static, params, monkeypatch):
     """In whatever branch, also where no filter would have let the token through."""
     engine = make_engine(tiny[0], num_pages=40, static=static)
-    draw, params = engine._sample, SamplingParams(max_tokens=3, seed=1, **params)
+    draw, params = engine.loop.sampler.draw, SamplingParams(max_tokens=3, seed=1, **params)
     prompts = [(aligned(0.0), 0), *((replace(aligned(2.0), method=m), branch) for m in METHODS for branch in (0, 1))]
     for (prompt, branch), poison in itertools.product(prompts, (torch.nan, torch.inf)):
 
-        def spoiled(logits, sequences, positions, branch=branch, poison=poison):
+        def spoiled(logits, next_tokens, branch=branch, poison=poison):
             logits[branch, 7] = poison
-            return draw(logits, sequences, positions)
+            return draw(logits, next_tokens)
 
-        monkeypatch.setattr(engine, "_sample", spoiled)
+        monkeypatch.setattr(engine.loop.sampler, "draw", spoiled)
         (outputs,) = run_all(engine, [(prompt, params)])
         assert failed(outputs), (prompt.method, branch, poison)
         assert not token_ids(outputs)

@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from linalign import Prompt, SamplingParams
-from linalign.alignment_core import engine as engine_module
-from linalign.alignment_core import pending_step
+from linalign.alignment_core.decoding import sampler, static_sampler
 from linalign.alignment_core.execution.halving import halve
 from linalign.alignment_core.scheduling.scheduler import Row
 from linalign.alignment_core.scheduling.sequence import Branch
@@ -164,7 +163,7 @@ def numbers(outputs):
     return [number for o in outputs for logprob in o.logprobs or () for number in flat(astuple(logprob))]
 
 
-@pytest.mark.parametrize("what", ["sample", "log_probabilities"])
+@pytest.mark.parametrize("what", ["draw", "log_probabilities"])
 @pytest.mark.parametrize(
     "config",
     [{}, {"static": True}, {"num_speculative_tokens": 4}, {"static": True, "num_speculative_tokens": 4}],
@@ -181,18 +180,21 @@ def test_a_draw_that_is_too_large_is_made_in_parts(few_words, monkeypatch, confi
     engine, failed = make_engine(loaded, num_pages=600, **config), []
 
     def small(original):
-        def drawn(logits, sequences, *more):
-            if len(set(sequences)) > 1:
-                failed.append(len(sequences))
+        def drawn(*args):
+            next_tokens = args[0].next_tokens if what == "log_probabilities" else args[2]
+            if len({sequence for sequence, _ in next_tokens}) > 1:
+                failed.append(len(next_tokens))
                 raise torch.OutOfMemoryError("injected")
-            return original(logits, sequences, *more)
+            return original(*args)
 
         return drawn
 
-    if what == "sample":
-        monkeypatch.setattr(engine, "_sample", small(engine._sample))
-    module = engine_module if what == "sample" else pending_step
-    monkeypatch.setattr(module, what, small(getattr(module, what)))
+    if what == "draw":
+        owners = sampler.Sampler, static_sampler.StaticSampler
+    else:
+        owners = sampler, static_sampler
+    for owner in owners:
+        monkeypatch.setattr(owner, what, small(getattr(owner, what)))
     for outputs, expected in zip(run_all(engine, wanted), undisturbed, strict=True):
         assert token_ids(outputs) == token_ids(expected)
         assert numbers(outputs) == pytest.approx(numbers(expected), abs=1e-5)  # torch sums a lone line otherwise

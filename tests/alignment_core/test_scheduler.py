@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from linalign import Prompt, SamplingParams
+from linalign.alignment_core.scheduling.sequence import Status
 from tests.engines import GREEDY, aligned, judge, make_engine, prompts, run_all
 
 
@@ -103,7 +104,7 @@ def test_a_preempted_sequence_comes_before_those_that_have_not_run(tiny):
         engine.submit(prompt, GREEDY, lambda _: None)
     while not engine.scheduler.num_preemptions:
         assert engine.step()
-    assert [sequence.was_preempted for sequence in engine.scheduler.waiting][:2] == [True, False]
+    assert [sequence.status for sequence in engine.scheduler.waiting][:2] == [Status.PREEMPTED, Status.WAITING]
 
 
 @pytest.mark.parametrize("others", ["decodes", "prefills", "texts"])

@@ -52,7 +52,7 @@ def test_drafts_grow_while_they_are_right_and_pause_while_they_are_wrong():
         lookup.learn(1, 0)
         lengths = []
         for _ in range(pause + 1):
-            assert lookup.promises() == (len(lengths) == pause)
+            assert lookup.may_draft_next() == (len(lengths) == pause)
             lengths.append(len(lookup.draft(64)))
             tokens.append(5)
         assert lengths == [0] * pause + [1]
@@ -62,15 +62,15 @@ def test_a_promise_without_a_draft_is_a_miss():
     tokens = [1, 2, 3, 4, 9, 1, 2, 3]
     lookup = PromptLookup(tokens)
     tokens.append(-1)  # being drawn
-    assert lookup.promises()  # 1 2 3 has stood before
+    assert lookup.may_draft_next()  # 1 2 3 has stood before
     tokens[-1] = 8  # after which nothing has
     assert lookup.draft(8) == []
     tokens += [1, 2, -1]
-    assert lookup.promises()
+    assert lookup.may_draft_next()
     tokens[-1] = 7
     assert lookup.draft(8) == []
     tokens += [1, 2]
-    assert not lookup.promises()  # it pauses
+    assert not lookup.may_draft_next()  # it pauses
 
 
 @pytest.mark.parametrize(

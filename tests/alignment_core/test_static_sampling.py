@@ -8,13 +8,12 @@ import torch
 from linalign import Prompt, SamplingParams
 from linalign.alignment_core.decoding import static_sampler
 from linalign.alignment_core.decoding.alignment import Mixing, principled_logits
-from linalign.alignment_core.decoding.sampling import choose
-from linalign.alignment_core.decoding.static_draw import PREPARED, Filters, draw, leading, weights_above
+from linalign.alignment_core.decoding.static_draw import PREPARED, Filters, draw_from_logits, leading, weights_above
 from linalign.alignment_core.decoding.static_sampler import StaticSampler, compiled_draw
 from linalign.alignment_core.execution import model_runner
 from linalign.alignment_core.execution.cuda_graphs import Graphs
 from linalign.alignment_core.execution.model_runner import ModelRunner
-from tests.alignment_core.test_alignment import settings
+from tests.alignment_core.test_alignment import choose, settings
 from tests.engines import GREEDY, aligned, judge, make_engine, run_all
 
 pytestmark = pytest.mark.slow
@@ -43,25 +42,25 @@ def step(filters, lines, ties):
     if ties:
         logits = (logits * 2).round() / 2
     aligned = filters.get("aligned", False)
-    mixing = Mixing.plan([((1.0,), (2.0 * aligned,), True)] * lines)
-    return logits, mixing, settings(lines, **filters)
+    mixing = Mixing.of([((1.0,), (2.0 * aligned,), True)] * lines)
+    return logits, settings(lines, mixing=mixing, **filters)
 
 
-def expected(logits, mixing, asked):
-    y = principled_logits(logits, mixing)
-    decided = ~asked.aligned & (asked.temperature == 0)  # these are never asked of `choose`
-    return y.argmax(dim=-1) if decided.all() else choose(logits, y, mixing, asked)
+def expected(logits, asked):
+    y = principled_logits(logits, asked.mixing)
+    decided = ~asked.aligned & (asked.temperature == 0)  # these have no candidates
+    return y.argmax(dim=-1) if decided.all() else choose(logits, y, asked)
 
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("filters", CASES, ids=str)
 def test_it_draws_the_same_tokens(filters, ties):
     torch.manual_seed(5)
-    logits, mixing, asked = step(filters, 64, ties)
-    drawn = draw(logits, mixing, asked, Filters.of(asked))
-    assert torch.equal(drawn, expected(logits, mixing, asked))
+    logits, asked = step(filters, 64, ties)
+    drawn = draw_from_logits(logits, asked, Filters.of(asked))
+    assert torch.equal(drawn, expected(logits, asked))
     assert len(set(drawn.tolist())) > 1
-    assert torch.equal(drawn, draw(logits, mixing, asked, Filters.of(asked).prepared))
+    assert torch.equal(drawn, draw_from_logits(logits, asked, Filters.of(asked).prepared))
 
 
 def test_sequences_of_all_kinds_in_one_step():
@@ -76,13 +75,14 @@ def test_sequences_of_all_kinds_in_one_step():
         "min_p": 0.0,
         "top_p": 1.0,
     }
-    asked = settings(len(CASES), **{name: [c.get(name, value) for c in CASES] for name, value in values.items()})
-    mixing = Mixing.plan([((1.0,), (2.0 * c.get("aligned", False),), True) for c in CASES])
-    together = draw(logits, mixing, asked, Filters.of(asked))
+    mixing = Mixing.of([((1.0,), (2.0 * c.get("aligned", False),), True) for c in CASES])
+    listed = {name: [c.get(name, value) for c in CASES] for name, value in values.items()}
+    asked = settings(len(CASES), mixing=mixing, **listed)
+    together = draw_from_logits(logits, asked, Filters.of(asked))
     for i, case in enumerate(CASES):
         index = torch.tensor([i])
-        alone = draw(logits, mixing[index], asked[index], Filters.of(asked[index]))
-        assert alone == together[i] == expected(logits, mixing[index], asked[index]), case
+        alone = draw_from_logits(logits, asked[index], Filters.of(asked[index]))
+        assert alone == together[i] == expected(logits, asked[index]), case
 
 
 def test_filters_that_nobody_asks_for_are_left_out():
@@ -93,14 +93,15 @@ def test_filters_that_nobody_asks_for_are_left_out():
 
 def test_usual_steps_never_leave_the_device(tiny, monkeypatch):
     """What is drawn stays where the graph puts it: no index from the host, no general draw."""
-    monkeypatch.setattr(static_sampler, "sample", None)  # the general draw
+    monkeypatch.setattr(static_sampler, "Policy", None)  # the general draw
     engine = make_engine(tiny[0], num_pages=100, static=True)
-    draw_step, drawn = engine._sample, []
-    monkeypatch.setattr(engine, "_sample", lambda *step: drawn.append(draw_step(*step)) or drawn[-1])
+    sampler, drawn = engine.loop.sampler, []
+    draw = sampler.draw
+    monkeypatch.setattr(sampler, "draw", lambda *step: drawn.append(draw(*step)) or drawn[-1])
     methods = [(replace(aligned(2.0), method=method), GREEDY) for method in ("cfg", "context_steering", "amulet")]
     run_all(engine, [(aligned(2.0), GREEDY), (aligned(0), SamplingParams(max_tokens=5, seed=1)), *methods])
     assert len(drawn) > 3
-    assert {tokens.data_ptr() for tokens in drawn} == {engine.runner.drawn.data_ptr()}
+    assert {step.tokens.data_ptr() for step in drawn} == {engine.runner.drawn.data_ptr()}
 
 
 def test_no_request_waits_for_a_capture(tiny, monkeypatch):
@@ -109,7 +110,7 @@ def test_no_request_waits_for_a_capture(tiny, monkeypatch):
     monkeypatch.setattr(Graphs, "run", lambda self, name, function: (names.append(name), run(self, name, function)))
     monkeypatch.setattr(ModelRunner, "captures", True)  # as if on a GPU
     monkeypatch.setattr(model_runner, "compile_layers", lambda _: None)
-    monkeypatch.setattr(static_sampler, "compiled_draw", lambda: draw)
+    monkeypatch.setattr(static_sampler, "compiled_draw", lambda: draw_from_logits)
     engine = make_engine(tiny[0], num_pages=100, static=True, max_num_seqs=5)
     warm = set(names)
     names.clear()
@@ -156,9 +157,9 @@ def test_unusual_sequences_are_drawn_beside_usual_ones(tiny, batch_invariant):
 def test_several_principles():
     torch.manual_seed(7)
     logits = torch.randn(5, 500) * 3
-    mixing = Mixing.plan([((0.25, 0.75), (1.0, 3.0), True), ((1.0,), (2.0,), True)])
-    asked = settings(2, aligned=True, nucleus_top_p=0.9)
-    assert torch.equal(draw(logits, mixing, asked, Filters.of(asked)), expected(logits, mixing, asked))
+    mixing = Mixing.of([((0.25, 0.75), (1.0, 3.0), True), ((1.0,), (2.0,), True)])
+    asked = settings(2, mixing=mixing, aligned=True, nucleus_top_p=0.9)
+    assert torch.equal(draw_from_logits(logits, asked, Filters.of(asked)), expected(logits, asked))
 
 
 def test_leading_against_sorting():

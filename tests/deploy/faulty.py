@@ -39,7 +39,7 @@ class Faulty(application.EngineReplica):
         engine, hold, until = self._engine, Path(os.environ["FAULTS"]) / HOLD, time.monotonic() + PAUSE
         while hold.exists() and time.monotonic() < until:
             sequences = [*engine.scheduler.running, *engine.scheduler.waiting]
-            if engine._inbox or engine._stopping or any(s.num_drawn < NUM_FIRST_TOKENS for s in sequences):
+            if engine._inbox or engine._is_stopping or any(s.num_drawn < NUM_FIRST_TOKENS for s in sequences):
                 break
             time.sleep(0.01)
         return self._step_at_once()

@@ -12,7 +12,7 @@ from linalign.alignment_core.execution import static_decodes
 from tests.engines import GREEDY, SMALL, aligned, make_engine, tiny_pair
 
 SHORT = replace(GREEDY, max_tokens=6)
-WHERE_THE_HOST_WAITS = {"flight.py:wait: Event.synchronize"}  # for the tokens of the step before, and nowhere else
+WHERE_THE_HOST_WAITS = {"pending_step.py:wait: Event.synchronize"}  # for the step before, and nowhere else
 WHERE_PROBING_WAITS = ("probe.py:", "masking_utils.py:")  # once, before there is a pool
 WHERE_SIZING_WAITS = {"static_sampler.py:draw_everything: tensor"}  # once, before there are requests
 

@@ -22,7 +22,7 @@ def cuda(monkeypatch, caplog):
     for module in (engine, scheduler):
         monkeypatch.setattr(module, "SPECULATIVE_BATCH", 4)  # few sizes are captured
     monkeypatch.setattr(model_runner, "compile_layers", lambda _: None)
-    monkeypatch.setattr(static_sampler, "compiled_draw", lambda: static_draw.draw)
+    monkeypatch.setattr(static_sampler, "compiled_draw", lambda: static_draw.draw_from_logits)
     with device:
         yield device
     assert [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR] == []

@@ -11,6 +11,7 @@ from starlette.routing import Mount, Route
 from starlette.testclient import TestClient
 
 from linalign.server.app import create_app
+from linalign.server.local_engine import LocalEngine
 from linalign.server.settings import Settings, load_settings
 from tests.engines import make_engine
 from tests.serving import KEY, serving
@@ -18,7 +19,7 @@ from tests.serving import KEY, serving
 
 def routes(embedded):
     """Every (method, path) of the application, its parameters filled in."""
-    app = create_app(make_engine(embedded, num_pages=8), Settings())
+    app = create_app(LocalEngine(make_engine(embedded, num_pages=8)), Settings())
     found = []
 
     def walk(routes, prefix=""):
@@ -125,7 +126,7 @@ def test_no_object_of_the_application_holds_a_key(tiny, tmp_path, monkeypatch, w
     if way == "config":
         monkeypatch.delenv("LINALIGN_API_KEYS")
     settings = load_settings(args.get(way, []))
-    app = create_app(make_engine(loaded, num_pages=8), settings)
+    app = create_app(LocalEngine(make_engine(loaded, num_pages=8)), settings)
     monkeypatch.delenv("LINALIGN_API_KEYS", raising=False)
     client = TestClient(app)
     assert client.get("/v1/models", headers={"Authorization": f"Bearer {secret}"}).status_code == 200
@@ -143,7 +144,7 @@ def test_no_object_of_the_application_holds_a_key(tiny, tmp_path, monkeypatch, w
 
 def test_below_a_prefix_the_same_is_open_and_errors_name_the_same_fields(embedded):
     """As a proxy has it, or Ray: paths begin with root_path."""
-    app = create_app(make_engine(embedded, num_pages=8), Settings(api_keys=(KEY,)))
+    app = create_app(LocalEngine(make_engine(embedded, num_pages=8)), Settings(api_keys=(KEY,)))
     with TestClient(app, root_path="/one") as client:
         assert client.get("/one/health").status_code == 200
         assert client.get("/one/playground/main.js").status_code == 200

@@ -29,18 +29,18 @@ ModelRunner.forward = broken
 """
 # One request fails in a chosen place: the one with this seed.
 BREAK_A_REQUEST = """
-from linalign.alignment_core import engine
-from linalign.alignment_core.decoding import sampling
-original_edit, original_accept = sampling.edit, engine.Engine._accept
-def broken_edit(y, sequences, positions):
-    if any(s.params.seed == 13 and p >= 3 for s, p in zip(sequences, positions)):
+from linalign.alignment_core.decoding import policy
+from linalign.alignment_core.loop import Loop
+original_edit, original_accept = policy.edit, Loop._accept
+def broken_edit(y, next_tokens):
+    if any(sequence.params.seed == 13 and position >= 3 for sequence, position in next_tokens):
         raise ValueError("injected into the draw")
-    return original_edit(y, sequences, positions)
+    return original_edit(y, next_tokens)
 def broken_accept(self, sequence, *args):
     if sequence.params.seed == 14 and len(sequence.output_ids) == 3:
         raise ValueError("injected behind the draw")
     return original_accept(self, sequence, *args)
-sampling.edit, engine.Engine._accept = broken_edit, broken_accept
+policy.edit, Loop._accept = broken_edit, broken_accept
 """
 
 

@@ -11,7 +11,7 @@ from opentelemetry import trace
 from starlette.requests import Request
 
 from linalign import Output, Prompt, SamplingParams, Usage
-from linalign.alignment_core.output import nothing_of
+from linalign.alignment_core.output import terminal_output
 from linalign.server.exchange import Exchange, exchange_of
 from linalign.server.key_limits import Bucket
 from linalign.server.protocol.completions import CompletionRequest
@@ -174,16 +174,16 @@ async def places_given_back_by_a_cancelled_request(num_prompts):
     left, told = [], []
 
     class Engine:
-        async def submit_async(self, prompt, _, on_output, n):
+        async def submit(self, prompt, _, on_output, n):
             if not told:
                 told.append(prompt)
-                on_output(nothing_of(prompt, 0, "length"))
+                on_output(terminal_output(prompt, 0, "length"))
                 return 1
             try:
                 await asyncio.sleep(60)
             except asyncio.CancelledError:
                 for choice in range(n):
-                    on_output(nothing_of(prompt, choice, "abort"))
+                    on_output(terminal_output(prompt, choice, "abort"))
                 raise
 
         def abort(self, request_id):

@@ -43,7 +43,7 @@ def test_the_queue_is_bounded_by_choices(tiny):
     while engine.step():
         pass
     engine.refuse_early()
-    assert engine._backlog.num_requests == engine._backlog.num_tokens == 0
+    assert engine.backlog.num_requests == engine.backlog.num_tokens == 0
 
 
 def test_the_queue_is_bounded_by_tokens_of_all_branches(tiny):
@@ -71,7 +71,7 @@ def test_what_is_aborted_or_preempted_leaves_the_count_right(tiny):
     run_all(engine, [])
     run_all(engine, [(prompt(10, i), long) for i in range(4)])
     assert engine.scheduler.num_preemptions > 0
-    assert engine._backlog.num_requests == engine._backlog.num_tokens == 0
+    assert engine.backlog.num_requests == engine.backlog.num_tokens == 0
 
 
 # Over HTTP
