@@ -195,8 +195,8 @@ IN_NARROW_VECTORS = """
 import sys
 import pytest
 from linalign.alignment_core.cpu import kernels
-others = tuple(flag for flag in native.FLAGS if flag != "-O3" and not flag.startswith("-march"))
-native.FLAGS = (*others, "-march={processor}")
+others = tuple(flag for flag in kernels.FLAGS if flag != "-O3" and not flag.startswith("-march"))
+kernels.FLAGS = (*others, "-march={processor}")
 sys.exit(pytest.main(["-q", "-k", "linear or long_row or rounded", "tests/alignment_core/test_cpu.py"]))
 """
 

@@ -9,14 +9,13 @@ import torch
 from transformers import AttentionInterface
 
 from linalign import EngineConfig
-from linalign.alignment_core import engine_config
 from linalign.alignment_core.attention import paged_triton
 from linalign.alignment_core.attention.paged_batch import Plan
-from linalign.alignment_core.engine_config import pages_that_fit
 from linalign.alignment_core.execution import model_runner
 from linalign.alignment_core.execution.batch_invariant import ROWS, in_blocks, run_in_blocks
 from linalign.alignment_core.execution.cuda_graphs import padded_size
 from linalign.alignment_core.execution.model_runner import compile_layers
+from linalign.alignment_core.memory import pages_that_fit
 from linalign.alignment_core.scheduling.scheduler import Row
 from linalign.alignment_core.scheduling.sequence import Branch
 from tests.counts import counted
@@ -244,7 +243,7 @@ def test_a_seed_gives_the_same_tokens_as_without_fixed_shapes(tiny):
 def test_on_a_cpu_memory_that_caches_of_files_hold_counts(monkeypatch):
     """On a machine that has read much, hardly any memory is free, and nearly all of it can be had."""
     memory = SimpleNamespace(free=1000, available=4 << 30)
-    monkeypatch.setattr(engine_config.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: memory)
     runner = SimpleNamespace(model=SimpleNamespace(device=torch.device("cpu")), page_size=4, page_bytes=lambda: 1 << 20)
     assert pages_that_fit(runner, EngineConfig(), 16, 99) == 1024
     memory.available = 1 << 30

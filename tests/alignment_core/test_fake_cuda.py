@@ -254,7 +254,5 @@ def test_nan_ends_its_own_reply_and_no_other(cuda, tokenizer, caplog):
         assert ["not finite" in str(outputs[-1].error) for outputs in failed] == [True, True]
         judge(oracle, aligned(2.0, 20), company)
     assert set(cuda.waits) == WHERE_THE_HOST_WAITS
-    assert {record.name for record in caplog.records if record.levelname == "ERROR"} == {
-        "linalign.alignment_core.engine"
-    }
+    assert {record.name for record in caplog.records if record.levelname == "ERROR"} == {"linalign.alignment_core.loop"}
     caplog.clear()

@@ -17,8 +17,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfi
 from linalign import LoadingError, Prompt, SamplingParams, load
 from linalign.alignment_core.cpu.layers import PackedLinear
 from linalign.alignment_core.cpu.packing import pack
-from linalign.alignment_core.loader.checkpoint import EMBEDDED_FILE, embedded_file
 from linalign.alignment_core.loading import cuda_quantization, loader
+from linalign.alignment_core.loading.checkpoint import EMBEDDED_FILE, embedded_file
 from tests.engines import GREEDY, aligned, make_engine, run_all, token_ids
 from tests.engines import judge as judge_greedy
 from tests.oracle import Oracle

@@ -189,11 +189,8 @@ def test_a_draw_that_is_too_large_is_made_in_parts(few_words, monkeypatch, confi
 
         return drawn
 
-    if what == "draw":
-        owners = sampler.Sampler, static_sampler.StaticSampler
-    else:
-        owners = sampler, static_sampler
-    for owner in owners:
+    kinds = {"draw": (sampler.Sampler, static_sampler.StaticSampler), "log_probabilities": (sampler, static_sampler)}
+    for owner in kinds[what]:
         monkeypatch.setattr(owner, what, small(getattr(owner, what)))
     for outputs, expected in zip(run_all(engine, wanted), undisturbed, strict=True):
         assert token_ids(outputs) == token_ids(expected)

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 
 from linalign import Prompt, SamplingParams
+from linalign.alignment_core.decoding.draw_settings import uniform
 from linalign.alignment_core.decoding.methods import METHODS
-from linalign.alignment_core.decoding.sampling import uniform
 from linalign.alignment_core.request import Structure
 from linalign.alignment_core.scheduling.speculation import PromptLookup
 from tests.alignment_core.test_grammars import allowed_by
