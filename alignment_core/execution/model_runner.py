@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +16,18 @@ from linalign.alignment_core.attention.probe import probe
 from linalign.alignment_core.cpu import attention as cpu_attention
 from linalign.alignment_core.cpu.kernels import library
 from linalign.alignment_core.cpu.layers import fused_layers
+from linalign.alignment_core.execution.architecture import (
+    has_outliers,
+    local_heads_and_dim,
+    scales_by_length,
+    text_config,
+    unserved_layers,
+)
 from linalign.alignment_core.execution.batch_invariant import run_in_blocks
 from linalign.alignment_core.execution.cuda_graphs import Graphs, padded_size
+from linalign.alignment_core.execution.followers import Followers
 from linalign.alignment_core.execution.halving import halve
 from linalign.alignment_core.execution.static_decodes import StaticDecodes, resolve
-from linalign.alignment_core.execution.tensor_parallel import Followers
 from linalign.alignment_core.scheduling.sequence import Branch
 from linalign.alignment_core.scheduling.step import Row, Step
 from linalign.alignment_core.transfer import to_device
@@ -74,12 +80,9 @@ class ModelRunner:
         self.followers = followers
         self.num_forwards = 0
         if followers is not None:
-            followers.tell(config)
-        kinds = set(getattr(_text_config(model), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-        if kinds:
-            raise ValueError(
-                f"{type(model).__name__} has layers of a kind that can't be served: {', '.join(sorted(kinds))}"
-            )
+            followers.send(config)
+        if kinds := unserved_layers(model):
+            raise ValueError(f"{type(model).__name__} has layers of a kind that can't be served: {', '.join(kinds)}")
         self.page_size = config.page_size
         self.backend = _choose_backend(model)
         self.kv_dtype: torch.dtype = KV_DTYPES.get(config.kv_cache_dtype, model.dtype)
@@ -101,19 +104,19 @@ class ModelRunner:
     @property
     def captures(self) -> bool:
         """Whether decode steps become CUDA graphs: not where the attention or the model looks at what a step has."""
-        looks = self.backend == sdpa.NAME or scales_by_length(_text_config(self.model)) or has_outliers(self.model)
+        looks = self.backend == sdpa.NAME or scales_by_length(self.model) or has_outliers(self.model)
         return self.model.device.type == "cuda" and not looks and not self.config.eager
 
     def allocate(self, num_pages: int) -> None:
         """Make the pool, and what decodes in fixed shapes need."""
         if self.followers is not None:
-            self.followers.tell(num_pages)
+            self.followers.send(num_pages)
         self._make_pool(num_pages)
         config, device = self.config, self.model.device
         if config.max_rows:
             max_rows = padded_size(config.max_rows)
             self.graphs = Graphs(device, self.captures)
-            self.logits = torch.zeros(max_rows, _text_config(self.model).vocab_size, device=device)
+            self.logits = torch.zeros(max_rows, text_config(self.model).vocab_size, device=device)
             self.drawn = torch.zeros(max_rows, dtype=torch.int64, device=device)
             self._static = StaticDecodes(
                 self._call,
@@ -148,7 +151,7 @@ class ModelRunner:
         plan = Plan.of(rows, wanted, self.page_size)
         num_tokens = len(plan.token_ids)
         if self.followers is not None:
-            self.followers.tell(plan)
+            self.followers.send(plan)
             return self.run(plan)  # where it fails, it has not failed for the followers
         try:
             return self.run(plan)
@@ -195,8 +198,8 @@ class ModelRunner:
 
     def _make_pool(self, num_pages: int) -> None:
         self._keys, self._values = [], []
-        shape = (num_pages + 1, self.page_size, *_kv_heads_and_dim(self.model))
-        for _ in range(_text_config(self.model).num_hidden_layers):
+        shape = (num_pages + 1, self.page_size, *local_heads_and_dim(self.model))
+        for _ in range(text_config(self.model).num_hidden_layers):
             self._keys.append(_zeros(shape, self.kv_dtype, self.model.device))
             self._values.append(_zeros(shape, self.kv_dtype, self.model.device))
 
@@ -214,7 +217,7 @@ class ModelRunner:
 
     def page_bytes(self) -> int:
         """Bytes that one page takes, all layers together."""
-        num_kv_heads, head_dim = _kv_heads_and_dim(self.model)
+        num_kv_heads, head_dim = local_heads_and_dim(self.model)
         return 2 * len(self._keys) * self.page_size * num_kv_heads * head_dim * self.kv_dtype.itemsize
 
     def activation_bytes(self, num_tokens: int, num_wanted: int, draw: Callable[[Tensor], object]) -> int:
@@ -225,7 +228,7 @@ class ModelRunner:
         row = Row(Branch(tokens=[0] * num_tokens, pages=[0] * num_pages), 0, num_tokens)
         plan = Plan.of([row], [(row, -1)] * num_wanted, self.page_size)
         if self.followers is not None:
-            self.followers.tell(plan)
+            self.followers.send(plan)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         logits = self.run(plan)
@@ -235,17 +238,6 @@ class ModelRunner:
         drawing: int = torch.cuda.max_memory_allocated() - before
         self.num_forwards = 0
         return forward + logits.nbytes + 2 * drawing
-
-
-def scales_by_length(config: Any) -> bool:
-    """Whether transformers computes the rotary embedding by the longest sequence of a batch."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    return rope.get("rope_type") in ("dynamic", "longrope")
-
-
-def has_outliers(model: PreTrainedModel) -> bool:
-    """Whether bitsandbytes looks for outliers in the activations of each step (LLM.int8)."""
-    return bool(getattr(model, "is_loaded_in_8bit", False))
 
 
 def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
@@ -279,24 +271,3 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
-
-
-def _text_config(model: PreTrainedModel) -> Any:
-    return model.config.get_text_config()
-
-
-def heads_and_dim(model: PreTrainedModel) -> tuple[int, int]:
-    """Key heads of the whole model, and the numbers of each. Raises ValueError where layers differ."""
-    config = _text_config(model)
-    try:
-        num_kv_heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        return num_kv_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    except RuntimeError as error:
-        told = f"{type(model).__name__} has layers whose keys are of different sizes, which can't be served yet"
-        raise ValueError(told) from error
-
-
-def _kv_heads_and_dim(model: PreTrainedModel) -> tuple[int, int]:
-    """Of this process's part of the model."""
-    num_kv_heads, head_dim = heads_and_dim(model)
-    return num_kv_heads // (getattr(model, "_tp_size", None) or 1), head_dim

@@ -17,7 +17,8 @@ from linalign.alignment_core.errors import InvalidRequest
 from linalign.alignment_core.request import MAX_PRINCIPLES, Principle, Prompt
 from linalign.alignment_core.text.chat_template import ChatTemplate, Messages, Rendering
 from linalign.alignment_core.text.principle_place import Place, holds, new_mark, place_in
-from linalign.alignment_core.text.safe_encoding import Escapes, Forbidden, SafeEncoder
+from linalign.alignment_core.text.safe_encoding import SafeEncoder
+from linalign.alignment_core.text.safe_rendering import SafeChat, render_safely
 
 Placement = Literal["system", "user"]
 Message = Mapping[str, Any]  # {"role": …, "content": …}, and what the template's own messages may have beside
@@ -47,24 +48,24 @@ class PromptBuilder:
         """Token ids of every branch. Principles of weight 0 take no part beside others."""
         rendering = rendering or Rendering()
         self._refuse(messages, principles, rendering)
-        base, safe, rendering, escapes = self._safely_rendered(messages, rendering)
-        self._refuse_what_is_far_too_long([base], [])  # a template may make more of messages than they are
+        chat = render_safely(messages, rendering, self._template, self._encoder)
+        self._refuse_far_too_long([chat.text], [])  # a template may write more than the messages
         principles = [principle for principle in principles if principle.weight > 0]
         principled = []
         if principles:
-            with_text, place = self._place(base, safe, placement, rendering)
+            with_text, place = self._place(chat, placement)
             for principle in principles:
-                text = escapes.apply(self._encoder.tokens.in_texts, principle.text)
-                rendered = self._template.text(with_text(text), rendering)
-                principled.append(self._that_adds_text(base, place, [rendered, place.with_principle(text)]))
-        *branches, of_base = [self._encoder.encode(text, escapes) for text in (*principled, base)]
-        return replace(_mixed(of_base, branches, principles, method), continues=rendering.continues)
+                text = chat.escapes.apply(self._encoder.tokens.in_texts, principle.text)
+                rendered = self._template.text(with_text(text), chat.rendering)
+                principled.append(self._that_adds_text(chat.text, place, [rendered, place.with_principle(text)]))
+        *branches, base = [self._encoder.encode(text, chat.escapes) for text in (*principled, chat.text)]
+        return replace(_mixed(base, branches, principles, method), continues=rendering.continues)
 
     def text_ids(self, text: str | Sequence[int]) -> tuple[int, ...]:
         """Token ids of a text without any template; control tokens in it are control tokens. Raises InvalidRequest."""
         ids: Sequence[int]
         if isinstance(text, str):
-            self._refuse_what_is_far_too_long([text], [])
+            self._refuse_far_too_long([text], [])
             ids = self._tokenizer.encode(text)
         else:
             ids = text
@@ -127,7 +128,7 @@ class PromptBuilder:
             if name not in self.variables:
                 param = f"chat_template_kwargs.{name}"
                 raise InvalidRequest(f"this model's chat template does not know {name}", param)
-        self._refuse_what_is_far_too_long(
+        self._refuse_far_too_long(
             [message.get("content") or "" for message in messages] + [json.dumps(rendering.tools)],
             [principle.text for principle in principles],
         )
@@ -137,34 +138,6 @@ class PromptBuilder:
                 "messages",
             )
         self._refuse_principles(principles)
-
-    def _safely_rendered(
-        self, messages: Sequence[Message], rendering: Rendering
-    ) -> tuple[str, Messages, Rendering, Escapes]:
-        """The chat without a principle, all control tokens in which are the template's own, and what it is made of."""
-        escapes, of_marks = Escapes(), Escapes()
-        safe = self._escaped(messages, rendering, escapes, self._encoder.tokens)
-        safest = self._escaped(messages, rendering, of_marks, self._encoder.marks)
-        text = self._template.text(*safe)
-        if of_marks.used:
-            other = self._template.text(*safest)
-            if self._encoder.control_tokens(text) - self._encoder.control_tokens(other):
-                return other, *safest, of_marks  # the template makes tokens of texts: it takes parts of them away, say
-        return text, *safe, escapes
-
-    def _escaped(
-        self, messages: Sequence[Message], rendering: Rendering, escapes: Escapes, forbidden: Forbidden
-    ) -> tuple[Messages, Rendering]:
-        """Messages, tools and variables with stand-ins for what is forbidden in them."""
-        patterns = {"assistant": forbidden.in_replies}
-        safe: Messages = [
-            escapes.apply_to_all(patterns.get(message["role"], forbidden.in_texts), dict(message))
-            | {"role": message["role"]}
-            for message in messages
-        ]
-        tools = escapes.apply_to_all(forbidden.in_texts, list(rendering.tools))
-        variables = escapes.apply_to_all(forbidden.in_texts, dict(rendering.variables))
-        return self._template.with_tools(safe, replace(rendering, tools=tools, variables=variables))
 
     def _that_adds_text(self, base: str, place: Place, candidates: Sequence[str]) -> str:
         """The first of the candidates that is the base with some text more, and no control token: templates may make
@@ -177,18 +150,15 @@ class PromptBuilder:
                 return text
         raise InvalidRequest("this model's chat template makes something else of a principle", "principle")
 
-    def _place(
-        self, base: str, messages: Messages, placement: Placement, rendering: Rendering
-    ) -> tuple[Callable[[str], Messages], Place]:
-        """Where principles stand in the chat that is rendered as `base`: the messages with a text there, and the place
-        in what they are rendered as. Raises InvalidRequest where the template does not show it, or not without
-        changing something else.
+    def _place(self, chat: SafeChat, placement: Placement) -> tuple[Callable[[str], Messages], Place]:
+        """Where principles stand in a chat: a function that puts a text there in the messages, and the place in the
+        rendered text. Raises InvalidRequest where the template does not show a principle without other changes.
         """
         mark = new_mark()
-        messages = self._as_shown(base, messages, rendering)
-        for with_text in self._ways(messages, placement, rendering):
+        messages = self._as_shown(chat.text, chat.messages, chat.rendering)
+        for with_text in self._ways(messages, placement, chat.rendering):
             with contextlib.suppress(InvalidRequest):
-                place = place_in(base, self._template.text(with_text(mark), rendering), mark)
+                place = place_in(chat.text, self._template.text(with_text(mark), chat.rendering), mark)
                 if place is not None:
                     return with_text, place
         raise InvalidRequest("this model's chat template has no place for a principle in these messages", "principle")
@@ -238,11 +208,11 @@ class PromptBuilder:
             raise InvalidRequest(
                 f"there may be {MAX_PRINCIPLES} principles at most, got {len(principles)}", "principle"
             )
-        self._refuse_what_is_far_too_long([], [principle.text for principle in principles])
+        self._refuse_far_too_long([], [principle.text for principle in principles])
         if not all(self._tokenizer.encode(principle.text, add_special_tokens=False) for principle in principles):
             raise InvalidRequest("a principle leaves no trace in this model's tokens", "principle")
 
-    def _refuse_what_is_far_too_long(self, contents: list[str], principles: list[str]) -> None:
+    def _refuse_far_too_long(self, contents: list[str], principles: list[str]) -> None:
         length = sum(map(len, contents)) + max(map(len, principles), default=0)
         if self._max_characters is not None and length > self._max_characters:
             raise InvalidRequest(

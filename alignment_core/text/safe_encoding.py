@@ -3,63 +3,17 @@
 import itertools
 import json
 import re
-import secrets
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from linalign.alignment_core.text.escaping import Escapes, Forbidden
+
 # What Rust's tokenizers take for white space at the ends of a text; Python has U+001C to U+001F beside.
 WHITE_SPACE = "".join(mark for mark in map(chr, range(0x3001)) if mark.isspace() and mark not in "\x1c\x1d\x1e\x1f")
-
-
-@dataclass(frozen=True, slots=True)
-class Forbidden:
-    """What is escaped in texts. A reply of the model's own, which clients send back, may hold <think> and the like."""
-
-    in_texts: re.Pattern[str]
-    in_replies: re.Pattern[str]
-
-
-class Escapes:
-    """Stand-ins for control tokens in users' texts, unguessable, so that templates and tokenizer pass them over."""
-
-    def __init__(self) -> None:
-        self._nonce = str(secrets.randbits(64))  # digits, which no template writes otherwise
-        self._texts: list[str] = []
-
-    @property
-    def used(self) -> bool:
-        return bool(self._texts)
-
-    def apply(self, pattern: re.Pattern[str], text: str) -> str:
-        return pattern.sub(self._stand_in, text)
-
-    def apply_to_all(self, pattern: re.Pattern[str], value: Any) -> Any:
-        """The same for every string inside lists and dictionaries."""
-        match value:
-            case str():
-                return self.apply(pattern, value)
-            case list():
-                return [self.apply_to_all(pattern, item) for item in value]
-            case dict():
-                return {self.apply(pattern, key): self.apply_to_all(pattern, item) for key, item in value.items()}
-        return value
-
-    def undo(self, text: str) -> str:
-        if not self.used:
-            return text
-        return re.sub(f"\ufdd0{self._nonce}-([0-9]+)\ufdd1", lambda match: self._texts[int(match[1])], text)
-
-    def _stand_in(self, match: re.Match[str]) -> str:
-        if match.lastgroup == "kept":
-            return match[0]
-        self._texts.append(match[0])
-        return f"\ufdd0{self._nonce}-{len(self._texts) - 1}\ufdd1"
 
 
 class SafeEncoder:

@@ -109,7 +109,7 @@ DAMAGES = {
 def test_a_damaged_copy_is_replaced_and_never_used(package, home, damage, monkeypatch, caplog):
     monkeypatch.syspath_prepend(package)
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
-    caplog.set_level("INFO", "linalign.alignment_core.loading.loader")
+    caplog.set_level("INFO", "linalign.alignment_core.loading")
     assert sorted(path.name for path in model_in(home).iterdir()) == sorted(FILES)
     copy = model_in(home)
     damage(copy)

@@ -4,6 +4,7 @@ from collections import defaultdict
 from dataclasses import replace
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from transformers import AttentionInterface
@@ -243,7 +244,7 @@ def test_a_seed_gives_the_same_tokens_as_without_fixed_shapes(tiny):
 def test_on_a_cpu_memory_that_caches_of_files_hold_counts(monkeypatch):
     """On a machine that has read much, hardly any memory is free, and nearly all of it can be had."""
     memory = SimpleNamespace(free=1000, available=4 << 30)
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     runner = SimpleNamespace(model=SimpleNamespace(device=torch.device("cpu")), page_size=4, page_bytes=lambda: 1 << 20)
     assert pages_that_fit(runner, EngineConfig(), 16, 99) == 1024
     memory.available = 1 << 30

@@ -18,6 +18,7 @@ from linalign import LoadingError, Prompt, SamplingParams, load
 from linalign.alignment_core.cpu.layers import PackedLinear
 from linalign.alignment_core.cpu.packing import pack
 from linalign.alignment_core.loading import cuda_quantization, loader
+from linalign.alignment_core.loading import embedded as embedded_model
 from linalign.alignment_core.loading.checkpoint import EMBEDDED_FILE, embedded_file
 from tests.engines import GREEDY, aligned, make_engine, run_all, token_ids
 from tests.engines import judge as judge_greedy
@@ -73,10 +74,10 @@ def cut_down(package, monkeypatch):
 
 def test_a_damaged_copy_is_never_used_and_a_second_start_converts_nothing(empty_cache, cut_down, monkeypatch):  # noqa: ARG001
     conversions = []
-    read = loader._from_gguf
-    monkeypatch.setattr(loader, "_from_gguf", lambda *args: conversions.append(args) or read(*args))
-    packed, read_packed = [], loader.packed_copy.load
-    monkeypatch.setattr(loader.packed_copy, "load", lambda *args: packed.append(args) or read_packed(*args))
+    read = embedded_model.from_gguf
+    monkeypatch.setattr(embedded_model, "from_gguf", lambda *args: conversions.append(args) or read(*args))
+    packed, read_packed = [], embedded_model.packed_copy.load
+    monkeypatch.setattr(embedded_model.packed_copy, "load", lambda *args: packed.append(args) or read_packed(*args))
     first = load()
     assert not packed
     second = load()
@@ -119,7 +120,7 @@ def test_a_gguf_file_by_its_path(empty_cache, cut_down):  # noqa: ARG001
 )
 def test_what_is_not_packed_without_loss_is_read_from_floats(empty_cache, cut_down, options, monkeypatch):  # noqa: ARG001
     first = load(**options)
-    monkeypatch.setattr(loader.packed_copy, "load", None)
+    monkeypatch.setattr(embedded_model.packed_copy, "load", None)
     assert weights_of(load(**options).model) == weights_of(first.model)
 
 

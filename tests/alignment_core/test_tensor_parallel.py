@@ -38,13 +38,13 @@ pytestmark = pytest.mark.slow
 # Followers need no time for imports either; they are no children of rank 0 then, so their ids are told.
 FORKED = """
 import os, pathlib, types
-from linalign.alignment_core.execution import tensor_parallel
+from linalign.alignment_core.execution import followers
 from tests import fork_server
 def popen(*args, **options):
     process = fork_server.popen(*args, **options)
     pathlib.Path(os.environ.get("FOLLOWER", os.devnull)).write_text(str(process.pid))
     return process
-tensor_parallel.subprocess = types.SimpleNamespace(**vars(tensor_parallel.subprocess) | {"Popen": popen})
+followers.subprocess = types.SimpleNamespace(**vars(followers.subprocess) | {"Popen": popen})
 """
 SCRIPT = """
 import json, os, signal, sys

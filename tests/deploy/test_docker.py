@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from linalign.alignment_core.loading.loader import EMBEDDED_REQUIREMENT
+from linalign.alignment_core.loading.embedded import EMBEDDED_REQUIREMENT
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,60 @@
+"""Chats as a template renders them, with no control token but the template's own."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from linalign.alignment_core.text.chat_template import ChatTemplate, Messages, Rendering
+from linalign.alignment_core.text.escaping import Escapes, Forbidden
+from linalign.alignment_core.text.safe_encoding import SafeEncoder
+
+
+@dataclass(frozen=True, slots=True)
+class SafeChat:
+    """A rendered chat without a principle. `escapes` has replaced control tokens in messages, tools and variables."""
+
+    text: str
+    messages: Messages
+    rendering: Rendering
+    escapes: Escapes
+
+
+def render_safely(
+    messages: Sequence[Mapping[str, Any]], rendering: Rendering, template: ChatTemplate, encoder: SafeEncoder
+) -> SafeChat:
+    """Render a chat in which all control tokens are the template's own. Raises InvalidRequest.
+
+    A template may make a control token of harmless texts, for example by taking parts of them away. Then every mark
+    that control tokens consist of is escaped, not only whole control tokens.
+    """
+    chat = _rendered(messages, rendering, template, encoder.tokens)
+    chat_without_marks = _escaped(messages, rendering, template, encoder.marks)
+    if chat_without_marks.escapes.used:
+        text = template.text(chat_without_marks.messages, chat_without_marks.rendering)
+        if encoder.control_tokens(chat.text) - encoder.control_tokens(text):
+            return replace(chat_without_marks, text=text)
+    return chat
+
+
+def _rendered(
+    messages: Sequence[Mapping[str, Any]], rendering: Rendering, template: ChatTemplate, forbidden: Forbidden
+) -> SafeChat:
+    chat = _escaped(messages, rendering, template, forbidden)
+    return replace(chat, text=template.text(chat.messages, chat.rendering))
+
+
+def _escaped(
+    messages: Sequence[Mapping[str, Any]], rendering: Rendering, template: ChatTemplate, forbidden: Forbidden
+) -> SafeChat:
+    """A chat with stand-ins for what is forbidden in it, not yet rendered."""
+    escapes = Escapes()
+    patterns = {"assistant": forbidden.in_replies}
+    safe: Messages = [
+        escapes.apply_to_all(patterns.get(message["role"], forbidden.in_texts), dict(message))
+        | {"role": message["role"]}
+        for message in messages
+    ]
+    tools = escapes.apply_to_all(forbidden.in_texts, list(rendering.tools))
+    variables = escapes.apply_to_all(forbidden.in_texts, dict(rendering.variables))
+    with_tools = template.with_tools(safe, replace(rendering, tools=tools, variables=variables))
+    return SafeChat("", *with_tools, escapes)
