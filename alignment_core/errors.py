@@ -8,6 +8,8 @@ LinalignError
   EngineDead      the engine's loop has ended on an error, or was stopped
 """
 
+from typing import Literal
+
 
 class LinalignError(Exception):
     """The base of all of them."""
@@ -18,11 +20,24 @@ class LoadingError(LinalignError):
 
 
 class InvalidRequest(LinalignError, ValueError):
-    """A request that can never be served. `param` names the field at fault."""
+    """A request that can never be served.
 
-    def __init__(self, message: str, param: str | None = None) -> None:
+    message: may name the field as {field}, for callers who know it by another name. field: the field at fault, by its
+    name in this library. code: "too_long" for a prompt or a reply that does not fit the context.
+    """
+
+    def __init__(
+        self, message: str, field: str | None = None, code: Literal["invalid", "too_long"] = "invalid"
+    ) -> None:
         super().__init__(message)
-        self.param = param
+        self.field, self.code = field, code
+
+    def __str__(self) -> str:
+        return self.message_for(self.field or "")
+
+    def message_for(self, field: str) -> str:
+        """The message, with this name of the field."""
+        return str(self.args[0]).replace("{field}", field)
 
 
 class RequestFailed(LinalignError, RuntimeError):

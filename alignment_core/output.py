@@ -1,4 +1,4 @@
-"""What a request gets: outputs, their log-probabilities and usage; and the engine's numbers. Free of torch."""
+"""What users get back: outputs, log-probabilities, usage, and the numbers of the engine. Free of torch."""
 
 import time
 from dataclasses import dataclass, field
@@ -7,92 +7,75 @@ from typing import Literal
 from linalign.alignment_core.errors import InvalidRequest, RequestFailed
 from linalign.alignment_core.request import Prompt
 
-IMPOSSIBLE = -9999.0  # the log-probability of what can't be drawn, where −inf can't be told
+IMPOSSIBLE = -9999.0  # the log-probability of a token that can't be drawn, where −inf can't be sent
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(slots=True)
 class Times:
-    """When what happened to a sequence, in seconds of time.monotonic(); 0 for what has not."""
+    """When things happened to a sequence, in seconds of time.monotonic(); 0 for what has not happened."""
 
     submitted: float = field(default_factory=time.monotonic)
-    admitted: float = 0.0
+    admitted: float = 0.0  # its first step was planned
     first_token: float = 0.0
 
     def later(self, seconds: float) -> "Times":
-        """The same on a clock that is ahead by so much."""
+        """The same times on a clock that is ahead by this many seconds."""
         known = (self.submitted, self.admitted, self.first_token)
         return Times(*(when and when + seconds for when in known))
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a request took: the user's view of it, and the work behind.
+    """The tokens of a choice: the user's view first, then the work behind it."""
 
-    prompt_cached_tokens: of the first principled branch, from what others have computed. extra_tokens_computed: of
-    branch_tokens_computed, those of all branches but the first.
-    """
-
-    prompt_tokens: int
-    prompt_cached_tokens: int
+    prompt_tokens: int  # of the first principled branch
+    prompt_cached_tokens: int  # of them, those that prefix reuse spared
     completion_tokens: int
     branches: int
-    branch_tokens_computed: int
-    extra_tokens_computed: int
-    prefix_cached_tokens: int
+    branch_tokens_computed: int  # tokens computed, of all branches
+    extra_tokens_computed: int  # of them, those of all branches but the first
+    prefix_cached_tokens: int  # tokens that prefix reuse spared, of all branches
 
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """The engine at one moment: sequences, the share of pages held, and counts since it was made.
+    """The engine at one moment, and its counts since it was made."""
 
-    num_tokens_admitted: context tokens of all branches at admission. num_tokens_cached: those of them
-    (and of what other branches computed meanwhile) that prefix reuse spared. num_tokens_drafted,
-    num_tokens_accepted: of speculation, once a sequence. num_tokens_generated: of all replies, once a
-    sequence, without given text.
-    """
-
-    num_running: int
-    num_waiting: int
-    kv_cache_usage: float
+    num_running: int  # sequences
+    num_waiting: int  # sequences
+    kv_cache_usage: float  # share of the pages that branches hold, 0 to 1
     num_preemptions: int
-    num_tokens_admitted: int
-    num_tokens_cached: int
-    num_tokens_drafted: int
-    num_tokens_accepted: int
-    num_tokens_generated: int
+    num_tokens_admitted: int  # context tokens at admission, of all branches
+    num_tokens_cached: int  # context tokens that prefix reuse spared, after admission too
+    num_tokens_drafted: int  # by speculation, counted once for a sequence
+    num_tokens_accepted: int  # of them, those that were drawn
+    num_tokens_generated: int  # of all replies, without given tokens, counted once for a sequence
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """How probable a policy holds a token. top: the most probable ones with their log-probabilities, best first.
-    trace: of what an aligned reply's policy was made, if asked for.
-    """
+    """The log-probability of a token under a policy."""
 
     token_id: int
     logprob: float
-    top: tuple[tuple[int, float], ...] = ()
-    trace: "Trace | None" = None
+    top: tuple[tuple[int, float], ...] = ()  # the most probable tokens with their log-probabilities, best first
+    trace: "Trace | None" = None  # of an aligned token, if the request wants it
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What the two policies make of an aligned token. num_plausible: tokens that could have come. kl: KL(aligned ∥
-    base) at this step, in nats, at temperature 1.
-    """
+    """The two policies behind an aligned token."""
 
     principled: TokenLogprob
     base: TokenLogprob
-    num_plausible: int
-    kl: float
+    num_plausible: int  # tokens that could have been drawn
+    kl: float  # KL(aligned ∥ base) of this token, in nats, at temperature 1
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One step's news of a choice. Its last one has a finish_reason, the usage, and the times.
-
-    error: with the finish_reason "error", why this request can't be served; None where the engine itself failed.
-    """
+    """The part of a choice that one step adds. The last one has a finish_reason, a usage and times."""
 
     text: str
     token_ids: tuple[int, ...] = ()
@@ -100,7 +83,7 @@ class Output:
     usage: Usage | None = None
     choice: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
-    error: InvalidRequest | RequestFailed | None = None
+    error: InvalidRequest | RequestFailed | None = None  # with "error"; None if the engine itself failed
     times: Times | None = None
 
 

@@ -1,4 +1,4 @@
-"""What is asked for: principles, the token ids of every branch, and how tokens are drawn. Free of torch."""
+"""What users hand in: principles, prompts, and how tokens are drawn. Free of torch."""
 
 import math
 from collections.abc import Mapping
@@ -10,15 +10,24 @@ from linalign.alignment_core.errors import InvalidRequest
 
 MIN_RATIO, MAX_RATIO = -10.0, 20.0
 DEFAULT_RATIO = 2.0
-MAX_STOP_STRINGS = 16
 MAX_PRINCIPLES = 16
+MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 20
 MAX_BIASES = MAX_STOP_TOKENS = 1024
+MAX_BIAS = 100.0  # of either sign
+MAX_PENALTY = 2.0  # presence and frequency penalty, of either sign
+MIN_REPETITION, MAX_REPETITION = 0.01, 10.0
+MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Principle:
-    """A preference in plain words. Raises InvalidRequest. `weight` is relative to the other principles'."""
+    """A preference in plain words. Raises InvalidRequest.
+
+    text: The preference.
+    weight: ≥ 0, relative to the weights of the other principles.
+    ratio: How far to extrapolate along the direction of this principle, [MIN_RATIO, MAX_RATIO].
+    """
 
     text: str
     weight: float = 1.0
@@ -26,54 +35,60 @@ class Principle:
 
     def __post_init__(self) -> None:
         if not self.text.strip():
-            raise InvalidRequest("principle must not be empty", "principle")
-        if not MIN_RATIO <= self.ratio <= MAX_RATIO:
-            limits = f"[{MIN_RATIO:g}, {MAX_RATIO:g}]"
-            raise InvalidRequest(f"alignment_ratio must be in {limits}, got {self.ratio}", "alignment_ratio")
+            raise InvalidRequest("principle must not be empty", "principles")
+        _require_within("ratio", self.ratio, MIN_RATIO, MAX_RATIO)
         if not 0 <= self.weight < float("inf"):
-            raise InvalidRequest(f"weight must be a finite number ≥ 0, got {self.weight}", "principle")
-
-
-def _require(condition: bool, param: str, rule: str, value: object) -> None:
-    if not condition:
-        raise InvalidRequest(f"{param} must be {rule}, got {value!r}", param)
+            raise InvalidRequest(f"weight must be a finite number ≥ 0, got {self.weight}", "principles")
 
 
 @dataclass(frozen=True, slots=True)
 class Structure:
     """What a reply must look like.
 
-    text: a JSON schema; a regular expression that matches all of it; a JSON list of strings to choose from;
-    a grammar in Lark or GBNF; "lark": in llguidance's own form, which may hold JSON schemas. param: the name of
-    the request's field, for error messages. after: a mark, in Lark, up to which the reply may be anything.
+    kind, text: A JSON schema. A regular expression that matches the whole reply. A JSON list of strings to choose
+        from. A grammar in Lark or GBNF. For "lark", a grammar in llguidance's own form, which may hold JSON schemas.
+    name: What errors call the structure.
+    after: A mark, in Lark, up to which the reply is free.
     """
 
     kind: Literal["json_schema", "regex", "choice", "grammar", "lark"]
     text: str
-    param: str = "structured_outputs"
+    name: str = "structure"
     after: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one request's tokens are drawn. Raises InvalidRequest when a value is out of range.
+    """How the tokens of one request are drawn. Raises InvalidRequest for a value out of range.
 
-    temperature: ≥ 0; 0 takes the best token. top_p: (0, 1]. top_k: 0 switches it off. min_p: [0, 1].
-    seed: 64-bit; None draws a fresh one. max_tokens: None means up to the context's end.
-    stop: strings that end the reply and are not part of it. stop_token_ids: tokens that do, beside the
-    model's own end-of-sequence ids, which ignore_eos leaves out. min_tokens: before so many nothing but
-    max_tokens ends it.
-    presence_penalty, frequency_penalty: [-2, 2], subtracted from the logits of tokens that the reply has,
-    once and as often as it has them. repetition_penalty: [0.01, 10], divides the positive and multiplies the
-    negative logits of tokens that the prompt or the reply has (Keskar et al., "CTRL", 2019). logit_bias:
-    token id to what is added to its logit, [-100, 100]. All of these are edits of the principled logits,
-    DESIGN section 2.1.
-    skip_special_tokens: leave control tokens out of the text.
-    structure: what the reply must look like; tokens that would break it are edited out.
-    logprobs: how many alternatives to report with every token; None reports nothing. trace: report what
-    the principled and the base policy make of it too.
-    alignment_top_p, alignment_temperature: the plausible set, DESIGN section 2.4; None means the method's
-    own mass, and a temperature of max(temperature, 0.5).
+    The draw:
+        temperature: ≥ 0. 0 takes the best token.
+        top_p: (0, 1]. top_k: ≥ 0, 0 switches it off. min_p: [0, 1].
+        seed: 64 bits. None draws a fresh seed.
+
+    The end of the reply:
+        max_tokens: Longest reply. None means up to the end of the context.
+        stop: Strings that end the reply and are not part of it.
+        stop_token_ids: Tokens that end the reply, beside the model's own ends of sequence.
+        ignore_eos: Whether the model's own ends of sequence do not end the reply.
+        min_tokens: Before this many tokens only max_tokens ends the reply.
+
+    Edits of the principled logits (docs/design.md, section 2, step 1):
+        presence_penalty, frequency_penalty: [-2, 2], subtracted from the logits of tokens in the reply, once, and once
+            for each occurrence.
+        repetition_penalty: [0.01, 10], divides the positive and multiplies the negative logits of tokens in the
+            prompt and the reply (Keskar et al., "CTRL", 2019).
+        logit_bias: Token id to a number in [-100, 100] that is added to its logit.
+        structure: What the reply must look like. Tokens that would break the structure are edited out.
+
+    The output:
+        skip_special_tokens: Whether control tokens are left out of the text.
+        logprobs: How many alternatives to report with every token. None reports nothing.
+        trace: Whether to report the principled and the base policy of every token too.
+
+    The plausible set (docs/design.md, section 2, step 4):
+        alignment_top_p: (0, 1], its mass. None means the method's own.
+        alignment_temperature: > 0. None means max(temperature, 0.5).
     """
 
     temperature: float = 1.0
@@ -106,8 +121,8 @@ class SamplingParams:
         _require(0 <= self.temperature < 1e30, "temperature", "in [0, 1e30)", self.temperature)
         _require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
         _require(self.top_k >= 0, "top_k", "≥ 0", self.top_k)
-        _require(0 <= self.min_p <= 1, "min_p", "in [0, 1]", self.min_p)
-        _require(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer", self.seed)
+        _require_within("min_p", self.min_p, 0, 1)
+        _require(self.seed is None or MIN_SEED <= self.seed <= MAX_SEED, "seed", "a 64-bit integer", self.seed)
         _require(self.max_tokens is None or self.max_tokens >= 0, "max_tokens", "≥ 0", self.max_tokens)
         _require(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings", len(self.stop))
         _require(all(self.stop), "stop", "free of empty strings", self.stop)
@@ -117,13 +132,12 @@ class SamplingParams:
         if self.max_tokens is not None:
             _require(self.min_tokens <= self.max_tokens, "min_tokens", "at most max_tokens", self.min_tokens)
         for name in ("presence_penalty", "frequency_penalty"):
-            _require(-2 <= getattr(self, name) <= 2, name, "in [-2, 2]", getattr(self, name))
-        _require(0.01 <= self.repetition_penalty <= 10, "repetition_penalty", "in [0.01, 10]", self.repetition_penalty)
+            _require_within(name, getattr(self, name), -MAX_PENALTY, MAX_PENALTY)
+        _require_within("repetition_penalty", self.repetition_penalty, MIN_REPETITION, MAX_REPETITION)
         _require(len(self.logit_bias) <= MAX_BIASES, "logit_bias", f"at most {MAX_BIASES} tokens", len(self.logit_bias))
         for bias in self.logit_bias.values():
-            _require(-100 <= bias <= 100, "logit_bias", "in [-100, 100]", bias)
-        most = self.logprobs or 0
-        _require(0 <= most <= MAX_LOGPROBS, "top_logprobs", f"in [0, {MAX_LOGPROBS}]", self.logprobs)
+            _require_within("logit_bias", bias, -MAX_BIAS, MAX_BIAS)
+        _require_within("logprobs", self.logprobs or 0, 0, MAX_LOGPROBS)
         _require(mass is None or 0 < mass <= 1, "alignment_top_p", "in (0, 1]", mass)
         _require(t_p is None or 0 < t_p < math.inf, "alignment_temperature", "a finite number > 0", t_p)
 
@@ -137,12 +151,12 @@ class SamplingParams:
 
     @property
     def num_reported(self) -> int | None:
-        """Alternatives that the report of a token has; None where there is no report."""
+        """Alternatives in the report of a token; None where there is no report."""
         return 0 if self.trace and self.logprobs is None else self.logprobs
 
     @property
     def edits(self) -> bool:
-        """Whether the principled logits are changed at all."""
+        """Whether the principled logits are edited."""
         return bool(self.penalises or self.logit_bias or self.min_tokens or self.structure)
 
 
@@ -150,12 +164,15 @@ class SamplingParams:
 class Prompt:
     """The token ids of every branch of a request.
 
-    principled: k ≥ 1 branches, mixed with `weights` (which sum to 1) and extrapolated by `ratios`, which a
-    method makes `coefficients` of. base: the branch without any principle; None when every coefficient is 0,
-    as there is no direction then. A plain request is one principled branch with weight 1 and ratio 0.
-    given: what the reply begins with, whatever would have been drawn; for the log-probabilities of a text.
-    continues: the reply goes on with the prompt's text. salt: 32 bytes, or none; prefixes are shared with prompts of
-    the same salt alone, so that nobody else can tell by the time it takes what has been asked.
+    A plain request is one principled branch with weight 1 and ratio 0.
+
+    principled: k ≥ 1 branches, mixed with `weights`, which sum to 1, and extrapolated by `ratios`.
+    base: The branch without a principle. None if every coefficient is 0, because there is no direction then.
+    given: The beginning of the reply, whatever would have been drawn; for the log-probabilities of a text.
+    continues: Whether the reply goes on with the text of the prompt.
+    salt: 32 bytes, or none. Prefixes are shared with prompts of the same salt alone, so that nobody else can find out
+        by timing which prompts were sent.
+    method: How the method makes `coefficients` of the ratios: docs/methods.md.
     """
 
     principled: tuple[tuple[int, ...], ...]
@@ -183,5 +200,14 @@ class Prompt:
 
     @property
     def branches(self) -> tuple[tuple[int, ...], ...]:
-        """Principled branches first, the base branch last."""
+        """The principled branches, then the base branch."""
         return self.principled if self.base is None else (*self.principled, self.base)
+
+
+def _require(condition: bool, field: str, rule: str, value: object) -> None:
+    if not condition:
+        raise InvalidRequest(f"{{field}} must be {rule}, got {value!r}", field)
+
+
+def _require_within(field: str, value: float, least: float, most: float) -> None:
+    _require(least <= value <= most, field, f"in [{least:g}, {most:g}]", value)

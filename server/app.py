@@ -16,16 +16,18 @@ from sse_starlette.sse import AppStatus
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from linalign.server import auth, metrics
+from linalign.server import auth
 from linalign.server.access_log import AccessLog
 from linalign.server.allowed_hosts import AllowedHosts
 from linalign.server.body_limit import BodyLimit
 from linalign.server.engine_client import EngineClient
 from linalign.server.key_limits import KeyLimits
+from linalign.server.metrics import Measures
 from linalign.server.presets import load_presets
 from linalign.server.protocol.errors import HANDLERS, ErrorResponse
-from linalign.server.routes import chat_completions, completions, models, playground, responses, tokens
+from linalign.server.routes import chat_completions, completions, metrics, models, playground, responses, tokens
 from linalign.server.settings import Settings
+from linalign.server.state import ServerState
 from linalign.server.tracing import Tracing
 
 ERRORS: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorResponse, "description": "An error"}}
@@ -45,11 +47,21 @@ def create_app(engine: EngineClient, settings: Settings) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         with engine:
             yield
-        await asyncio.to_thread(app.state.long_bodies.shutdown, cancel_futures=True)
+        await asyncio.to_thread(state.long_bodies.shutdown, cancel_futures=True)
         await asyncio.to_thread(tracing.close)
 
     AppStatus.enable_automatic_graceful_drain = False  # streams have as much time to end as other replies
-    measures, tracing = metrics.Measures(), Tracing(settings.otlp_traces_endpoint)
+    measures, tracing = Measures(), Tracing(settings.otlp_traces_endpoint)
+    state = ServerState(
+        engine=engine,
+        settings=settings,
+        presets=load_presets(settings.presets),
+        measures=measures,
+        tracer=tracing.tracer,
+        long_bodies=ThreadPoolExecutor(1, "long-bodies"),
+        started=int(time.time()),
+        fingerprint=_fingerprint(engine, settings),
+    )
     app = FastAPI(
         title="linalign",
         lifespan=lifespan,
@@ -58,14 +70,7 @@ def create_app(engine: EngineClient, settings: Settings) -> FastAPI:
         middleware=_middleware(settings, measures),
         telemetry=tracing.telemetry,
     )
-    app.state.engine = engine
-    app.state.settings = settings
-    app.state.presets = load_presets(settings.presets)
-    app.state.measures = measures
-    app.state.tracer = tracing.tracer
-    app.state.long_bodies = ThreadPoolExecutor(1, "long-bodies")
-    app.state.started = int(time.time())
-    app.state.fingerprint = _fingerprint(engine, settings)
+    app.state.server = state
     app.include_router(chat_completions.router)
     app.include_router(completions.router)
     app.include_router(responses.router)
@@ -77,11 +82,11 @@ def create_app(engine: EngineClient, settings: Settings) -> FastAPI:
     for path in app.openapi()["paths"]:
         if path.startswith("/v1/"):
             measures.expect(path)
-    _name_models(app.openapi(), [engine.model_id, *(f"{engine.model_id}:{name}" for name in app.state.presets)])
+    _name_models(app.openapi(), [engine.model_id, *(f"{engine.model_id}:{name}" for name in state.presets)])
     return app
 
 
-def _middleware(settings: Settings, measures: metrics.Measures) -> list[Middleware]:
+def _middleware(settings: Settings, measures: Measures) -> list[Middleware]:
     """What a request passes on its way, in this order: strangers are sent away before their bodies are even counted."""
     way = [
         Middleware(CorrelationIdMiddleware, header_name=REQUEST_ID, validator=_is_request_id),

@@ -6,10 +6,8 @@ from dataclasses import dataclass, field
 
 from starlette.types import Scope
 
-from linalign import InvalidRequest, Output, Prompt, RequestFailed
-
-# Of what ends a reply that has begun; None where the engine itself has failed.
-CODES = {type(None): "engine_dead", RequestFailed: "internal_error", InvalidRequest: "invalid_value"}
+from linalign import Output, Prompt
+from linalign.server.protocol.core_errors import code_of
 
 
 class KeyBusy(Exception):
@@ -53,7 +51,7 @@ class Exchange:
             self.num_completion_tokens += output.usage.completion_tokens
             self.charge(output.usage.completion_tokens * output.usage.branches)
             if output.finish_reason == "error":
-                self.error_code = CODES[type(output.error)]
+                self.error_code = code_of(output.error)
 
 
 def exchange_of(scope: Scope) -> Exchange:

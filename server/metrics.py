@@ -1,28 +1,22 @@
-"""GET /metrics for Prometheus, under vLLM's names with our prefix."""
+"""What is measured of every request, for Prometheus, under vLLM's names with our prefix."""
 
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import get_args
 
-from fastapi import APIRouter, Request, Response
-from fastapi.responses import PlainTextResponse
 from prometheus_client import (
-    CONTENT_TYPE_LATEST,
     CollectorRegistry,
     Counter,
     Histogram,
     Metric,
     ProcessCollector,
-    generate_latest,
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from linalign import Output, Prompt
 from linalign.alignment_core.output import FinishReason, Stats
-
-router = APIRouter()
 
 # Upper bounds, in seconds: from what an idle GPU needs to what a user of a crowded CPU bears.
 SOON = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -141,10 +135,3 @@ class Measures:
             if output.times.first_token:
                 self._prefill.observe(output.times.first_token - output.times.admitted)
                 self._decode.observe(now - output.times.first_token)
-
-
-@router.get("/metrics", response_class=PlainTextResponse)
-async def metrics(request: Request) -> Response:
-    measures: Measures = request.app.state.measures
-    measures.engines.stats = await request.app.state.engine.all_stats()
-    return Response(generate_latest(measures.registry), media_type=CONTENT_TYPE_LATEST)

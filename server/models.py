@@ -2,27 +2,25 @@
 
 from typing import TypeVar
 
-from starlette.datastructures import State
-
 from linalign.server.protocol.errors import ModelNotFound
 from linalign.server.protocol.generation import AlignmentFields, Preset
+from linalign.server.state import ServerState
 
 Body = TypeVar("Body", bound=AlignmentFields)
 
 
-def preset_of(model: str, state: State) -> Preset:
-    """What the name of a model asks for. Raises ModelNotFound."""
+def preset_of(model: str, state: ServerState) -> Preset:
+    """The preset that the name of a model stands for; an empty one for the model itself. Raises ModelNotFound."""
     if model == state.engine.model_id:
         return Preset()
     name = model.removeprefix(f"{state.engine.model_id}:")
     if name == model or name not in state.presets:
         raise ModelNotFound(model)
-    preset: Preset = state.presets[name]
-    return preset
+    return state.presets[name]
 
 
-def serving(body: Body, state: State) -> Body:
-    """The request with what its preset says beside its own fields. Raises ModelNotFound."""
+def with_preset(body: Body, state: ServerState) -> Body:
+    """The request, with the values of its preset in fields that it leaves out. Raises ModelNotFound."""
     preset = preset_of(body.model, state)
     given = {name for name in body.model_fields_set if getattr(body, name) is not None}
     names = (preset.model_fields_set - given) & set(type(body).model_fields)

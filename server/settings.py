@@ -21,6 +21,7 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from linalign.alignment_core.request import DEFAULT_RATIO, MAX_RATIO, MIN_RATIO
 from linalign.server.command_line import page
 from linalign.server.hosts import ANY, host_of, is_this_machine
 from linalign.server.keys import hashed, keys_of
@@ -218,11 +219,11 @@ See `linalign --help` for files and variables of the environment.
         8 << 20, ge=1024, title="BYTES", description="longest body of a request; beyond it is a 413"
     )
     default_alignment_ratio: float = Field(
-        2.0,
-        ge=-10,
-        le=20,
+        DEFAULT_RATIO,
+        ge=MIN_RATIO,
+        le=MAX_RATIO,
         title="RATIO",
-        description="from -10 to 20, for requests with a principle that name no ratio",
+        description=f"from {MIN_RATIO:g} to {MAX_RATIO:g}, for requests with a principle that name no ratio",
     )
     presets: Path | None = Field(
         None,

@@ -25,6 +25,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from linalign.alignment_core.request import MAX_RATIO, MIN_RATIO
 from linalign.server.command_line import parse
 from linalign.server.settings import API_KEY, FIRST_MODEL, Arguments, client_key
 from linalign.server.terminal import printable
@@ -32,7 +33,6 @@ from linalign.server.terminal import printable
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401 - the arrow keys bring earlier lines back
 
-LEAST_RATIO, MOST_RATIO = -10, 20
 ENTITY = re.compile(r"&#?\w+;")
 PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
 HELP = """\
@@ -73,10 +73,10 @@ exit status:
     principle: str = Field("", title="TEXT", description="a preference, in plain words (default: none)")
     alignment_ratio: float | None = Field(
         None,
-        ge=LEAST_RATIO,
-        le=MOST_RATIO,
+        ge=MIN_RATIO,
+        le=MAX_RATIO,
         title="RATIO",
-        description=f"from {LEAST_RATIO} to {MOST_RATIO}, how far to follow the principle (default: the server's own)",
+        description=f"from {MIN_RATIO:g} to {MAX_RATIO:g}, how far to follow the principle (default: the server's own)",
     )
     temperature: float | None = Field(
         None, ge=0, le=2, title="T", description="from 0, always the likeliest word, to 2 (default: the server's own)"
@@ -163,8 +163,8 @@ class Chat:
             ratio = float(text) if text else None
         except ValueError:
             ratio = math.nan
-        if ratio is not None and not LEAST_RATIO <= ratio <= MOST_RATIO:
-            self._console.print(f"{text} is no number from {LEAST_RATIO} to {MOST_RATIO}.", markup=False)
+        if ratio is not None and not MIN_RATIO <= ratio <= MAX_RATIO:
+            self._console.print(f"{text} is no number from {MIN_RATIO:g} to {MAX_RATIO:g}.", markup=False)
             return
         self._conversation.ratio = ratio
         self._console.print("Ratio: the server's own." if ratio is None else f"Ratio: {ratio:g}")

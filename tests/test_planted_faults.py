@@ -36,7 +36,7 @@ FAULTS = {
         "tests/alignment_core/test_kv_cache.py",
     ),
     "sampling: choices of a request draw the same numbers": Fault(
-        "alignment_core/decoding/sampling.py",
+        "alignment_core/decoding/draw_settings.py",
         "(s.seed, s.choice, position)",
         "(s.seed, 0, position)",
         "tests/alignment_core/test_sampling.py",
@@ -48,7 +48,7 @@ FAULTS = {
         "tests/alignment_core/test_prompts.py",
     ),
     "streaming: what is held for a call that is cut off is lost": Fault(
-        "server/replies/streaming.py",
+        "server/replies/chat_completion.py",
         "parser.feed(output.text) + (parser.finish() if output.finish_reason else [])",
         "parser.feed(output.text)",
         "tests/server/test_chat.py",

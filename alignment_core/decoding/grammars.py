@@ -72,7 +72,7 @@ class Grammars:
         try:
             grammar = _behind(structure.after, _grammar(structure)) if structure.after else _grammar(structure)
         except (TypeError, ValueError) as error:
-            raise InvalidRequest(f"{structure.param} can't be used: {error}", structure.param) from error
+            raise InvalidRequest(f"{{field}} can't be used: {error}", structure.name) from error
         limits = llguidance.LLParserLimits(**(OF_GRAMMARS if structure.kind == "grammar" else OF_JSON))
         matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
         begun = matcher.deep_copy()
@@ -85,7 +85,7 @@ class Grammars:
     def failure(structure: Structure, matcher: "LLMatcher") -> InvalidRequest:
         """What to tell a client whose structure is beyond the library's limits."""
         told = matcher.get_error().partition("\n<")[0]  # behind it are states and stacks
-        return InvalidRequest(f"{structure.param} can't be used: {told}", structure.param)
+        return InvalidRequest(f"{{field}} can't be used: {told}", structure.name)
 
     @property
     def _vocabulary(self) -> "LLTokenizer":
@@ -113,7 +113,7 @@ def _refuse_bombs(structure: Structure) -> None:
         (depth, MAX_DEPTH, "levels"),
     ):
         if size > most:
-            raise InvalidRequest(f"{structure.param} has {size} {what}, more than {most}", structure.param)
+            raise InvalidRequest(f"{{field}} has {size} {what}, more than {most}", structure.name)
 
 
 def refuse_in_schema(schema: Any) -> None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from linalign.alignment_core.decoding.draw import draw
 from linalign.alignment_core.decoding.logprobs import Logprobs, log_probabilities
 from linalign.alignment_core.decoding.policy import Policy
-from linalign.alignment_core.decoding.sampling import sample
 from linalign.alignment_core.decoding.static_draw import NO_TOKEN
 from linalign.alignment_core.output import TokenLogprob
 from linalign.alignment_core.scheduling.sequence import NextToken
@@ -40,7 +40,7 @@ class Sampler:
         logits: [R, V] float32, a row for each branch of each next token in turn. Rows beyond them are not read.
         """
         policy = Policy(logits, next_tokens)
-        tokens = sample(policy)
+        tokens = draw(policy)
         put_given(tokens, next_tokens)
         remember_directions(policy)
         return Drawn(tokens, log_probabilities(policy, tokens, range(len(next_tokens))))

@@ -1,6 +1,6 @@
-"""The draw of `sampling` in fixed shapes: they depend on [S, V] alone, and the host reads no value of a tensor.
+"""The draw of draw.py in fixed shapes: they depend on [S, V] alone, and the host reads no value of a tensor.
 
-So a CUDA graph can hold it, torch.compile can fuse it, and the host need not wait for the device. Where `sampling`
+So a CUDA graph can hold it, torch.compile can fuse it, and the host need not wait for the device. Where draw.py
 sorts a few candidates, this finds the threshold that sorting would find, bit by bit: the bits of floats,
 read as integers, have the order of the floats.
 """
@@ -75,7 +75,7 @@ def draw_from_logits(
     """
     y = principled_logits(logits, settings.mixing)
     z = mixed_logits(logits, y, settings, filters, weights_above)
-    return draw(z, is_finite(logits, settings.mixing), settings, filters, weights_above)
+    return draw_from_mixed(z, is_finite(logits, settings.mixing), settings, filters, weights_above)
 
 
 def mixed_logits(
@@ -95,7 +95,7 @@ def mixed_logits(
     return z
 
 
-def draw(
+def draw_from_mixed(
     z: Tensor,
     is_finite: Tensor,
     settings: "DrawSettings",

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from linalign.alignment_core.decoding.alignment import Mixing
+from linalign.alignment_core.decoding.draw import draw
 from linalign.alignment_core.decoding.draw_settings import DrawSettings
 from linalign.alignment_core.decoding.logprobs import log_probabilities
 from linalign.alignment_core.decoding.methods import starts_from_base
 from linalign.alignment_core.decoding.policy import Policy
 from linalign.alignment_core.decoding.sampler import Drawn, Sampler, put_given, remember_directions
-from linalign.alignment_core.decoding.sampling import sample
 from linalign.alignment_core.decoding.static_draw import PREPARED, Filters, draw_from_logits, weights_above
 from linalign.alignment_core.execution.cuda_graphs import padded_sizes
 from linalign.alignment_core.execution.model_runner import ModelRunner
@@ -56,7 +56,7 @@ class StaticSampler(Sampler):
                 tokens[_index(usual, logits)] = self._replay(next_tokens, usual)
             for lines in self._groups([line for line, is_one in enumerate(is_usual) if not is_one]):
                 policy = _policy(logits, next_tokens, lines)
-                tokens[_index(lines, logits)] = sample(policy)
+                tokens[_index(lines, logits)] = draw(policy)
                 remember_directions(policy)
                 policies.append((policy, lines))
             tokens = self._runner.drawn[: len(next_tokens)].copy_(tokens)

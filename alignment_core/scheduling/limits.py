@@ -1,4 +1,4 @@
-"""What an engine can never serve, whatever else it does: told before anything is computed (DESIGN 5, invariant 8)."""
+"""What an engine can never serve: refused before anything is computed."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from linalign.alignment_core.scheduling.kv_cache import PagePool
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """An engine's sizes, as in EngineConfig, and its model's vocabulary."""
+    """The sizes of an engine, as in EngineConfig, and the vocabulary of its model."""
 
     vocab_size: int
     max_model_len: int
@@ -19,62 +19,66 @@ class Limits:
     pool: PagePool
 
     def max_tokens(self, prompt: Prompt, params: SamplingParams, n: int) -> int:
-        """How long each of n replies may be, in tokens, what is given included. Raises InvalidRequest."""
+        """The longest possible reply of each of n choices, in tokens, given tokens included. Raises InvalidRequest."""
         num_branches = len(prompt.branches)
         if n < 1 or n * num_branches > max(self.max_num_seqs, num_branches):
-            told = f"n is {n}, but {num_branches} branches times n must be in [1, {self.max_num_seqs}]"
-            raise InvalidRequest(told, "n")
+            bounds = f"[1, {self.max_num_seqs}]"
+            raise InvalidRequest(
+                f"{{field}} is {n}, but {num_branches} branches times {{field}} must be in {bounds}", "n"
+            )
         self._refuse_foreign_tokens(params)
         if not all(prompt.branches):
-            raise InvalidRequest("prompt must not be empty", "messages")
+            raise InvalidRequest("prompt must not be empty", "prompt")
         lengths = [len(ids) + len(prompt.given) for ids in prompt.branches]
         if max(lengths) >= self.max_model_len + (params.max_tokens == 0):
             raise InvalidRequest(
-                f"the prompt has {_told(lengths)} tokens, but the context holds {self.max_model_len}, "
+                f"the prompt has {_in_words(lengths)} tokens, but the context holds {self.max_model_len}, "
                 "the reply included; shorten the messages or the principle",
-                "messages",
+                "prompt",
+                "too_long",
             )
         for ids in (*prompt.branches, prompt.given):
-            self._refuse_foreign_ids(ids, "messages")
+            self._refuse_foreign_ids(ids, "prompt")
         if num_branches > self.max_num_batched_tokens:
-            raise InvalidRequest(f"{num_branches} branches are more than one step can take", "principle")
+            raise InvalidRequest(f"{num_branches} branches are more than one step can take", "principles")
         if params.max_tokens == 0 and not prompt.given:
-            raise InvalidRequest("max_tokens must be ≥ 1, got 0", "max_tokens")
+            raise InvalidRequest("{field} must be ≥ 1, got 0", "max_tokens")
         return len(prompt.given) + self._room(lengths, params.max_tokens)
 
     def _refuse_foreign_tokens(self, params: SamplingParams) -> None:
         self._refuse_foreign_ids(params.logit_bias, "logit_bias")
         self._refuse_foreign_ids(params.stop_token_ids, "stop_token_ids")
 
-    def _refuse_foreign_ids(self, ids: Collection[int], param: str) -> None:
-        """A tokenizer may know tokens that the model has no embedding for."""
+    def _refuse_foreign_ids(self, ids: Collection[int], field: str) -> None:
+        """Refuse tokens that the model has no embedding for; a tokenizer may know some."""
         for id in (min(ids, default=0), max(ids, default=0)):
             if not 0 <= id < self.vocab_size:
-                raise InvalidRequest(f"{param}: the model has no token {id}", param)
+                raise InvalidRequest(f"{{field}}: the model has no token {id}", field)
 
     def _room(self, lengths: list[int], max_tokens: int | None) -> int:
-        """Tokens of a reply behind branches of these lengths: max_tokens where they fit, or as many as do."""
+        """Tokens of a reply after branches of these lengths: max_tokens if it is set, or as many as fit."""
         longest = max(lengths)
         if max_tokens is None:
             num_cached = self.pool.num_pages // len(lengths) * self.pool.page_size
             max_tokens = max(1, min(self.max_model_len, num_cached) - longest)
         if longest + max_tokens > self.max_model_len:
             raise InvalidRequest(
-                f"the prompt has {_told(lengths)} tokens and max_tokens is {max_tokens}, but the context holds "
+                f"the prompt has {_in_words(lengths)} tokens and {{field}} is {max_tokens}, but the context holds "
                 f"{self.max_model_len}, the reply included",
                 "max_tokens",
+                "too_long",
             )
         pages = sum(self.pool.pages_for(length + max_tokens) for length in lengths)
         if pages > self.pool.num_pages:
             raise InvalidRequest(
                 f"{len(lengths)} branches of up to {longest + max_tokens} tokens need {pages} pages of KV cache, "
-                f"but there are {self.pool.num_pages}; set a smaller max_tokens",
+                f"but there are {self.pool.num_pages}; set a smaller {{field}}",
                 "max_tokens",
             )
         return max_tokens
 
 
-def _told(lengths: list[int]) -> str:
+def _in_words(lengths: list[int]) -> str:
     if len(set(lengths)) == 1:
         return str(lengths[0])
     return f"{max(lengths)} (with the principle; {min(lengths)} without)"

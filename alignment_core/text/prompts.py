@@ -49,7 +49,7 @@ class PromptBuilder:
         rendering = rendering or Rendering()
         self._refuse(messages, principles, rendering)
         chat = render_safely(messages, rendering, self._template, self._encoder)
-        self._refuse_far_too_long([chat.text], [])  # a template may write more than the messages
+        self._refuse_far_too_long("messages", [chat.text])  # a template may write more than the messages
         principles = [principle for principle in principles if principle.weight > 0]
         principled = []
         if principles:
@@ -65,15 +65,15 @@ class PromptBuilder:
         """Token ids of a text without any template; control tokens in it are control tokens. Raises InvalidRequest."""
         ids: Sequence[int]
         if isinstance(text, str):
-            self._refuse_far_too_long([text], [])
+            self._refuse_far_too_long("text", [text])
             ids = self._tokenizer.encode(text)
         else:
             ids = text
             foreign = [id for id in ids if not 0 <= id < self._vocab_size]
             if foreign:
-                raise InvalidRequest(f"the vocabulary has no token {foreign[0]}", "prompt")
+                raise InvalidRequest(f"the vocabulary has no token {foreign[0]}", "text")
         if not ids:
-            raise InvalidRequest("prompt must not be empty", "prompt")
+            raise InvalidRequest("prompt must not be empty", "text")
         return tuple(ids)
 
     def build_text(
@@ -123,12 +123,12 @@ class PromptBuilder:
             if not (isinstance(content, str) or (role == "assistant" and content is None)):
                 raise InvalidRequest(f"the content of a message of the role {role} must be a text", "messages")
         if rendering.continues and messages[-1]["role"] != "assistant":
-            raise InvalidRequest("the last message must be the assistant's to be continued", "continue_final_message")
+            raise InvalidRequest("the last message must be the assistant's to be continued", "continues")
         for name in rendering.variables:
             if name not in self.variables:
-                param = f"chat_template_kwargs.{name}"
-                raise InvalidRequest(f"this model's chat template does not know {name}", param)
+                raise InvalidRequest(f"this model's chat template does not know {name}", f"variables.{name}")
         self._refuse_far_too_long(
+            "messages",
             [message.get("content") or "" for message in messages] + [json.dumps(rendering.tools)],
             [principle.text for principle in principles],
         )
@@ -136,6 +136,7 @@ class PromptBuilder:
             raise InvalidRequest(
                 f"{len(messages)} messages are more than the context holds tokens, which are {self._max_tokens}",
                 "messages",
+                "too_long",
             )
         self._refuse_principles(principles)
 
@@ -148,7 +149,7 @@ class PromptBuilder:
             adds_text = len(text) > len(place.before) + len(place.after) and holds(text, base)
             if adds_text and self._encoder.control_tokens(text) == tokens:
                 return text
-        raise InvalidRequest("this model's chat template makes something else of a principle", "principle")
+        raise InvalidRequest("this model's chat template makes something else of a principle", "principles")
 
     def _place(self, chat: SafeChat, placement: Placement) -> tuple[Callable[[str], Messages], Place]:
         """Where principles stand in a chat: a function that puts a text there in the messages, and the place in the
@@ -161,7 +162,7 @@ class PromptBuilder:
                 place = place_in(chat.text, self._template.text(with_text(mark), chat.rendering), mark)
                 if place is not None:
                     return with_text, place
-        raise InvalidRequest("this model's chat template has no place for a principle in these messages", "principle")
+        raise InvalidRequest("this model's chat template has no place for a principle in these messages", "principles")
 
     def _as_shown(self, base: str, messages: Messages, rendering: Rendering) -> Messages:
         """Without the white space that the template takes off the ends of messages which a principle may stand beside:
@@ -184,7 +185,7 @@ class PromptBuilder:
         users = [index for index, message in enumerate(messages) if message["role"] == "user"]
         if placement == "user":
             if not users:
-                raise InvalidRequest("principle_placement 'user' needs a user message", "principle_placement")
+                raise InvalidRequest("{field} 'user' needs a user message", "placement")
             yield lambda text: _changed(messages, users[-1], lambda content: f"{content}\n{text}")
             return
         rest = messages
@@ -203,21 +204,21 @@ class PromptBuilder:
 
     def _refuse_principles(self, principles: Sequence[Principle]) -> None:
         if principles and not any(principle.weight for principle in principles):
-            raise InvalidRequest("one of the principles must have a weight above 0", "principle")
+            raise InvalidRequest("one of the principles must have a weight above 0", "principles")
         if len(principles) > MAX_PRINCIPLES:
             raise InvalidRequest(
-                f"there may be {MAX_PRINCIPLES} principles at most, got {len(principles)}", "principle"
+                f"there may be {MAX_PRINCIPLES} principles at most, got {len(principles)}", "principles"
             )
-        self._refuse_far_too_long([], [principle.text for principle in principles])
+        self._refuse_far_too_long("prompt", [], [principle.text for principle in principles])
         if not all(self._tokenizer.encode(principle.text, add_special_tokens=False) for principle in principles):
-            raise InvalidRequest("a principle leaves no trace in this model's tokens", "principle")
+            raise InvalidRequest("a principle leaves no trace in this model's tokens", "principles")
 
-    def _refuse_far_too_long(self, contents: list[str], principles: list[str]) -> None:
+    def _refuse_far_too_long(self, field: str, contents: Sequence[str], principles: Sequence[str] = ()) -> None:
+        """Refuse what has more characters than the context can hold, before the work of encoding it."""
         length = sum(map(len, contents)) + max(map(len, principles), default=0)
         if self._max_characters is not None and length > self._max_characters:
-            raise InvalidRequest(
-                f"the prompt has {length} characters, more than the context holds in any case", "messages"
-            )
+            message = f"the prompt has {length} characters, more than the context holds in any case"
+            raise InvalidRequest(message, field, "too_long")
 
 
 def _mixed(
@@ -227,10 +228,10 @@ def _mixed(
     if not principles:
         return Prompt(principled=(base,))
     if base in principled:
-        raise InvalidRequest("a principle leaves no trace in this model's tokens", "principle")
+        raise InvalidRequest("a principle leaves no trace in this model's tokens", "principles")
     total = sum(principle.weight for principle in principles)
     if not total < float("inf"):
-        raise InvalidRequest("the weights of the principles are too large", "principle")
+        raise InvalidRequest("the weights of the principles are too large", "principles")
     ratios = tuple(principle.ratio for principle in principles)
     weights = tuple(principle.weight / total for principle in principles)
     needs_base = any(METHODS[method].coefficients(weights, ratios))

@@ -111,7 +111,8 @@ class ToolMessage(_Message):
         return {**super().rendered(), "tool_call_id": self.tool_call_id}
 
 
-Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+AnyMessage = SystemMessage | UserMessage | AssistantMessage | ToolMessage
+Message = Annotated[AnyMessage, Field(discriminator="role")]
 
 
 class Function(Schema):
@@ -157,9 +158,18 @@ class ChatFields(AlignmentFields):
     continue_final_message: bool | None = Field(None, description="go on with the last, the assistant's message")
     add_generation_prompt: bool | None = Field(None, description="false goes with continue_final_message alone")
 
-    @model_validator(mode="after")
-    def _arguments_are_objects(self) -> Self:
-        """All calls' together have as few values as a body."""
+    def check(self) -> None:
+        super().check()
+        self._check_arguments()
+        if self.add_generation_prompt is not None and self.add_generation_prompt == bool(self.continue_final_message):
+            raise refused(
+                "add_generation_prompt", "add_generation_prompt must be the contrary of continue_final_message"
+            )
+        if self.demands_call and not self.callable_tools():
+            raise refused("tool_choice", "tool_choice demands a call, but tools has no such function")
+
+    def _check_arguments(self) -> None:
+        """All calls together may have as many values as a body."""
         calls = {
             f"messages.{i}.tool_calls.{j}.function.arguments": call.function.arguments or "{}"
             for i, message in enumerate(self.messages or ())
@@ -173,17 +183,6 @@ class ChatFields(AlignmentFields):
         for param, arguments in calls.items():
             if not _is_object(arguments):
                 raise refused(param, f"{param}: arguments must be a JSON object, as a string")
-        return self
-
-    @model_validator(mode="after")
-    def _continues_or_begins(self) -> Self:
-        if self.add_generation_prompt is not None and self.add_generation_prompt == bool(self.continue_final_message):
-            raise refused(
-                "add_generation_prompt", "add_generation_prompt must be the contrary of continue_final_message"
-            )
-        if self.demands_call and not self.callable_tools():
-            raise refused("tool_choice", "tool_choice demands a call, but tools has no such function")
-        return self
 
     @property
     def demands_call(self) -> bool:
@@ -222,8 +221,8 @@ class ChatCompletionRequest(GenerationRequest, ChatFields):
     def unsupported(cls) -> dict[str, Any]:
         return UNSUPPORTED
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def check(self) -> None:
+        super().check()
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise refused("max_tokens", "max_tokens and max_completion_tokens are the same thing: give one")
         if self.top_logprobs is not None and not self.logprobs:
@@ -231,7 +230,6 @@ class ChatCompletionRequest(GenerationRequest, ChatFields):
         if self.callable_tools() and self.structure():
             name = "structured_outputs" if self.structured_outputs else "response_format"
             raise refused(name, f"tools exclude {name}, unless tool_choice is 'none'")
-        return self
 
     def sampling_params(self, **more: Any) -> SamplingParams:
         most = (self.top_logprobs or 0) if self.logprobs else None

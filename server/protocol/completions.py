@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag
 
 from linalign import SamplingParams
 from linalign.alignment_core.request import MAX_LOGPROBS
@@ -40,11 +40,10 @@ class CompletionRequest(GenerationRequest):
     def unsupported(cls) -> dict[str, Any]:
         return {"suffix": "", "best_of": 1, "store": False}
 
-    @model_validator(mode="after")
-    def _consistent(self) -> "CompletionRequest":
+    def check(self) -> None:
+        super().check()
         if self.max_tokens == 0 and not self.echo:
             raise refused("max_tokens", "max_tokens 0 needs echo: true")
-        return self
 
     @property
     def scores(self) -> bool:

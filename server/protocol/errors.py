@@ -13,8 +13,8 @@ from starlette.types import Receive, Scope, Send
 
 from linalign import EngineBusy, EngineDead, InvalidRequest, RequestFailed
 from linalign.server.exchange import KeyBusy, exchange_of
+from linalign.server.protocol.core_errors import CODES, described
 from linalign.server.protocol.generation import Schema
-from linalign.server.protocol.responses import RESPONSE_NAMES
 from linalign.server.settings import nearest
 from linalign.server.strict_json import InvalidBody
 
@@ -116,18 +116,10 @@ def _known_fields() -> list[str]:
     return sorted({name for schema in schemas for name in schema.model_fields})
 
 
-NAMES = {
-    "/v1/completions": {"messages": "prompt"},
-    "/v1/chat/completions": {"chat_template_kwargs.reasoning_effort": "reasoning_effort"},
-    "/v1/responses": RESPONSE_NAMES,
-}
-
-
 async def on_invalid_request(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, InvalidRequest)
-    code = "context_length_exceeded" if "context holds" in str(error) else "invalid_value"
-    param = NAMES.get(request.scope["route"].path, {}).get(error.param or "", error.param)
-    return error_response(400, str(error), param, code)
+    message, param = described(error, request.scope["route"].path)
+    return error_response(400, message, param, CODES[error.code])
 
 
 async def on_model_not_found(_: Request, error: Exception) -> JSONResponse:
@@ -167,12 +159,12 @@ async def on_invalid_body(_: Request, error: Exception) -> JSONResponse:
 
 async def on_http_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    response = error_response(error.status_code, str(error.detail), code=CODES.get(error.status_code))
+    response = error_response(error.status_code, str(error.detail), code=HTTP_CODES.get(error.status_code))
     response.headers.update(error.headers or {})
     return response
 
 
-CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 HANDLERS: dict[Any, Any] = {
     RequestValidationError: on_validation_error,
     InvalidRequest: on_invalid_request,

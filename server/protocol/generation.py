@@ -2,14 +2,26 @@
 
 import json
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from linalign import Principle, SamplingParams
 from linalign.alignment_core.decoding.methods import Method
-from linalign.alignment_core.request import MAX_PRINCIPLES, MAX_RATIO, MAX_STOP_STRINGS, MIN_RATIO, Structure
+from linalign.alignment_core.request import (
+    MAX_BIAS,
+    MAX_PENALTY,
+    MAX_PRINCIPLES,
+    MAX_RATIO,
+    MAX_REPETITION,
+    MAX_SEED,
+    MAX_STOP_STRINGS,
+    MIN_RATIO,
+    MIN_REPETITION,
+    MIN_SEED,
+    Structure,
+)
 
 
 def refused(param: str, message: str, kind: str = "invalid_value") -> PydanticCustomError:
@@ -20,7 +32,8 @@ def refused(param: str, message: str, kind: str = "invalid_value") -> PydanticCu
 FIRST = Field(fail_fast=True)  # of a list's complaints, as there may be millions
 Ratio = Annotated[float, Field(ge=MIN_RATIO, le=MAX_RATIO)]
 TokenId = Annotated[int, Field(ge=0)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
+Penalty = Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)]
+Seed = Annotated[int, Field(ge=MIN_SEED, le=MAX_SEED)]
 # As OpenAI bounds it: it comes back with every state of a response.
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
@@ -81,10 +94,10 @@ class StructuredOutputs(Schema):
 
     def structure(self) -> Structure:
         if self.regex is not None:
-            return Structure("regex", self.regex)
+            return Structure("regex", self.regex, "structured_outputs")
         if self.choice is not None:
-            return Structure("choice", json.dumps(self.choice))
-        return Structure("grammar", self.grammar or "")
+            return Structure("choice", json.dumps(self.choice), "structured_outputs")
+        return Structure("grammar", self.grammar or "", "structured_outputs")
 
 
 ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
@@ -127,8 +140,16 @@ class AlignmentFields(Alignment):
 
     @classmethod
     def unsupported(cls) -> dict[str, Any]:
-        """Fields that are known but can't be had, with the value that asks for nothing."""
+        """Fields that are known but not supported, with the value that has no effect."""
         return {}
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        self.check()
+        return self
+
+    def check(self) -> None:
+        """Check fields against each other. Raises what `refused` returns."""
 
     def principles(self, default_ratio: float) -> list[Principle]:
         ratio = default_ratio if self.alignment_ratio is None else self.alignment_ratio
@@ -148,7 +169,7 @@ class GenerationRequest(AlignmentFields):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = Field(None, description="0 or -1 switches it off")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Seed | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="a structure that is complete ends sooner")
     stop: str | Annotated[list[str], Field(max_length=MAX_STOP_STRINGS)] | None = None
@@ -156,9 +177,9 @@ class GenerationRequest(AlignmentFields):
     ignore_eos: bool | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION, le=MAX_REPETITION)] | None = None
     logit_bias: (
-        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None
+        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]] | None
     ) = Field(None, description="token ids to what is added to their logits")
     alignment_trace: bool | None = Field(None, description="tell of every token what the policies made of it")
     response_format: ResponseFormat | None = None
@@ -168,8 +189,8 @@ class GenerationRequest(AlignmentFields):
     user: str | None = Field(None, description="an identifier of the end user; no effect on the reply")
     cache_salt: CacheSalt | None = None
 
-    @model_validator(mode="after")
-    def _consistent_delivery(self) -> "GenerationRequest":
+    def check(self) -> None:
+        super().check()
         if self.stream_options is not None and not self.stream:
             raise refused("stream_options", "stream_options needs stream: true")
         if self.stream_options and self.stream_options.continuous_usage_stats and not self.stream_options.include_usage:
@@ -177,7 +198,6 @@ class GenerationRequest(AlignmentFields):
             raise refused(name, f"{name} needs include_usage: true")
         if self.structured_outputs is not None and not isinstance(self.response_format, TextFormat | None):
             raise refused("structured_outputs", "structured_outputs and response_format exclude each other")
-        return self
 
     def sampling_params(self, **more: Any) -> SamplingParams:
         """more: what an endpoint calls by another name. Raises InvalidRequest."""

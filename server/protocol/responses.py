@@ -1,18 +1,38 @@
-"""The schema of /v1/responses: what of it can be said as a chat completion, which is what it becomes."""
+"""The schema of /v1/responses. A request becomes a chat completion."""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, PrivateAttr, Tag, ValidationError, model_validator
+from pydantic import Discriminator, Field, PrivateAttr, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 from linalign.alignment_core.request import MAX_LOGPROBS
-from linalign.server.protocol.chat_request import MAX_TOOLS, ChatCompletionRequest, Function
+from linalign.server.protocol.chat_request import (
+    MAX_TOOLS,
+    AnyMessage,
+    AssistantMessage,
+    ChatCompletionRequest,
+    Function,
+    FunctionCall,
+    FunctionName,
+    NamedTool,
+    SystemMessage,
+    Tool,
+    ToolCall,
+    ToolMessage,
+    UserMessage,
+)
+from linalign.server.protocol.core_errors import RESPONSE_FIELDS
 from linalign.server.protocol.generation import (
     FIRST,
     AlignmentFields,
     CacheSalt,
     JsonObjectFormat,
+    JsonSchema,
+    JsonSchemaFormat,
     Metadata,
+    ResponseFormat,
     Schema,
+    Seed,
     TextFormat,
     refused,
 )
@@ -46,8 +66,13 @@ class InputMessage(_Item):
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
 
-    def as_chat(self) -> dict[str, Any]:
-        return {"role": self.role, "content": _joined(self.content)}
+    def as_chat(self) -> AnyMessage:
+        content = _joined(self.content)
+        if self.role == "user":
+            return UserMessage.model_construct(role="user", content=content)
+        if self.role == "assistant":
+            return AssistantMessage.model_construct(role="assistant", content=content)
+        return SystemMessage.model_construct(role=self.role, content=content)
 
 
 class FunctionCallItem(_Item):
@@ -56,10 +81,10 @@ class FunctionCallItem(_Item):
     name: str
     arguments: str
 
-    def as_chat(self) -> dict[str, Any]:
-        function = {"name": self.name, "arguments": self.arguments}
-        call = {"id": self.call_id, "type": "function", "function": function}
-        return {"role": "assistant", "content": None, "tool_calls": [call]}
+    def as_chat(self) -> AnyMessage:
+        function = FunctionCall.model_construct(name=self.name, arguments=self.arguments)
+        call = ToolCall.model_construct(id=self.call_id, function=function)
+        return AssistantMessage.model_construct(role="assistant", tool_calls=[call])
 
 
 class FunctionCallOutput(_Item):
@@ -67,8 +92,8 @@ class FunctionCallOutput(_Item):
     call_id: str
     output: Content
 
-    def as_chat(self) -> dict[str, Any]:
-        return {"role": "tool", "tool_call_id": self.call_id, "content": _joined(self.output)}
+    def as_chat(self) -> AnyMessage:
+        return ToolMessage.model_construct(role="tool", tool_call_id=self.call_id, content=_joined(self.output))
 
 
 class ReasoningText(Schema):
@@ -81,9 +106,9 @@ class ReasoningItem(_Item):
     summary: Annotated[list[Any], Field(max_length=0)] | None = None
     content: Annotated[list[ReasoningText], FIRST] | None = None
 
-    def as_chat(self) -> dict[str, Any]:
+    def as_chat(self) -> AnyMessage:
         text = "".join(part.text for part in self.content or ())
-        return {"role": "assistant", "content": None, "reasoning_content": text}
+        return AssistantMessage.model_construct(role="assistant", reasoning_content=text)
 
 
 def _joined(content: str | list[InputText]) -> str:
@@ -106,6 +131,10 @@ Item = Annotated[
 
 class FunctionTool(Function):
     type: Literal["function"]
+
+    def as_chat(self) -> Tool:
+        function = {name: getattr(self, name) for name in Function.model_fields}
+        return Tool.model_construct(type="function", function=Function.model_construct(**function))
 
 
 class FunctionChoice(Schema):
@@ -151,7 +180,7 @@ class ResponsesRequest(AlignmentFields):
     cache_salt: CacheSalt | None = None
     previous_response_id: str | None = None
     include: Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Seed | None = None
     principle_placement: Literal["system", "user"] | None = None
     _chat: ChatCompletionRequest = PrivateAttr()
 
@@ -159,40 +188,39 @@ class ResponsesRequest(AlignmentFields):
     def unsupported(cls) -> dict[str, Any]:
         return UNSUPPORTED
 
-    @model_validator(mode="after")
-    def _as_chat(self) -> "ResponsesRequest":
+    def check(self) -> None:
+        super().check()
         if self.previous_response_id is not None:
             raise refused("previous_response_id", "this server stores no responses; send the whole input")
+        messages = self._messages()
+        if not messages:
+            raise refused("input", "input has no message")
+        self._chat = ChatCompletionRequest.model_construct(messages=messages, **self._chat_fields())
         try:
-            self._chat = ChatCompletionRequest.model_validate(self._chat_fields())
-        except ValidationError as error:
-            first = error.errors()[0]
-            path = ".".join(str(part) for part in first["loc"])
-            param = first.get("ctx", {}).get("param", path)
-            param = "messages" if param.startswith("messages.") else param  # of ours, which nobody sent
-            raise refused(RESPONSE_NAMES.get(param, param), first["msg"]) from error
-        return self
+            self._chat.check()
+        except PydanticCustomError as error:
+            param = (error.context or {})["param"]
+            param = "messages" if param.startswith("messages.") else param  # the client has sent no messages
+            raise refused(RESPONSE_FIELDS.get(param, param), error.message()) from error
 
     @property
     def chat(self) -> ChatCompletionRequest:
-        """The chat completion that this is."""
+        """The same request as a chat completion, made of parts that are validated already."""
         return self._chat
 
     def _chat_fields(self) -> dict[str, Any]:
-        fields = {
+        """Fields of the chat completion beside its messages."""
+        fields: dict[str, Any] = {
             name: getattr(self, name)
-            for name in (*AlignmentFields.model_fields, "temperature", "top_p", "parallel_tool_calls", "stream", "seed")
+            for name in (*AlignmentFields.model_fields, *SAME_IN_CHAT)
+            if getattr(self, name) is not None
         }
-        if isinstance(self.principle, list):
-            fields["principle"] = [item.model_dump() for item in self.principle]
         if self.tools is not None:
-            fields["tools"] = [
-                {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
-                for tool in self.tools
-            ]
+            fields["tools"] = [tool.as_chat() for tool in self.tools]
         choice = self.tool_choice
         if isinstance(choice, FunctionChoice):
-            fields["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
+            function = FunctionName.model_construct(name=choice.name)
+            fields["tool_choice"] = NamedTool.model_construct(type="function", function=function)
         elif choice is not None:
             fields["tool_choice"] = choice
         if self.text and self.text.format:
@@ -201,44 +229,43 @@ class ResponsesRequest(AlignmentFields):
             fields |= {"logprobs": True, "top_logprobs": self.top_logprobs or 0}
         if self.reasoning and self.reasoning.effort is not None:
             fields["reasoning_effort"] = self.reasoning.effort
-        more = {
-            "messages": self._messages(),
-            "max_completion_tokens": self.max_output_tokens,
-            "principle_placement": self.principle_placement,
-            "cache_salt": self.cache_salt,
-        }
-        return {name: value for name, value in (fields | more).items() if value is not None}
+        if self.max_output_tokens is not None:
+            fields["max_completion_tokens"] = self.max_output_tokens
+        return fields
 
-    def _messages(self) -> list[dict[str, Any]]:
-        messages: list[dict[str, Any]] = []
+    def _messages(self) -> list[AnyMessage]:
+        messages: list[AnyMessage] = []
         if self.instructions is not None:
-            messages.append({"role": "system", "content": self.instructions})
+            messages.append(SystemMessage.model_construct(role="system", content=self.instructions))
         if isinstance(self.input, str):
-            return [*messages, {"role": "user", "content": self.input}]
+            return [*messages, UserMessage.model_construct(role="user", content=self.input)]
         for item in self.input:
-            message = item.as_chat()
-            last = messages[-1] if messages else {}
-            is_more = last.get("content") is None or message["content"] is None
-            if message["role"] == last.get("role") == "assistant" and is_more:
-                # what one reply was made of: reasoning, text, calls
-                calls = [*last.get("tool_calls", []), *message.pop("tool_calls", [])]
-                messages[-1] = last | {name: value for name, value in message.items() if value is not None}
-                if calls:
-                    messages[-1]["tool_calls"] = calls
+            message, last = item.as_chat(), messages[-1] if messages else None
+            if (
+                isinstance(last, AssistantMessage)
+                and isinstance(message, AssistantMessage)
+                and (last.content is None or message.content is None)
+            ):
+                _merge(last, message)
             else:
                 messages.append(message)
-        return [m for m in messages if m["content"] is not None or "tool_calls" in m]  # thoughts that led nowhere
+        # A reply that consists of reasoning alone says nothing.
+        return [m for m in messages if m.content is not None or (isinstance(m, AssistantMessage) and m.tool_calls)]
 
 
-# Fields of the chat completion by their names here.
-RESPONSE_NAMES = {
-    "messages": "input",
-    "max_tokens": "max_output_tokens",
-    "max_completion_tokens": "max_output_tokens",
-    "response_format": "text.format",
-    "reasoning_effort": "reasoning.effort",
-    "chat_template_kwargs.reasoning_effort": "reasoning.effort",
-}
+def _merge(message: AssistantMessage, part: AssistantMessage) -> None:
+    """Add a part of the same reply to a message: reasoning, text, or calls."""
+    if part.content is not None:
+        message.content = part.content
+    if part.reasoning_content is not None:
+        message.reasoning_content = part.reasoning_content
+    if part.tool_calls:
+        message.tool_calls = message.tool_calls or []
+        message.tool_calls += part.tool_calls
+
+
+# Fields of the same name and meaning in a chat completion.
+SAME_IN_CHAT = ("temperature", "top_p", "parallel_tool_calls", "stream", "seed", "principle_placement", "cache_salt")
 UNSUPPORTED: dict[str, Any] = {
     "alignment_trace": False,
     "background": False,
@@ -260,8 +287,10 @@ UNSUPPORTED: dict[str, Any] = {
 }
 
 
-def _chat_format(format: TextFormat | JsonObjectFormat | JsonSchemaText) -> dict[str, Any]:
-    if isinstance(format, JsonSchemaText):
-        schema = format.model_dump(by_alias=True, exclude={"type"}, exclude_none=True)
-        return {"type": "json_schema", "json_schema": schema}
-    return {"type": format.type}
+def _chat_format(format: TextFormat | JsonObjectFormat | JsonSchemaText) -> ResponseFormat:
+    if not isinstance(format, JsonSchemaText):
+        return format
+    schema = JsonSchema.model_construct(
+        name=format.name, schema=format.schema_, strict=format.strict, description=format.description
+    )
+    return JsonSchemaFormat.model_construct(type="json_schema", json_schema=schema)

@@ -1,8 +1,8 @@
 """The schemas of /tokenize and /detokenize."""
 
-from typing import Annotated, Self
+from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from linalign.server.protocol.chat_request import ChatFields
 from linalign.server.protocol.generation import FIRST, AlignmentFields, Schema, TokenId, refused
@@ -13,15 +13,14 @@ class TokenizeRequest(ChatFields):
 
     prompt: str | None = None
 
-    @model_validator(mode="after")
-    def _one_of_them(self) -> Self:
+    def check(self) -> None:
+        super().check()
         if (self.prompt is None) == (self.messages is None):
             raise refused("prompt", "give either prompt or messages")
         if self.prompt is not None:
             for name in set(ChatFields.model_fields) - set(AlignmentFields.model_fields):
                 if getattr(self, name) is not None:
                     raise refused(name, f"{name} is for messages, not for a prompt")
-        return self
 
 
 class DetokenizeRequest(Schema):

@@ -9,9 +9,12 @@ from fastapi import APIRouter, Request, Response
 
 from linalign import Prompt
 from linalign.server.engine_client import EngineClient
-from linalign.server.models import serving
+from linalign.server.models import with_preset
 from linalign.server.protocol.chat_request import ChatCompletionRequest
-from linalign.server.replies.streaming import STREAMED, ChatCompletion, Replies, event_stream, gather
+from linalign.server.replies.chat_completion import PATH, ChatCompletion
+from linalign.server.replies.events import STREAMED, event_stream
+from linalign.server.replies.submission import Replies, gather
+from linalign.server.state import state_of
 from linalign.server.strict_json import StrictJSON
 from linalign.server.threads import in_thread
 from linalign.server.tool_calls import ReplyParser, end_of_thinking, marks_are_special
@@ -20,10 +23,10 @@ from linalign.server.tool_grammars import demanded, kept_to, literal
 router = APIRouter(route_class=StrictJSON)
 
 
-@router.post("/v1/chat/completions", response_model=None, responses=STREAMED)
+@router.post(PATH, response_model=None, responses=STREAMED)
 async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response | dict[str, Any]:
-    state = request.app.state
-    body = serving(body, state)
+    state = state_of(request)
+    body = with_preset(body, state)
     replies, prompt, parser = await begin(body, request)
     completion = ChatCompletion(state.engine, body, state.fingerprint, prompt, parser)
     if body.stream:
@@ -39,8 +42,8 @@ async def begin(body: ChatCompletionRequest, request: Request) -> tuple[Replies,
 
     Raises InvalidRequest, EngineDead, EngineBusy.
     """
-    state = request.app.state
-    engine: EngineClient = state.engine
+    state = state_of(request)
+    engine = state.engine
     engine.refuse_early()
     principles = body.principles(state.settings.default_alignment_ratio)
     messages = [message.rendered() for message in body.messages]

@@ -1,46 +1,29 @@
 """POST /v1/completions."""
 
-import asyncio
 import itertools
-import time
-import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from transformers import PreTrainedTokenizerBase
 
-from linalign import Output, Prompt, Usage
-from linalign.alignment_core.output import IMPOSSIBLE, TokenLogprob
-from linalign.alignment_core.text.detokenizer import TextStream, special_ids
-from linalign.server.engine_client import EngineClient
-from linalign.server.models import serving
+from linalign import Prompt
+from linalign.server.models import with_preset
 from linalign.server.protocol.completions import CompletionRequest
-from linalign.server.replies.streaming import (
-    DONE,
-    FAILURES,
-    STREAMED,
-    Event,
-    Replies,
-    event_stream,
-    failure,
-    gather,
-    trace_of,
-    usage_object,
-)
+from linalign.server.replies.events import STREAMED, event_stream
+from linalign.server.replies.submission import Replies, gather
+from linalign.server.replies.text_completion import PATH, TextCompletion
+from linalign.server.state import state_of
 from linalign.server.strict_json import StrictJSON
 from linalign.server.threads import in_thread
 
 router = APIRouter(route_class=StrictJSON)
 
 
-@router.post("/v1/completions", response_model=None, responses=STREAMED)
+@router.post(PATH, response_model=None, responses=STREAMED)
 async def create_completion(body: CompletionRequest, request: Request) -> Response | dict[str, Any]:
-    state = request.app.state
-    engine: EngineClient = state.engine
+    state = state_of(request)
+    engine = state.engine
     engine.refuse_early()
-    body = serving(body, state)
+    body = with_preset(body, state)
     principles = body.principles(state.settings.default_alignment_ratio)
 
     def build() -> tuple[list[tuple[int, ...]], list[Prompt]]:
@@ -61,214 +44,3 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         return event_stream(completion.events(replies), replies)
     outputs = await gather(replies, request)
     return completion.whole(outputs) if outputs else Response(status_code=499)
-
-
-class TextCompletion:
-    """OpenAI's objects of one text completion. Choices are numbered through all prompts."""
-
-    def __init__(
-        self,
-        engine: EngineClient,
-        fingerprint: str,
-        body: CompletionRequest,
-        texts: Sequence[tuple[int, ...]],
-        prompts: Sequence[Prompt],
-    ) -> None:
-        """texts: the token ids of what came, without any principle."""
-        self._engine, self._body, self._texts, self._prompts, self._n = engine, body, texts, prompts, body.n or 1
-        self._head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": body.model,
-            "system_fingerprint": fingerprint,
-        }
-
-    def whole(self, outputs: Sequence[Sequence[Output]]) -> dict[str, Any]:
-        choices = []
-        for number, of_prompt in enumerate(outputs):
-            for index in range(self._n):
-                mine = [output for output in of_prompt if output.choice == index]
-                text = self._echoed(number) + "".join(output.text for output in mine)
-                opinions = self._opinions(number).of(mine)
-                choices.append(self._choice(number * self._n + index, text, mine[-1].finish_reason, opinions))
-        usages = [[output.usage for output in of_prompt if output.usage] for of_prompt in outputs]
-        return {**self._head, "choices": choices, "usage": _sum(usages)}
-
-    async def events(self, replies: Sequence[Replies]) -> AsyncIterator[Event]:
-        options = self._body.stream_options
-        include_usage = options is not None and options.include_usage
-        continuous = options is not None and options.continuous_usage_stats
-        usages: list[list[Usage]] = [[] for _ in replies]
-        counts = [[-len(prompt.given)] * self._n for prompt in self._prompts]
-        num_prompt_tokens = sum(len(prompt.principled[0]) + len(prompt.given) for prompt in self._prompts)
-        opinions = [[self._opinions(number) for _ in range(self._n)] for number in range(len(replies))]
-
-        def event(choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> Event:
-            if continuous and usage is None:
-                drawn = sum(max(count, 0) for of_prompt in counts for count in of_prompt)
-                usage = {
-                    "prompt_tokens": num_prompt_tokens,
-                    "completion_tokens": drawn,
-                    "total_tokens": num_prompt_tokens + drawn,
-                }
-            return Event({**self._head, "choices": choices} | ({"usage": usage} if include_usage else {}))
-
-        try:
-            for number in range(len(replies)):
-                if self._body.echo:
-                    for index in range(self._n):
-                        yield event([self._choice(number * self._n + index, self._echoed(number), None, {})])
-            async for number, output in _merged(replies):
-                counts[number][output.choice] += len(output.token_ids)
-                if output.text or output.logprobs or output.finish_reason:
-                    found = opinions[number][output.choice].of([output])
-                    index = number * self._n + output.choice
-                    yield event([self._choice(index, output.text, output.finish_reason, found)])
-                if output.usage:
-                    usages[number].append(output.usage)
-            if include_usage:
-                yield event([], _sum(usages))
-            yield DONE
-        except FAILURES as error:
-            yield failure(error)
-        finally:
-            for one in replies:
-                one.abort()
-
-    def _echoed(self, number: int) -> str:
-        if not self._body.echo:
-            return ""
-        prompt = self._body.prompts()[number]
-        return prompt if isinstance(prompt, str) else self._engine.tokenizer.decode(prompt)
-
-    def _opinions(self, number: int) -> "_Opinions":
-        prompt, ids = self._body.prompts()[number], self._texts[number]
-        offsets = None
-        if self._body.logprobs is not None:
-            text = prompt if isinstance(prompt, str) else None
-            offsets = _Offsets(self._engine.tokenizer, text, ids, is_scored=self._body.scores)
-        return _Opinions(self._engine, self._body, offsets, ids[0] if self._body.scores else None)
-
-    @staticmethod
-    def _choice(index: int, text: str, reason: str | None, opinions: Mapping[str, Any]) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason, **opinions}
-
-
-class _Opinions:
-    """A choice's log-probabilities, in OpenAI's older form, and its trace, as far as they are asked for: lists beside
-    each other.
-
-    first: a token in front, of which nothing is known.
-    """
-
-    def __init__(
-        self, engine: EngineClient, body: CompletionRequest, offsets: "_Offsets | None", first: int | None
-    ) -> None:
-        self._token_bytes = engine.token_bytes
-        self._body, self._offsets, self._first = body, offsets, first
-
-    def of(self, outputs: Sequence[Output]) -> dict[str, Any]:
-        """What came with these outputs."""
-        reports: list[TokenLogprob | None] = [report for output in outputs for report in output.logprobs]
-        ids = [report.token_id for report in reports if report]
-        if self._first is not None:
-            ids, reports, self._first = [self._first, *ids], [None, *reports], None
-        found: dict[str, Any] = {}
-        if reports and self._offsets:
-            found["logprobs"] = self._logprobs(ids, reports, self._offsets)
-        if self._body.traces:
-            found["alignment"] = [report and trace_of(report, self._token_bytes) for report in reports]
-        return found
-
-    def _logprobs(
-        self, ids: Sequence[int], reports: Sequence[TokenLogprob | None], offsets: "_Offsets"
-    ) -> dict[str, Any]:
-        return {
-            "tokens": [self._name(id) for id in ids],
-            "token_logprobs": [report and max(report.logprob, IMPOSSIBLE) for report in reports],
-            "top_logprobs": [report and self._top(report) for report in reports],
-            "text_offset": [offsets.next(id) for id in ids],
-        }
-
-    def _top(self, report: TokenLogprob) -> dict[str, float]:
-        """The drawn token is there too, unless it could not be drawn."""
-        pairs = [(report.token_id, report.logprob)] if report.logprob > IMPOSSIBLE else []
-        return {self._name(id): value for id, value in (*report.top, *pairs)}
-
-    def _name(self, id: int) -> str:
-        """A token's text; part of a character as OpenAI writes it."""
-        content = self._token_bytes(id)
-        try:
-            return content.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
-
-
-class _Offsets:
-    """Where in a choice's text its tokens begin: the first tokens are the prompt's, if it is scored.
-
-    text: the prompt, if it came as one; ids: its tokens. A token in front that the tokenizer has added is no text.
-    """
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, text: str | None, ids: Sequence[int], is_scored: bool
-    ) -> None:
-        decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-        mark = tokenizer.bos_token
-        is_added = text is not None and mark and ids[0] == tokenizer.bos_token_id and not text.startswith(mark)
-        self._prompt = TextStream(decode)
-        self._reply = TextStream(decode, before=ids, skipped=special_ids(tokenizer))
-        self._num_added, self._num_prompt = int(is_scored and bool(is_added)), len(ids) if is_scored else 0
-        self._num_told = self._offset = 0
-
-    def next(self, id: int) -> int:
-        """That of the next token."""
-        begin, place = self._offset, self._num_told
-        self._num_told += 1
-        if place >= self._num_added:
-            self._offset += len((self._prompt if place < self._num_prompt else self._reply).add(id))
-        return begin
-
-
-async def _merged(replies: Sequence[Replies]) -> AsyncIterator[tuple[int, Output]]:
-    """The outputs of several requests as they come, with the number of the request."""
-    queue: asyncio.Queue[tuple[int, Output | BaseException | None]] = asyncio.Queue()
-
-    async def forward(number: int, one: Replies) -> None:
-        try:
-            async for output in one:
-                queue.put_nowait((number, output))
-            queue.put_nowait((number, None))
-        except FAILURES as error:
-            queue.put_nowait((number, error))
-
-    tasks = [asyncio.ensure_future(forward(number, one)) for number, one in enumerate(replies)]
-    try:
-        left = len(replies)
-        while left:
-            number, output = await queue.get()
-            if isinstance(output, BaseException):
-                raise output
-            left -= output is None
-            if output is not None:
-                yield number, output
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
-def _sum(usages: Sequence[Sequence[Usage]]) -> dict[str, Any]:
-    """The usage of all prompts."""
-    objects = [usage_object(of_prompt) for of_prompt in usages]
-    total = {name: sum(found[name] for found in objects) for name in objects[0] if name.endswith("_tokens")}
-    cached = sum(found["prompt_tokens_details"]["cached_tokens"] for found in objects)
-    details = [found["alignment_details"] for found in objects]
-    return {
-        **total,
-        "prompt_tokens_details": {"cached_tokens": cached},
-        "alignment_details": {
-            **{name: sum(found[name] for found in details) for name in details[0]},
-            "branches": max(found["branches"] for found in details),
-        },
-    }

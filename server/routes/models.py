@@ -5,14 +5,14 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from linalign.server.engine_client import EngineClient
 from linalign.server.protocol.errors import ModelNotFound
+from linalign.server.state import state_of
 
 router = APIRouter()
 
 
 def _models(request: Request) -> list[dict[str, Any]]:
-    state = request.app.state
+    state = state_of(request)
     model = {"object": "model", "created": state.started, "owned_by": "linalign"}
     model |= {"max_model_len": state.engine.max_model_len}
     own = {"id": state.engine.model_id, **model}
@@ -46,7 +46,7 @@ async def retrieve_model(id: str, request: Request) -> dict[str, Any]:
 @router.get("/health")
 async def health(request: Request) -> dict[str, str]:
     """200 while the engine runs and accepts requests, else 503."""
-    engine: EngineClient = request.app.state.engine
+    engine = state_of(request).engine
     await engine.check_health()
     return {"status": "ok"}
 

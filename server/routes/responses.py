@@ -1,229 +1,29 @@
 """POST /v1/responses: a chat completion, told as OpenAI's items and events."""
 
-import time
-import uuid
-from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from linalign import InvalidRequest, Output
-from linalign.server.engine_client import EngineClient
-from linalign.server.models import serving
+from linalign.server.models import with_preset
 from linalign.server.protocol.responses import ResponsesRequest
-from linalign.server.replies.streaming import (
-    FAILURES,
-    STREAMED,
-    Event,
-    Replies,
-    event_stream,
-    gather,
-    logprob_object,
-    usage_object,
-)
+from linalign.server.replies.events import STREAMED, event_stream
+from linalign.server.replies.model_response import PATH, ModelResponse
+from linalign.server.replies.submission import gather
 from linalign.server.routes.chat_completions import begin
+from linalign.server.state import state_of
 from linalign.server.strict_json import StrictJSON
-from linalign.server.tool_calls import Delta, ReplyParser
 
 router = APIRouter(route_class=StrictJSON)
-News = dict[str, Any]
 
 
-@router.post("/v1/responses", response_model=None, responses=STREAMED)
+@router.post(PATH, response_model=None, responses=STREAMED)
 async def create_response(body: ResponsesRequest, request: Request) -> Response | dict[str, Any]:
-    state = request.app.state
-    engine: EngineClient = state.engine
-    chat = serving(body.chat, state)
+    state = state_of(request)
+    engine = state.engine
+    chat = with_preset(body.chat, state)
     replies, _, parser = await begin(chat, request)
     response = ModelResponse(engine, body, parser())
     if body.stream:
         return event_stream(response.events(replies), [replies])
     outputs = await gather([replies], request)
     return response.whole(outputs[0]) if outputs else Response(status_code=499)
-
-
-class ModelResponse:
-    """One response object, and the events of its coming about."""
-
-    def __init__(self, engine: EngineClient, body: ResponsesRequest, parser: ReplyParser) -> None:
-        self._token_bytes, self._parser = engine.token_bytes, parser
-        self._items = _Items()
-        self._pending: list[dict[str, Any]] = []  # log-probabilities of tokens whose text is still to come
-        tools = [tool.model_dump(exclude_none=True) | {"strict": tool.strict} for tool in body.tools or ()]
-        choice = body.tool_choice or "auto"
-        self._num_reasoned = 0
-        self._response: dict[str, Any] = {
-            "id": f"resp_{uuid.uuid4().hex}",
-            "object": "response",
-            "created_at": int(time.time()),
-            "status": "in_progress",
-            "model": body.model,
-            "output": self._items.done,
-            "error": None,
-            "incomplete_details": None,
-            "instructions": body.instructions,
-            "metadata": body.metadata or {},
-            "parallel_tool_calls": body.parallel_tool_calls is not False,
-            "previous_response_id": None,
-            "store": False,
-            "temperature": body.temperature,
-            "top_p": body.top_p,
-            "max_output_tokens": body.max_output_tokens,
-            "text": {"format": {"type": "text"}}
-            if body.text is None or body.text.format is None
-            else body.text.model_dump(by_alias=True, exclude_none=True),
-            "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
-            "tools": tools,
-            "truncation": "disabled",
-            "usage": None,
-        }
-
-    def whole(self, outputs: Sequence[Output]) -> dict[str, Any]:
-        for output in outputs:
-            self._take(output)
-        return self._response
-
-    async def events(self, replies: Replies) -> AsyncIterator[Event]:
-        number = 0
-
-        def sent(event: News) -> Event:
-            nonlocal number
-            number += 1
-            return Event({**event, "sequence_number": number - 1}, event["type"])
-
-        try:
-            for kind in ("response.created", "response.in_progress"):
-                yield sent({"type": kind, "response": self._response})
-            async for output in replies:
-                for event in self._take(output):
-                    yield sent(event)
-            status = self._response["status"]
-            yield sent({"type": f"response.{status}", "response": self._response})
-        except FAILURES as error:
-            code = "invalid_prompt" if isinstance(error, InvalidRequest) else "server_error"
-            failed = {"status": "failed", "error": {"code": code, "message": str(error)}}
-            yield sent({"type": "response.failed", "response": self._response | failed})
-        finally:
-            replies.abort()
-
-    def _take(self, output: Output) -> list[News]:
-        self._pending += [logprob_object(report, self._token_bytes) for report in output.logprobs]
-        events = []
-        deltas = self._parser.feed(output.text) + (self._parser.finish() if output.finish_reason else [])
-        if any("reasoning_content" in delta for delta in deltas):
-            self._num_reasoned += len(output.token_ids)
-        for delta in deltas:
-            events += self._items.take(delta, self._pending if "content" in delta else [])
-            self._pending = []
-        if output.finish_reason:
-            status = "completed" if output.finish_reason == "stop" else "incomplete"
-            events += self._items.close(status, self._pending)
-            self._response["status"] = status
-            if status == "incomplete":
-                reason = "max_output_tokens" if output.finish_reason == "length" else "abort"
-                self._response["incomplete_details"] = {"reason": reason}
-            assert output.usage is not None
-            usage = usage_object([output.usage])
-            cached = usage["prompt_tokens_details"]["cached_tokens"]
-            self._response["usage"] = {
-                "input_tokens": usage["prompt_tokens"],
-                "input_tokens_details": {
-                    "cached_tokens": cached,
-                    "cache_write_tokens": usage["prompt_tokens"] - cached,
-                },
-                "output_tokens": usage["completion_tokens"],
-                "output_tokens_details": {"reasoning_tokens": self._num_reasoned},
-                "total_tokens": usage["total_tokens"],
-                "alignment_details": usage["alignment_details"],
-            }
-        return events
-
-
-class _Items:
-    """The output items so far: reasoning, messages, function calls; the last one may be open.
-
-    done: those that are complete.
-    """
-
-    def __init__(self) -> None:
-        self.done: list[dict[str, Any]] = []
-        self._open: dict[str, Any] | None = None
-
-    def take(self, delta: Delta, logprobs: list[dict[str, Any]]) -> list[News]:
-        if "tool_calls" in delta:
-            (call,) = delta["tool_calls"]
-            events = self._open_call(call) if "id" in call else []
-            return events + self._call_grows(call["function"]["arguments"])
-        kind = "message" if "content" in delta else "reasoning"
-        text = delta["content"] if kind == "message" else delta["reasoning_content"]
-        events = [] if self._open is not None and self._open["type"] == kind else self._open_text(kind)
-        return events + self._text_grows(text, logprobs)
-
-    def close(self, status: str = "completed", logprobs: Sequence[dict[str, Any]] = ()) -> list[News]:
-        """End the open item, if there is any. logprobs: of tokens at its end that have no text."""
-        item, self._open = self._open, None
-        if item is None:
-            return []
-        item["status"] = status
-        place = self._place(item)
-        if item["type"] == "function_call":
-            ends = [{"type": "response.function_call_arguments.done", **place, "arguments": item["arguments"]}]
-        else:
-            (part,) = item["content"]
-            ends = [{"type": f"response.{part['type']}.done", **place, "content_index": 0, "text": part["text"]}]
-            if part["type"] == "output_text":
-                part["logprobs"] = [*part["logprobs"], *logprobs]
-                ends[0]["logprobs"] = part["logprobs"]
-            ends.append({"type": "response.content_part.done", **place, "content_index": 0, "part": part})
-        ends.append({"type": "response.output_item.done", "output_index": place["output_index"], "item": item})
-        self.done.append(item)
-        return ends
-
-    def _place(self, item: dict[str, Any]) -> dict[str, Any]:
-        return {"item_id": item["id"], "output_index": len(self.done)}
-
-    def _begin(self, item: dict[str, Any]) -> list[News]:
-        events = self.close()
-        self._open = item
-        shown = {**item, "content": []} if "content" in item else dict(item)
-        return [*events, {"type": "response.output_item.added", "output_index": len(self.done), "item": shown}]
-
-    def _open_call(self, call: dict[str, Any]) -> list[News]:
-        item = {
-            "id": f"fc_{uuid.uuid4().hex}",
-            "type": "function_call",
-            "call_id": call["id"],
-            "name": call["function"]["name"],
-            "arguments": "",
-            "status": "in_progress",
-        }
-        return self._begin(item)
-
-    def _call_grows(self, text: str) -> list[News]:
-        if not text or self._open is None:
-            return []
-        self._open["arguments"] += text
-        return [{"type": "response.function_call_arguments.delta", **self._place(self._open), "delta": text}]
-
-    def _open_text(self, kind: str) -> list[News]:
-        item: dict[str, Any]
-        if kind == "message":
-            part: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-            item = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "status": "in_progress"}
-        else:
-            part = {"type": "reasoning_text", "text": ""}
-            item = {"id": f"rs_{uuid.uuid4().hex}", "type": "reasoning", "summary": [], "status": "in_progress"}
-        item["content"] = [part]
-        events = self._begin(item)
-        added = {"type": "response.content_part.added", **self._place(item), "content_index": 0, "part": dict(part)}
-        return [*events, added]
-
-    def _text_grows(self, text: str, logprobs: list[dict[str, Any]]) -> list[News]:
-        assert self._open is not None
-        (part,) = self._open["content"]
-        part["text"] += text
-        event = {"type": f"response.{part['type']}.delta", **self._place(self._open), "content_index": 0, "delta": text}
-        if part["type"] == "output_text":
-            part["logprobs"] = part["logprobs"] + logprobs
-            event["logprobs"] = logprobs
-        return [event]

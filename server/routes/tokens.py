@@ -5,9 +5,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from linalign import InvalidRequest
-from linalign.server.engine_client import EngineClient
-from linalign.server.models import preset_of, serving
+from linalign.server.models import preset_of, with_preset
 from linalign.server.protocol.tokens import DetokenizeRequest, TokenizeRequest
+from linalign.server.state import state_of
 from linalign.server.strict_json import StrictJSON
 from linalign.server.threads import in_thread
 
@@ -17,9 +17,9 @@ router = APIRouter(route_class=StrictJSON)
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     """The token ids of the prompt as it is counted, and of every branch: the principled ones, then the base."""
-    engine: EngineClient = request.app.state.engine
-    body = serving(body, request.app.state)
-    principles = body.principles(request.app.state.settings.default_alignment_ratio)
+    engine = state_of(request).engine
+    body = with_preset(body, state_of(request))
+    principles = body.principles(state_of(request).settings.default_alignment_ratio)
     method = body.alignment_method or "linear"
     if body.messages is None:
         prompt = await in_thread(request, engine.prompts.build_text, body.prompt or "", principles, method=method)
@@ -41,8 +41,8 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
 
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str]:
-    engine: EngineClient = request.app.state.engine
-    preset_of(body.model, request.app.state)
+    engine = state_of(request).engine
+    preset_of(body.model, state_of(request))
     for id in body.tokens:
         if id >= engine.vocab_size:
             raise InvalidRequest(f"the vocabulary has no token {id}", "tokens")

@@ -9,9 +9,9 @@ from linalign.alignment_core.cpu import vocabulary
 from linalign.alignment_core.decoding import candidates as narrowing
 from linalign.alignment_core.decoding.alignment import Mixing, direction, log_totals, plausible_set, principled_logits
 from linalign.alignment_core.decoding.candidates import candidates
+from linalign.alignment_core.decoding.draw import draw_from_candidates, draw_places
 from linalign.alignment_core.decoding.draw_settings import DrawSettings, uniform
 from linalign.alignment_core.decoding.methods import linear
-from linalign.alignment_core.decoding.sampling import draw_places, sample_from
 from tests.oracle import Oracle, Setting
 
 
@@ -34,7 +34,7 @@ def settings(n, numbers=None, mixing=None, **changes):
 
 def choose(logits, y, chosen):
     """The tokens of the dynamic draw."""
-    return sample_from(candidates(logits, y, chosen), chosen)
+    return draw_from_candidates(candidates(logits, y, chosen), chosen)
 
 
 def everywhere(logits, mixing):

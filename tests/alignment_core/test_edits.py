@@ -163,7 +163,7 @@ def test_an_abort_ends_all_choices(tiny):
 
 
 @pytest.mark.parametrize(
-    ("params", "n", "param"),
+    ("params", "n", "field"),
     [
         ({"logit_bias": {300: 1.0}}, 1, "logit_bias"),
         ({"stop_token_ids": frozenset({-1})}, 1, "stop_token_ids"),
@@ -171,11 +171,11 @@ def test_an_abort_ends_all_choices(tiny):
         ({}, 0, "n"),
     ],
 )
-def test_what_can_not_be(tiny, params, n, param):
+def test_what_can_not_be(tiny, params, n, field):
     engine = make_engine(tiny[0], num_pages=400, max_num_seqs=8)
     with pytest.raises(InvalidRequest) as error:
         engine.submit(aligned(2.0), replace(GREEDY, **params), print, n=n)
-    assert error.value.param == param
+    assert error.value.field == field
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def test_what_would_not_be_enforced_is_refused(wide, structure, message):
     engine = make_engine(wide[0], num_pages=50)
     with pytest.raises(InvalidRequest, match=re.escape(message)) as error:
         engine.submit(aligned(2.0), SamplingParams(structure=structure), print)
-    assert error.value.param == "structured_outputs"
+    assert error.value.field == "structure"
 
 
 def accepts(engine, structure, text):

@@ -16,14 +16,14 @@ def test_what_does_not_fit_is_refused_before_any_compute(tiny):
     loaded, _ = tiny
     engine = make_engine(loaded, num_pages=40)
     long = Prompt((tuple(range(5, 200)) * 3,))
-    for prompt, params, param in [
-        (long, SamplingParams(), "messages"),
+    for prompt, params, field in [
+        (long, SamplingParams(), "prompt"),
         (aligned(2.0), SamplingParams(max_tokens=500), "max_tokens"),
         (aligned(2.0), SamplingParams(max_tokens=400), "max_tokens"),
     ]:
         with pytest.raises(InvalidRequest) as refusal:
             engine.submit(prompt, params, print)
-        assert refusal.value.param == param
+        assert (refusal.value.field, refusal.value.code) == (field, "too_long")
     assert engine.runner.num_forwards == 0
 
 
@@ -81,7 +81,7 @@ def test_a_prompt_that_the_model_has_no_embedding_for_is_refused(tiny, prompt):
     engine = make_engine(loaded, num_pages=40)
     with pytest.raises(InvalidRequest, match=r"no token|empty") as refusal:
         engine.submit(prompt, GREEDY, print)
-    assert refusal.value.param == "messages"
+    assert refusal.value.field == "prompt"
     assert engine.runner.num_forwards == 0
     (outputs,) = run_all(engine, [(aligned(2.0), GREEDY)])
     judge(oracle, aligned(2.0), outputs)

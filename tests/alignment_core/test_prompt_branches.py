@@ -153,7 +153,7 @@ def test_a_principle_that_no_template_shows_is_refused(tokenizer, name):
     tokenizer.chat_template = TEMPLATES[name]
     with pytest.raises(InvalidRequest, match="no place for a principle") as error:
         PromptBuilder(tokenizer).build([{"role": "system", "content": "Be kind."}], [Principle(PRINCIPLE)])
-    assert error.value.param == "principle"
+    assert error.value.field == "principles"
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_messages_of_calls_need_no_text(tokenizer, placement):
     for role in ("system", "user", "tool"):
         with pytest.raises(InvalidRequest, match=f"of the role {role} must be a text") as error:
             prompts.build([{"role": role, "content": None}, *chat])
-        assert error.value.param == "messages"
+        assert error.value.field == "messages"
 
 
 def test_a_principle_that_the_tokenizer_merges_into_its_neighbours_is_refused(tokenizer):

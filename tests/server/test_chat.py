@@ -10,7 +10,7 @@ import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from linalign import Principle, SamplingParams, Usage
-from linalign.server.replies.streaming import usage_object
+from linalign.server.replies.objects import usage_object
 from tests.engines import make_engine, run_all
 
 CHAT = [{"role": "user", "content": "Where should our town get its power from?"}]

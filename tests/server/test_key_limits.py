@@ -15,7 +15,7 @@ from linalign.alignment_core.output import terminal_output
 from linalign.server.exchange import Exchange, exchange_of
 from linalign.server.key_limits import Bucket
 from linalign.server.protocol.completions import CompletionRequest
-from linalign.server.replies.streaming import Replies
+from linalign.server.replies.submission import Replies
 from linalign.server.settings import Settings
 
 pytestmark = pytest.mark.slow

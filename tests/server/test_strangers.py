@@ -11,7 +11,7 @@ import pytest
 
 from linalign.alignment_core.scheduling.kv_cache import hash_pages
 from linalign.alignment_core.scheduling.sequence import Branch
-from linalign.server.replies.streaming import _salt
+from linalign.server.replies.submission import _salt
 from linalign.server.settings import load_settings
 from tests.serving import serving
 

@@ -12,12 +12,12 @@ from linalign.alignment_core.decoding.policy import Policy
 from linalign.alignment_core.decoding.static_draw import NO_TOKEN, inverse_transform
 
 
-def sample(policy: Policy) -> Tensor:
+def draw(policy: Policy) -> Tensor:
     """Draw a token for every line, [S] int64; NO_TOKEN where the logits of a line are not finite."""
     if policy.edited.is_cuda:
         (group,) = policy.candidates
-        return static_draw.draw(group.z, policy.is_finite, policy.settings, policy.filters)
-    tokens = sample_from(policy.candidates, policy.settings)
+        return static_draw.draw_from_mixed(group.z, policy.is_finite, policy.settings, policy.filters)
+    tokens = draw_from_candidates(policy.candidates, policy.settings)
     if policy.is_greedy.any():
         index = indices(policy.is_greedy)
         best, first = policy.edited[index].max(dim=-1)
@@ -25,7 +25,7 @@ def sample(policy: Policy) -> Tensor:
     return torch.where(policy.is_finite, tokens, NO_TOKEN)
 
 
-def sample_from(candidates: Iterable[Candidates], settings: DrawSettings) -> Tensor:
+def draw_from_candidates(candidates: Iterable[Candidates], settings: DrawSettings) -> Tensor:
     """Draw a token for every line that has candidates, [S] int64; NO_TOKEN for other lines and where all is −inf."""
     tokens = torch.full((len(settings.temperature),), NO_TOKEN)
     for group in candidates:

@@ -1,0 +1,47 @@
+"""How errors of the library look in OpenAI's shape: tables of codes and of fields."""
+
+from collections.abc import Mapping
+
+from linalign import EngineDead, InvalidRequest, RequestFailed
+
+CODES = {"invalid": "invalid_value", "too_long": "context_length_exceeded"}
+# Fields of the library by their names in the HTTP API, on every endpoint.
+FIELDS = {
+    "continues": "continue_final_message",
+    "placement": "principle_placement",
+    "principles": "principle",
+    "ratio": "alignment_ratio",
+    "text": "prompt",
+}
+CHAT_FIELDS = {"logprobs": "top_logprobs", "prompt": "messages", "variables.reasoning_effort": "reasoning_effort"}
+# Fields of a chat completion by their names in /v1/responses.
+RESPONSE_FIELDS = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+}
+FIELDS_OF: Mapping[str, Mapping[str, str]] = {
+    "/v1/chat/completions": CHAT_FIELDS,
+    "/v1/responses": RESPONSE_FIELDS
+    | {name: RESPONSE_FIELDS.get(as_chat, as_chat) for name, as_chat in CHAT_FIELDS.items()},
+}
+
+
+def code_of(error: InvalidRequest | RequestFailed | EngineDead | None) -> str:
+    """The code of an error that ends a reply. None stands for an engine that has failed."""
+    if isinstance(error, InvalidRequest):
+        return CODES[error.code]
+    return "internal_error" if isinstance(error, RequestFailed) else "engine_dead"
+
+
+def described(error: InvalidRequest, path: str) -> tuple[str, str | None]:
+    """The error's message and the field at fault, by the field's name on the endpoint at this path."""
+    field = error.field
+    if field is None:
+        return str(error), None
+    name = FIELDS_OF.get(path, {}).get(field) or FIELDS.get(field, field)
+    if name.startswith("variables."):
+        name = "chat_template_kwargs." + name.removeprefix("variables.")
+    return error.message_for(name), name
