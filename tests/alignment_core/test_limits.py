@@ -16,14 +16,14 @@ def test_what_does_not_fit_is_refused_before_any_compute(tiny):
     loaded, _ = tiny
     engine = make_engine(loaded, num_pages=40)
     long = Prompt((tuple(range(5, 200)) * 3,))
-    for prompt, params, field in [
-        (long, SamplingParams(), "prompt"),
-        (aligned(2.0), SamplingParams(max_tokens=500), "max_tokens"),
-        (aligned(2.0), SamplingParams(max_tokens=400), "max_tokens"),
+    for prompt, params, field, code in [
+        (long, SamplingParams(), "prompt", "too_long"),
+        (aligned(2.0), SamplingParams(max_tokens=500), "max_tokens", "too_long"),
+        (aligned(2.0), SamplingParams(max_tokens=400), "max_tokens", "invalid"),  # of the KV cache
     ]:
         with pytest.raises(InvalidRequest) as refusal:
             engine.submit(prompt, params, print)
-        assert (refusal.value.field, refusal.value.code) == (field, "too_long")
+        assert (refusal.value.field, refusal.value.code) == (field, code)
     assert engine.runner.num_forwards == 0
 
 

@@ -222,7 +222,7 @@ def test_in_this_process(tmp_path):
 def test_without_its_extra_it_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["linalign", "eval", "follow", "--output", str(tmp_path / "out")])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name in [name for name in sys.modules if name.startswith("evaluation")]:
+    for name in [name for name in sys.modules if name.startswith("linalign.evaluation")]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(SystemExit, match=r"needs the extra linalign\[eval\]"):
         cli.main()
