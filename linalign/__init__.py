@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from linalign.alignment_core.decoding.methods import METHODS, MethodRule
     from linalign.alignment_core.engine import Engine
     from linalign.alignment_core.engine_config import EngineConfig
     from linalign.alignment_core.errors import (
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from linalign.alignment_core.request import Principle, Prompt, SamplingParams, Structure
 
 MODULES = {
+    "METHODS": "decoding.methods",
     "Engine": "engine",
     "EngineBusy": "errors",
     "EngineConfig": "engine_config",
@@ -30,6 +32,7 @@ MODULES = {
     "InvalidRequest": "errors",
     "LinalignError": "errors",
     "LoadingError": "errors",
+    "MethodRule": "decoding.methods",
     "Output": "output",
     "Principle": "request",
     "Prompt": "request",
@@ -44,6 +47,7 @@ MODULES = {
 }
 
 __all__ = [
+    "METHODS",
     "Engine",
     "EngineBusy",
     "EngineConfig",
@@ -51,6 +55,7 @@ __all__ = [
     "InvalidRequest",
     "LinalignError",
     "LoadingError",
+    "MethodRule",
     "Output",
     "Principle",
     "Prompt",

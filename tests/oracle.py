@@ -1,4 +1,4 @@
-"""The judge: DESIGN section 2, naive and in float64, over full-context calls without any cache.
+"""The judge: docs/design.md, section 2, naive and in float64, over full-context calls without any cache.
 
 Shares no code with the engine.
 """

@@ -42,7 +42,7 @@ def amulet(weights: Sequence[float], ratios: Sequence[float]) -> Coefficients:
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class MethodRule:
     """A method: its coefficients, from weights and ratios, and the plausible set's mass where a request names none
     (1: none, as published).
     """
@@ -51,13 +51,13 @@ class Rule:
     top_p: float
 
 
-METHODS: dict[Method, Rule] = {
-    "linear": Rule(linear, 0.99),  # decision 0013
-    "context_steering": Rule(context_steering, 1.0),
-    "cfg": Rule(linear, 1.0),
-    "opad": Rule(linear, 1.0),  # and what `opad` adds
-    "amulet": Rule(amulet, 1.0),
-    "adaptive": Rule(linear, 0.99),  # of which `adaptive` takes away
+METHODS: dict[Method, MethodRule] = {
+    "linear": MethodRule(linear, 0.99),  # decision 0013
+    "context_steering": MethodRule(context_steering, 1.0),
+    "cfg": MethodRule(linear, 1.0),
+    "opad": MethodRule(linear, 1.0),  # and what `opad` adds
+    "amulet": MethodRule(amulet, 1.0),
+    "adaptive": MethodRule(linear, 0.99),  # of which `adaptive` takes away
 }
 
 
