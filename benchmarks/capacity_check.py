@@ -1,6 +1,6 @@
-"""The model of capacity.py beside what was measured: tables of files in results/.
+"""The model of benchmarks/capacity beside what was measured: tables of files in results/.
 
-    PYTHONPATH=. python benchmarks/capacity_check.py [--measure]
+    python -m benchmarks.capacity_check [--measure]
 
 --measure counts the engine's pages and prompt tokens anew, on the embedded model, and writes
 results/capacity.json. Times are those of results/cpu.json and serving.json, of this project's CPU, and of
@@ -16,7 +16,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.capacity import CHUNK, GPUS, TEMPLATE, Gpu, Host, Load, Model, num_pages, prompt_tokens, running
+from benchmarks.capacity.crowd import running
+from benchmarks.capacity.hardware import GPUS, Gpu, Model
+from benchmarks.capacity.host import CHUNK, Host
+from benchmarks.capacity.load import TEMPLATE, Load, num_pages, prompt_tokens
 
 HERE = Path(__file__).parent
 SYSTEM = "You help people who live in a small town by the sea with their plans for the house and the garden."

@@ -1,8 +1,7 @@
-"""docs/scaling.md says what its commands print, and the model of benchmarks/capacity.py counts as the engine does."""
+"""docs/scaling.md says what its commands print, and the model of benchmarks/capacity counts as the engine does."""
 
 import dataclasses
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -13,7 +12,8 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from benchmarks import capacity, capacity_check
+from benchmarks import capacity_check
+from benchmarks.capacity import crowd, hardware, host, load
 from linalign import EngineConfig
 from linalign.alignment_core.execution.model_runner import ModelRunner, RunnerConfig
 from tests.engines import tiny_pair
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = re.findall(
-    r"```sh\n(?:PYTHONPATH=\. )?python (benchmarks/.+)\n```\n\n((?:\|.*\n)+)",
+    r"```sh\npython (-m benchmarks.+)\n```\n\n((?:\|.*\n)+)",
     (ROOT / "docs" / "scaling.md").read_text(),
 )
 SIZES = {
@@ -39,7 +39,6 @@ def run(*arguments):
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=120,
@@ -79,21 +78,21 @@ def test_the_engine_counts_as_it_did(embedded):
 def test_sizes_are_the_models(model_type, changes):
     config = CONFIG_MAPPING[model_type](**SIZES | changes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    counted = capacity.Model.of(json.loads(config.to_json_string(use_diff=False)) | {"dtype": "float32"})
+    counted = hardware.Model.of(json.loads(config.to_json_string(use_diff=False)) | {"dtype": "float32"})
     matrices = sum(parameter.nbytes for parameter in model.parameters() if parameter.dim() > 1)
     assert counted.weight_bytes() == matrices  # norms are left out
     runner = ModelRunner(model, RunnerConfig(page_size=EngineConfig().page_size, max_model_len=64))
-    assert counted.kv_bytes() * capacity.PAGE_SIZE == runner.page_bytes()
+    assert counted.kv_bytes() * load.PAGE_SIZE == runner.page_bytes()
 
 
 def test_the_engines_defaults():
-    assert EngineConfig().page_size == capacity.PAGE_SIZE
-    assert EngineConfig().gpu_memory_utilization == capacity.UTILIZATION
+    assert EngineConfig().page_size == load.PAGE_SIZE
+    assert EngineConfig().gpu_memory_utilization == host.UTILIZATION
 
 
 def test_a_directory_and_numbers_of_ones_own(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SIZES))
-    done = run("benchmarks/capacity.py", str(tmp_path), "--bandwidth", "1", "--memory", "4", "--principles", "1")
+    done = run("-m", "benchmarks.capacity", str(tmp_path), "--bandwidth", "1", "--memory", "4", "--principles", "1")
     assert done.returncode == 0, done.stderr
     assert "| sequences at once, because of | 64, --max-num-seqs |" in done.stdout
 
@@ -101,10 +100,10 @@ def test_a_directory_and_numbers_of_ones_own(tmp_path):
 @pytest.mark.parametrize(("spread", "turns"), [(1, 0), (2, 1), (3, 2), (7, 6)])
 def test_where_turns_go_to_any_a_replica_lacks_those_since_its_last(spread, turns):
     """As many as there are others, on average, where histories are long enough to be told apart."""
-    load = capacity.Load(history=10**6, message=100, reply=100)
-    assert capacity.missing(load, spread) * load.history == pytest.approx(turns * (200 + 2 * capacity.TEMPLATE))
-    short = capacity.Load(history=210, message=100, reply=100)  # one turn, which another has with this chance
-    assert capacity.missing(short, spread) == pytest.approx(1 - 1 / spread)
+    long = load.Load(history=10**6, message=100, reply=100)
+    assert crowd.missing(long, spread) * long.history == pytest.approx(turns * (200 + 2 * load.TEMPLATE))
+    short = load.Load(history=210, message=100, reply=100)  # one turn, which another has with this chance
+    assert crowd.missing(short, spread) == pytest.approx(1 - 1 / spread)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +118,7 @@ def test_where_turns_go_to_any_a_replica_lacks_those_since_its_last(spread, turn
 )
 def test_what_is_not_modelled_is_refused(tmp_path, changes, arguments, said):
     (tmp_path / "config.json").write_text(json.dumps(SIZES | changes))
-    done = run("benchmarks/capacity.py", str(tmp_path), *arguments)
+    done = run("-m", "benchmarks.capacity", str(tmp_path), *arguments)
     assert done.returncode == 2
     assert said in done.stderr
 
@@ -127,5 +126,5 @@ def test_what_is_not_modelled_is_refused(tmp_path, changes, arguments, said):
 def test_a_model_that_does_not_fit(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SIZES))
     for arguments in (["--memory", "3"], ["--sequences", "100000000"]):
-        done = run("benchmarks/capacity.py", str(tmp_path), *arguments)
+        done = run("-m", "benchmarks.capacity", str(tmp_path), *arguments)
         assert "none, does not fit" in done.stdout
