@@ -195,12 +195,13 @@ async def places_given_back_by_a_cancelled_request(num_prompts):
         tracer=trace.NoOpTracer(),
         measures=SimpleNamespace(of=lambda *_: lambda _: None),
     )
-    request = Request({"type": "http", "app": SimpleNamespace(state=state), "state": {}})
+    request = Request({"type": "http", "app": SimpleNamespace(state=SimpleNamespace(server=state)), "state": {}})
     exchange_of(request.scope).leave = left.append
     body = CompletionRequest(model="m", prompt="a")
     prompts = [Prompt(((5, 6, 7),))] * num_prompts
     submitting = asyncio.ensure_future(Replies.of(request, body, prompts, SamplingParams(max_tokens=1)))
     while not told:
+        assert not submitting.done()
         await asyncio.sleep(0)
     await asyncio.sleep(0.01)
     submitting.cancel()
