@@ -42,7 +42,7 @@ FAULTS = {
         "tests/alignment_core/test_sampling.py",
     ),
     "prompts: a user's text may hold a reply's control tokens": Fault(
-        "alignment_core/text/prompts.py",
+        "alignment_core/text/safe_rendering.py",
         'patterns = {"assistant": forbidden.in_replies}',
         'patterns = dict.fromkeys(("assistant", "user"), forbidden.in_replies)',
         "tests/alignment_core/test_prompts.py",

@@ -213,7 +213,7 @@ BOMBS = {
 @pytest.mark.parametrize("schema", BOMBS.values(), ids=BOMBS)
 def test_schemas_that_can_not_be_served_are_refused(embedded, schema):
     """In time: some would end the process, some could never be satisfied."""
-    with pytest.raises(InvalidRequest, match="structured_outputs"):
+    with pytest.raises(InvalidRequest, match="structure"):
         make_engine(embedded, num_pages=8).grammars.matcher(Structure("json_schema", json.dumps(schema)))
 
 
@@ -228,7 +228,7 @@ def test_schemas_that_can_not_be_served_are_refused(embedded, schema):
     ids=["nested", "nothing", "lenient", "long"],
 )
 def test_other_structures_that_can_not_be_served_are_refused(embedded, structure):
-    with pytest.raises(InvalidRequest, match="structured_outputs"):
+    with pytest.raises(InvalidRequest, match="structure"):
         make_engine(embedded, num_pages=8).grammars.matcher(structure)
 
 

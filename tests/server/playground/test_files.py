@@ -33,13 +33,13 @@ def test_vendored_files_are_those_of_the_packages():
 def test_the_wheel_has_the_page(tmp_path):
     clean = tmp_path / "clean"  # of what earlier builds have left
     left = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, clean, ignore=left)
+    shutil.copytree(ROOT, clean, symlinks=True, ignore=left)
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, clean]
     subprocess.run(build, check=True, capture_output=True, timeout=300)
     (wheel,) = tmp_path.glob("*.whl")
     inside = set(zipfile.ZipFile(wheel).namelist())
     files = [file for file in FOLDER.rglob("*") if file.is_file()]
-    assert {f"server/playground/{file.relative_to(FOLDER)}" for file in files} <= inside
+    assert {f"linalign/server/playground/{file.relative_to(FOLDER)}" for file in files} <= inside
 
 
 # The README's pictures: `make pictures` puts them into docs/images
