@@ -1,4 +1,4 @@
-"""How much is run of what costs minutes: a part in make test, all of it in make test-long."""
+"""Sizes of expensive tests: small in `make test`, full in `make test-long`."""
 
 import os
 
@@ -6,5 +6,5 @@ LONG_RUN = "LONG_RUN" in os.environ
 
 
 def counted(short, full):
-    """The number for this run."""
+    """`full` in a long run (`make test-long`), else `short`."""
     return full if LONG_RUN else short

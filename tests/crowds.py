@@ -1,7 +1,7 @@
-"""Random crowds: every reply is the one that its request gets alone, whatever runs beside it, and nothing stays behind.
+"""Random crowds of requests: every reply equals the reply that the request gets alone, and the engine leaks nothing.
 
-`python -m tests.crowds SECONDS [FIRST]` runs them one after the other, from seed FIRST on, and ends with the first that
-differs; tests/alignment_core/test_crowd.py runs some.
+`python -m tests.crowds SECONDS [FIRST]` runs crowds one after the other, from seed FIRST on, and stops at the first
+that differs. tests/alignment_core/test_crowd.py runs a few.
 """
 
 import gc
@@ -20,19 +20,23 @@ from linalign.alignment_core.scheduling.sequence import Branch, Sequence
 from linalign.alignment_core.scheduling.speculation import PromptLookup
 from tests.engines import tiny_pair
 
-STRUCTURES = [  # of single letters, as the model has no tokens for words
+STRUCTURES = [  # of single letters: the model's small vocabulary has no tokens for words
     Structure("regex", "[a-z]{4,9} [0-9]+(,[0-9]+)*"),
     Structure("regex", "([ab][0-9]?)+"),
     Structure("regex", "[^e]{2,7}"),
 ]
 VOCAB_SIZE = 300
 MOST_BRANCHES = 4
-LONGEST = 40  # tokens of a prompt
+LONGEST = 40  # most shared tokens of a prompt
 
 
 @dataclass(slots=True)
 class Request:
-    """abort: after so many steps since it was submitted. replies: its outputs, by choice."""
+    """One request of a crowd.
+
+    submit: The step in which it is submitted. abort: Steps after `submit` until it is aborted, or None for never.
+    replies: Its outputs, by choice.
+    """
 
     prompt: Prompt
     params: SamplingParams
@@ -54,47 +58,47 @@ class Request:
         return [report.logprob for output in self.replies[choice] for report in output.logprobs]
 
 
-def random_request(chance: random.Random) -> Request:
-    shared = [(7 * i + chance.choice([0, 0, 0, 1, 2])) % 290 + 5 for i in range(chance.randint(1, LONGEST))]
-    num_principles = chance.choice([0, 1, 1, 2, 3])
+def random_request(rng: random.Random) -> Request:
+    shared = [(7 * i + rng.choice([0, 0, 0, 1, 2])) % 290 + 5 for i in range(rng.randint(1, LONGEST))]
+    num_principles = rng.choice([0, 1, 1, 2, 3])
     base = tuple(shared)
     prompt = Prompt((base,))
     if num_principles:
-        at = chance.randint(0, len(base))
-        added = [[chance.randrange(5, VOCAB_SIZE) for _ in range(chance.randint(1, 9))] for _ in range(num_principles)]
-        shares = [chance.choice([1, 1, 2, 5]) for _ in range(num_principles)]
-        ratios = [chance.choice([-10, -3, -1, -0.5, 0.5, 1, 2, 5, 20]) for _ in range(num_principles)]
-        method = chance.choice(list(METHODS))
+        at = rng.randint(0, len(base))
+        added = [[rng.randrange(5, VOCAB_SIZE) for _ in range(rng.randint(1, 9))] for _ in range(num_principles)]
+        shares = [rng.choice([1, 1, 2, 5]) for _ in range(num_principles)]
+        ratios = [rng.choice([-10, -3, -1, -0.5, 0.5, 1, 2, 5, 20]) for _ in range(num_principles)]
+        method = rng.choice(list(METHODS))
         weights = tuple(share / sum(shares) for share in shares)
         needs_base = any(METHODS[method].coefficients(weights, ratios))
         principled = tuple((*base[:at], *more, *base[at:]) for more in added)
         prompt = Prompt(principled, weights, tuple(ratios), base if needs_base else None, method=method)
-    if chance.random() < 0.15:
-        prompt = replace(prompt, given=tuple(chance.randrange(5, VOCAB_SIZE) for _ in range(chance.randint(1, 20))))
-    if chance.random() < 0.2:
-        prompt = replace(prompt, salt=bytes(31) + bytes([chance.randrange(2)]))
+    if rng.random() < 0.15:
+        prompt = replace(prompt, given=tuple(rng.randrange(5, VOCAB_SIZE) for _ in range(rng.randint(1, 20))))
+    if rng.random() < 0.2:
+        prompt = replace(prompt, salt=bytes(31) + bytes([rng.randrange(2)]))
     return Request(
-        prompt, random_params(chance), chance.choice([1, 1, 1, 2, 3]), chance.randint(0, 30),
-        chance.randint(0, 20) if chance.random() < 0.25 else None,
+        prompt, random_params(rng), rng.choice([1, 1, 1, 2, 3]), rng.randint(0, 30),
+        rng.randint(0, 20) if rng.random() < 0.25 else None,
     )  # fmt: skip
 
 
-def random_params(chance: random.Random) -> SamplingParams:
+def random_params(rng: random.Random) -> SamplingParams:
     def sometimes(probability: float, values: list, otherwise: object = None) -> object:
-        return chance.choice(values) if chance.random() < probability else otherwise
+        return rng.choice(values) if rng.random() < probability else otherwise
 
-    max_tokens = chance.randint(1, 14)
-    biased = {chance.randrange(VOCAB_SIZE): chance.uniform(-100, 100) for _ in range(chance.randint(1, 20))}
+    max_tokens = rng.randint(1, 14)
+    biased = {rng.randrange(VOCAB_SIZE): rng.uniform(-100, 100) for _ in range(rng.randint(1, 20))}
     return SamplingParams(
-        temperature=chance.choice([0, 0, 1e-6, 0.3, 0.9, 1.0, 3.0, 100.0]),
+        temperature=rng.choice([0, 0, 1e-6, 0.3, 0.9, 1.0, 3.0, 100.0]),
         top_p=sometimes(0.3, [0.1, 0.6, 0.95], 1.0),
         top_k=sometimes(0.3, [1, 2, 40], 0),
         min_p=sometimes(0.2, [0.01, 0.3], 0.0),
-        seed=chance.getrandbits(40),
+        seed=rng.getrandbits(40),
         max_tokens=max_tokens,
         stop=sometimes(0.3, [("e",), ("a", "ab"), ("1", "x", "th")], ()),
         stop_token_ids=frozenset(sometimes(0.3, [[9, 50], list(range(60, 120))], [])),
-        ignore_eos=chance.random() < 0.5,
+        ignore_eos=rng.random() < 0.5,
         min_tokens=sometimes(0.3, [1, max_tokens], 0),
         presence_penalty=sometimes(0.2, [-2.0, 0.7, 2.0], 0.0),
         frequency_penalty=sometimes(0.2, [-1.0, 2.0], 0.0),
@@ -102,17 +106,17 @@ def random_params(chance: random.Random) -> SamplingParams:
         logit_bias=sometimes(0.2, [biased], {}),
         structure=sometimes(0.2, STRUCTURES),
         logprobs=sometimes(0.3, [0, 3, 20]),
-        trace=chance.random() < 0.2,
+        trace=rng.random() < 0.2,
         alignment_top_p=sometimes(0.5, [0.3, 0.9, 1.0]),
         alignment_temperature=sometimes(0.2, [0.1, 1.0, 5.0]),
     )
 
 
 class Drafts:
-    """In the place of `PromptLookup.draft`: what will come, something else, or what it would have drafted."""
+    """Replaces `PromptLookup.draft`: returns the correct continuation, wrong tokens, or the real draft, at random."""
 
-    def __init__(self, chance: random.Random) -> None:
-        self._chance, self._known = chance, dict[tuple[int, ...], list[int]]()
+    def __init__(self, rng: random.Random) -> None:
+        self._chance, self._known = rng, dict[tuple[int, ...], list[int]]()
 
     def learn(self, request: Request) -> None:
         for choice in range(request.n):
@@ -133,15 +137,15 @@ drafted = PromptLookup.draft
 
 
 def crowd(loaded: LoadedModel, seed: int) -> Counter[str]:
-    """Run one; what was done on the way. Raises AssertionError."""
-    chance = random.Random(seed)
-    requests = [random_request(chance) for _ in range(chance.randint(2, 12))]
-    static, page_size = chance.random() < 0.5, chance.choice([1, 3, 4, 16])
-    drafts = Drafts(chance)
+    """Run the crowd of `seed` and return counts of what happened. Raises AssertionError if a reply differs."""
+    rng = random.Random(seed)
+    requests = [random_request(rng) for _ in range(rng.randint(2, 12))]
+    static, page_size = rng.random() < 0.5, rng.choice([1, 3, 4, 16])
+    drafts = Drafts(rng)
     alone = Engine(loaded, EngineConfig(page_size=page_size, num_pages=2000, static=static))
     expected = [Request(r.prompt, r.params, r.n, 0, None) for r in requests]
     for number, request in enumerate(expected):
-        salted = replace(request.prompt, salt=number.to_bytes(32, "little"))  # nothing of the others' is found
+        salted = replace(request.prompt, salt=number.to_bytes(32, "little"))  # no prefix reuse between requests
         alone.submit(salted, request.params, request.take, request.n)
         while alone.step():
             pass
@@ -149,11 +153,11 @@ def crowd(loaded: LoadedModel, seed: int) -> Counter[str]:
     least = max(pages_of(request, page_size) for request in requests)
     config = EngineConfig(
         page_size=page_size,
-        num_pages=least if chance.random() < 0.5 else least * chance.randint(1, 6),
+        num_pages=least if rng.random() < 0.5 else least * rng.randint(1, 6),
         static=static,
-        max_num_seqs=chance.choice([12, 16, 64]),
-        max_num_batched_tokens=chance.choice([MOST_BRANCHES, 9, 33, 128, 1000]),
-        num_speculative_tokens=chance.choice([0, 4]),
+        max_num_seqs=rng.choice([12, 16, 64]),
+        max_num_batched_tokens=rng.choice([MOST_BRANCHES, 9, 33, 128, 1000]),
+        num_speculative_tokens=rng.choice([0, 4]),
     )
     engine = Engine(loaded, config)
     num_objects = count_objects()
@@ -185,7 +189,7 @@ def crowd(loaded: LoadedModel, seed: int) -> Counter[str]:
 
 
 def pages_of(request: Request, page_size: int) -> int:
-    """Those that a choice of the request may need."""
+    """Most pages that one choice of the request may need."""
     more = len(request.prompt.given) + request.params.max_tokens
     return sum(-(-(len(ids) + more) // page_size) for ids in request.prompt.branches)
 
@@ -211,11 +215,11 @@ def ends(request: Request, choice: int) -> str | None:
 def compare(request: Request, judge: Request) -> None:
     for choice in range(request.n):
         assert sum(output.finish_reason is not None for output in request.replies[choice]) == 1
-        mine, its = request.tokens(choice), judge.tokens(choice)
+        tokens, expected = request.tokens(choice), judge.tokens(choice)
         if ends(request, choice) == "abort":
-            assert mine == its[: len(mine)], (request.prompt, request.params, choice)
+            assert tokens == expected[: len(tokens)], (request.prompt, request.params, choice)
             continue
-        assert mine == its, (request.prompt, request.params, choice)
+        assert tokens == expected, (request.prompt, request.params, choice)
         assert ends(request, choice) == ends(judge, choice)
         assert request.text(choice) == judge.text(choice)
         for a, b in zip(request.logprobs(choice), judge.logprobs(choice), strict=True):
@@ -223,14 +227,14 @@ def compare(request: Request, judge: Request) -> None:
 
 
 def count_objects() -> int:
-    """Sequences and branches that somebody still holds."""
+    """Number of live Sequence and Branch objects, after a garbage collection."""
     gc.collect()
-    return sum(type(found) in (Sequence, Branch) for found in gc.get_objects())
+    return sum(type(instance) in (Sequence, Branch) for instance in gc.get_objects())
 
 
 def main(seconds: float, first: int) -> None:
     loaded, _ = tiny_pair(load().tokenizer, vocab_size=VOCAB_SIZE)
-    gc.freeze()  # what is there already takes long to look through
+    gc.freeze()  # count_objects need not search the objects that exist already
     began, done, seed = time.monotonic(), Counter[str](), first
     while time.monotonic() - began < seconds:
         try:

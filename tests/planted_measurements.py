@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py with measurements that die, hang and fail on purpose, for test_gpu_benchmark.py."""
+"""benchmarks/gpu.py with measurements that crash, hang and fail on purpose, for test_gpu_benchmark.py."""
 
 import math
 import os
@@ -39,14 +39,14 @@ def breaks_the_device(bench):
 
 
 def needs_no_compile(bench):
-    """As the start of the engine, if Inductor fails."""
+    """Like the start of the engine when Inductor fails: works only without compilation."""
     assert bench.without == "compile", "Inductor fails"
     return {}
 
 
 def needs_no_triton(bench):
-    """Fails as long as the engine chooses Triton, which a retry leaves out."""
-    from gpu_measurements.parts import without  # here, as importing torch takes seconds
+    """Fails while the engine chooses Triton; a retry without Triton succeeds."""
+    from gpu_measurements.parts import without  # imported here, because importing torch takes seconds
 
     from linalign.alignment_core.execution import model_runner
 

@@ -1,4 +1,4 @@
-"""Real servers for tests: fixtures that tests/fixtures.py makes known."""
+"""Fixtures that start real servers. tests/fixtures.py registers them as a plugin."""
 
 import contextlib
 import dataclasses
@@ -39,7 +39,9 @@ ModelRunner.forward = forward_of_larger_model
 
 
 def _ports():
-    """This worker's own, below those that the system gives to connections: nobody takes one before its server does."""
+    """Ports of this xdist worker, below the system's ephemeral range, so that no other process takes one before the
+    server binds it.
+    """
     number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw3").removeprefix("gw"))
     first, start = 20_000 + 3000 * (number % 4), random.randrange(3000)
     return itertools.cycle([first + (start + i) % 3000 for i in range(3000)])
@@ -61,11 +63,13 @@ def _is_free(port):
 
 @contextlib.contextmanager
 def serving(*args, patch="", status=0, env=None, cold=LONG_RUN, **options):
-    """A real `linalign serve` process; yields its URL and the process once it is healthy.
+    """Start a `linalign serve` process; yield its URL and the process once it is healthy.
 
-    patch: code that is run in it first, to break something. status: what it ends with. env: beside the usual one.
-    cold: an interpreter of its own, in place of a fork that has its imports behind it; in the long run all are.
-    options: cwd, stdout, stderr; of Popen where it is cold.
+    patch: Code that the process runs first, to inject a fault.
+    status: The expected exit status.
+    env: Variables in addition to the current environment.
+    cold: True for a new interpreter, False for a fork that has already imported everything. Long runs use True.
+    options: cwd, stdout, stderr; with `cold`, any option of Popen.
     """
     port = free_port()
     code, argv = patch + "\nfrom linalign.server.cli import main; main()", ["serve", "--port", str(port), *args]
@@ -96,7 +100,7 @@ def await_health(url, process):
 
 
 def await_metric(url, line):
-    """Wait until /metrics has the line, without its prefix."""
+    """Wait until /metrics contains the line. `line` is without the `linalign:` prefix."""
     deadline = time.monotonic() + 60
     while f"linalign:{line}\n" not in httpx.get(url + "/metrics").text:
         assert time.monotonic() < deadline, f"never {line}"
@@ -105,8 +109,8 @@ def await_metric(url, line):
 
 @pytest.fixture(scope="session")
 def serving_small(tokenizer, tmp_path_factory):
-    """`serving` for what does not depend on the replies: a random model of next to no size, with the embedded one's
-    tokenizer and name. Its steps take the time of a larger one's, but leave the processor to others.
+    """`serving` for tests that do not depend on the replies: a tiny random model with the embedded model's tokenizer
+    and name. Its steps sleep as long as a larger model would compute, so they leave the CPU to other tests.
     """
     directory = tmp_path_factory.mktemp("small") / EMBEDDED_ID
     loaded, _ = tiny_pair(tokenizer, kernels=False, max_position_embeddings=8192)
@@ -116,7 +120,7 @@ def serving_small(tokenizer, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def url(embedded):  # noqa: ARG001 - loaded first, so that the server finds the converted copy
+def url(embedded):  # noqa: ARG001 - loads the model first, so that the server finds the converted copy
     with serving() as (url, _):
         yield url
 
@@ -127,16 +131,16 @@ def client(url):
 
 
 @pytest.fixture(scope="session")
-def closed(embedded):  # noqa: ARG001 - loaded first, so that the server finds the converted copy
+def closed(embedded):  # noqa: ARG001 - loads the model first, so that the server finds the converted copy
     with serving("--api-keys", f"{KEY},other-key") as (url, _):
         yield url
 
 
 @pytest.fixture
 def own_server(embedded):
-    """The same application over a socket, but in this process, so that a test can look at its engine.
+    """The same application, served over a socket from this process, so that a test can inspect its engine.
 
-    Its replies end by their length only, so none is over before the test is done with it.
+    The model has no end-of-sequence tokens: replies end only at their length, so none ends before the test is done.
     """
     engine = Engine(dataclasses.replace(embedded, eos_token_ids=frozenset()), EngineConfig(num_pages=1100))
     config = uvicorn.Config(create_app(LocalEngine(engine), Settings()), port=free_port(), log_level="warning")

@@ -1,5 +1,5 @@
 """Attention over the paged KV cache: one file per backend.
 
-A backend is a function in the shape of transformers' AttentionInterface that takes, besides what
-every model passes, the keyword `paged`: the PagedBatch of the running step.
+A backend is a function with the signature of transformers' AttentionInterface and one more keyword argument, `paged`:
+the PagedBatch of the running step.
 """

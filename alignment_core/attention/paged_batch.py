@@ -1,4 +1,4 @@
-"""What attention needs to know of one step."""
+"""The data that attention needs of one step: a Plan on the host, a PagedBatch on the device."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,36 +13,32 @@ from linalign.alignment_core.transfer import to_device
 
 @dataclass(frozen=True, slots=True)
 class LayerAttention:
-    """What a layer's own code asks of its attention: see `probe`."""
+    """The parameters that a layer's own code passes to its attention: see `probe`."""
 
-    scaling: float
-    window: int | None
-    softcap: float | None
+    scaling: float  # factor of the products of queries and keys
+    window: int | None  # tokens that a query sees, itself included; None for all up to itself
+    softcap: float | None  # scores become softcap × tanh(score / softcap); None for no cap
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One forward pass in plain arrays: all that a process needs to know to run it. T query tokens in one line.
+    """One forward pass as plain arrays: all that a process needs to run it.
 
-    token_ids: [T] int64; −1 − i is the i-th token that the step before draws. row, position: [T] int32,
-    of each query token. slots: [T] int64, the place in the pool, page × page_size + offset, of each.
-    page_table: [rows, longest row's pages] int32, padded with page 0. context_lens: tokens of each row's
-    context, its query tokens included. num_queries: query tokens of each row; decodes, which have one,
-    come first. wanted: int64, the tokens whose logits are asked for.
+    The T query tokens of all rows follow each other. Rows of one query token (decodes) come first.
     """
 
-    token_ids: "np.ndarray[Any, Any]"
-    row: "np.ndarray[Any, Any]"
-    position: "np.ndarray[Any, Any]"
-    slots: "np.ndarray[Any, Any]"
-    page_table: "np.ndarray[Any, Any]"
-    context_lens: list[int]
-    num_queries: list[int]
-    wanted: "np.ndarray[Any, Any]"
+    token_ids: "np.ndarray[Any, Any]"  # [T] int64; −1 − i is a placeholder for the i-th token that the last step draws
+    row: "np.ndarray[Any, Any]"  # [T] int32, the row of each query token
+    position: "np.ndarray[Any, Any]"  # [T] int32, the position of each query token in its context
+    slots: "np.ndarray[Any, Any]"  # [T] int64, where each token is in the pool: page × page_size + offset
+    page_table: "np.ndarray[Any, Any]"  # [rows, pages of the longest row] int32, padded with page 0
+    context_lens: list[int]  # tokens of each row's context, query tokens included
+    num_queries: list[int]  # query tokens of each row
+    wanted: "np.ndarray[Any, Any]"  # [wanted] int64, indices of the query tokens whose logits are requested
 
     @classmethod
     def of(cls, rows: Sequence[Row], wanted: Sequence[tuple[Row, int]], page_size: int) -> "Plan":
-        """wanted: rows, and which of their tokens counted from the end, −1 being the last."""
+        """wanted: The tokens whose logits are requested: a row, and an index from its end, −1 for the last token."""
         rows = sorted(rows, key=lambda row: row.num_tokens > 1)
         widths = [-(-row.end // page_size) for row in rows]
         table = np.zeros((len(rows), max(widths)), np.int32)
@@ -65,12 +61,12 @@ class Plan:
 
     @property
     def is_decode(self) -> bool:
-        """Whether every row has one query token, and its logits are wanted, in order."""
+        """Whether every row has one query token, and the logits of all rows are wanted, in order."""
         num_rows = len(self.num_queries)
         return len(self.token_ids) == num_rows and np.array_equal(self.wanted, np.arange(num_rows))
 
     def padded(self, num_rows: int, spare_page: int, page_size: int) -> "Plan":
-        """The same decodes and, up to `num_rows`, some of a token that nobody has, in a page that nobody holds."""
+        """The same decodes, padded to `num_rows` rows with token 0 in the spare page, which no branch holds."""
         more = num_rows - len(self.num_queries)
         table = np.pad(self.page_table, ((0, more), (0, 0)), constant_values=spare_page)
         return Plan(
@@ -87,29 +83,23 @@ class Plan:
 
 @dataclass(slots=True)
 class PagedBatch:
-    """A Plan on the device, with the pool.
+    """A Plan on the device, with the pool."""
 
-    keys, values: per layer [num_pages, page_size, num_kv_heads, head_dim], the whole pool.
-    row, position, slots, page_table, context_lens, num_queries: see Plan. contexts: context_lens, [rows]
-    int32. query_ends: [rows + 1] int32, where each row's query tokens begin, and T.
-    counter: [rows at least] int32, 0, 1, 2, … layers: what each of them asks of its attention, by its number.
-    """
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    row: Tensor
-    position: Tensor
-    slots: Tensor
-    page_table: Tensor
-    contexts: Tensor
-    query_ends: Tensor
-    context_lens: list[int]
-    num_queries: list[int]
-    counter: Tensor
-    layers: Mapping[int, LayerAttention]
-    batch_invariant: bool = False
-    masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
-    _tiles: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    keys: list[Tensor]  # the pool, for each layer [num_pages, page_size, num_kv_heads, head_dim]
+    values: list[Tensor]  # as keys
+    row: Tensor  # as in Plan
+    position: Tensor  # as in Plan
+    slots: Tensor  # as in Plan
+    page_table: Tensor  # as in Plan
+    contexts: Tensor  # context_lens as a tensor, [rows] int32
+    query_ends: Tensor  # [rows + 1] int32, where each row's query tokens begin, and T
+    context_lens: list[int]  # as in Plan
+    num_queries: list[int]  # as in Plan
+    counter: Tensor  # [at least rows] int32: 0, 1, 2, …
+    layers: Mapping[int, LayerAttention]  # by layer number
+    batch_invariant: bool = False  # see RunnerConfig
+    masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)  # sdpa's, by first row and window
+    _tiles: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # results of `tiles`
 
     @classmethod
     def of(
@@ -139,11 +129,14 @@ class PagedBatch:
 
     @property
     def num_decodes(self) -> int:
-        """How many rows at the front have just one query token."""
+        """Number of rows with one query token; they come first."""
         return self.num_queries.count(1)
 
     def tiles(self, num_queries: int) -> tuple[Tensor, Tensor]:
-        """The rows of several query tokens, cut: of each piece of up to `num_queries` its row and its first token."""
+        """The rows of several query tokens, cut into tiles of up to `num_queries` tokens.
+
+        Returns each tile's row and the index of its first query token among all T: [tiles] int32 each.
+        """
         if num_queries not in self._tiles:
             ends = np.cumsum(self.num_queries).tolist()
             pieces = [

@@ -1,8 +1,8 @@
-"""The CUDA backend: flash attention over the page table, in Triton. No gather, no mask, any page size.
+"""The CUDA backend: flash attention over the page table, in Triton, without gathers and masks and for any page size.
 
-Steps of few rows split their contexts over many programs and a second kernel puts the parts
-together (Dao et al., "Flash-Decoding", 2023). All query heads that share a key head are lines of one
-matrix product. Why a kernel of our own: docs/decisions/0008.
+In steps of few rows the contexts are split over many programs, and a second kernel combines the parts (Dao et al.,
+"Flash-Decoding", 2023). All query heads that share a key head are lines of one matrix product. Why we have our own
+kernel: docs/decisions/0008.
 """
 
 import torch
@@ -14,13 +14,13 @@ from linalign.alignment_core.attention.paged_batch import LayerAttention, PagedB
 from linalign.alignment_core.attention.sdpa import asked_by, store
 
 NAME = "linalign_triton"
-PROGRAMS = 256  # about two a multiprocessor: with fewer, contexts are split
-MOST_SPLITS = 16
-DECODE_LINES, LINES = 16, 64  # query tokens × heads of a program
-BLOCK_BYTES = 16384
+PROGRAMS = 256  # about two for each multiprocessor; a step with fewer programs splits its contexts
+MOST_SPLITS = 16  # parts of a context
+DECODE_LINES, LINES = 16, 64  # lines (query tokens × heads) of a program
+BLOCK_BYTES = 16384  # of the keys that a program loads at a time
 
 
-@torch.compiler.disable  # its launches are beside what torch compiles
+@torch.compiler.disable  # torch must not compile the launches of these kernels
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -31,13 +31,16 @@ def attend(
     paged: PagedBatch,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """As `sdpa.attend`, on CUDA. Looks at no value on the device and, for decodes, at no length of a context."""
-    asked, pool = asked_by(module, attention_mask, paged), store(module, key, value, paged)
-    queries = query[0].transpose(0, 1)  # [T, num_heads, head_dim], whatever the strides
+    """As `sdpa.attend`, on CUDA.
+
+    The host reads no values from the device and, for decodes, no context lengths. So decodes can be captured in graphs.
+    """
+    layer, pool = asked_by(module, attention_mask, paged), store(module, key, value, paged)
+    queries = query[0].transpose(0, 1)  # [T, num_heads, head_dim], any strides
     num_tokens, num_heads, head_dim = queries.shape
     num_kv_heads = key.shape[1]
     group = num_heads // num_kv_heads
-    # all through tiles of one size where a token must not notice how many come with it
+    # batch_invariant: all rows use tiles of one size, so that no result depends on the number of query tokens.
     decode_lines, lines = (
         max(least, triton.next_power_of_2(group)) for least in (LINES if paged.batch_invariant else DECODE_LINES, LINES)
     )
@@ -57,7 +60,7 @@ def attend(
         parts = queries.new_empty((num_tokens, num_heads, splits, head_dim), dtype=torch.float32)
         logs = queries.new_empty((num_tokens, num_heads, splits), dtype=torch.float32)
     for launch in launches:
-        _launch(queries, pool, parts, logs, paged, *launch, splits, asked)
+        _launch(queries, pool, parts, logs, paged, *launch, splits, layer)
     if splits > 1:
         padded_dim = triton.next_power_of_2(head_dim)
         _combine_kernel[num_tokens, num_heads](parts, logs, out, head_dim, padded_dim, splits)
@@ -74,16 +77,19 @@ def _launch(
     tile_rows: Tensor,
     tile_starts: Tensor,
     splits: int,
-    asked: LayerAttention,
+    layer: LayerAttention,
 ) -> None:
-    """parts: [T, num_heads, splits, head_dim], to be written; logs: [T, num_heads, splits], of each part's mass.
+    """Launch the attention kernel for some tiles.
 
-    tile_rows, tile_starts: [tiles] int32, whose row's queries a program takes, and from which of the T on.
+    parts: [T, num_heads, splits, head_dim], the output.
+    logs: [T, num_heads, splits], output: the log of the softmax mass of each part. Not written if splits is 1.
+    lines: Lines of a tile.
+    tile_rows, tile_starts: [tiles] int32, the row of each tile, and the index of its first query token among all T.
     """
     keys, values = pool
     _, num_heads, head_dim = queries.shape
     num_kv_heads = keys.shape[2]
-    padded_dim = max(16, triton.next_power_of_2(head_dim))  # the least that a matrix product takes
+    padded_dim = max(16, triton.next_power_of_2(head_dim))  # the smallest matrix product has 16
     _attend_kernel[len(tile_rows), num_kv_heads, splits](
         queries,
         keys,
@@ -95,16 +101,16 @@ def _launch(
         paged.query_ends,
         paged.contexts,
         paged.page_table,
-        asked.scaling,
-        asked.softcap or 1.0,
+        layer.scaling,
+        layer.softcap or 1.0,
         queries.stride(0),
         queries.stride(1),
         keys.stride(0),
         keys.stride(1),
         keys.stride(2),
         paged.page_table.stride(0),
-        WINDOW=asked.window or 0,
-        SOFTCAP=asked.softcap is not None,
+        WINDOW=layer.window or 0,
+        SOFTCAP=layer.softcap is not None,
         PAGE_SIZE=keys.shape[1],
         GROUP=num_heads // num_kv_heads,
         HEAD_DIM=head_dim,
@@ -117,7 +123,7 @@ def _launch(
 
 
 def keys_of_a_block(padded_dim: int, itemsize: int) -> int:
-    """How many keys a program takes at a time, so that three blocks on their way fit the shared memory."""
+    """Number of keys that a program loads at a time. Three such blocks, loading at once, fit into the shared memory."""
     return min(64, max(16, BLOCK_BYTES // (padded_dim * itemsize)))
 
 
@@ -152,7 +158,10 @@ def _attend_kernel(
     SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of a row's queries, one key head, one part of the context. A line is a query token and a head."""
+    """Attention of one tile of a row's queries, for one key head and one part of the context.
+
+    A line is a pair of a query token and a head.
+    """
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     QUERIES: tl.constexpr = LINES // GROUP
     row = tl.load(tile_rows + tile)
@@ -175,7 +184,9 @@ def _attend_kernel(
     stop = tl.minimum(context, context - end + first + QUERIES)
     start = 0
     if WINDOW > 0:
-        start = tl.maximum(0, context - end + first - WINDOW + 1) // KEYS * KEYS  # the same blocks for any tile
+        start = (
+            tl.maximum(0, context - end + first - WINDOW + 1) // KEYS * KEYS
+        )  # block limits do not depend on the tile
     if SPLITS > 1:
         share = tl.cdiv(tl.cdiv(stop - start, KEYS), SPLITS) * KEYS
         start = start + split * share
@@ -186,32 +197,33 @@ def _attend_kernel(
     sums = tl.zeros([LINES, PADDED_DIM], tl.float32)
     for at in range(start, stop, KEYS):
         place = at + tl.arange(0, KEYS)
-        there = place < stop
-        page = tl.load(page_table + row * table_stride + place // PAGE_SIZE, mask=there, other=0).to(tl.int64)
+        in_range = place < stop
+        page = tl.load(page_table + row * table_stride + place // PAGE_SIZE, mask=in_range, other=0).to(tl.int64)
         slot = page * page_stride + (place % PAGE_SIZE) * slot_stride + kv_head * head_stride
-        k = tl.load(keys + slot[None, :] + dim[:, None], mask=there[None, :] & in_head[:, None], other=0.0)
-        v = tl.load(values + slot[:, None] + dim[None, :], mask=there[:, None] & in_head[None, :], other=0.0)
+        k = tl.load(keys + slot[None, :] + dim[:, None], mask=in_range[None, :] & in_head[:, None], other=0.0)
+        v = tl.load(values + slot[:, None] + dim[None, :], mask=in_range[:, None] & in_head[None, :], other=0.0)
         v = v.to(q.dtype)
-        sound = tl.abs(v.to(tl.float32)) < float("inf")
-        v = tl.where(sound, v, 0.0)  # 0 × NaN is NaN: whoever sees it gets its NaN from the scores
-        spoilt = tl.max(tl.where(sound, 0, 1), 1) > 0
+        finite = tl.abs(v.to(tl.float32)) < float("inf")
+        # 0 × NaN is NaN, for queries that do not see the value too. Those that see it get NaN from the scores.
+        v = tl.where(finite, v, 0.0)
+        not_finite = tl.max(tl.where(finite, 0, 1), 1) > 0
         scores = tl.dot(q, k.to(q.dtype), input_precision=PRECISION) * scaling
         if SOFTCAP:
             scores = softcap * (1 - 2 / (tl.exp(2 * scores / softcap) + 1))
-        scores = tl.where(spoilt[None, :], float("nan"), scores)
-        seen = there[None, :] & (place[None, :] <= position[:, None])
+        scores = tl.where(not_finite[None, :], float("nan"), scores)
+        seen = in_range[None, :] & (place[None, :] <= position[:, None])
         if WINDOW > 0:
             seen &= place[None, :] > position[:, None] - WINDOW
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(best, tl.max(scores, 1))
-        reference = tl.where(higher == float("-inf"), 0.0, higher)  # a line that has seen nothing yet
+        reference = tl.where(higher == float("-inf"), 0.0, higher)  # avoids −inf − −inf while a line has seen no key
         weights = tl.exp(scores - reference[:, None])
         shrink = tl.exp(best - reference)
         total = total * shrink + tl.sum(weights, 1)
         sums = sums * shrink[:, None] + tl.dot(weights.to(q.dtype), v, input_precision=PRECISION)
         best = higher
 
-    total = tl.where(best == float("-inf"), 1.0, total)  # a part without keys: mass 0
+    total = tl.where(best == float("-inf"), 1.0, total)  # avoids 0 / 0 for a part without keys
     mean = sums / total[:, None]
     target = (token.to(tl.int64) * (tl.num_programs(1) * GROUP) + head) * SPLITS + split
     inside = valid[:, None] & in_head[None, :]
@@ -222,7 +234,7 @@ def _attend_kernel(
 
 @triton.jit
 def _combine_kernel(parts, logs, out, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, SPLITS: tl.constexpr):
-    """The parts of one query and head, weighted by the softmax mass that each has seen."""
+    """Combine the parts of one query and head, weighted by their softmax masses."""
     target = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     dim = tl.arange(0, PADDED_DIM)
     in_head = dim < HEAD_DIM

@@ -1,4 +1,4 @@
-"""The CPU backend: every query token walks its own row's pages in kernels.cpp. No mask, no gather, no padding."""
+"""The CPU backend: kernels.cpp reads the pages of each query token's row, without masks, gathers and padding."""
 
 import ctypes
 
@@ -23,7 +23,7 @@ def attend(
     **_: object,
 ) -> tuple[Tensor, None]:
     """As `sdpa.attend`, for float32 on a CPU."""
-    asked, (keys, values) = asked_by(module, attention_mask, paged), store(module, key, value, paged)
+    layer, (keys, values) = asked_by(module, attention_mask, paged), store(module, key, value, paged)
     queries = query[0].transpose(0, 1).contiguous()
     out = torch.empty_like(queries)
     lib = library()
@@ -33,9 +33,9 @@ def attend(
         query.shape[1],
         key.shape[1],
         query.shape[-1],
-        asked.scaling,
-        asked.window or 0,
-        asked.softcap or 0.0,
+        layer.scaling,
+        layer.window or 0,
+        layer.softcap or 0.0,
         queries.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
@@ -46,7 +46,7 @@ def attend(
 
 
 def native_batch(paged: PagedBatch) -> Batch:
-    """The step in the kernels' own form; `paged` must outlive it."""
+    """The step as the C struct of the kernels. It holds pointers into `paged`, which must outlive it."""
     return Batch(
         len(paged.row),
         paged.keys[0].shape[1],

@@ -14,7 +14,7 @@ from ctypes import c_float, c_int32, c_void_p
 from pathlib import Path
 
 import platformdirs
-import torch  # noqa: F401 - first, so that our library shares its OpenMP runtime and threads
+import torch  # noqa: F401 - imported first, so that our library shares torch's OpenMP runtime and threads
 
 from linalign.alignment_core import disk_cache
 
@@ -92,7 +92,7 @@ SIGNATURES: dict[str, Sequence[type]] = {
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None, with a warning, where there is no C++ compiler that can make them."""
+    """The compiled kernels. None, after a warning, if no C++ compiler can compile them."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         log.warning("No C++ compiler (c++) was found: the CPU runs without our kernels, several times slower")
@@ -111,18 +111,21 @@ def library() -> ctypes.CDLL | None:
 
 
 def release_threads() -> None:
-    """End the OpenMP threads that the calling thread has had so far.
+    """End the OpenMP threads of the calling thread.
 
-    As soon as there are more of them than cores, libgomp lets all of them wait for each other asleep
-    instead of spinning, and a step takes twice as long. So whoever loaded the model gives its own
-    threads up before another thread runs the engine.
+    If a process has more OpenMP threads than cores, libgomp's threads sleep instead of spinning while they wait for
+    each other, and a step takes twice as long. So the thread that has loaded the model must call this before another
+    thread runs the engine.
     """
     if (lib := library()) is not None:
         lib.linalign_release_threads()
 
 
 def _loaded(compiler: str) -> ctypes.CDLL:
-    """The library for this source, compiler and processor. Raises CalledProcessError, OSError."""
+    """The library for this source, compiler and processor, from the cache if it is there.
+
+    Raises CalledProcessError and OSError if it can't be compiled or loaded.
+    """
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), _processor()]))
     cached = platformdirs.user_cache_path("linalign") / f"kernels-{key.hexdigest()[:16]}"
@@ -150,7 +153,7 @@ def _loaded(compiler: str) -> ctypes.CDLL:
 
 
 def _processor() -> bytes:
-    """What -march=native depends on."""
+    """A description of the processor, on which -march=native depends."""
     try:
         lines = Path("/proc/cpuinfo").read_bytes().split(b"\n\n")[0].splitlines()
     except OSError:

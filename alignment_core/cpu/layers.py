@@ -1,8 +1,8 @@
-"""A transformers model's layers, replaced by our kernels where they do the same.
+"""Replaces the layers of a transformers model by our kernels where these compute the same.
 
-A decoder layer is fused into one call if it has the parts of Llama's and, run on random numbers,
-gives what the kernel gives; so nothing depends on a list of architectures. Any other layer keeps its
-own code, and its linear layers alone are packed.
+A decoder layer is fused into one kernel call if it has the parts of a Llama layer, and its output for random input is
+the same as that of the kernel. So there is no list of architectures. Any other layer keeps its own code; only its
+linear layers are packed.
 """
 
 import ctypes
@@ -30,7 +30,7 @@ LAYER_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"
 ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 PROBE_TOKENS = 5
-TOLERANCE = 1e-4  # of the largest number; float32 in another order is a hundred times closer
+TOLERANCE = 1e-4  # of the largest number; the error of float32 sums in another order is a hundred times smaller
 
 
 class PackedLinear(nn.Module):
@@ -43,7 +43,7 @@ class PackedLinear(nn.Module):
 
     @cached_property
     def weight(self) -> Tensor:
-        """[N, K] float32, for models whose own code looks at it: what multiplying by the identity gives."""
+        """[N, K] float32, for models whose own code reads it. Unpacked by a product with the identity."""
         plain = PackedMatrix(self.packed.format, self.packed.shape, *self.packed.tensors[:3], bias=None)
         weight: Tensor = PackedLinear(plain)(torch.eye(self.packed.shape[1])).T
         return weight
@@ -62,12 +62,7 @@ class PackedLinear(nn.Module):
 
 
 class FusedLayer:
-    """A decoder layer as the kernels take it: its packed weights, its norms' weights (None for those that it has not),
-    its shape.
-
-    matrices: of query, key and value together, output, gate and up together, down. norms: before attention and MLP, of
-    queries and keys.
-    """
+    """A decoder layer in the form that the kernels take."""
 
     def __init__(
         self,
@@ -77,6 +72,13 @@ class FusedLayer:
         norms: list[Tensor | None],
         shape: Shape,
     ) -> None:
+        """
+        index: Layer number.
+        asked: Parameters of its attention.
+        matrices: Four: query, key and value together; output; gate and up together; down.
+        norms: Weights of four norms: before attention, before the MLP, of queries, of keys. None if the layer has no
+            such norm.
+        """
         self.index, self.asked, self.matrices, self.norms, self.shape = index, asked, matrices, norms, shape
         pointers = [norm if norm is None else norm.data_ptr() for norm in norms]
         self.layer = Layer(*(packed.matrix for packed in matrices), *pointers, window=asked.window or 0)
@@ -85,7 +87,7 @@ class FusedLayer:
     def of(
         cls, layer: nn.Module, index: int, asked: LayerAttention, head_dim: int, quantization: Quantization
     ) -> "FusedLayer":
-        """What a layer with Llama's parts comes to."""
+        """Pack a layer that has the parts of a Llama layer."""
         attention: Any = layer.self_attn
         mlp: Any = layer.mlp
         norms: list[Any] = [layer.input_layernorm, layer.post_attention_layernorm]
@@ -113,7 +115,7 @@ class FusedLayer:
 
 
 class FusedLayers(nn.Module):
-    """Decoder layers that follow each other, all of one shape, in one call."""
+    """Consecutive decoder layers of the same shape, run by one kernel call."""
 
     def __init__(self, members: list[FusedLayer]) -> None:
         super().__init__()
@@ -125,7 +127,7 @@ class FusedLayers(nn.Module):
     def forward(
         self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], paged: PagedBatch, **_: object
     ) -> Tensor:
-        """[1, T, hidden] float32, overwritten and returned."""
+        """hidden_states: [1, T, hidden] float32, overwritten by the result and returned."""
         lib = library()
         assert lib is not None
         cos, sin = position_embeddings
@@ -148,13 +150,13 @@ class FusedLayers(nn.Module):
 
 @torch.inference_mode()
 def replace_layers(model: PreTrainedModel, quantization: Quantization) -> None:
-    """Fuse and pack what can be. model: float32 on a CPU; what is replaced gives its weights up."""
-    asked = probe(model, model.config.get_text_config().max_position_embeddings, paged=None)
+    """Fuse and pack layers where possible. model: In float32 on a CPU; weights of replaced layers are released."""
+    attentions = probe(model, model.config.get_text_config().max_position_embeddings, paged=None)
     model.set_attn_implementation(cpu_attention.NAME)
     layers = getattr(model.base_model, "layers", None)
     if isinstance(layers, nn.ModuleList):
         for index, layer in enumerate(layers):
-            fused = _fused(model, layer, index, asked, quantization) if index in asked else None
+            fused = _fused(model, layer, index, attentions, quantization) if index in attentions else None
             layers[index] = FusedLayers([fused]) if fused else layer
         model.base_model.layers = _joined(layers)
     for parent in list(model.modules()):
@@ -162,12 +164,14 @@ def replace_layers(model: PreTrainedModel, quantization: Quantization) -> None:
             if type(child) is nn.Linear and packable(child.weight):
                 setattr(parent, name, PackedLinear(pack(child.weight, child.bias, quantization)))
     for parameter in model.parameters():
-        parameter.data = parameter.data.clone()  # out of the checkpoint's file, which stays mapped otherwise
+        parameter.data = (
+            parameter.data.clone()
+        )  # a copy, because the checkpoint's file stays mapped while a tensor refers to it
     _report(model)
 
 
 def _joined(layers: nn.ModuleList) -> nn.ModuleList:
-    """One call for all layers, if all are fused and of one shape."""
+    """All layers as one FusedLayers, if all are fused and have the same shape; else unchanged."""
     members = [member for layer in layers if isinstance(layer, FusedLayers) for member in layer.members]
     if len(members) < len(layers) or len({bytes(member.shape) for member in members}) > 1:
         return layers
@@ -178,19 +182,19 @@ def _fused(
     model: PreTrainedModel,
     layer: nn.Module,
     index: int,
-    layers: Mapping[int, LayerAttention],
+    attentions: Mapping[int, LayerAttention],
     quantization: Quantization,
 ) -> FusedLayer | None:
-    """The layer as one call; None where it is of another make, or gives other numbers."""
-    asked = layers[index]
-    if not _has_llamas_parts(layer) or asked.softcap is not None:
+    """The layer fused. None if it has other parts than a Llama layer, or computes something else."""
+    attention_parameters = attentions[index]
+    if not _has_llama_parts(layer) or attention_parameters.softcap is not None:
         return None
     lossless: Quantization = "auto" if quantization == "auto" else "none"
     attention, rotary = cast(Any, layer.self_attn), cast(Any, model.base_model.rotary_emb)
     head_dim: int = attention.head_dim
     pool = [torch.zeros(1, PROBE_TOKENS, attention.k_proj.out_features // head_dim, head_dim)] * (index + 1)
     plan = Plan.of([Row(Branch([0] * PROBE_TOKENS, [0]), 0, PROBE_TOKENS)], [], PROBE_TOKENS)
-    paged = PagedBatch.of(plan, pool, [x.clone() for x in pool], layers)
+    paged = PagedBatch.of(plan, pool, [x.clone() for x in pool], attentions)
     generator = torch.Generator().manual_seed(index)
     fused: FusedLayer | None = None
     for start in (0, model.config.get_text_config().max_position_embeddings - PROBE_TOKENS):
@@ -205,15 +209,17 @@ def _fused(
             "paged": paged,
         }
         expected = layer(hidden.clone(), **arguments)
-        fused = fused or FusedLayer.of(layer, index, asked, head_dim, lossless)
+        fused = fused or FusedLayer.of(layer, index, attention_parameters, head_dim, lossless)
         error = (FusedLayers([fused])(hidden.clone(), **arguments) - expected).abs().max()
         if error > TOLERANCE * expected.abs().max():
-            log.info("Layer %d is not quite Llama's: it runs in its own code", index)
+            log.info("Layer %d computes something else than a Llama layer: it keeps its own code", index)
             return None
-    return fused if lossless == quantization else FusedLayer.of(layer, index, asked, head_dim, quantization)
+    if lossless == quantization:
+        return fused
+    return FusedLayer.of(layer, index, attention_parameters, head_dim, quantization)
 
 
-def _has_llamas_parts(layer: nn.Module) -> bool:
+def _has_llama_parts(layer: nn.Module) -> bool:
     parts = dict(layer.named_children())
     if set(parts) != LAYER_PARTS:
         return False
@@ -228,7 +234,7 @@ def _has_llamas_parts(layer: nn.Module) -> bool:
 
 
 def _pack_together(linears: list[nn.Linear], quantization: Quantization) -> PackedMatrix:
-    """Several layers over the same input as one matrix."""
+    """Pack linear layers that have the same input as one matrix."""
     biases = [linear.bias for linear in linears]
     bias = None
     if any(b is not None for b in biases):

@@ -1,4 +1,4 @@
-"""Weights in the layout of kernels.cpp, in the smallest format that is asked for or that loses nothing."""
+"""Packs weights into the layout of kernels.cpp, in the requested format or in the smallest lossless one."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,36 +13,36 @@ Format = Literal["float32", "bfloat16", "int8", "int4"]
 Quantization = Literal["auto", "none", "int8", "int4"]
 
 FORMATS: tuple[Format, ...] = ("float32", "bfloat16", "int8", "int4")  # as numbered in kernels.cpp
-LANES = 16
-TILE = 64  # output columns are padded to whole tiles
-WORD = 8
-GROUP = 32
+LANES = 16  # output columns of a panel
+TILE = 64  # the number of output columns is padded to a multiple of this
+WORD = 8  # most weights in a 32-bit word
+GROUP = 32  # weights that share a scale and an offset
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The numbers scale × code + offset, least ≤ code ≤ most; a scale and an offset for each group of 32.
-
-    scale, offset: [N, K / 32] float32, of float16 precision.
-    """
+    """The numbers that a quantised weight can have: scale × code + offset, least ≤ code ≤ most."""
 
     format: Literal["int8", "int4"]
-    least: int
-    most: int
-    scale: Tensor
-    offset: Tensor
+    least: int  # smallest code
+    most: int  # largest code
+    scale: Tensor  # [N, K / 32] float32, of float16 precision: one for each group of 32 weights
+    offset: Tensor  # as scale
 
 
 def packable(weights: Tensor) -> bool:
+    """Whether the kernels support a matrix of this shape, [N, K]."""
     return weights.shape[1] % WORD == 0
 
 
 def pack(weights: Tensor, bias: Tensor | None, quantization: Quantization) -> "PackedMatrix":
-    """Pack [N, K] weights.
+    """Pack [N, K] weights and their bias, [N] or None.
 
-    auto: the smallest format whose weights are equal to these; so a GGUF of 4 or 8 bits, read as
-    float32, goes back to its own blocks, and bfloat16 weights stay 16 bits wide. none: float32.
-    int8, int4: rounded, in groups of 32; a K that is no multiple of 32 stays lossless.
+    quantization: The format.
+        auto: The smallest lossless format. So the weights of a GGUF of 4 or 8 bits, read as float32, get their
+            original codes back, and bfloat16 weights keep 16 bits.
+        none: float32.
+        int8, int4: Rounded, in groups of 32. If K is no multiple of 32: float32 or bfloat16, lossless.
     """
     weights = weights.detach().float().contiguous()
     if quantization == "none":
@@ -55,7 +55,7 @@ def pack(weights: Tensor, bias: Tensor | None, quantization: Quantization) -> "P
             return packed
         for grid_of in (_int4, _int4_symmetric, _int8):
             _, lossless = PackedMatrix.on_grid(weights[:LANES], None, grid_of(weights[:LANES]))
-            if lossless:  # most are out at once
+            if lossless:  # a few rows rule out most grids quickly
                 packed, lossless = PackedMatrix.on_grid(weights, bias, grid_of(weights))
                 if lossless:
                     return packed
@@ -64,7 +64,7 @@ def pack(weights: Tensor, bias: Tensor | None, quantization: Quantization) -> "P
 
 
 class PackedMatrix:
-    """A linear layer's weights and bias, ready for kernels.cpp; `matrix` is what the kernels take."""
+    """A linear layer's weights and bias in the layout of kernels.cpp. `matrix`: the C struct over `tensors`."""
 
     def __init__(
         self,
@@ -85,14 +85,14 @@ class PackedMatrix:
     @classmethod
     def of_floats(cls, weights: Tensor, bias: Tensor | None, format: Literal["float32", "bfloat16"]) -> "PackedMatrix":
         data = _panels(weights)
-        if format == "bfloat16":  # two in a word, the lower k in the lower half
+        if format == "bfloat16":  # two in a word, the one of lower k in the lower half
             bits = data.view(torch.int32)
             data = (bits[:, 0::2] >> 16 & 0xFFFF) | (bits[:, 1::2] & ~0xFFFF)
         return cls(format, weights.shape, data, None, None, bias)
 
     @classmethod
     def on_grid(cls, weights: Tensor, bias: Tensor | None, grid: Grid) -> tuple["PackedMatrix", bool]:
-        """Each weight as the nearest number of the grid; and whether that loses nothing."""
+        """Round each weight to the nearest number of the grid. Returns the matrix, and whether that was lossless."""
         lib = library()
         assert lib is not None
         bits = 8 if grid.format == "int8" else 4
@@ -114,14 +114,14 @@ class PackedMatrix:
 
 
 def _panels(x: Tensor) -> Tensor:
-    """[N, K] to [N / 16, K, 16], N padded to whole tiles."""
+    """[N, K] to [N / 16, K, 16], with N padded to a multiple of TILE."""
     padding = -len(x) % TILE
     x = pad(x, (0, 0, 0, padding)) if padding else x
     return x.view(-1, LANES, x.shape[1]).transpose(1, 2).contiguous()
 
 
 def _int4(weights: Tensor) -> Grid:
-    """From the least to the greatest of each group in 15 steps: what GGUF calls Q4_1."""
+    """15 steps from the least to the greatest number of each group: GGUF's Q4_1."""
     least, greatest = _groups(weights).aminmax(dim=-1)
     return Grid("int4", 0, 15, _half((greatest - least) / 15), _half(least))
 
@@ -145,4 +145,5 @@ def _groups(weights: Tensor) -> Tensor:
 
 
 def _half(x: Tensor) -> Tensor:
+    """Rounded to float16 precision."""
     return x.half().float()

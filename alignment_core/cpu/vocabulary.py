@@ -1,4 +1,4 @@
-"""Passes over a whole vocabulary of logits, by kernels.cpp: torch takes several for what one can do."""
+"""Operations on the logits of a whole vocabulary by kernels.cpp, in one pass where torch needs several."""
 
 import ctypes
 
@@ -7,10 +7,11 @@ from torch import Tensor
 
 from linalign.alignment_core.cpu.kernels import library
 
-CAPACITY = 1024  # tokens that are narrowed to at the first try
+CAPACITY = 1024  # candidates of a line for which `narrow` allocates at first
 
 
 def has_kernels(y: Tensor) -> bool:
+    """Whether the functions of this file can run on `y`."""
     return y.device.type == "cpu" and library() is not None
 
 
@@ -30,7 +31,7 @@ def log_totals(y: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def narrow(y: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
-    """As `sampling.narrow`, for float32 on a CPU and bounds above −inf."""
+    """As `candidates.narrow`, for float32 on a CPU. At least one bound must be above −inf."""
     y, bounds = y.contiguous(), bounds.contiguous()
     capacity = CAPACITY
     while True:

@@ -1,9 +1,9 @@
-"""Linear Alignment and its neighbours as pure functions on tensors: DESIGN section 2, docs/methods.md.
+"""Linear Alignment and related methods as pure functions on tensors: docs/design.md, section 2, and docs/methods.md.
 
-Gao et al., "Linear Alignment: A Closed-form Solution for Aligning Human Preferences without Tuning
-and Feedback", ICML 2024, arXiv 2401.11458: extrapolating the logits along the direction that a
-principle induces is the closed form of one policy-optimisation step. The plausible set is the
-nucleus mask of the authors' implementation, whose mass is 0.8 there.
+Gao et al., "Linear Alignment: A Closed-form Solution for Aligning Human Preferences without Tuning and Feedback",
+ICML 2024, arXiv 2401.11458: extrapolating the logits along the direction that a principle induces is the closed form
+of one policy-optimisation step. The plausible set is the nucleus mask of the authors' implementation, which sets its
+mass to 0.8.
 """
 
 import math
@@ -16,32 +16,34 @@ from torch import Tensor
 from linalign.alignment_core.decoding.methods import starts_from_base
 from linalign.alignment_core.transfer import to_device
 
-ADAPTIVE_SCALE = 50.0
+ADAPTIVE_SCALE = 50.0  # ratio per nat of divergence
 
 
 def difference(z: Tensor, base: Tensor) -> Tensor:
-    """z − base, and 0 where one of them is −inf: a token that a model itself rules out has no direction."""
+    """z − base; 0 where one of them is −inf, because a token that the model itself masks has no direction."""
     return torch.where((z == -torch.inf) | (base == -torch.inf), 0.0, z - base)
 
 
 def weighted(weights: Tensor, z: Tensor) -> Tensor:
-    """weights × z, and 0 where a weight is 0, whatever z is there."""
+    """weights × z; 0 where the weight is 0, even if z is infinite or NaN there."""
     return torch.where(weights != 0, weights * z, 0.0)
 
 
-def opad(now: Tensor, before: Tensor | None) -> Tensor:
-    """OPAD (Zhu et al., ICLR 2025): what is to be added to the direction, all [V], at this step.
+def opad(current: Tensor, previous: Tensor | None) -> Tensor:
+    """The term that OPAD (Zhu et al., ICLR 2025) adds to the direction of this token, [V].
 
-    before: the direction at the step before. At the first token, where there is none, the direction has no effect.
+    current: The direction of this token, [V].
+    previous: The direction of the previous token, [V]. None at the first token; the result then cancels `current`.
     """
-    return -now if before is None else before
+    return -current if previous is None else previous
 
 
 def adaptive(coefficients: Tensor, weights: Tensor, principled: Tensor, base: Tensor) -> Tensor:
-    """No token's ratio is greater than ADAPTIVE_SCALE × the Jensen-Shannon divergence (nats) of the two policies:
-    the idea of AdaCAD (Wang et al., NAACL 2025), where they agree there is nothing to amplify.
+    """The coefficients, [k], with every ratio limited to ADAPTIVE_SCALE × the Jensen-Shannon divergence (nats) of the
+    principled and the base policy. The idea is AdaCAD's (Wang et al., NAACL 2025): the less the two policies differ,
+    the less there is to amplify.
 
-    coefficients, weights: [k]; principled, base: logits, [V].
+    coefficients, weights: [k]. principled, base: Logits, [V].
     """
     log_p, log_q = principled.log_softmax(dim=-1), base.log_softmax(dim=-1)
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
@@ -51,23 +53,16 @@ def adaptive(coefficients: Tensor, weights: Tensor, principled: Tensor, base: Te
 
 @dataclass(frozen=True, slots=True)
 class Mixing:
-    """Which rows of logits make up which sequence, S sequences of up to k principled branches.
+    """How the rows of logits are mixed to S lines, one for each sequence, of up to k principled branches."""
 
-    principled: [S, k] int64, row numbers; sequences with fewer branches repeat a row at weight 0.
-    weights: [S, k] float32, each line sums to 1.
-    coefficients: [S, k] float32.
-    base: [S] int64, row numbers; the first principled row where there is no base branch.
-    addition: [S, V] float32, what is added to the direction beside; None for nothing.
-    """
-
-    principled: Tensor
-    weights: Tensor
-    coefficients: Tensor
-    base: Tensor
-    addition: Tensor | None = None
+    principled: Tensor  # [S, k] int64, row numbers; sequences with fewer branches repeat a row at weight 0
+    weights: Tensor  # [S, k] float32, each line sums to 1
+    coefficients: Tensor  # [S, k] float32
+    base: Tensor  # [S] int64, row numbers; the first principled row where there is no base branch
+    addition: Tensor | None = None  # [S, V] float32, added to the direction; None adds nothing
 
     def __getitem__(self, index: Tensor | slice) -> "Mixing":
-        """The mixing of some of the sequences."""
+        """The mixing of the selected sequences."""
         return Mixing(
             self.principled[index],
             self.weights[index],
@@ -77,7 +72,7 @@ class Mixing:
         )
 
     def to(self, device: torch.device) -> "Mixing":
-        """From the host to a device."""
+        """A copy of the host's mixing on a device. The mixing must have no `addition`."""
         return Mixing(
             *(to_device(line, device) for line in (self.principled, self.weights, self.coefficients, self.base))
         )
@@ -86,11 +81,12 @@ class Mixing:
     def of(
         cls, sequences: Sequence[tuple[Sequence[float], Sequence[float], bool]], may_start_from_base: bool = True
     ) -> "Mixing":
-        """The mixing of sequences whose rows follow each other: principled branches, then the base branch if any. The
-        tensors are on the host.
+        """The mixing, on the host, of sequences whose rows are consecutive: the principled branches of a sequence, then
+        its base branch if it has one.
 
-        sequences: (weights, coefficients, has a base branch) of each. may_start_from_base: whether a sequence that
-        `starts_from_base` is mixed as z_b + Σ (w_i + c_i)(z_i − z_b), which has the same value.
+        sequences: (weights, coefficients, whether there is a base branch) of each sequence.
+        may_start_from_base: Whether a sequence that `starts_from_base` is mixed as z_b + Σ (w_i + c_i)(z_i − z_b),
+            which has the same value.
         """
         row, lines, base = 0, [], []
         for weights, coefficients, has_base in sequences:
@@ -112,18 +108,18 @@ class Mixing:
 
 
 def is_finite(logits: Tensor, mixing: Mixing) -> Tensor:
-    """Whether all rows of a sequence are without NaN and ∞, [S] bool; −∞ is how models rule tokens out themselves.
+    """Whether all rows of each sequence are free of NaN and +∞, [S] bool. −∞ is valid: models mask tokens with it.
 
     logits: [rows, V] float32.
     """
-    sound = logits.amax(dim=-1) < torch.inf  # NaN is the greatest of all, and not below
-    return sound[mixing.principled].all(dim=1) & sound[mixing.base]
+    is_row_finite = logits.amax(dim=-1) < torch.inf  # amax returns NaN if a row has one, and NaN < ∞ is false
+    return is_row_finite[mixing.principled].all(dim=1) & is_row_finite[mixing.base]
 
 
 def principled_logits(logits: Tensor, mixing: Mixing) -> Tensor:
-    """z_p = Σ w_i z_i (section 2, general form).
+    """z_p = Σ w_i z_i (docs/design.md, section 2, general form), [S, V] float32; bit-equal to the single row if k = 1.
 
-    logits: [rows, V] float32. Returns [S, V] float32; bit-equal to the one row where k = 1.
+    logits: [rows, V] float32.
     """
     first, *others = mixing.principled.unbind(1)
     if not others:
@@ -135,10 +131,12 @@ def principled_logits(logits: Tensor, mixing: Mixing) -> Tensor:
 
 
 def direction(logits: Tensor, mixing: Mixing, tokens: Tensor | None = None) -> Tensor:
-    """Σ c_i (z_i − z_b), to be added to the edited z_p (section 2.2 and 2.3, where c_i = w_i r_i).
+    """Σ c_i (z_i − z_b), [S, K] float32, which is added to the edited z_p (docs/design.md, section 2, steps 2 and 3,
+    where c_i = w_i r_i). Exactly 0 for a sequence without a base branch. Without `mixing.addition` also 0 where a
+    model's own logit is −inf.
 
-    logits: [rows, V] float32, never edited. tokens: [S, K] int64, where to compute it; None means all V. Returns
-    [S, K] float32; exactly 0 for a sequence without a base branch, and where the model itself says −inf.
+    logits: [rows, V] float32, not edited.
+    tokens: [S, K] int64, the tokens to compute it for. None means all V tokens.
     """
 
     def of(rows: Tensor) -> Tensor:
@@ -154,23 +152,24 @@ def direction(logits: Tensor, mixing: Mixing, tokens: Tensor | None = None) -> T
 
 
 def log_totals(y: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """The greatest logit of each line, and log Σ exp((y − greatest) / temperature): the log of the
-    whole mass, the best token's being 1.
+    """The greatest logit of each line, [S], and log Σ exp((y − greatest) / temperature), [S]: the logarithm of the
+    total mass if the mass of the best token is 1.
 
-    y: [S, V] float32; temperature: [S]. Returns [S] and [S].
+    y: [S, V] float32. temperature: [S].
     """
     best = y.amax(dim=-1)
     return best, ((y - best[:, None]) / temperature[:, None]).exp_().sum(dim=-1).log_()
 
 
 def plausible_set(y: Tensor, log_total: Tensor, top_p: Tensor, temperature: Tensor) -> Tensor:
-    """The tokens that the principled policy itself would consider (section 2.4).
+    """The plausible set (docs/design.md, section 2, step 4), [S, K] bool: the nucleus of the edited principled policy.
 
-    y: [S, K] float32, edited principled logits; it may leave tokens out that are too unlikely to be
-    in the set (`plausible_floor`). log_total: [S], of the whole vocabulary. top_p, temperature: [S]
-    float32. Returns [S, K] bool: in order of falling probability, a token is in while the mass before
-    it is below top_p. At least one token is in; ties go to the lower token id; top_p = 1 takes in
-    every token whose logit is not −inf.
+    In descending order of probability, a token is in the set while the mass before it is below top_p. At least one
+    token is in the set. Ties go to the lower token id. top_p = 1 keeps every token whose logit is not −inf.
+
+    y: [S, K] float32, edited principled logits. Tokens too unlikely for the set may be missing (`plausible_floor`).
+    log_total: [S], of the whole vocabulary: see `log_totals`.
+    top_p, temperature: [S] float32.
     """
     ordered, order = torch.sort(y, dim=-1, descending=True, stable=True)
     mass = ((ordered - ordered[:, :1]) / temperature[:, None] - log_total[:, None]).exp()
@@ -181,11 +180,11 @@ def plausible_set(y: Tensor, log_total: Tensor, top_p: Tensor, temperature: Tens
 
 
 def plausible_floor(best: Tensor, log_total: Tensor, vocab_size: int, top_p: Tensor, temperature: Tensor) -> Tensor:
-    """A logit below which no token is in the plausible set; [S], −inf where top_p = 1.
+    """A lower bound of the logits of the plausible set, [S]; −inf where top_p = 1.
 
-    best: [S], the greatest logit of each sequence.
+    All tokens of probability < ε together have a mass < Vε. So with Vε = 1 − top_p the mass before each of them is
+    above top_p, and none is in the set. The factor of two leaves room for rounding.
 
-    All tokens of probability < ε have a mass < Vε together. So with Vε = 1 − top_p the mass before
-    each of them is above top_p. The factor of two is room for rounding.
+    best, log_total: [S], see `log_totals`. top_p, temperature: [S] float32.
     """
     return best + temperature * (log_total + ((1 - top_p) / (2 * vocab_size)).log())

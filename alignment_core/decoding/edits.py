@@ -1,4 +1,4 @@
-"""What requests change in their principled logits before anything else is done: e of DESIGN section 2.1.
+"""Edits of the principled logits, before the direction is added: e of docs/design.md, section 2, step 1.
 
 The direction is not edited, so every edit counts once, whatever the ratio. In this order: the
 repetition penalty, the presence and frequency penalties, the biases, and what may not come at all.

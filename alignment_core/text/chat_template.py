@@ -1,4 +1,4 @@
-"""One tokenizer's chat template: messages to text, in whatever roles and tools the template knows."""
+"""Renders messages to text with a tokenizer's chat template, whether or not it supports tools and system messages."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ from linalign.alignment_core.errors import InvalidRequest
 from linalign.alignment_core.text import template_clock
 from linalign.alignment_core.text.principle_place import new_mark
 
-# Variables of templates that are not for users: they are set here, or by transformers.
+# Template variables that users cannot set: this file or transformers sets them.
 RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "raise_exception"}
 RESERVED |= {"bos_token", "eos_token", "pad_token", "unk_token", "strftime_now", "tojson"}
 TOOLS_TEXT = """# Tools
@@ -36,22 +36,19 @@ Messages = list[dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Rendering:
-    """How a template renders a chat.
+    """How a template renders a chat."""
 
-    tools: functions in OpenAI's form. variables: of the template's own. continues: the last message, the
-    assistant's, is the beginning of the reply. now: the time that templates show, the same in all branches.
-    """
-
-    tools: Sequence[Mapping[str, Any]] = ()
-    variables: Mapping[str, Any] = field(default_factory=dict)
-    continues: bool = False
-    now: datetime = field(default_factory=datetime.now)
+    tools: Sequence[Mapping[str, Any]] = ()  # functions in OpenAI's format
+    variables: Mapping[str, Any] = field(default_factory=dict)  # the template's own: see `ChatTemplate.variables`
+    continues: bool = False  # whether the last message, which is the assistant's, is the beginning of the reply
+    now: datetime = field(default_factory=datetime.now)  # the time that the template shows, the same in all branches
 
 
 class ChatTemplate:
-    """Raises InvalidRequest for what it can't render, and ValueError at once if there is no template."""
+    """The chat template of a tokenizer. Its methods raise InvalidRequest if the template fails on the messages."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises ValueError if the tokenizer has no template, or one that can't be parsed."""
         if not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template")
         self._templates = _parsed(tokenizer.chat_template)
@@ -60,7 +57,7 @@ class ChatTemplate:
         self._has_system_role = self._probe_system_role()
 
     def text(self, messages: Messages, rendering: Rendering) -> str:
-        """The chat as the model sees it, whether or not the template knows tool and system messages."""
+        """The rendered chat. Tool and system messages are rewritten if the template does not support them."""
         if not self.knows_tools:
             messages = _without_tool_messages(messages)
         if not self._has_system_role:
@@ -69,12 +66,12 @@ class ChatTemplate:
 
     @cached_property
     def variables(self) -> frozenset[str]:
-        """What the template knows beside the messages, for `Rendering.variables`."""
+        """Names of the variables that the template reads and a user may set: see `Rendering.variables`."""
         return self._variables - RESERVED
 
     @cached_property
     def knows_tools(self) -> bool:
-        """Whether the template tells the model of tools by itself."""
+        """Whether the template reads `tools`, so that it describes them to the model itself."""
         return "tools" in self._variables
 
     @cached_property
@@ -82,14 +79,17 @@ class ChatTemplate:
         return frozenset().union(*map(find_undeclared_variables, self._templates))
 
     def generation_prompt(self, rendering: Rendering | None = None) -> str:
-        """What the template writes of the reply itself, such as its header and "<think>"."""
+        """The beginning of the reply that the template writes itself, such as its header and "<think>"."""
         chat = [{"role": "user", "content": "Hello"}]
         rendering = rendering or Rendering()
         without = self._apply(chat, rendering, add_generation_prompt=False)
         return self._apply(chat, rendering, add_generation_prompt=True).removeprefix(without)
 
     def default_system_text(self, rendering: Rendering) -> str:
-        """What the template puts into the system block by itself when there is no system message."""
+        """The text that the template writes into the system block when there is no system message; "" if none.
+
+        Found by rendering a chat with a marked system message and one without it, and comparing both.
+        """
         if not self._has_system_role:
             return ""
         mark, user = new_mark(), {"role": "user", "content": new_mark()}
@@ -97,14 +97,14 @@ class ChatTemplate:
         try:
             default = self._render([user], rendering)
             shown = self._render([{"role": "system", "content": mark}, user], rendering)
-        except InvalidRequest:  # it wants other messages than these
+        except InvalidRequest:  # the template requires other messages than these
             return ""
-        before, found, after = shown.partition(mark)
+        before, separator, after = shown.partition(mark)
         fits = len(before) + len(after) <= len(default) and default.startswith(before) and default.endswith(after)
-        return default[len(before) : len(default) - len(after)] if found and fits else ""
+        return default[len(before) : len(default) - len(after)] if separator and fits else ""
 
     def with_tools(self, messages: Messages, rendering: Rendering) -> tuple[Messages, Rendering]:
-        """The tools as text of the system message, where the template does not know any."""
+        """Move the tools into the text of the system message if the template does not support tools."""
         if not rendering.tools or self.knows_tools:
             return messages, rendering
         text = TOOLS_TEXT.format("\n".join(json.dumps(tool, ensure_ascii=False) for tool in rendering.tools))
@@ -137,16 +137,16 @@ class ChatTemplate:
                 **rendering.variables,
                 **template_clock.variables(self._time_formats, rendering.now),
             )
-        except Exception as error:  # a template can raise anything
+        except Exception as error:  # templates may raise any exception
             raise InvalidRequest(f"the model's chat template refuses these messages: {error}", "messages") from error
         assert isinstance(rendered, str)
         return rendered
 
 
 class _Generation(jinja2.ext.Extension):
-    """transformers' tag for what the assistant says; here it only has to be parsed."""
+    """Parses transformers' tag around the assistant's text; parsing is all that this file needs."""
 
-    tags = {"generation"}  # noqa: RUF012 - jinja2's way
+    tags = {"generation"}  # noqa: RUF012 - jinja2 defines it so
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
         next(parser.stream)
@@ -154,7 +154,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 def _parsed(templates: str | dict[str, str]) -> list[jinja2.nodes.Template]:
-    """Raises ValueError for what is no template."""
+    """The syntax trees of the templates. Raises ValueError if one can't be parsed."""
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", _Generation])
     texts = templates.values() if isinstance(templates, dict) else [templates]
     try:
@@ -164,7 +164,7 @@ def _parsed(templates: str | dict[str, str]) -> list[jinja2.nodes.Template]:
 
 
 def _with_clock(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The same tokenizer, whose templates show the time that they are told."""
+    """A copy of the tokenizer whose templates show the time of `Rendering.now`."""
     templates, tokenizer = tokenizer.chat_template, copy.copy(tokenizer)
     if isinstance(templates, dict):
         tokenizer.chat_template = {name: template_clock.held_still(text) for name, text in templates.items()}
@@ -174,25 +174,30 @@ def _with_clock(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def _without_tool_messages(messages: Messages) -> Messages:
-    """For templates that know nothing of tools: calls and results as text, in the form of Hermes and Qwen."""
-    told: Messages = []
+    """Write tool calls and results as text, in the format of Hermes and Qwen, for templates without tools."""
+    converted: Messages = []
     for message in messages:
         if message["role"] == "tool":
             content = f"<tool_response>\n{message['content']}\n</tool_response>"
-            told.append({"role": "user", "content": content})
+            converted.append({"role": "user", "content": content})
         elif message.get("tool_calls"):
             calls = [
                 f"<tool_call>\n{json.dumps(call['function'], ensure_ascii=False)}\n</tool_call>"
                 for call in message["tool_calls"]
             ]
-            told.append({"role": "assistant", "content": "\n".join([*filter(None, [message.get("content")]), *calls])})
+            converted.append(
+                {"role": "assistant", "content": "\n".join([*filter(None, [message.get("content")]), *calls])}
+            )
         else:
-            told.append(message)
-    return told
+            converted.append(message)
+    return converted
 
 
 def _without_system_role(messages: Messages) -> Messages:
-    """System text at the head of the next user message, a blank line between: where such templates' users put it."""
+    """Put each system text at the beginning of the next user message, followed by a blank line.
+
+    That is the convention for models without a system role. Raises InvalidRequest if no user message follows.
+    """
     folded: Messages = []
     pending: list[str] = []
     for message in messages:

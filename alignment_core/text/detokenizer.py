@@ -1,4 +1,4 @@
-"""Token ids to text, one token at a time: whole characters only, and never part of a stop string."""
+"""Converts token ids to text, one token at a time: whole characters only, and never part of a stop string."""
 
 import re
 from collections.abc import Callable, Container, Sequence
@@ -8,18 +8,15 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 REPLACEMENT = "\ufffd"
 MAX_TOKENS_PER_CHARACTER = 4  # UTF-8 needs at most four bytes, and a token carries at least one
-NUM_BEFORE = 8  # tokens that may change how those after them are written
-MAX_UNSEEN = 32  # tokens that show nothing by themselves and may change how the next one is written
+NUM_BEFORE = 8  # tokens of context that may change the text of those after them
+MAX_UNSEEN = 32  # tokens without text of their own that are kept as context of the next token
 
 
 class TextStream:
     """The text of one sequence as it grows.
 
-    A token's text can depend on the token before it (leading spaces, joined bytes), so what is new
-    is the difference between decoding a short window with and without the newest tokens.
-
-    before: the tokens of the text that this one goes on with. skipped: tokens that are no part of a text, as though
-    they were not there.
+    The text of a token can depend on the tokens before it (leading spaces, joined bytes). So the new text is the
+    difference between decoding a short window of tokens with and without the newest ones.
     """
 
     def __init__(
@@ -29,17 +26,23 @@ class TextStream:
         before: Sequence[int] = (),
         skipped: Container[int] = frozenset(),
     ) -> None:
+        """
+        decode: Converts token ids to text.
+        stop: Strings that end the text; they are not part of it.
+        before: Token ids of the text that this text continues.
+        skipped: Token ids that are ignored, such as control tokens.
+        """
         self.stopped = False
         self._decode, self._skipped = decode, skipped
         self._stops = [_Stop(text) for text in stop]
         self._window = self._window_of([id for id in before[-3 * NUM_BEFORE :] if id not in skipped])
-        self._num_shown = len(self._window)  # leading tokens of the window whose text is out already
-        self._held = ""  # text that may turn out to begin a stop string
+        self._num_shown = len(self._window)  # leading tokens of the window whose text has been returned
+        self._held = ""  # text held back, as it may be the beginning of a stop string
 
     def add(self, token_id: int, may_stop: bool = True) -> str:
-        """The text that became certain with this token; `stopped` tells that a stop string ended it.
+        """The text that is complete with this token. Sets `stopped` if a stop string ends the text.
 
-        may_stop: whether stop strings count that end with this token.
+        may_stop: Whether a stop string that ends in this token's text ends the text.
         """
         if token_id in self._skipped:
             return ""
@@ -49,24 +52,24 @@ class TextStream:
         if text.endswith(REPLACEMENT):
             if len(self._window) - self._num_shown < MAX_TOKENS_PER_CHARACTER:
                 return ""
-            # The first of so many can't belong to a character that is still to be completed.
+            # Too many tokens for one character, so the first of them does not belong to an incomplete one.
             settled = self._num_shown + 1
             text = self._decode(self._window[:settled])
         if text == shown and settled - self._num_shown < MAX_UNSEEN:
-            return ""  # such as a space at the beginning, which is written if another one comes
+            return ""  # for example a leading space, which has text only if another token follows
         self._window = self._window[self._num_shown :]
         self._num_shown = settled - self._num_shown
         return self._until_stop(text[len(shown) :], may_stop)
 
     def _window_of(self, before: list[int]) -> list[int]:
-        """The end of what comes before; nothing where that is in the middle of a character."""
-        for num in range(NUM_BEFORE, NUM_BEFORE + MAX_TOKENS_PER_CHARACTER):  # one begins where a character does
+        """The last tokens of `before`, as context; none if `before` ends in the middle of a character."""
+        for num in range(NUM_BEFORE, NUM_BEFORE + MAX_TOKENS_PER_CHARACTER):  # one of them starts at a character
             if not self._decode(before[-num:]).endswith(REPLACEMENT):
                 return before[-num:]
         return []
 
     def finish(self) -> str:
-        """What was held back, now that nothing can follow."""
+        """The text that was held back, as no token follows."""
         if self.stopped:
             return ""
         shown = self._decode(self._window[: self._num_shown])
@@ -89,18 +92,21 @@ class TextStream:
 
 
 class _Stop:
-    """A stop string and how much of it stands at the end of the text so far: Knuth, Morris and Pratt's automaton,
-    as far as it is needed, so that no text and no string take more than time linear in the text.
+    """A stop string, and how many of its first characters the text so far ends with.
+
+    The automaton of Knuth, Morris and Pratt, built only as far as it is needed, so that the time is linear in the
+    length of the text for any text and stop string.
     """
 
     def __init__(self, text: str) -> None:
         self.text = text
         self.num_matched = 0
-        self._borders = [0]  # of the first 1, 2 … characters: the longest proper beginning that is an end too
+        self._borders = [0]  # of the first 1, 2 … characters: length of the longest proper prefix that is a suffix
 
     def end_in(self, more: str, counts: bool) -> int | None:
-        """Where in the text's next piece the string is complete for the first time, None where it is not or that
-        does not count.
+        """Number of characters of `more`, the next piece of text, after which the string is first complete.
+
+        None if the string is not complete, or if `counts` is false.
         """
         for place, character in enumerate(more, 1):
             self.num_matched = self._next(self.num_matched, character)
@@ -114,7 +120,7 @@ class _Stop:
         while num and self.text[num] != character:
             num = self._borders[num - 1]
         num += self.text[num] == character
-        if num > len(self._borders):  # its last character's border, from the one before
+        if num > len(self._borders):  # the border of the last character follows from the one before
             border = self._borders[-1]
             while border and self.text[border] != character:
                 border = self._borders[border - 1]
@@ -123,12 +129,12 @@ class _Stop:
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The control tokens, which are no part of a text."""
+    """Ids of the control tokens, which are not part of a text."""
     return frozenset(id for id, token in tokenizer.added_tokens_decoder.items() if token.special)
 
 
 class TokenBytes:
-    """The bytes that single tokens stand for, which need not be whole characters."""
+    """Converts single token ids to their bytes, which need not be whole characters."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -143,7 +149,7 @@ class TokenBytes:
         if token_id in self._added:
             return self._added[token_id]
         piece: str | None = self._tokenizer.convert_ids_to_tokens(token_id)
-        if piece is None:  # a row of the output layer that the tokenizer has no token for
+        if piece is None:  # the output layer may have more rows than the tokenizer has tokens
             return b""
         if self._is_byte_level:
             return bytes(self._bytes_of[character] for character in piece)

@@ -1,4 +1,7 @@
-"""Where a principle stands in a rendered chat: found by a mark, so that the text around it is the base branch's."""
+"""Finds where a template puts a principle in a rendered chat.
+
+The chat is rendered with a random marker in place of the principle, and compared with the base branch's text.
+"""
 
 import secrets
 from dataclasses import dataclass
@@ -6,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The text before the principle and the text behind it, with what joins it to them."""
+    """The rendered text before and after the principle, separators included."""
 
     before: str
     after: str
@@ -16,15 +19,17 @@ class Place:
 
 
 def new_mark() -> str:
-    """Digits, which no template writes otherwise, and no client can guess."""
+    """A new marker: digits that no template writes by itself and no client can guess."""
     return str(secrets.randbits(80))
 
 
 def place_in(base: str, marked: str, mark: str) -> Place | None:
-    """Where the mark is in `marked`, which is `base` rendered anew with a mark somewhere.
+    """The text before and after the marker.
 
-    None where the template shows no mark, or several, or changes anything else with it: `base` is in the result, whole
-    and in order.
+    base: The rendered chat.
+    marked: The same chat, rendered with a marker in one of its messages.
+
+    None if the marker is not in `marked` exactly once, or if `marked` differs from `base` anywhere else.
     """
     if marked.count(mark) != 1 or not holds(marked, base):
         return None
@@ -32,14 +37,14 @@ def place_in(base: str, marked: str, mark: str) -> Place | None:
 
 
 def holds(text: str, base: str) -> bool:
-    """Whether `text` is `base` with something put in at one place."""
-    start = _common_beginning(base, text)
-    end = _common_beginning(base[start:][::-1], text[start:][::-1])
+    """Whether `text` is `base` with additional text inserted at one position."""
+    start = _common_prefix_length(base, text)
+    end = _common_prefix_length(base[start:][::-1], text[start:][::-1])
     return start + end == len(base) < len(text)
 
 
-def _common_beginning(a: str, b: str) -> int:
-    """How many characters."""
+def _common_prefix_length(a: str, b: str) -> int:
+    """Length of the longest common prefix."""
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2

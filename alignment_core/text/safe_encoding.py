@@ -1,4 +1,4 @@
-"""Text with control tokens of a chat template's own, and words of users in which nothing is a control token."""
+"""Encodes text so that only the chat template's own control tokens become control tokens, and never those of users."""
 
 import itertools
 import json
@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from linalign.alignment_core.text.escaping import Escapes, Forbidden
 
-# What Rust's tokenizers take for white space at the ends of a text; Python has U+001C to U+001F beside.
+# The white space that Rust's tokenizers strip from the ends of a text: Python's, without U+001C to U+001F.
 WHITE_SPACE = "".join(mark for mark in map(chr, range(0x3001)) if mark.isspace() and mark not in "\x1c\x1d\x1e\x1f")
 
 
 class SafeEncoder:
-    """Token ids of rendered chats and of users' texts, with one tokenizer."""
+    """Encodes rendered chats and users' texts with one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -28,18 +28,18 @@ class SafeEncoder:
         marks = _any_of({mark for text in special for mark in re.findall(r"[^\w\s]", text)})
         self._any_added = _any_of(self._added)
         self.tokens = Forbidden(self._any_added, _any_of(special))
-        # No letters and digits: the names of fields and functions consist of them.
+        # Punctuation of control tokens alone: names of fields and functions consist of letters and digits.
         self.marks = Forbidden(marks, re.compile(f"(?P<kept>{harmless.pattern})|{marks.pattern}"))
-        # Look-alikes of a control token (full-width letters, say) may be made into one before it is looked for.
+        # A normalizer may turn look-alikes of a control token (full-width letters, say) into that token.
         normalises = tokenizer.backend_tokenizer.normalizer is not None
         self._has_look_alikes = normalises and any(token.normalized for token in added.values())
 
     def control_tokens(self, rendered: str) -> Counter[str]:
-        """How often each of them stands in a rendered chat."""
+        """The number of occurrences of each control token in a rendered chat."""
         return Counter(self._any_added.findall(rendered))
 
     def encode(self, rendered: str, escapes: Escapes) -> tuple[int, ...]:
-        """The control tokens that stand in `rendered` are the template's own; the escaped ones are text."""
+        """Token ids of a rendered chat. Its control tokens are the template's own; escaped ones are encoded as text."""
         if not (escapes.used or self._has_look_alikes):
             return tuple(self._tokenizer.encode(rendered, add_special_tokens=False))
         ids: list[int] = []
@@ -56,18 +56,18 @@ class SafeEncoder:
         return tuple(ids)
 
     def encode_text(self, text: str, is_first: bool) -> list[int]:
-        """Of a text in which nothing is a control token. is_first: nothing stands before it."""
+        """Token ids of a text in which nothing is a control token. is_first: Whether it begins the prompt."""
         tokenizer = self._plain_tokenizer if is_first else self._inner_tokenizer
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
         if self._added_ids.isdisjoint(ids):
             return ids
-        # The vocabulary spells a control token as an ordinary piece too: cut behind its first character.
+        # The vocabulary has a control token as an ordinary token too: cut the text after its first character.
         cuts = [0, *(match.start() + 1 for match in self._any_added.finditer(text)), len(text)]
         parts = [text[start:end] for start, end in itertools.pairwise(cuts)]
         return [id for part in parts for id in self._cut(part)]
 
     def _cut(self, text: str) -> list[int]:
-        """In halves as long as there is a control token in it, whatever it is spelled by."""
+        """Token ids of a text, cut in halves until no token is a control token, however the vocabulary spells that."""
         ids: list[int] = self._inner_tokenizer.encode(text, add_special_tokens=False).ids
         if self._added_ids.isdisjoint(ids):
             return ids
@@ -78,20 +78,20 @@ class SafeEncoder:
 
     @cached_property
     def _added_ids(self) -> frozenset[int]:
-        """But for the one that stands for what the vocabulary lacks."""
+        """Ids of the added tokens, except the unknown token."""
         unknown = self._plain_tokenizer.encode("\U000fdead", add_special_tokens=False).ids
         return frozenset(id for id, _ in self._added.values()) - frozenset(unknown)
 
     @cached_property
     def _plain_tokenizer(self) -> Tokenizer:
-        """The same tokenizer without any added token, so that nothing in a text is parsed as one."""
+        """The tokenizer without added tokens, so that nothing in a text is parsed as one."""
         state = json.loads(self._tokenizer.backend_tokenizer.to_str())
         state["added_tokens"], state["post_processor"] = [], None
         return Tokenizer.from_str(json.dumps(state))
 
     @cached_property
     def _inner_tokenizer(self) -> Tokenizer:
-        """For text behind a control token, where such as Llama 2's put no space in front."""
+        """The plain tokenizer for text after a control token, where tokenizers like Llama 2's prepend no space."""
         state = self._plain_tokenizer.to_str()
         return Tokenizer.from_str(state.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"'))
 

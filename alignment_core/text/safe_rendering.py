@@ -1,4 +1,4 @@
-"""Chats as a template renders them, with no control token but the template's own."""
+"""Renders chats so that their only control tokens are the template's own."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,21 +11,21 @@ from linalign.alignment_core.text.safe_encoding import SafeEncoder
 
 @dataclass(frozen=True, slots=True)
 class SafeChat:
-    """A rendered chat without a principle. `escapes` has replaced control tokens in messages, tools and variables."""
+    """A rendered chat without a principle, in which control tokens of clients are escaped."""
 
-    text: str
-    messages: Messages
-    rendering: Rendering
+    text: str  # the rendered chat
+    messages: Messages  # escaped
+    rendering: Rendering  # its tools and variables are escaped
     escapes: Escapes
 
 
 def render_safely(
     messages: Sequence[Mapping[str, Any]], rendering: Rendering, template: ChatTemplate, encoder: SafeEncoder
 ) -> SafeChat:
-    """Render a chat in which all control tokens are the template's own. Raises InvalidRequest.
+    """Render a chat so that all control tokens in it are the template's own. Raises InvalidRequest.
 
-    A template may make a control token of harmless texts, for example by taking parts of them away. Then every mark
-    that control tokens consist of is escaped, not only whole control tokens.
+    A template may produce a control token from harmless texts, for example by removing parts of them. If so, every
+    punctuation character that control tokens contain is escaped, and not only whole control tokens.
     """
     chat = _rendered(messages, rendering, template, encoder.tokens)
     chat_without_marks = _escaped(messages, rendering, template, encoder.marks)
@@ -46,7 +46,7 @@ def _rendered(
 def _escaped(
     messages: Sequence[Mapping[str, Any]], rendering: Rendering, template: ChatTemplate, forbidden: Forbidden
 ) -> SafeChat:
-    """A chat with stand-ins for what is forbidden in it, not yet rendered."""
+    """The chat with placeholders for all forbidden texts, not yet rendered."""
     escapes = Escapes()
     patterns = {"assistant": forbidden.in_replies}
     safe: Messages = [

@@ -1,7 +1,7 @@
-"""The time that a chat template shows, held still, so that all branches of a prompt show the same.
+"""Fixes the time that a chat template shows, so that all branches of a prompt show the same time.
 
-Templates ask for it by `strftime_now(format)`, which transformers answers anew in every rendering and lets nobody
-replace. So a macro of that name goes in front of the template, which looks formats up in a variable.
+Templates call `strftime_now(format)`. transformers reads the clock at every call and does not allow to replace the
+function. So a macro of the same name is put before the template; it looks the format up in a variable.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,11 +10,11 @@ from datetime import datetime
 from jinja2 import nodes
 
 NAME, TIMES = "strftime_now", "linalign_times"
-MACRO = f"{{% macro {NAME}(format) %}}{{{{ {TIMES}[format] }}}}{{% endmacro %}}\n"  # whose line's end is dropped
+MACRO = f"{{% macro {NAME}(format) %}}{{{{ {TIMES}[format] }}}}{{% endmacro %}}\n"  # jinja2 drops the newline
 
 
 def formats_of(templates: Iterable[nodes.Template]) -> frozenset[str]:
-    """The formats that templates show the time in; none where they don't, or make up a format as they go."""
+    """The time formats that the templates use; empty if they use none, or compute a format while rendering."""
     calls = [call for template in templates for call in template.find_all(nodes.Call) if _is_name(call.node, NAME)]
     arguments = [value for call in calls for value in (*call.args, *(named.value for named in call.kwargs))]
     if not all(isinstance(argument, nodes.Const) for argument in arguments):
@@ -23,11 +23,12 @@ def formats_of(templates: Iterable[nodes.Template]) -> frozenset[str]:
 
 
 def held_still(template: str) -> str:
-    """The template, that is to be rendered with `variables` beside its own."""
+    """The template with the macro before it. Render the result with `variables` too."""
     return MACRO + template
 
 
 def variables(formats: Iterable[str], now: datetime) -> Mapping[str, object]:
+    """Template variables for the macro: the time in each format."""
     return {TIMES: {form: now.strftime(form) for form in formats}}
 
 

@@ -1,4 +1,4 @@
-"""Section 2 on tensors, against plain loops."""
+"""Alignment (docs/design.md, section 2) on tensors, against plain loops."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from tests.oracle import Oracle, Setting
 
 
 def settings(n, numbers=None, mixing=None, **changes):
-    """n plain sequences at temperature 1; changes: a value for all or a list of n."""
+    """Settings of n plain sequences at temperature 1. changes: One value for all, or a list of n."""
     values = {
         "aligned": False,
         "nucleus_top_p": 1.0,
@@ -32,13 +32,13 @@ def settings(n, numbers=None, mixing=None, **changes):
     return DrawSettings(mixing, **tensors)
 
 
-def choose(logits, y, chosen):
-    """The tokens of the dynamic draw."""
-    return draw_from_candidates(candidates(logits, y, chosen), chosen)
+def choose(logits, y, draw_settings):
+    """The tokens of the dynamic draw (not of the one in fixed shapes)."""
+    return draw_from_candidates(candidates(logits, y, draw_settings), draw_settings)
 
 
 def everywhere(logits, mixing):
-    """The direction at every token."""
+    """The direction at every token of the vocabulary."""
     return direction(logits, mixing, torch.arange(logits.shape[1]).expand(len(mixing.base), -1))
 
 
@@ -57,7 +57,7 @@ def test_mixing_equals_the_formula(ratios):
     mixing = Mixing.of([(weights, linear(weights, ratios), True)])
     z = principled_logits(logits, mixing) + everywhere(logits, mixing)
     setting, prompt = Setting(ratios, weights, top_p=float("inf")), Prompt(((1,),) * k, weights, ratios, (1,))
-    oracle = object.__new__(Oracle)  # of logits that are there already
+    oracle = object.__new__(Oracle)  # without a model: the logits are given
     expected = oracle.aligned((list(logits[:k].double()), logits[k].double()), prompt, [], setting)
     torch.testing.assert_close(z[0].double().log_softmax(-1), expected.log_softmax(-1), atol=1e-4, rtol=0)
 
@@ -137,12 +137,12 @@ def test_filters(filters, support):
     ids=str,
 )
 def test_what_is_left_out_early_makes_no_difference(filters, narrows, monkeypatch):
-    """Narrowing the vocabulary to the tokens that can be drawn at all, against taking all of it."""
+    """A draw from the narrowed vocabulary equals a draw from the whole one."""
     torch.manual_seed(2)
     logits = torch.randn(64, 3000) * 4
     aligned = filters.get("aligned", False)
     mixing = Mixing.of([((1.0,), (2.0 * aligned,), aligned)] * 32)
-    y, chosen = principled_logits(logits, mixing), settings(32, mixing=mixing, **filters)
+    y, draw_settings = principled_logits(logits, mixing), settings(32, mixing=mixing, **filters)
     sizes, narrow = [], narrowing.narrow
 
     def watch(y, bounds):
@@ -151,9 +151,9 @@ def test_what_is_left_out_early_makes_no_difference(filters, narrows, monkeypatc
         return tokens, of_tokens
 
     monkeypatch.setattr(narrowing, "narrow", watch)
-    early = choose(logits, y, chosen)
+    early = choose(logits, y, draw_settings)
     monkeypatch.setattr(narrowing, "floor", lambda y, *_: torch.full((len(y),), -torch.inf))
-    assert torch.equal(early, choose(logits, y, chosen))
+    assert torch.equal(early, choose(logits, y, draw_settings))
     assert (sizes[0] < 3000) == narrows
     assert sizes[-1] == 3000
 

@@ -1,4 +1,4 @@
-"""Families of models: those that are served equal the oracle, others are refused."""
+"""Model families: supported ones equal the oracle, others are refused."""
 
 from dataclasses import replace
 from functools import partial
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_architectures(tokenizer, model_type, kernels, monkeypatch):
-    """Grouped-query heads everywhere; sliding windows and soft-capping where the model has them."""
+    """All models have grouped-query heads; some have sliding windows or soft-capping."""
     if not kernels:
         monkeypatch.setattr(model_runner, "library", lambda: None)
     loaded, oracle = tiny_pair(tokenizer, model_type, kernels, vocab_size=300, **ARCHITECTURES[model_type])
@@ -58,15 +58,15 @@ def test_an_architecture_that_bypasses_our_attention_is_refused(tokenizer):
 
 
 def test_a_window_in_the_mask_alone(tokenizer):
-    """Both families pass none to their attention; tests/alignment_core/test_pairs.py has what follows from it."""
+    """These families pass no window to their attention; test_pairs.py tests what follows from that."""
     for model_type, windows in {"qwen2_moe": [8, None, None], "phimoe": [8, 8, 8], "qwen2": [None, 8, 8]}.items():
         loaded, _ = tiny_pair(tokenizer, model_type, kernels=False, vocab_size=300, **ARCHITECTURES[model_type])
-        assert [asked.window for _, asked in sorted(probe(loaded.model, 512, paged=None).items())] == windows
-        assert [asked.window for _, asked in sorted(probe(loaded.model, 7, paged=None).items())] == [None] * 3
+        assert [layer.window for _, layer in sorted(probe(loaded.model, 512, paged=None).items())] == windows
+        assert [layer.window for _, layer in sorted(probe(loaded.model, 7, paged=None).items())] == [None] * 3
 
 
 class Masked(LlamaForCausalLM):
-    """Llama, whose masks are made by `how` in place of transformers' function."""
+    """Llama with masks made by `how` instead of transformers' function."""
 
     how = None
 
@@ -89,13 +89,18 @@ def sinks(**kwargs):
     return create_sliding_window_causal_mask(**kwargs, or_mask_function=lambda *places: places[-1] < 1)
 
 
-def its_own(**kwargs):
+def own_masks(**kwargs):
     return torch.zeros(1, 1, *[kwargs["inputs_embeds"].shape[1]] * 2)
 
 
 @pytest.mark.parametrize(
     ("how", "message"),
-    [(in_chunks, "by windows"), (both_ways, "by windows"), (sinks, "by windows"), (its_own, "masks of its own")],
+    [
+        (in_chunks, "sliding windows"),
+        (both_ways, "sliding windows"),
+        (sinks, "sliding windows"),
+        (own_masks, "masks of its own"),
+    ],
 )
 def test_a_mask_that_is_no_window_is_refused(tokenizer, how, message):
     loaded, _ = tiny_pair(tokenizer, kernels=False, vocab_size=300)
@@ -105,7 +110,7 @@ def test_a_mask_that_is_no_window_is_refused(tokenizer, how, message):
 
 
 def test_a_family_that_the_engine_computes_otherwise_is_refused(tokenizer, monkeypatch):
-    """Whatever the reason: here the backend is told of no window, or of another scale."""
+    """Whatever the difference is: here the backend gets another window, scale or soft-cap than the model has."""
     loaded, _ = tiny_pair(tokenizer, "qwen2_moe", kernels=False, vocab_size=300, **ARCHITECTURES["qwen2_moe"])
     compare_with_eager(loaded.model)
     assert loaded.model.config.sliding_window == 8
@@ -114,7 +119,7 @@ def test_a_family_that_the_engine_computes_otherwise_is_refused(tokenizer, monke
             model_runner,
             "probe",
             lambda *args, change=change, **kwargs: {
-                number: replace(asked, **change) for number, asked in probe(*args, **kwargs).items()
+                number: replace(layer, **change) for number, layer in probe(*args, **kwargs).items()
             },
         )
         with pytest.raises(ValueError, match="computes something that the engine does not"):

@@ -22,7 +22,7 @@ from tests.serving import serving
 
 pytestmark = pytest.mark.slow
 
-# All processes here compile them so, where they find none.
+# All test processes compile the kernels with these flags when the cache has none.
 QUICK_KERNELS = """
 from linalign.alignment_core.cpu import kernels
 kernels.FLAGS = tuple(flag for flag in kernels.FLAGS if flag != "-O3")
@@ -32,8 +32,8 @@ PARAMS = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def whole(package, tmp_path_factory):
-    """A cache as the first start leaves it, that of a fresh interpreter, and what a server on it says."""
-    kernels.library()  # this process's own, before a test lets it look for them elsewhere
+    """The cache directory that the first start of a server (in a new interpreter) leaves, and that server's reply."""
+    kernels.library()  # loads this process's own kernels, before a test redirects the cache
     home = tmp_path_factory.mktemp("whole")
     return home, reply(package, home, cold=True)
 
@@ -46,7 +46,7 @@ def reply(package, home, patch="", **options):
 
 @pytest.fixture
 def home(whole, tmp_path):
-    """A copy of that cache, to be broken."""
+    """A copy of that cache, for a test to damage."""
     shutil.copytree(whole[0], tmp_path / "home")
     return tmp_path / "home"
 
@@ -61,7 +61,7 @@ def kernels_in(home):
     return directory
 
 
-# Copies that are damaged
+# Damaged copies
 
 
 def truncated(path):
@@ -128,14 +128,14 @@ def test_a_damaged_copy_is_replaced_and_never_used(package, home, damage, monkey
 
 
 def test_a_fresh_interpreter_replaces_a_damaged_copy_too(package, whole, home, tmp_path):
-    """With the imports that it leaves out."""
+    """A fresh interpreter imports less than a fork has."""
     garbage(model_in(home) / "packed.safetensors")
-    told = told_by(package, home, whole, tmp_path, cold=True)
-    assert "damaged" in told
+    log = stderr_of(package, home, whole, tmp_path, cold=True)
+    assert "damaged" in log
     assert disk_cache.has(model_in(home))
 
 
-# Directories that can't be used
+# Unusable directories
 
 
 def a_file_instead(home):
@@ -158,7 +158,7 @@ def closed(home):
     (home / "linalign").chmod(0)
 
 
-# Root, too, is bound by the modes of files.
+# Drops root's privileges, so that file modes apply to root too.
 WITHOUT_PRIVILEGES = """
 import ctypes
 libc, head, data = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
@@ -173,19 +173,19 @@ def test_a_cache_that_can_not_be_used_costs_time_only(package, whole, home, faul
     fault(home)
     before = listing(home)
     try:
-        told = told_by(package, home, whole, tmp_path, patch=WITHOUT_PRIVILEGES)
+        log = stderr_of(package, home, whole, tmp_path, patch=WITHOUT_PRIVILEGES)
     finally:
         for path in (home, home / "linalign"):
             if path.exists():
                 path.chmod(0o755)
-    assert "converted model can't be kept" in told
-    assert "kernels can't be kept" in told
-    assert "Traceback" not in told
+    assert "converted model can't be kept" in log
+    assert "kernels can't be kept" in log
+    assert "Traceback" not in log
     assert listing(home) == before
 
 
-def told_by(package, home, whole, tmp_path, **options):
-    """What a server says on stderr, which answers as it should."""
+def stderr_of(package, home, whole, tmp_path, **options):
+    """The stderr of a server that must give the expected reply."""
     with (tmp_path / "stderr").open("w+") as stderr:
         assert reply(package, home, stderr=stderr, **options) == whole[1]
         stderr.seek(0)
@@ -196,51 +196,51 @@ def listing(home):
     return sorted((str(path), path.stat().st_size) for path in home.rglob("*") if path.is_file())
 
 
-# Disks that are full
+# Full disks
 
 
 def test_a_disk_that_is_full_while_the_model_is_written_costs_time_only(package, whole, home, tmp_path):
-    """The limit of a file's size stands for it: 4 MB of 15, so the file begins."""
+    """RLIMIT_FSIZE stands in for a full disk: 4 MB of the 15 MB, so that the file is begun."""
     shutil.rmtree(model_in(home))
     limit = 4 << 20
-    told = told_by(
+    log = stderr_of(
         package,
         home,
         whole,
         tmp_path,
         patch=f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))",
     )
-    assert "converted model can't be kept" in told
-    assert "Traceback" not in told
+    assert "converted model can't be kept" in log
+    assert "Traceback" not in log
     assert [path.name for path in (home / "linalign").iterdir()] == [kernels_in(home).name]
 
 
 @pytest.mark.parametrize("megabytes", [0.1, 6])
 def test_a_disk_that_is_full_indeed(package, whole, tmp_path, megabytes):
-    """Of 100 kB, where not even the kernels fit, and of 6 MB."""
+    """A disk of 100 kB, too small for the kernels, and one of 6 MB, too small for the model."""
     home = tmp_path / "home"
     home.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={int(megabytes * 1024)}k", "tmpfs", str(home)]
     if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("this machine does not let us mount; the test above stands for this one")
+        pytest.skip("mounting is not permitted here; the test above covers the same case")
     try:
         if megabytes > 1:
             shutil.copytree(kernels_in(whole[0]), home / "linalign" / kernels_in(whole[0]).name)
-        told = told_by(package, home, whole, tmp_path)
+        log = stderr_of(package, home, whole, tmp_path)
         left = [path.name.split("-")[0] for path in (home / "linalign").iterdir()]
     finally:
         subprocess.run(["umount", str(home)], check=True)
-    assert "converted model can't be kept" in told
-    assert ("kernels can't be kept" in told) == (megabytes < 1)
-    assert "Traceback" not in told
+    assert "converted model can't be kept" in log
+    assert ("kernels can't be kept" in log) == (megabytes < 1)
+    assert "Traceback" not in log
     assert left == ([] if megabytes < 1 else ["kernels"])
 
 
-# Processes that end, and several at once
+# Killed processes and concurrent processes
 
 
 def loading(package, home, patch=""):
-    """A process that loads the embedded model."""
+    """Load the embedded model in another process."""
     code = QUICK_KERNELS + patch + "\nfrom linalign import load; load()"
     environment = {**os.environ, "PYTHONPATH": f"{package}:{os.getcwd()}", "XDG_CACHE_HOME": str(home)}
     return fork_server.run(code, env=environment)
@@ -260,7 +260,7 @@ def test_what_a_killed_process_leaves_is_never_used_and_swept(package, home, whe
     (left,) = (path for path in (home / "linalign").iterdir() if path != kernels_in(home))
     assert left.name.startswith(".")
     assert list(left.rglob("model.safetensors"))
-    assert loading(package, home).returncode == 0  # another may still be at it
+    assert loading(package, home).returncode == 0  # the unfinished copy might belong to a running process
     assert left.exists()
     assert disk_cache.has(model_in(home))
     long_ago = time.time() - 2 * disk_cache.ABANDONED
@@ -279,7 +279,7 @@ def test_three_servers_that_start_on_one_empty_cache_at_once_answer_the_same(pac
 
 
 def test_readers_among_writers_never_meet_half_a_file(tmp_path):
-    """Eight threads add it, discard it and look at it."""
+    """Eight threads add, discard and read the same entry."""
     target, ends, seen = tmp_path / "cache" / "name", time.monotonic() + 3, []
 
     def write(directory):
@@ -293,7 +293,7 @@ def test_readers_among_writers_never_meet_half_a_file(tmp_path):
             elif number % 4 == 1:
                 seen.append(disk_cache.has(target))
             else:
-                with contextlib.suppress(OSError):  # another one's discard came between
+                with contextlib.suppress(OSError):  # another thread discarded the entry meanwhile
                     disk_cache.add(target, write)
             with contextlib.suppress(FileNotFoundError):
                 assert [len((target / f"{number}").read_bytes()) for number in range(5)] == [1000] * 5
@@ -358,9 +358,9 @@ def built(tmp_path_factory):
 def test_damaged_kernels_are_compiled_anew(built, damage):
     copy = kernels_in(built)
     damage(copy)
-    told = build(built)
-    assert "Compiling" in told
-    assert "slower" not in told
+    log = build(built)
+    assert "Compiling" in log
+    assert "slower" not in log
     assert disk_cache.has(copy)
     assert [path.name for path in (built / "linalign").iterdir()] == [copy.name]
 
@@ -368,6 +368,6 @@ def test_damaged_kernels_are_compiled_anew(built, damage):
 def test_kernels_that_can_not_be_kept_are_compiled_for_the_moment(tmp_path):
     (tmp_path / "linalign").write_text("not a directory")
     for _ in range(2):
-        told = build(tmp_path)
-        assert "can't be kept" in told
-        assert "slower" not in told
+        log = build(tmp_path)
+        assert "can't be kept" in log
+        assert "slower" not in log

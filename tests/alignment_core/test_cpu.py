@@ -1,4 +1,4 @@
-"""The CPU kernels: what they store, what they compute, where they are used, and what happens without them."""
+"""The CPU kernels: storage formats, results, which layers use them, and the fallback without a compiler."""
 
 import os
 import platform
@@ -23,7 +23,7 @@ GGUF_TYPES = {"Q4_0": "int4", "Q4_1": "int4", "Q8_0": "int8", "F16": "float32", 
 
 @pytest.mark.parametrize("name", GGUF_TYPES)
 def test_a_checkpoints_own_blocks_are_found_again(name):
-    """Weights that the gguf package has quantised go to the smallest format, and are the same weights there."""
+    """Weights that the gguf package quantised are packed in the smallest lossless format and read back bit-equal."""
     kind = gguf.GGMLQuantizationType[name]
     original = np.random.default_rng(0).standard_normal((48, 96), np.float32)
     weights = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(original, kind), kind).reshape(48, 96))
@@ -57,7 +57,7 @@ def test_groups_of_zeros_survive():
 
 
 def weights_in(packed):
-    """The weights that the kernels multiply with: their product with one-hot rows."""
+    """The weights that the kernels multiply by, read as their product with one-hot rows."""
     return PackedLinear(packed)(torch.eye(packed.shape[1])).T
 
 
@@ -127,7 +127,7 @@ def test_the_embedded_model_keeps_its_own_four_bits(embedded):
 
 
 def test_logits_are_the_same_bits_alone_and_in_a_crowd(embedded, monkeypatch):
-    """Plain and aligned rows, prefills and decodes beside them, other chunks, other pages, other numbers of threads."""
+    """With plain and aligned rows, prefills beside decodes, other chunk sizes, page sizes and thread counts."""
     from linalign.alignment_core.request import Principle
     from linalign.alignment_core.text.prompts import PromptBuilder
     from tests.alignment_core.test_embedded import CASES, GREEDY
@@ -178,13 +178,13 @@ def test_rounded_weights_run_as_the_oracle_with_those_weights(tokenizer, quantiz
     replace_layers(loaded.model, quantization)
     assert num_fused_layers(loaded.model) == 3
     outputs = run_all(make_engine(loaded, num_pages=400), [(prompt, GREEDY) for prompt in prompts()])
-    for prompt, found in zip(prompts(), outputs, strict=True):
-        judge(oracle, prompt, found)
+    for prompt, output in zip(prompts(), outputs, strict=True):
+        judge(oracle, prompt, output)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_dtypes(dtype):
-    """bfloat16 is a way to store weights; the arithmetic stays float32."""
+    """bfloat16 is a storage format for weights; the arithmetic stays float32."""
     loaded = load(dtype=dtype, quantization="auto" if dtype == "bfloat16" else "none")
     formats = {matrix.format for module in loaded.model.modules() for matrix in getattr(module, "matrices", ())}
     assert formats == {dtype}
@@ -206,10 +206,10 @@ PROCESSORS = [pytest.param("x86-64", marks=pytest.mark.long), "x86-64-v3"]
 
 @pytest.mark.parametrize("processor", PROCESSORS if platform.machine() == "x86_64" else [])
 def test_older_processors_compute_the_same(processor):
-    """Four and eight numbers a vector, which the code for AVX-512 knows nothing of."""
+    """Vectors of four and eight floats: code paths other than AVX-512."""
     code = IN_NARROW_VECTORS.format(processor=processor)
     ran = fork_server.run(code)
-    assert ran.returncode == 0, ran.stdout  # which it is not either without tests or without kernels
+    assert ran.returncode == 0, ran.stdout  # pytest also fails if it collects no tests or the kernels are missing
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])

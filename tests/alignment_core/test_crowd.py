@@ -1,4 +1,4 @@
-"""Some of tests/crowds.py; `python -m tests.crowds 1200` runs them for as long as you like."""
+"""Runs a few of tests/crowds.py; `python -m tests.crowds 1200` runs them for 1,200 seconds."""
 
 import gc
 from collections import Counter
@@ -15,8 +15,8 @@ NUM_CROWDS, AT_ONCE = counted(12, 400), 4
 
 @pytest.fixture(scope="module")
 def done():
-    """What all crowds together did on the way; asked of the whole file only."""
-    gc.freeze()  # what is there already takes long to look through
+    """Counts over all crowds of this file; checked only if the whole file ran."""
+    gc.freeze()  # count_objects need not search the objects that exist already
     total = Counter()
     yield total
     gc.unfreeze()

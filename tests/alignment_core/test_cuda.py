@@ -1,4 +1,4 @@
-"""What is made for CUDA, as far as a CPU goes: the same code around kernels that Triton interprets."""
+"""The code for CUDA on a CPU: Triton's interpreter runs the kernels."""
 
 from collections import defaultdict
 from dataclasses import replace
@@ -41,7 +41,7 @@ ON_TRITON = SMALL | {"num_hidden_layers": counted(2, 3)}
 
 @pytest.fixture
 def on_triton(monkeypatch):
-    """As if there were CUDA; returns the calls of the attention."""
+    """Makes the engine choose Triton as if there were CUDA. Returns a list of the attention's calls (their options)."""
     calls = []
 
     def attend(*args, **options):
@@ -56,7 +56,7 @@ def on_triton(monkeypatch):
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_architectures(tokenizer, model_type, on_triton):
-    """Prompts in chunks beside decodes, decodes in fixed shapes, one sequence preempted."""
+    """Prompts in chunks beside decodes, decodes in fixed shapes, and one preempted sequence."""
     changes = {**ON_TRITON, **ARCHITECTURES[model_type]}
     loaded, oracle = tiny_pair(tokenizer, model_type, kernels=False, **changes)
     engine = make_engine(loaded, static=True, page_size=8, num_pages=14, max_num_batched_tokens=40)
@@ -67,7 +67,7 @@ def test_architectures(tokenizer, model_type, on_triton):
     assert engine.pool.num_free == engine.pool.num_pages
     assert engine.scheduler.num_preemptions
     assert engine.runner.graphs.num_runs >= 4
-    windows = {asked.window for call in on_triton for asked in call["paged"].layers.values()}
+    windows = {layer.window for call in on_triton for layer in call["paged"].layers.values()}
     assert (windows != {None}) == ("sliding_window" in ARCHITECTURES[model_type])
     assert any(call.get("softcap") for call in on_triton) == (model_type == "gemma2")
 
@@ -84,10 +84,10 @@ def test_compiled_layers_equal_the_oracle(tokenizer):
     assert torch._dynamo.utils.counters["frames"]["ok"] > 0
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     run_all(engine, [(aligned(2.0, 20, i), params) for i in range(4)])
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before  # whatever the number of rows
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before  # no new graph for another number of rows
 
 
-# Three makes of layer; the other families are for the long run.
+# Three kinds of layers; the long run compiles the other families too.
 COMPILED = ("llama", "gemma2", "phi3")
 
 
@@ -96,15 +96,15 @@ COMPILED = ("llama", "gemma2", "phi3")
     [name if name in COMPILED else pytest.param(name, marks=pytest.mark.long) for name in ARCHITECTURES],
 )
 def test_layers_are_compiled_at_the_start_and_never_again(tokenizer, model_type, monkeypatch):
-    """However many layers, rows and tokens a step has; they break at their attention and nowhere else.
+    """One graph serves any number of layers, rows and tokens. The only graph break is at the attention.
 
-    The kernels do nothing here: what layers compute is judged above.
+    The kernels are no-ops here: the tests above check what layers compute.
     """
     monkeypatch.setattr(model_runner, "_choose_backend", lambda _: paged_triton.NAME)
     AttentionInterface.register(paged_triton.NAME, paged_triton.attend)
     for name in ("_attend_kernel", "_combine_kernel"):
         monkeypatch.setattr(paged_triton, name, defaultdict(lambda: lambda *_, **__: None))
-    num_layers = torch._dynamo.config.recompile_limit + 1  # a graph for each would be more than torch keeps
+    num_layers = torch._dynamo.config.recompile_limit + 1  # one graph per layer would exceed torch's limit
     changes = {"vocab_size": 300, "num_hidden_layers": num_layers, **ARCHITECTURES[model_type]}
     loaded, _ = tiny_pair(tokenizer, model_type, kernels=False, **changes)
     torch._dynamo.reset()
@@ -146,7 +146,7 @@ def test_padding_changes_no_row_and_writes_to_nobodys_page():
 def test_blocks_make_a_row_independent_of_its_company(tokenizer):
     loaded, oracle = tiny_pair(tokenizer, kernels=False, **ON_TRITON)
     run_in_blocks(loaded.model)
-    for layer in loaded.model.model.layers:  # on a CPU the ends of vectors are computed, and round, otherwise
+    for layer in loaded.model.model.layers:  # on a CPU, torch rounds the ends of vectors differently
         layer.mlp.act_fn.forward = in_blocks(layer.mlp.act_fn.forward)
     seen = []
     for others in (0, counted(4, 7)):
@@ -169,7 +169,7 @@ def test_blocks_make_a_row_independent_of_its_company(tokenizer):
 
 @pytest.mark.usefixtures("on_triton")
 def test_blocks_of_nothing(tokenizer):
-    """A chunk of a prompt wants no logits."""
+    """A chunk of a prompt that needs no logits has zero rows for the head."""
     loaded, oracle = tiny_pair(tokenizer, kernels=False, vocab_size=300)
     run_in_blocks(loaded.model)
     engine = make_engine(loaded, num_pages=100, max_num_batched_tokens=20)
@@ -242,7 +242,7 @@ def test_a_seed_gives_the_same_tokens_as_without_fixed_shapes(tiny):
 
 
 def test_on_a_cpu_memory_that_caches_of_files_hold_counts(monkeypatch):
-    """On a machine that has read much, hardly any memory is free, and nearly all of it can be had."""
+    """With a large file cache hardly any memory is free, but nearly all of it is available."""
     memory = SimpleNamespace(free=1000, available=4 << 30)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     runner = SimpleNamespace(model=SimpleNamespace(device=torch.device("cpu")), page_size=4, page_bytes=lambda: 1 << 20)
@@ -252,7 +252,7 @@ def test_on_a_cpu_memory_that_caches_of_files_hold_counts(monkeypatch):
 
 
 def test_the_pool_is_sized_from_what_weights_and_a_full_step_leave(monkeypatch):
-    """The device is made up: a CPU has no such memory."""
+    """The device is simulated, because a CPU has no such memory."""
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 5000))
     profiled = []

@@ -66,19 +66,19 @@ def test_stop_strings_never_leak(text, stop, expected):
     assert "".join(parts) + rest == expected
     assert state.stopped == (expected != text)
     shown = ""
-    for part in parts:  # at no time was anything shown that had to be taken back
+    for part in parts:  # no part may show text that the stop string removes later
         shown += part
         assert expected.startswith(shown)
 
 
 def test_stop_strings_of_few_letters_end_where_a_search_says():
-    chance = random.Random(0)
+    rng = random.Random(0)
     num_stopped = 0
     for _ in range(3000):
-        text = "".join(chance.choices("ab", k=chance.randint(0, 30)))
-        stop = tuple("".join(chance.choices("ab", k=chance.randint(1, 9))) for _ in range(chance.randint(1, 3)))
+        text = "".join(rng.choices("ab", k=rng.randint(0, 30)))
+        stop = tuple("".join(rng.choices("ab", k=rng.randint(1, 9))) for _ in range(rng.randint(1, 3)))
         places = [(text.index(one) + len(one), text.index(one)) for one in stop if one in text]
-        parts, rest, state = stream(as_bytes, text.encode(), stop)  # a letter at a time: the first to be complete
+        parts, rest, state = stream(as_bytes, text.encode(), stop)  # per letter: the first stop to be complete counts
         end = min(places)[0] if places else None
         expected = text if end is None else text[: min(begin for last, begin in places if last == end)]
         assert "".join(parts) + rest == expected
@@ -92,13 +92,13 @@ def test_stop_strings_of_few_letters_end_where_a_search_says():
     [("a", "c", "a" * 1_000_000 + "b"), ("ab", "c", "ab" * 500_000), ("a", "a", "a" * 500 + "b"), ("a", "c", "ba" * 9)],
 )
 def test_the_time_of_stop_strings_is_linear(piece, last, stop):
-    """Where text that nearly is one comes, or one of a megabyte: by the ratio of a text's and a longer one's."""
+    """Time of a short and of a longer text that nearly matches a stop string, or with a stop string of a megabyte."""
 
     def seconds(num):
         text = TextStream("".join, (stop,))
         began = time.process_time()
         for _ in range(0, num, 8):
-            text._until_stop(piece * 8)  # as of a token of eight letters
+            text._until_stop(piece * 8)  # like a token of eight letters
             text._until_stop(last)
         for _ in range(num // 8):
             text._until_stop(piece * 8)
@@ -118,7 +118,7 @@ def test_real_tokens(tokenizer):
 
 
 def sentencepiece():
-    """As Llama 2's and Gemma's: "▁" for spaces, a token for each byte that the vocabulary has no character of."""
+    """Like Llama 2's and Gemma's tokenizer: "▁" for spaces, and a token for each byte of unknown characters."""
     pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "h", "i", "▁h", "▁hi"]
     inner = Tokenizer(
         models.BPE(
@@ -141,16 +141,16 @@ def test_the_bytes_of_tokens_are_those_of_the_text(make, tokenizer):
     tokenizer = make(tokenizer)
     text = " hi hi 🦩 é ꙮ"
     ids = tokenizer.encode(text, add_special_tokens=False)
-    of = TokenBytes(tokenizer)
-    assert b"".join(map(of, ids)) == text.encode()
-    assert any("\ufffd" in of(id).decode(errors="replace") for id in ids), "no token was part of a character"
+    bytes_of = TokenBytes(tokenizer)
+    assert b"".join(map(bytes_of, ids)) == text.encode()
+    assert any("\ufffd" in bytes_of(id).decode(errors="replace") for id in ids), "no token was part of a character"
     special = next(iter(tokenizer.added_tokens_decoder))
-    assert of(special).decode() == tokenizer.added_tokens_decoder[special].content
-    assert of(len(tokenizer) + 5) == b""
+    assert bytes_of(special).decode() == tokenizer.added_tokens_decoder[special].content
+    assert bytes_of(len(tokenizer) + 5) == b""
 
 
 def test_a_text_that_goes_on_keeps_the_space_in_between():
-    """Decoders of this kind take the space off the beginning of a text."""
+    """Decoders of this kind strip a space at the beginning of a text."""
     tokenizer = sentencepiece()
     tokenizer.backend_tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -162,7 +162,7 @@ def test_a_text_that_goes_on_keeps_the_space_in_between():
 
 
 def stripping():
-    """A tokenizer whose decoder takes a space off the beginning of a text, as Llama 2's does."""
+    """A tokenizer whose decoder strips a space at the beginning of a text, as Llama 2's does."""
     tokenizer = sentencepiece()
     tokenizer.backend_tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -171,14 +171,14 @@ def stripping():
 
 
 def test_a_control_token_that_is_left_out_glues_no_words():
-    """Anything of them in a row, and spaces alone: what is shown is the text of all other tokens."""
-    tokenizer, chance = stripping(), random.Random(3)
+    """Any mix of control tokens, words and spaces: the shown text is the text of all other tokens."""
+    tokenizer, rng = stripping(), random.Random(3)
     special, (space, h, i, space_h, hi) = len(tokenizer) - 1, range(257, 262)
     assert tokenizer.convert_ids_to_tokens([special, hi]) == ["<s>", "▁hi"]
     assert special_ids(tokenizer) == {special}
     for _ in range(2000):
-        accent = chance.choice([[1 + 0xC3, 1 + 0xA9], [1 + 0xC3, special, 1 + 0xA9]])
-        chosen = chance.choices([[special], [special], [space], [h], [i], [space_h], [hi], accent], k=12)
+        accent = rng.choice([[1 + 0xC3, 1 + 0xA9], [1 + 0xC3, special, 1 + 0xA9]])
+        chosen = rng.choices([[special], [special], [space], [h], [i], [space_h], [hi], accent], k=12)
         ids = [id for some in chosen for id in some]
         text = TextStream(tokenizer.decode, skipped=special_ids(tokenizer))
         shown = "".join(map(text.add, ids)) + text.finish()
@@ -186,12 +186,12 @@ def test_a_control_token_that_is_left_out_glues_no_words():
 
 
 def test_a_text_goes_on_behind_characters_of_many_tokens():
-    """A window that began in the middle of one would be no text at all, and the first space be taken off."""
-    tokenizer, chance = stripping(), random.Random(5)
+    """If the decoding window began inside a character, its text would be invalid and the first space would be lost."""
+    tokenizer, rng = stripping(), random.Random(5)
     characters = [[1 + byte for byte in text.encode()] for text in ("é", "你", "🦩")]
     for _ in range(1000):
         before, ids = (
-            [id for some in chance.choices([*characters, [258], [259], [261]], k=num) for id in some] for num in (7, 5)
+            [id for some in rng.choices([*characters, [258], [259], [261]], k=num) for id in some] for num in (7, 5)
         )
         text = TextStream(tokenizer.decode, before=before)
         shown = "".join(map(text.add, ids)) + text.finish()
@@ -199,7 +199,7 @@ def test_a_text_goes_on_behind_characters_of_many_tokens():
 
 
 def test_a_stop_string_counts_from_where_it_ends():
-    """One that begins among the least tokens and ends behind them stops, and nothing of it has been shown."""
+    """A stop string that begins before `min_tokens` and ends after it stops the reply, and no part of it was shown."""
     for least, expected in ((0, "x"), (3, "x"), (4, "xENDy"), (9, "xENDyEND")):
         text, shown = TextStream(as_bytes, ("END",)), ""
         for number, letter in enumerate(b"xENDyEND"):

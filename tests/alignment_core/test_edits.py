@@ -1,4 +1,4 @@
-"""Edits, log-probabilities and several choices, judged by the oracle."""
+"""Edits, log-probabilities and several choices, against the oracle."""
 
 from dataclasses import replace
 
@@ -42,10 +42,10 @@ def judged(oracle, prompt, outputs, **setting):
     ids=str,
 )
 def test_edits_equal_the_oracle_in_one_crowd(tiny, config):
-    """Every kind beside every other and beside requests without, aligned and not."""
+    """Every kind of edit beside every other and beside requests without edits, aligned and plain."""
     loaded, oracle = tiny
     engine = make_engine(loaded, **{"num_pages": 600} | config)
-    narrow = replace(GREEDY, alignment_top_p=0.8)  # the direction leaves the edits something to decide
+    narrow = replace(GREEDY, alignment_top_p=0.8)  # so that edits can change the result
     requests = [(prompt, replace(narrow, **EDITS[name][0])) for name, prompt in zip(EDITS, prompts(), strict=True)] + [
         (aligned(2.0, 33, 4), narrow),
         (aligned(0, 20, 2), narrow),
@@ -58,7 +58,7 @@ def test_edits_equal_the_oracle_in_one_crowd(tiny, config):
         judged(oracle, prompt, outputs, top_p=0.8, **setting)
     changed = [token_ids(a) != token_ids(b) for a, b in zip(replies, plain, strict=True)]
     assert changed[-2:] == [False, False]
-    assert sum(changed[:-2]) >= 4  # penalties of this size don't turn every greedy reply
+    assert sum(changed[:-2]) >= 4  # penalties of this size do not change every greedy reply
     if config.get("num_pages") == 60:
         assert engine.scheduler.num_preemptions
 
@@ -66,7 +66,7 @@ def test_edits_equal_the_oracle_in_one_crowd(tiny, config):
 @pytest.mark.parametrize("ratio", [0, 2.0])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_penalties_count_once_and_not_for_each_branch(tiny, ratio, temperature):
-    """The draw's distribution itself: a seeded sample of the edited policy, position by position."""
+    """Checks the log-probabilities of a seeded reply against the edited policy, position by position."""
     loaded, oracle = tiny
     prompt, params = (
         aligned(ratio),
@@ -94,7 +94,7 @@ def test_log_probabilities_are_those_of_the_aligned_policy(tiny, static):
     engine = make_engine(loaded, num_pages=400, static=static)
     for (prompt, params), outputs in zip(requests, run_all(engine, requests), strict=True):
         ids, (ratio,) = token_ids(outputs), prompt.ratios
-        within = NEAR_TIE * (1 + 2 * ratio)  # a model's logits in float32, torch's own too, are that far off; z adds up
+        within = NEAR_TIE * (1 + 2 * ratio)  # float32 logits (also torch's) are off by NEAR_TIE; z sums several
         for position, output in enumerate(outputs):
             if params.logprobs is None:
                 assert output.logprobs == ()
@@ -142,7 +142,7 @@ def test_choices_differ_by_their_number_and_share_the_prompt(tiny):
     replies = [[o for o in outputs if o.choice == choice] for choice in range(3)]
     assert len({tuple(token_ids(reply)) for reply in replies}) == 3
     assert [reply[-1].finish_reason for reply in replies] == ["length"] * 3
-    shared = sum(4 * ((len(ids) - 1) // 4) for ids in prompt.branches)  # whole pages, the newest token excepted
+    shared = sum(4 * ((len(ids) - 1) // 4) for ids in prompt.branches)  # full pages without the newest token
     assert [reply[-1].usage.prefix_cached_tokens for reply in replies[1:]] == [shared] * 2
     alone = run_all(make_engine(loaded, num_pages=100), [(prompt, params)])[0]
     assert token_ids(alone) == token_ids(replies[0])
@@ -200,7 +200,7 @@ def test_what_is_out_of_range(params):
 )
 @pytest.mark.parametrize("max_tokens", [0, 5])
 def test_a_given_text_is_scored_and_goes_on(tiny, config, max_tokens):
-    """Log-probabilities of text that nobody drew, aligned and not, beside replies that are drawn."""
+    """Log-probabilities of given text, aligned and plain, beside replies that are generated."""
     loaded, oracle = tiny
     engine = make_engine(loaded, **{"num_pages": 400} | config)
     given = tuple((11 * i) % 280 + 7 for i in range(70))
@@ -230,7 +230,7 @@ def test_a_given_text_is_scored_and_goes_on(tiny, config, max_tokens):
     if config.get("num_pages") == 70:
         assert engine.scheduler.num_preemptions
     steps = engine.runner.num_forwards
-    assert steps < 70  # many positions a step
+    assert steps < 70  # many positions per step
     assert engine.pool.num_free == engine.pool.num_pages
 
 
@@ -247,7 +247,7 @@ def test_what_is_given_does_not_move_the_draws(tiny):
 
 
 def test_what_a_client_names_is_taken_to_the_device_once(tiny, monkeypatch):
-    """Not in every step: a thousand biases or ends, of each of many choices, took longer than the model."""
+    """Copying a thousand biases or stop tokens per choice in each step took longer than the model."""
     loaded, oracle = tiny
     moved, move = [], edits.to_device
     monkeypatch.setattr(edits, "to_device", lambda x, device: moved.append(x.numel()) or move(x, device))
@@ -263,7 +263,7 @@ def test_what_a_client_names_is_taken_to_the_device_once(tiny, monkeypatch):
     del moved[:]
     engine.step()
     assert len(outputs) == 3
-    assert [size for size in moved if size > 1] == [300]  # which tokens may not come, as a mask
+    assert [size for size in moved if size > 1] == [300]  # the mask of tokens that min_tokens forbids
     while engine.step():
         pass
     names = {"presence": 0.7, "frequency": 0.4, "repetition": 1.2, "bias": tuple(biases.items())}

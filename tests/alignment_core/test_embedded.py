@@ -22,7 +22,7 @@ from tests.oracle import Setting
 
 pytestmark = pytest.mark.slow
 
-KEPT = Path(__file__).with_name("embedded_replies.json")  # KEEP_REPLIES=1 LONG_RUN=1 writes it
+KEPT = Path(__file__).with_name("embedded_replies.json")  # written with KEEP_REPLIES=1 LONG_RUN=1
 RATIOS = (0.0, 0.5, 2.0, 5.0)
 KEPT_TOKENS = 64  # of each reply
 NUM_TOKENS = counted(32, KEPT_TOKENS)
@@ -67,7 +67,7 @@ def prompts(tokenizer):
 
 @pytest.fixture(scope="module")
 def crowd(embedded, prompts):
-    """All requests in one batch: 32, in the long run 96."""
+    """Replies to all requests in one batch (32 requests; 96 in the long run)."""
     engine = make_engine(embedded, num_pages=2000, max_num_seqs=96)
     outputs = run_all(engine, [(prompt, GREEDY) for prompt in prompts])
     assert sum(output[-1].usage.prefix_cached_tokens for output in outputs) > counted(300, 1000)
@@ -75,14 +75,14 @@ def crowd(embedded, prompts):
     return [token_ids(output) for output in outputs]
 
 
-def near_ties(request, prompts, found, judged):
-    """Near ties in those of `found` that are not, to the letter, what the oracle has judged before."""
-    new = [(p, ids) for p, ids, known in zip(prompts, found, judged, strict=True) if ids != known]
+def near_ties(request, prompts, replies, judged):
+    """Number of near ties in each of `replies` that differs from the oracle's stored reply in `judged`."""
+    new = [(p, ids) for p, ids, stored in zip(prompts, replies, judged, strict=True) if ids != stored]
     return [request.getfixturevalue("embedded_oracle").check_greedy(p, Setting(p.ratios), ids) for p, ids in new]
 
 
-def identity(prompt):
-    """Of all that the oracle's reply to it depends on."""
+def cache_key(prompt):
+    """Hash of everything that the oracle's reply to this prompt depends on."""
     parts = (prompt, KEPT_TOKENS, transformers.__version__, Path(oracle_module.__file__).read_text())
     weights = hashlib.sha256(embedded_file().read_bytes())
     return hashlib.sha256(repr(parts).encode() + weights.digest()).hexdigest()
@@ -90,9 +90,9 @@ def identity(prompt):
 
 @pytest.fixture(scope="module")
 def kept(prompts):
-    """The oracle's replies, as far as they are kept in a file."""
-    known = json.loads(KEPT.read_text())
-    replies = [known.get(identity(prompt)) for prompt in prompts]
+    """The oracle's stored replies; None for prompts without one."""
+    stored = json.loads(KEPT.read_text())
+    replies = [stored.get(cache_key(prompt)) for prompt in prompts]
     return [reply and reply[:NUM_TOKENS] for reply in replies]
 
 
@@ -105,11 +105,11 @@ def test_all_at_once_equal_the_oracle(request, prompts, crowd, kept):
     if "KEEP_REPLIES" in os.environ:
         assert LONG_RUN, "the replies that are kept are those of the long run"
         judged = zip(prompts, crowd, ties, strict=True)
-        KEPT.write_text(json.dumps({identity(prompt): tokens for prompt, tokens, tie in judged if not tie}) + "\n")
+        KEPT.write_text(json.dumps({cache_key(prompt): tokens for prompt, tokens, tie in judged if not tie}) + "\n")
 
 
 def test_the_replies_that_are_kept_are_the_oracles(request, prompts, kept):
-    """One of them, by the oracle; and it would not say so of another."""
+    """The oracle confirms one stored reply, and rejects a changed one."""
     index = next((i for i, tokens in enumerate(kept) if tokens), None)
     assert index is not None, "KEEP_REPLIES=1 LONG_RUN=1 .venv/bin/pytest tests/alignment_core/test_embedded.py"
     prompt, tokens = prompts[index], kept[index][:8]
@@ -119,21 +119,21 @@ def test_the_replies_that_are_kept_are_the_oracles(request, prompts, kept):
 
 
 def test_preempted_and_chunked_equals_the_oracle(request, embedded, prompts, crowd):
-    """Half of the questions, at every ratio."""
+    """Half of the questions, with every ratio."""
     half = [i for i in range(len(prompts)) if i // len(RATIOS) % 2 == 0]
     num_pages = 250 * len(half) // 48
     engine = make_engine(embedded, page_size=8, num_pages=num_pages, max_num_seqs=96, max_num_batched_tokens=128)
-    found = [token_ids(outputs) for outputs in run_all(engine, [(prompts[i], GREEDY) for i in half])]
+    replies = [token_ids(outputs) for outputs in run_all(engine, [(prompts[i], GREEDY) for i in half])]
     assert engine.scheduler.num_preemptions > 0
     assert engine.pool.num_free == engine.pool.num_pages
-    assert sum(near_ties(request, [prompts[i] for i in half], found, [crowd[i] for i in half])) <= MOST_TIES
+    assert sum(near_ties(request, [prompts[i] for i in half], replies, [crowd[i] for i in half])) <= MOST_TIES
 
 
 def test_alone_equals_the_oracle(request, embedded, prompts, crowd):
-    """Every question at one of the ratios, by itself, without any prefix to find."""
-    ones = [i * len(RATIOS) + i % len(RATIOS) for i in range(len(prompts) // len(RATIOS))]
-    found = [token_ids(run_all(make_engine(embedded, num_pages=64), [(prompts[i], GREEDY)])[0]) for i in ones]
-    assert sum(near_ties(request, [prompts[i] for i in ones], found, [crowd[i] for i in ones])) <= MOST_TIES
+    """Every question at one of the ratios, alone, so that there is no prefix to reuse."""
+    chosen = [i * len(RATIOS) + i % len(RATIOS) for i in range(len(prompts) // len(RATIOS))]
+    replies = [token_ids(run_all(make_engine(embedded, num_pages=64), [(prompts[i], GREEDY)])[0]) for i in chosen]
+    assert sum(near_ties(request, [prompts[i] for i in chosen], replies, [crowd[i] for i in chosen])) <= MOST_TIES
 
 
 def test_the_naive_oracle_itself_token_by_token(embedded_oracle, prompts, crowd):
@@ -164,7 +164,7 @@ def from_embedded(embedded, embedded_oracle):
     [({"temperature": 1.0}, 2.0), ({"temperature": 0.7, "alignment_top_p": 0.95}, 1.0)],
 )
 def test_first_tokens_follow_the_oracles_distribution(request, source, params, ratio):
-    """Seeded draws, chi-square; every draw a request of its own."""
+    """Chi-square test of seeded draws, each from its own request."""
     loaded, oracle, prompt_of, num_draws = request.getfixturevalue(source)
     prompt = prompt_of(ratio)
     temperature, top_p = params["temperature"], params.get("alignment_top_p", 0.99)
@@ -186,7 +186,7 @@ def test_first_tokens_follow_the_oracles_distribution(request, source, params, r
 
 
 def test_ratio_zero_is_bit_equal_to_the_plain_path(embedded, tokenizer, monkeypatch):
-    """Serving the principled prompt at ratio 0, and the same text as a plain prompt."""
+    """The principled prompt at ratio 0 gives the same logits as the same text in a plain prompt."""
     builder = PromptBuilder(tokenizer)
     question, principle = CASES[1]
     chat = [{"role": "system", "content": "You help."}, {"role": "user", "content": question}]
@@ -199,7 +199,7 @@ def test_ratio_zero_is_bit_equal_to_the_plain_path(embedded, tokenizer, monkeypa
         return z
 
     monkeypatch.setattr(policy, "principled_logits", spy)
-    monkeypatch.setattr(policy, "candidates", None)  # greedy at ratio 0 takes the best of these very logits
+    monkeypatch.setattr(policy, "candidates", None)  # greedy at ratio 0 takes the argmax of these logits
     params = SamplingParams(temperature=0, max_tokens=8)
     for prompt in (builder.build(chat, [Principle(principle, ratio=0.0)]), builder.build(plain_chat)):
         seen.append([])

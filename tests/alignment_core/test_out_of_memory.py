@@ -135,16 +135,16 @@ def test_where_one_token_is_too_much_the_engine_ends_with_an_error(tiny):
     assert engine.pool.num_free == 100
 
 
-class Told(list):
-    """Followers that only listen."""
+class Followers(list):
+    """Followers that only collect messages."""
 
-    tell = list.append
+    send = list.append
 
 
 def test_with_followers_there_is_no_second_try(tiny):
     """They would have run the first one."""
     loaded, _ = tiny
-    engine = make_engine(replace(loaded, followers=Told()), num_pages=100)
+    engine = make_engine(replace(loaded, followers=Followers()), num_pages=100)
     engine.submit(aligned(2.0), GREEDY, lambda _: None)
     engine.runner.followers.clear()
     with memory_for(loaded.model, 5), pytest.raises(torch.OutOfMemoryError):

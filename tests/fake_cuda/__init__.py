@@ -1,11 +1,13 @@
-"""A CUDA device made of a CPU: tensors that say they are on `cuda`, whose numbers a CPU computes.
+"""A fake CUDA device: tensors that report device `cuda` and whose values are computed on the CPU.
 
-Unlike torch's FakeTensorMode its tensors have values, so that the oracle can judge whole replies, and CUDA graphs
-replay. It is as strict as a device: operands on two devices are a Fault, `empty` is full of NaN, what the device
-copies to the host is there after an event only, and what it copies from pinned memory has to stay until then. A graph
-repeats what it has recorded and runs no Python, and writes where later graphs of its pool may have their results.
-Memory is counted and limited. Whatever makes the host wait for the device is written down with the line that asked for
-it.
+Unlike the tensors of torch's FakeTensorMode, these have values: the oracle can judge whole replies, and CUDA graphs
+replay. The fake is as strict as a device:
+- Operands on two devices raise a Fault. `empty` is filled with NaN.
+- Data copied to the host is there only after an event. Pinned memory copied to the device must not change until then.
+- A graph replays what it recorded and runs no Python. It overwrites memory that later graphs of its pool may use for
+  their results.
+- Memory is counted and limited.
+- Each synchronisation of the host with the device is recorded, with the function that caused it.
 """
 
 from tests.fake_cuda.device import FakeCuda

@@ -1,4 +1,4 @@
-"""The device: what it computes, what it refuses, its graphs and its events."""
+"""The fake device: its operations, its checks, its graphs and its events."""
 
 import contextlib
 from collections import Counter
@@ -16,7 +16,7 @@ from tests.fake_cuda.tensor import CudaTensor, caller, converted, inner_of, is_p
 from tests.fake_cuda.transfers import Download, Transfers, Upload
 
 aten = torch.ops.aten
-SEES_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)  # the host must read to go on
+SEES_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)  # the host must read the values
 TAKES_SCALARS = {aten.index_put_.default, aten.index_put.default, aten.masked_fill.Tensor, aten.masked_fill_.Tensor}
 EMPTY = {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.empty_strided.default}
 
@@ -27,7 +27,7 @@ class Stream:
 
 
 class Event:
-    """Copies that were begun before it was recorded have arrived once it is synchronised."""
+    """Synchronising it completes all copies that began before it was recorded."""
 
     def __init__(self, device: "FakeCuda") -> None:
         self._device, self._num_transfers = device, 0
@@ -40,7 +40,7 @@ class Event:
 
 
 class Kernel:
-    """Triton's kernel, which its interpreter runs, for tensors on the device."""
+    """A Triton kernel, run by Triton's interpreter on the device's tensors."""
 
     def __init__(self, device: "FakeCuda", name: str, kernel: Any) -> None:
         self._device, self._name, self._kernel = device, name, kernel
@@ -58,10 +58,12 @@ class Kernel:
 
 
 class FakeCuda:
-    """The device, while it is entered.
+    """The device; operations reach it inside its `with` block.
 
-    waits: how often the host has waited for it, by "file:function: operation". memory: what it has, and how much of it
-    is taken. transfers: those that nobody has waited for. launches: of kernels by their name, without replays.
+    waits: Number of synchronisations of the host, by "file:function: operation".
+    memory: The allocator; it counts and limits memory.
+    transfers: Asynchronous copies that are pending.
+    launches: Number of Triton kernel launches by kernel name, without graph replays.
     """
 
     def __init__(self) -> None:
@@ -84,7 +86,7 @@ class FakeCuda:
             self.transfers.arrive()
 
     def take(self, model: nn.Module) -> None:
-        """Move a model here. (Module.to would change its tensors' type in place.)"""
+        """Move a model to the device. (Module.to would change the type of its tensors in place.)"""
         moved: dict[int, Tensor] = {}
         for module in model.modules():
             for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
@@ -95,7 +97,7 @@ class FakeCuda:
                     setattr(module, name, moved[id(tensor)])
 
     def patch(self, monkeypatch: Any, *kernels: tuple[Any, str]) -> None:
-        """Let torch.cuda be this device, and kernels, (module, name), be launched on it."""
+        """Replace torch.cuda's functions by this device's, and each kernel (module, name) by one that it launches."""
         stream, memory = Stream(), self.memory
         for name, value in {
             "Event": partial(Event, self),
@@ -135,7 +137,7 @@ class FakeCuda:
             raise Fault(f"a capture refuses {what}, {place()}")
 
     def waits_for(self, what: str, num_transfers: int | None = None) -> None:
-        """The host stands still until the device has come so far. num_transfers: how many have arrived then, or all."""
+        """Count a synchronisation. The first `num_transfers` transfers complete, or all if it is None."""
         self._refuse_in_capture(what)
         frame = caller()
         self.waits[f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}: {what}"] += 1
@@ -147,7 +149,7 @@ class FakeCuda:
             self.memory.graph.record(step, blocks, place)
 
     def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """An operation on the device."""
+        """Run an operation on the device."""
         tensors = [x for x in leaves((*args, *kwargs.values())) if isinstance(x, Tensor)]
         self._check(func, args, tensors)
         if torch.Tag.nondeterministic_seeded in func.tags:
@@ -164,7 +166,7 @@ class FakeCuda:
         return converted(lambda x: wrappers[id(x)] if id(x) in wrappers else CudaTensor(x), result)
 
     def make(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CudaTensor:
-        """A new tensor of a function that takes none. kwargs: for the host."""
+        """Create a tensor with a function that takes no tensors. kwargs: With the host as device."""
         made = func(*args, **kwargs)
         if func is torch.empty:
             spoil(made)
@@ -185,7 +187,7 @@ class FakeCuda:
             raise Fault(f"{func} has operands on two devices, {place()}")
 
     def to_device(self, source: Tensor, non_blocking: bool) -> Tensor:
-        """The numbers of a tensor on the host, as the device gets them."""
+        """A copy of a host tensor's values for the device. Pinned and `non_blocking`: the copy stays pending."""
         self._refuse_in_capture("a copy from the host")
         if not (non_blocking and is_pinned(source)):
             self.waits_for("a copy from the host" if is_pinned(source) else "a copy from pageable memory")
@@ -194,7 +196,7 @@ class FakeCuda:
         return source.clone()
 
     def to_host(self, source: Tensor, target: Tensor, non_blocking: bool) -> Tensor:
-        """target: on the host; it gets the numbers at once where the host waits, otherwise after an event."""
+        """Copy to `target` on the host: at once if the host waits, else when an event is synchronised."""
         if not non_blocking or not is_pinned(target):
             self.waits_for("a copy to the host")
             return target.copy_(source)
@@ -204,7 +206,7 @@ class FakeCuda:
 
 
 def repeat(func: Any, args: Any, kwargs: Any, result: Any) -> None:
-    """Let the result of an operation have the numbers that it would have now, in its place."""
+    """Compute an operation again and write its new values into the tensors of its old result."""
     again = func(*args, **kwargs)
     returns = func._schema.returns
     for kind, old, new in zip(returns, as_list(result), as_list(again), strict=False):

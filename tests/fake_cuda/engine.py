@@ -1,4 +1,4 @@
-"""An engine of a tiny model on the device."""
+"""An engine with a tiny model on the fake device."""
 
 import copy
 from dataclasses import replace
@@ -12,28 +12,28 @@ from linalign.alignment_core.execution import static_decodes
 from tests.engines import GREEDY, SMALL, aligned, make_engine, tiny_pair
 
 SHORT = replace(GREEDY, max_tokens=6)
-WHERE_THE_HOST_WAITS = {"pending_step.py:wait: Event.synchronize"}  # for the step before, and nowhere else
-WHERE_PROBING_WAITS = ("probe.py:", "masking_utils.py:")  # once, before there is a pool
-WHERE_SIZING_WAITS = {"static_sampler.py:draw_everything: tensor"}  # once, before there are requests
+WHERE_THE_HOST_WAITS = {"pending_step.py:wait: Event.synchronize"}  # for the previous step; the only place in steps
+WHERE_PROBING_WAITS = ("probe.py:", "masking_utils.py:")  # once, before the page pool exists
+WHERE_SIZING_WAITS = {"static_sampler.py:draw_everything: tensor"}  # once, before the first request
 
 
 def several():
-    """Two principles."""
+    """A prompt with two principles."""
     one, two = (aligned(2.0, extra=extra).principled[0] for extra in (9, 4))
     return Prompt((one, two), (0.25, 0.75), (2.0, 1.0), aligned(2.0).base)
 
 
 def engine_on(cuda, tokenizer, dtype=torch.float32, model=None, warm_up=False, **config):
-    """A tiny model's engine on the device, and the oracle.
+    """An engine with a tiny model on the device, and the oracle.
 
-    model: changes of its configuration. warm_up: everything is captured at the start, as on a GPU, or else when it is
-    first run, which is sooner done.
+    model: Changes of the model's config.
+    warm_up: True captures all graphs at the start, as on a GPU. False captures each on first use (faster).
     """
     changes = {**SMALL, **(model or {})}
     loaded, oracle = tiny_pair(tokenizer, kernels=False, **changes)
     rotary = copy.deepcopy(loaded.model.model.rotary_emb)
     loaded.model.to(dtype)
-    loaded.model.model.rotary_emb = rotary  # a checkpoint's stays float32
+    loaded.model.model.rotary_emb = rotary  # stays float32, as when a checkpoint is loaded
     cuda.take(loaded.model)
     with pytest.MonkeyPatch.context() as patch:
         if not warm_up:

@@ -1,4 +1,4 @@
-"""The device as a fixture: `pytest_plugins = ["tests.fake_cuda.fixtures"]`."""
+"""The fake device as a fixture: `pytest_plugins = ["tests.fake_cuda.fixtures"]`."""
 
 import logging
 
@@ -15,12 +15,12 @@ from tests.fake_cuda import FakeCuda
 
 @pytest.fixture
 def cuda(monkeypatch, caplog):
-    """The device, entered while the test runs. What fails in a draw is logged and done otherwise, so nothing may be."""
+    """The device, entered for the whole test. A failed draw is logged and retried another way: logged errors fail."""
     device = FakeCuda()
     device.patch(monkeypatch, (paged_triton, "_attend_kernel"), (paged_triton, "_combine_kernel"))
     monkeypatch.setattr(paged_triton, "PROGRAMS", PROGRAMS)
     for module in (engine, scheduler):
-        monkeypatch.setattr(module, "SPECULATIVE_BATCH", 4)  # few sizes are captured
+        monkeypatch.setattr(module, "SPECULATIVE_BATCH", 4)  # fewer sizes to capture
     monkeypatch.setattr(model_runner, "compile_layers", lambda _: None)
     monkeypatch.setattr(static_sampler, "compiled_draw", lambda: static_draw.draw_from_logits)
     with device:

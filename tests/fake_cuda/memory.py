@@ -1,4 +1,4 @@
-"""The device's memory: who holds it, how much of it is taken, and what graphs may overwrite."""
+"""The fake device's memory: blocks, their owners and sizes, and what graphs may overwrite."""
 
 import weakref
 from collections.abc import Callable, Iterable
@@ -11,37 +11,37 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 class Fault(RuntimeError):
-    """What a GPU would refuse, or not do."""
+    """An error that a GPU would raise, or a mistake that it would not report."""
 
 
 @dataclass(eq=False)
 class Arena:
-    """Bytes of eager operations, or of the graphs of one pool. reserved: what it keeps, the most that it has had."""
+    """Memory of eager operations, or of the graphs of one pool."""
 
-    allocated: int = 0
-    reserved: int = 0
+    allocated: int = 0  # bytes in use
+    reserved: int = 0  # bytes held, in use or cached
 
 
 class Block:
-    """The memory of one storage; it is free once no tensor of the device is left that holds the block.
+    """The memory of one storage. It is freed when no device tensor refers to the block any more.
 
-    graph: the one that was being captured when it was allocated.
+    graph: The graph that was being captured when it was allocated, or None.
     """
 
     def __init__(self, storage: torch.UntypedStorage, arena: Arena, graph: "Graph | None") -> None:
-        self._storage, self._arena, self.graph = storage, arena, graph  # the storage, so that its address stays its own
+        self._storage, self._arena, self.graph = storage, arena, graph  # holding the storage keeps its address unique
 
     def __del__(self) -> None:
         self._arena.allocated -= self._storage.nbytes()
 
 
 class Allocator:
-    """torch's caching allocator, to the byte: nothing is rounded up, nothing lies in pieces.
+    """torch's caching allocator without rounding and fragmentation.
 
-    total: bytes of the device. peak: the most that was allocated. graph: the one that is being captured.
+    total: Bytes of the device. peak: Most bytes allocated. graph: The graph that is being captured, or None.
     """
 
-    current: "Allocator"  # of the device that was entered last
+    current: "Allocator"  # of the device entered last
 
     def __init__(self, total: int = 80 << 30) -> None:
         self.total = total
@@ -71,7 +71,7 @@ class Allocator:
         return pool
 
     def block_of(self, inner: Tensor) -> Block:
-        """Of a tensor's storage; a new one if the device has not seen it."""
+        """The block of a tensor's storage; a new one for a storage that is new to the device."""
         storage = inner.untyped_storage()
         block = self._blocks.get(storage._cdata)
         if block is None:
@@ -82,7 +82,7 @@ class Allocator:
         return block
 
     def _take(self, num_bytes: int) -> Arena:
-        """Raises OutOfMemoryError where the device has no more, what is cached given back first."""
+        """Allocate bytes, emptying the cache if needed. Raises OutOfMemoryError if too few are free even then."""
         arena = self._eager if self.graph is None else self.graph.memory.arena
         more = max(0, arena.allocated + num_bytes - arena.reserved)
         if more > self.free:
@@ -101,14 +101,14 @@ Allocator.current = Allocator()
 
 @dataclass(eq=False)
 class Pool:
-    """The memory that graphs share, in the order of their captures."""
+    """Memory shared by graphs, which are kept in the order of their captures."""
 
     arena: Arena = field(default_factory=Arena)
     graphs: list["Graph"] = field(default_factory=list)
 
     def add(self, graph: "Graph") -> None:
-        """After its capture. What it still holds may lie where an earlier graph had something that was free by then,
-        and writes it again. The other way round, nobody allocates what is held.
+        """Add a captured graph. Earlier graphs with freed blocks overwrite the tensors that it holds: these may lie in
+        the freed memory. The graph can't overwrite what earlier graphs hold: allocated memory is not reused.
         """
         kept = [tensor for block, tensor in graph.blocks if block() is not None]
         for earlier in self.graphs:
@@ -118,10 +118,11 @@ class Pool:
 
 
 class Graph:
-    """What was recorded, to be done again to the same memory.
+    """Recorded operations, replayed on the same memory.
 
-    blocks: what its capture allocated, each with the tensor that it was allocated for. overwrites: what else its
-    memory may be. num_replays: how often it ran.
+    blocks: Blocks allocated during the capture, each with its tensor.
+    overwrites: Tensors of later graphs that may share this graph's memory.
+    num_replays: Number of replays so far.
     """
 
     def __init__(self) -> None:
@@ -130,10 +131,10 @@ class Graph:
         self.overwrites: list[Tensor] = []
         self.num_replays = 0
         self._steps: list[Callable[[], object]] = []
-        self._foreign: dict[int, tuple[weakref.ref[Block], str]] = {}  # what it did not allocate, and who uses it
+        self._foreign: dict[int, tuple[weakref.ref[Block], str]] = {}  # blocks allocated elsewhere, and where used
 
     def record(self, step: Callable[[], object], blocks: Iterable[Block], place: Callable[[], str]) -> None:
-        """blocks: what the step reads and writes, as far as it was there before."""
+        """Record a step. blocks: The blocks that it reads and writes, where they existed before the step."""
         self._steps.append(step)
         for block in blocks:
             if block.graph is not self and id(block) not in self._foreign:
@@ -145,7 +146,7 @@ class Graph:
         for block, place in self._foreign.values():
             if block() is None:
                 raise Fault(f"a graph uses memory that is free by now, {place}")
-        with torch._C.DisableTorchFunction(), _disable_current_modes():  # all of it is on the CPU, and known
+        with torch._C.DisableTorchFunction(), _disable_current_modes():  # the steps run on the inner CPU tensors
             for tensor in self.overwrites:
                 spoil(tensor)
             for step in self._steps:
@@ -156,7 +157,7 @@ class Graph:
 
 
 def spoil(x: Tensor) -> None:
-    """What nobody has written is to be noticed where it is read."""
+    """Fill uninitialised memory with NaN or a large negative integer, so that tests notice when it is read."""
     if x.dtype.itemsize == 1:
         x.view(torch.uint8).fill_(0x7F)  # NaN in float8_e4m3fn
     else:

@@ -1,4 +1,4 @@
-"""How operations come to the device: all of them, and those that torch without CUDA would not let through."""
+"""Torch modes that route operations to the fake device: every dispatched one, and calls that need CUDA in torch."""
 
 import operator
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tests.fake_cuda.device import FakeCuda
 
 aten = torch.ops.aten
-UNGUARDED = {  # torch's own bindings ask for CUDA's device guard
+UNGUARDED = {  # torch's own bindings of these require CUDA's device guard
     Tensor.copy_: aten.copy_,
     Tensor.__invert__: aten.bitwise_not,
     Tensor.__int__: lambda x: int(x.item()),
@@ -26,7 +26,7 @@ FROM_DATA = {torch.tensor, torch.as_tensor, torch.asarray}
 
 
 class Dispatch(TorchDispatchMode):
-    """Every operation on tensors: those of the device go there."""
+    """Intercepts every tensor operation and sends those with device tensors to the device."""
 
     def __init__(self, device: "FakeCuda") -> None:
         super().__init__()
@@ -36,8 +36,8 @@ class Dispatch(TorchDispatchMode):
         kwargs = kwargs or {}
         operands = list(leaves((*args, *kwargs.values())))
         if not any(isinstance(x, CudaTensor | torch.device) for x in operands):
-            return func(*args, **kwargs)  # the host's
-        with self:  # in inference mode those operations come here that others are made of
+            return func(*args, **kwargs)  # an operation on the host
+        with self:  # in inference mode, composite operations arrive here undecomposed
             parts = func.decompose(*args, **kwargs)
         if parts is not NotImplemented:
             return parts
@@ -69,7 +69,7 @@ class Dispatch(TorchDispatchMode):
 
 
 class Calls(TorchFunctionMode):
-    """Calls that a build of torch without CUDA would not let come as far as `Dispatch`."""
+    """Replaces calls that fail in a torch build without CUDA before they reach `Dispatch`."""
 
     def __init__(self, device: "FakeCuda") -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class Calls(TorchFunctionMode):
             aten.copy_.default(CudaTensor(view), value)
 
     def _view(self, x: Tensor, index: Any) -> tuple[Tensor, list[Tensor | None]]:
-        """What numbers, slices and new dimensions leave of x, and the indices that are tensors, by dimension."""
+        """Apply integers, slices and new dimensions to x. Returns the view and the tensor indices by dimension."""
         items = index if isinstance(index, tuple) else (index,)
         if Ellipsis in [item for item in items if not isinstance(item, Tensor)]:
             at = next(i for i, item in enumerate(items) if item is Ellipsis)
@@ -158,7 +158,7 @@ class Calls(TorchFunctionMode):
 
 
 def known(item: Any) -> Any:
-    """An index as torch begins with it: it reads the bounds of a slice, and integers and bools of no dimension."""
+    """The index with slice bounds, and 0-dim integers and bools, read as Python numbers, as torch does first."""
     if isinstance(item, tuple):
         return tuple(map(known, item))
     if isinstance(item, slice):

@@ -1,4 +1,4 @@
-"""Tensors of the device, and what is known of an operation on them."""
+"""Tensors of the fake device, and helpers to inspect the operands of an operation."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +18,7 @@ TORCH = str(Path(torch.__file__).parent)
 
 
 class CudaTensor(torch.Tensor):
-    """A tensor on the made-up device. inner: its numbers, on the CPU. block: its memory."""
+    """A tensor on the fake device. inner: Its values, on the CPU. block: Its memory."""
 
     inner: Tensor
     block: Block
@@ -44,7 +44,7 @@ def inner_of(x: Any) -> Any:
 
 
 def leaves(args: Iterable[Any]) -> Iterator[Any]:
-    """What operations are given, one by one, whatever lists it is in."""
+    """The arguments of an operation, with nested lists and tuples flattened."""
     for x in args:
         if isinstance(x, list | tuple):
             yield from leaves(x)
@@ -53,14 +53,14 @@ def leaves(args: Iterable[Any]) -> Iterator[Any]:
 
 
 def converted(convert: Callable[[Tensor], Tensor], x: Any) -> Any:
-    """The same with each tensor converted, whatever lists it is in."""
+    """A copy of x with each tensor converted, also in nested lists and tuples."""
     if isinstance(x, Tensor):
         return convert(x)
     return type(x)(converted(convert, part) for part in x) if isinstance(x, list | tuple) else x
 
 
 def pinned(x: Tensor) -> Tensor:
-    x.untyped_storage().is_fake_pinned = True  # of all its views
+    x.untyped_storage().is_fake_pinned = True  # on the storage, so that all views share it
     return x
 
 
@@ -69,7 +69,7 @@ def is_pinned(x: Tensor) -> bool:
 
 
 def caller() -> FrameType:
-    """Who has called the operation: the innermost frame that is neither torch's nor ours."""
+    """The frame that called the operation: the innermost one outside torch and this package."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename

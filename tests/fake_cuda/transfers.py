@@ -1,4 +1,4 @@
-"""Copies between the host and the device that are on their way: nobody has waited for them yet."""
+"""Asynchronous copies between host and device that are pending: no wait has completed them yet."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from tests.fake_cuda.memory import Fault, spoil
 
 @dataclass(eq=False)
 class Download:
-    """To the host's pinned memory, where there is nothing to be read before it has arrived."""
+    """A copy into pinned host memory. The target holds garbage until the copy arrives."""
 
     target: Tensor
     numbers: Tensor
@@ -25,7 +25,7 @@ class Download:
 
 @dataclass(eq=False)
 class Upload:
-    """From the host's pinned memory, which the device may read as late as it arrives."""
+    """A copy from pinned host memory, which the device may read at any time until the copy arrives."""
 
     source: Tensor
     numbers: Tensor
@@ -37,7 +37,7 @@ class Upload:
 
 
 class Transfers:
-    """In the order in which they were begun, and arrive. num_begun: since the start."""
+    """Pending copies; they complete in the order in which they began. num_begun: Copies begun since the start."""
 
     def __init__(self) -> None:
         self.num_begun = 0
@@ -48,10 +48,10 @@ class Transfers:
         self._on_their_way.append(transfer)
 
     def arrive(self, num_begun: int | None = None) -> None:
-        """All, or those among the first `num_begun`. Of several Faults the first is told."""
-        left = 0 if num_begun is None else self.num_begun - num_begun
+        """Complete all, or those among the first `num_begun` ever begun. Raises the first Fault and drops the rest."""
+        num_pending = 0 if num_begun is None else self.num_begun - num_begun
         try:
-            while len(self._on_their_way) > left:
+            while len(self._on_their_way) > num_pending:
                 self._on_their_way.popleft().arrive()
         except Fault:
             self._on_their_way.clear()
@@ -59,5 +59,5 @@ class Transfers:
 
 
 def bytes_of(x: Tensor) -> bytes:
-    """So that NaN is itself, and −0 is not 0."""
+    """The bytes of a tensor, to compare tensors so that NaN equals itself and −0 differs from 0."""
     return x.clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8).numpy().tobytes()
