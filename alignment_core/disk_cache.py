@@ -1,4 +1,4 @@
-"""Directories in the user's cache: there whole or not at all, whoever is killed and however many write the same one."""
+"""Directories in the user's cache. They appear atomically, even if writers are killed or several write the same one."""
 
 import contextlib
 import json
@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 SIZES = "sizes.json"  # of all other files
-ABANDONED = 3600.0  # seconds after which nobody is still writing
+ABANDONED = 3600.0  # seconds after which no writer is still active
 
 
 def has(target: Path) -> bool:
-    """Whether the directory is there, with every file as long as it was. Sweeps what killed processes have left."""
+    """Whether the directory exists and its files have the right sizes. Also removes leftovers of killed processes."""
     with contextlib.suppress(OSError):
         _sweep(target.parent)
     try:
@@ -25,8 +25,8 @@ def has(target: Path) -> bool:
 
 
 def add(target: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a directory that then becomes the target. What else is there, damaged, goes; where another
-    process was faster, that one's stays. Raises OSError, and what `write` raises.
+    """Let `write` fill a directory, and rename it to the target. A damaged target is replaced; a target that another
+    process has written meanwhile stays. Raises OSError, and what `write` raises.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with _scratch(target.parent) as scratch:
@@ -37,7 +37,7 @@ def add(target: Path, write: Callable[[Path], object]) -> None:
         (new / SIZES).write_text(json.dumps({file.name: file.stat().st_size for file in files}))
         for file in new.iterdir():
             with file.open("rb") as written:
-                os.fsync(written.fileno())  # else a machine that goes down may leave the name with nothing behind it
+                os.fsync(written.fileno())  # otherwise a crash of the machine may leave an empty file under the name
         if not has(target):
             discard(target)
         try:
@@ -48,7 +48,7 @@ def add(target: Path, write: Callable[[Path], object]) -> None:
 
 
 def discard(target: Path) -> None:
-    """Remove a directory, or whatever has its name, at once for all to see. Raises OSError."""
+    """Remove a directory or file atomically. Raises OSError."""
     with _scratch(target.parent) as scratch, contextlib.suppress(FileNotFoundError):
         target.rename(scratch / "old")
 

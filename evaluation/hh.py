@@ -69,10 +69,10 @@ async def _reply(target: Target, cell: Cell, dialogue: Sequence[dict[str, str]])
 
 async def _judge(judge: Target, dialogue: Sequence[dict[str, str]], mine: str, other: str) -> Record:
     """1 for a reply that is preferred in both orders, 0 for one that is in none, else a half."""
-    told = "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in dialogue)
+    text_of_dialogue = "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in dialogue)
     wins = []
     for first, second, mark in ((mine, other, "1"), (other, mine, "2")):
-        text = QUESTION.format(dialogue=told, first=first, second=second)
+        text = QUESTION.format(dialogue=text_of_dialogue, first=first, second=second)
         choice = await judge.chat([{"role": "user", "content": text}], max_tokens=8, temperature=0)
         answer = re.search("[12]", choice["message"]["content"] or "")
         wins.append(0.5 if answer is None else float(answer[0] == mark))

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from linalign.evaluation.records import Record
 
 mpl.rcParams["svg.hashsalt"] = "linalign"  # the same figure is the same file
-COLLAPSED = 0.2  # a share of replies that loop or are empty at which nobody wants them any more
+COLLAPSED = 0.2  # share of replies that loop or are empty, above which a setting is useless
 ABSURD = 10  # times the perplexity of prompted replies: the model itself would hardly say that
 
 

@@ -31,8 +31,8 @@ async def evaluate(settings: EvalSettings) -> None:
         target = await stack.enter_async_context(entered)
         summary = await _run(settings, target, records, asked, stack)
         name = target.model
-    told = settings.model_dump(mode="json", exclude={"api_key", "judge_api_key", "output"})
-    result = {"settings": told, "model": name, "summary": summary}
+    shown = settings.model_dump(mode="json", exclude={"api_key", "judge_api_key", "output"})
+    result = {"settings": shown, "model": name, "summary": summary}
     (settings.output / "results.json").write_text(json.dumps(result) + "\n")
     write(settings.output, f"{settings.task}: {name}", summary, settings.task)
 

@@ -1,4 +1,4 @@
-"""One line in the log for every request, and a 500 for those in which something broke."""
+"""Logs one line for every request, and answers a 500 after an unexpected exception."""
 
 import logging
 import re
@@ -12,12 +12,12 @@ from linalign.server.protocol.errors import error_response
 
 log = logging.getLogger(__name__)
 
-QUIET = ("/health", "/metrics")  # asked for every few seconds, by machines
+QUIET = ("/health", "/metrics")  # polled every few seconds by machines
 CLIENT_GONE = 499  # nginx's
 
 
 class AccessLog:
-    """ASGI middleware. Logs neither bodies, nor queries, nor keys: of a key no more than the beginning of its hash."""
+    """ASGI middleware. It logs no bodies, no queries, and of a key only the beginning of its hash."""
 
     def __init__(self, app: ASGIApp, measures: Measures) -> None:
         self._app, self._measures = app, measures
@@ -48,9 +48,9 @@ class AccessLog:
         except Exception:
             log.exception("A request failed")
             if status:
-                raise  # what is there of the response can't be taken back: the connection is closed
-            told = error_response(500, "internal error", code="internal_error", kind="server_error")
-            await told(scope, receive, noting)
+                raise  # part of the response is sent already: the connection is closed
+            response = error_response(500, "internal error", code="internal_error", kind="server_error")
+            await response(scope, receive, noting)
         finally:
             self._record(scope, status or CLIENT_GONE, has_left)
 
@@ -60,13 +60,14 @@ class AccessLog:
         self._measures.responses.labels(route, status).inc()
         if exchange.error_code:
             self._measures.rejected.labels(exchange.error_code).inc()
-        path = scope["raw_path"].decode("ascii", "replace")[:256]  # with line ends and the like still quoted
+        path = scope["raw_path"].decode("ascii", "replace")[:256]  # line ends and the like are still percent-encoded
         facts = {
             "method": scope["method"],
             "path": path,
             "status": status,
             "seconds": round(seconds, 4),
-            "client": scope["client"] and re.sub(r"[^\w.:-]", "?", scope["client"][0]),  # a proxy's word
+            "client": scope["client"]
+            and re.sub(r"[^\w.:-]", "?", scope["client"][0]),  # may come from a proxy's header
             "client_left": has_left,
             "key": exchange.key and exchange.key.hex()[:8],
             "code": exchange.error_code,

@@ -1,15 +1,15 @@
-"""Whether a server can listen where it is asked to, before it loads a model."""
+"""Checks that the server can listen at its address, before a model is loaded."""
 
 import socket
 
 
 class AddressTaken(Exception):
-    """Nobody can listen there."""
+    """The address is in use, or invalid."""
 
 
 def check_address(host: str, port: int) -> None:
-    """Raises AddressTaken. As event loops have it: all addresses of a name must be free, but those of a kind that this
-    machine knows nothing of.
+    """Raises AddressTaken unless all addresses of the host are free, as event loops demand. Address families that this
+    machine does not support do not count.
     """
     try:
         places = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)

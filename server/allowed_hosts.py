@@ -1,4 +1,4 @@
-"""Whose server this is: requests that ask for another host are refused."""
+"""Refuses requests for other hosts."""
 
 from collections.abc import Collection
 
@@ -10,10 +10,12 @@ from linalign.server.protocol.errors import error_response
 
 
 class AllowedHosts:
-    """ASGI middleware. hosts: names without ports, in lower case; this machine's own are always among them.
+    """ASGI middleware that checks the Host header.
 
-    A page can have its name resolved to 127.0.0.1 (DNS rebinding): for the browser, a server there is then of the
-    page's own origin. But the browser still says the page's name.
+    It defends against DNS rebinding: a hostile page lets its own name resolve to 127.0.0.1, and the browser then takes
+    a server there for the page's own origin. But the Host header still has the page's name.
+
+    hosts: Allowed names without ports, in lower case. This machine's own names are always allowed.
     """
 
     def __init__(self, app: ASGIApp, hosts: Collection[str]) -> None:
@@ -21,9 +23,9 @@ class AllowedHosts:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] in ("http", "websocket"):
-            host = host_of(Headers(scope=scope).get("host", "localhost"))  # HTTP/1.0 need not say any
+            host = host_of(Headers(scope=scope).get("host", "localhost"))  # HTTP/1.0 need not send one
             if not (host in self._hosts or is_this_machine(host)):
-                told = "this server does not answer for the host that was asked for: --allowed-hosts names more"
-                await error_response(403, told, code="host_not_allowed")(scope, receive, send)
+                message = "this server does not answer for the host that was asked for: --allowed-hosts names more"
+                await error_response(403, message, code="host_not_allowed")(scope, receive, send)
                 return
         await self._app(scope, receive, send)

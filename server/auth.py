@@ -1,4 +1,4 @@
-"""API keys: without one of them nothing is served but what is open to everyone."""
+"""API keys. Without a key only the open paths are served."""
 
 import hashlib
 import hmac
@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from linalign.server.exchange import exchange_of
 from linalign.server.protocol.errors import error_response
 
-# Orchestrators have no key, and the playground's page must be there to ask for one; it holds no data.
+# Orchestrators have no key. The playground's page must load to ask for one; it holds no data.
 OPEN = ("/", "/health")
 OPEN_BELOW = "/playground/"
 
@@ -18,8 +18,8 @@ OPEN_BELOW = "/playground/"
 class KeyRequired:
     """ASGI middleware: "Authorization: Bearer KEY" with one of the keys, or a 401 in OpenAI's shape.
 
-    hashes: of the keys, which are all compared, in constant time. Every path is closed that is not in `open` or
-    below OPEN_BELOW, routes to come included.
+    hashes: SHA-256 of the keys. All of them are compared, in constant time.
+    open: Paths without a key, beside those below OPEN_BELOW. All other paths need a key, future routes included.
     """
 
     def __init__(self, app: ASGIApp, hashes: Collection[bytes], open: Collection[str] = OPEN) -> None:
@@ -29,8 +29,8 @@ class KeyRequired:
         if scope["type"] != "lifespan":
             exchange_of(scope).key = key = self._known(Headers(scope=scope))
             if key is None and not self._is_open(scope["path"].removeprefix(scope.get("root_path", ""))):
-                told = "an API key is needed: Authorization: Bearer KEY"
-                refusal = error_response(401, told, code="invalid_api_key")
+                message = "an API key is needed: Authorization: Bearer KEY"
+                refusal = error_response(401, message, code="invalid_api_key")
                 refusal.headers["WWW-Authenticate"] = "Bearer"
                 await refusal(scope, receive, send)
                 return

@@ -69,7 +69,7 @@ OPEN_TO_EVERYONE = """
 *** Anyone who can reach %s may use this server: it has no API keys.
 *** Set LINALIGN_API_KEYS or --api-keys-file, or bind to 127.0.0.1."""
 
-LATER = 5.0  # seconds
+EXIT_TIMEOUT = 5.0  # seconds
 ADDRESS_TAKEN = 3  # the exit status, uvicorn's own too
 
 log = logging.getLogger(__name__)
@@ -184,8 +184,8 @@ def runs_embedded_model(settings: "Settings") -> bool:
 
 
 def stop_loading(*_: object) -> None:
-    """A signal's handler. Where a destructor happens to run, what it raises is lost: then the process ends LATER."""
-    end = threading.Timer(LATER, os._exit, [0])
+    """A signal handler. If a destructor is running, its SystemExit is lost; then a timer ends the process."""
+    end = threading.Timer(EXIT_TIMEOUT, os._exit, [0])
     end.daemon = True
     end.start()
     sys.exit()
@@ -220,7 +220,7 @@ def serve(args: list[str]) -> None:
         from linalign.server.app import create_app
         from linalign.server.http_protocol import BoundedProtocol
         from linalign.server.local_engine import LocalEngine
-        from linalign.server.shutdown import LAST_WORDS, Server
+        from linalign.server.shutdown import CLOSE_TIMEOUT, Server
 
         app = create_app(LocalEngine(engine), settings)
     except (LoadingError, ValueError) as error:
@@ -228,7 +228,7 @@ def serve(args: list[str]) -> None:
     gc.freeze()  # so that no later collection, of 0.2 s, looks at them again; hardly any of them is garbage
     gc.enable()
     # uvicorn raises the signal again once it has shut down in order; that is no failure.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_last_words(engine)))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_failure_message(engine)))
     options = uvicorn.Config(
         app,
         host=settings.host,
@@ -239,13 +239,13 @@ def serve(args: list[str]) -> None:
         access_log=False,
         proxy_headers=bool(settings.forwarded_allow_ips),
         forwarded_allow_ips=list(settings.forwarded_allow_ips),
-        timeout_graceful_shutdown=LAST_WORDS,
+        timeout_graceful_shutdown=CLOSE_TIMEOUT,
     )
     Server(options, engine, settings.shutdown_timeout).run()
-    sys.exit(_last_words(engine))
+    sys.exit(_failure_message(engine))
 
 
-def _last_words(engine: "Engine") -> str | None:
+def _failure_message(engine: "Engine") -> str | None:
     return f"linalign serve: the engine failed: {engine.error!r}" if engine.error else None
 
 

@@ -35,7 +35,7 @@ def page(cls: type[T]) -> CliSettingsSource[argparse.ArgumentParser]:
     """The command line of a settings class, whose `--help` is its docstring; its fields under the titles of SECTIONS,
     which has the first field of each; and its EPILOG.
 
-    The title of a field is what its value is called; where the default isn't told by the field, its description does.
+    The title of a field is what its value is called; where the field has no default to show, its description says it.
     """
     parser = argparse.ArgumentParser(
         prog=cls.model_config["cli_prog_name"],

@@ -1,4 +1,4 @@
-"""What happens in one HTTP request, for those who log it, count it or limit it."""
+"""Facts about one HTTP request that middlewares log, count or limit."""
 
 import time
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from linalign.server.protocol.core_errors import code_of
 
 
 class KeyBusy(Exception):
-    """An API key has used up what it may. code: of the error. wait: seconds until it is worth another try."""
+    """An API key has reached a limit. code: Of the error. wait: Seconds until a retry may succeed."""
 
     def __init__(self, message: str, code: str, wait: float) -> None:
         super().__init__(message)
@@ -20,31 +20,25 @@ class KeyBusy(Exception):
 
 @dataclass(slots=True)
 class Exchange:
-    """Filled as the request goes on.
-
-    began: seconds of time.monotonic(). key: the API key's hash, None where none is asked for. admit: to be asked before
-    so many choices are submitted, raises KeyBusy, InvalidRequest; leave: of choices that have ended. charge: takes
-    tokens, of every branch, from what the key may still use. error_code: that of the response. The counts are the
-    user's view, all prompts and choices together.
-    """
+    """Filled while the request is processed. Counts are the user's view, of all prompts and choices together."""
 
     began: float = field(default_factory=time.monotonic)
-    key: bytes | None = None
-    admit: Callable[[int], None] = lambda _: None
-    leave: Callable[[int], None] = lambda _: None
-    charge: Callable[[int], None] = lambda _: None
-    error_code: str | None = None
+    key: bytes | None = None  # the hash of the API key; None if no key is needed
+    admit: Callable[[int], None] = lambda _: None  # call before choices are submitted; raises KeyBusy, InvalidRequest
+    leave: Callable[[int], None] = lambda _: None  # call for choices that have ended
+    charge: Callable[[int], None] = lambda _: None  # takes tokens, of all branches, from the key's allowance
+    error_code: str | None = None  # of the response
     num_prompt_tokens: int = 0
     num_completion_tokens: int = 0
     finish_reasons: list[str] = field(default_factory=list)
 
-    def ask(self, prompt: Prompt) -> None:
-        """The engine has taken the prompt in."""
+    def count_prompt(self, prompt: Prompt) -> None:
+        """Count a prompt that the engine has accepted."""
         self.num_prompt_tokens += len(prompt.principled[0]) + len(prompt.given)
         self.charge(sum(len(ids) + len(prompt.given) for ids in prompt.branches))
 
-    def take(self, output: Output) -> None:
-        """What came of it."""
+    def count_output(self, output: Output) -> None:
+        """Count the end of a choice."""
         if output.finish_reason and output.usage:
             self.leave(1)
             self.finish_reasons.append(output.finish_reason)
@@ -55,6 +49,6 @@ class Exchange:
 
 
 def exchange_of(scope: Scope) -> Exchange:
-    """The request's own; who asks first makes it."""
+    """The Exchange of a request, made at the first call."""
     exchange: Exchange = scope.setdefault("state", {}).setdefault("exchange", Exchange())
     return exchange

@@ -1,4 +1,4 @@
-"""Names that requests ask for, and whose they are."""
+"""Host names in requests."""
 
 import ipaddress
 import re
@@ -7,13 +7,13 @@ ANY = "*"
 
 
 def host_of(header: str) -> str:
-    """The name in a Host header, in lower case, without the port; "" where it is none."""
+    """The name in a Host header, in lower case, without the port; "" for an invalid header."""
     found = re.fullmatch(r"(?:\[([^\]]*)\]|([^:]*?)\.?)(?::\d*)?", header.strip().lower())
     return (found[1] or found[2] or "") if found else ""
 
 
 def is_this_machine(host: str) -> bool:
-    """Whether every computer takes that name for itself."""
+    """Whether the name means the machine itself: localhost, or a loopback address."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:

@@ -1,4 +1,4 @@
-"""Uvicorn's HTTP/1.1 over httptools, with bounds for what a client may make a connection hold, and for how long."""
+"""Uvicorn's HTTP/1.1 over httptools, with bounds for the memory and the time that a client can take."""
 
 import asyncio
 import select
@@ -9,13 +9,13 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 MAX_HEADER_BYTES = 64 << 10
-MAX_PIPELINED = 16  # requests of a connection that wait behind the one that is answered
-SLICE = 4 << 10  # bytes that are parsed in one turn of the event loop: a byte can be a piece of a body of its own
-PATIENCE = 60.0  # seconds
+MAX_PIPELINED = 16  # requests of a connection that wait behind the current one
+SLICE = 4 << 10  # bytes parsed in one turn of the event loop; each byte may be a chunk of a body
+IDLE_TIMEOUT = 60.0  # seconds
 
 
 def _response(status: bytes, message: bytes, code: bytes) -> bytes:
-    """A whole response in OpenAI's shape, after which the connection is closed."""
+    """A complete response in OpenAI's shape, after which the connection is closed."""
     content = b'{"error":{"message":"%s","type":"invalid_request_error","param":null,"code":"%s"}}' % (message, code)
     head = b"HTTP/1.1 %s\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
     return head % (status, len(content)) + content
@@ -26,16 +26,21 @@ MALFORMED = _response(b"400 Bad Request", b"this is no valid HTTP request", b"in
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """A connection is closed with a 431 whose request line and headers go on beyond MAX_HEADER_BYTES, as httptools
-    itself collects them without end, trailers behind a body too. It is cut off when more than MAX_PIPELINED requests
-    wait on it, when its client says nothing for PATIENCE where a request should begin or go on, or when what waits to
-    be sent to it stays above the transport's mark for as long. When it is lost, the request that is being answered is
-    told, also if others wait behind it.
+    """One connection, with these bounds:
+
+    - More than MAX_HEADER_BYTES in request line and headers, or in trailers: the connection is closed with a 431.
+      httptools itself has no bound.
+    - More than MAX_PIPELINED waiting requests: the connection is aborted.
+    - A client that sends nothing for IDLE_TIMEOUT where a request should begin or go on: aborted.
+    - A client that does not read: aborted when the write buffer has been above the transport's high-water mark for
+      IDLE_TIMEOUT.
+
+    If the connection is lost, the request that is being answered is notified, also if others wait behind it.
     """
 
-    _num_header_bytes = 0  # since the last piece of a body
+    _num_header_bytes = 0  # since the last chunk of a body
     _num_parsed = 0  # bytes of the first of _unread
-    _is_last = False  # nothing is read behind the latest request
+    _is_last = False  # whether nothing is read after the latest request
     _answered: RequestResponseCycle | None = None
     _awaits_client = _awaits_headers = True
     _reading: asyncio.TimerHandle | None = None
@@ -46,7 +51,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unread = deque[bytes]()
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # what waits to be sent when a connection is closed, too
             connection = transport.get_extra_info("socket")
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(PATIENCE * 1000))
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(IDLE_TIMEOUT * 1000))
         self._set_reading_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -55,7 +60,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 timer.cancel()
         self.pipeline.clear()
         self._unread.clear()
-        if self._answered is not None and not self._answered.response_complete:  # uvicorn tells the latest one
+        if self._answered is not None and not self._answered.response_complete:  # uvicorn notifies the latest one
             self._answered.disconnected = True
             self._answered.message_event.set()
         super().connection_lost(exc)
@@ -68,7 +73,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._parse()
 
     def _parse(self) -> None:
-        """One slice of what was received; the next in the loop's next turn, so that others have theirs."""
+        """Parse one slice of the received bytes. The next slice waits for the next turn of the event loop."""
         if not self._unread:  # the connection is lost
             return
         self._take(self._next_slice())
@@ -79,7 +84,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.resume_reading()
 
     def eof_received(self) -> None:
-        """Of a client that will say no more: what it has said counts, and then uvicorn closes the connection."""
+        """Parse what the client has sent before it closed its side. Uvicorn then closes the connection."""
         while self._unread:
             self._take(self._next_slice())
         super().eof_received()
@@ -100,13 +105,13 @@ class BoundedProtocol(HttpToolsProtocol):
                 self.transport.write(TOO_LONG)
                 self.transport.close()
             else:
-                self.transport.abort()  # there is no place for another response
+                self.transport.abort()  # a response is under way: no other can be sent
         if self.transport.is_closing() or self._is_last:
             self._unread.clear()
         self._set_reading_timer()
 
     def send_400_response(self, msg: str) -> None:
-        """Unless a response is under way, or there was none to give: the connection ends in any case."""
+        """Send a 400 unless a response is under way, or none can be sent. The connection ends in any case."""
         del msg
         if self.transport.is_closing():
             return
@@ -117,7 +122,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.abort()
 
     def _unsupported_upgrade_warning(self) -> None:
-        """It is answered as a request without the wish, and logged as one."""
+        """No warning: such a request is answered and logged as one without an upgrade."""
 
     def on_message_begin(self) -> None:
         self._awaits_client = self._awaits_headers = True
@@ -127,11 +132,11 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_header_bytes = 0
         self._awaits_headers = False
         super().on_headers_complete()
-        if self.parser.should_upgrade():  # httptools takes no body then: what follows must not be read as a request
+        if self.parser.should_upgrade():  # httptools then reads no body: the bytes after the headers are no request
             self._is_last, self.cycle.keep_alive = True, False
         if len(self.pipeline) > MAX_PIPELINED:
             self.transport.abort()
-            raise ConnectionAbortedError  # so that nothing more is parsed
+            raise ConnectionAbortedError  # stops the parser
         if self.pipeline:
             self._look_for_end()
 
@@ -141,7 +146,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._num_header_bytes = 0
-        self._awaits_client = False  # between requests uvicorn has a timer of its own
+        self._awaits_client = False  # between requests uvicorn's own timer runs
         super().on_message_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
@@ -149,7 +154,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def pause_writing(self) -> None:
-        self._writing = self.loop.call_later(PATIENCE, self.transport.abort)
+        self._writing = self.loop.call_later(IDLE_TIMEOUT, self.transport.abort)
         super().pause_writing()
 
     def resume_writing(self) -> None:
@@ -158,7 +163,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().resume_writing()
 
     def _look_for_end(self) -> None:
-        """While requests wait behind another nothing is read, so that nobody would notice that the client has gone."""
+        """Abort if the client has gone. While requests wait behind another, nothing is read that would show it."""
         if self.flow.read_paused and not self.transport.is_closing():
             poll = select.poll()
             poll.register(self.transport.get_extra_info("socket").fileno(), getattr(select, "POLLRDHUP", 0))
@@ -170,10 +175,10 @@ class BoundedProtocol(HttpToolsProtocol):
     def _set_reading_timer(self) -> None:
         if self._reading is not None:
             self._reading.cancel()
-        self._reading = self.loop.call_later(PATIENCE, self._on_silence) if self._awaits_client else None
+        self._reading = self.loop.call_later(IDLE_TIMEOUT, self._on_silence) if self._awaits_client else None
 
     def _on_silence(self) -> None:
-        if self.flow.read_paused:  # it is us who don't listen
+        if self.flow.read_paused:  # the server does not read, so the client is not silent
             self._set_reading_timer()
         else:
             self.transport.abort()

@@ -1,4 +1,4 @@
-"""What one API key may use: requests at once, and tokens a minute."""
+"""Limits of each API key: simultaneous requests, and tokens per minute."""
 
 import math
 import time
@@ -15,8 +15,10 @@ WITHOUT_MODEL = ("/tokenize", "/detokenize")
 
 
 class Bucket:
-    """Tokens that may be used: a minute's worth at most, filled up all the time. It may be overdrawn, as nobody knows
-    how long a reply will be; then nothing more is begun until that is made up for.
+    """A token bucket that holds at most the tokens of one minute, and is refilled continuously.
+
+    It may be overdrawn, because the length of a reply is unknown in advance. Then no new request begins until it is
+    positive again.
     """
 
     def __init__(self, tokens_per_minute: float) -> None:
@@ -29,7 +31,7 @@ class Bucket:
 
     @property
     def wait(self) -> float:
-        """Seconds until there is something in it."""
+        """Seconds until the bucket has a token."""
         self._fill_up()
         return max(0.0, (1 - self._level) / self._rate)
 
@@ -40,21 +42,21 @@ class Bucket:
 
 
 class Allowance:
-    """What one key uses at the moment. most: requests at once, and choices of them; bucket: of tokens, if limited."""
+    """The current use of one key. most: Simultaneous requests, and choices. bucket: Of tokens, if they are limited."""
 
     def __init__(self, most: float, bucket: Bucket | None) -> None:
         self._most, self._bucket = most, bucket
         self.num_requests = self._num_choices = 0
 
     def check(self, takes_tokens: bool) -> None:
-        """Raises KeyBusy if nothing more can be begun. takes_tokens: whether it is something for the model."""
+        """Raises KeyBusy if no further request may begin. takes_tokens: Whether the request needs the model."""
         if self.num_requests >= self._most:
             raise KeyBusy(f"this API key has {self._most} requests running already, as many as it may", *AT_ONCE)
         if takes_tokens:
             self._check_tokens()
 
     def admit(self, num_choices: int) -> None:
-        """Raises KeyBusy if these are too many beside those that run, InvalidRequest if they are in any case."""
+        """Count new choices. Raises KeyBusy if too many run already, InvalidRequest for more than the limit."""
         if num_choices > self._most:
             raise InvalidRequest(f"{num_choices} choices are more than this API key may have, {self._most}", "n")
         if self._num_choices + num_choices > self._most:
@@ -75,10 +77,12 @@ class Allowance:
 
 
 class KeyLimits:
-    """ASGI middleware behind KeyRequired. max_requests, tokens_per_minute: of each key, None for any number.
+    """ASGI middleware behind KeyRequired.
 
-    A request counts while it is answered, and so does each of its choices, as a request may have hundreds. Tokens are
-    those of every branch, in the cache or not: a prompt's when it is submitted, a reply's when it ends.
+    A request counts while it is answered, and so does each of its choices. Tokens of all branches count, cached ones
+    too: those of a prompt when it is submitted, those of a reply when it ends.
+
+    max_requests, tokens_per_minute: Limits of each key; None for no limit.
     """
 
     def __init__(self, app: ASGIApp, max_requests: int | None, tokens_per_minute: int | None) -> None:

@@ -1,4 +1,4 @@
-"""API keys, of which only hashes are kept."""
+"""Reads API keys. Only their hashes are kept."""
 
 import hashlib
 import stat
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def hashed(key: str) -> bytes:
-    """SHA-256. Raises ValueError for what can't be a key: headers hold nothing but ASCII."""
+    """The SHA-256 of a key. Raises ValueError for an invalid key; headers hold only ASCII."""
     if not (key and key.isascii() and key.isprintable() and " " not in key):
         raise ValueError("an API key must be printable ASCII, without spaces, and not empty")
     return hashlib.sha256(key.encode()).digest()
@@ -18,7 +18,7 @@ def is_open_to_everyone(file: Path) -> bool:
 
 
 def keys_of(file: Path) -> tuple[bytes, ...]:
-    """The hashes of the keys in a file, one a line; empty lines and those that begin with # are none.
+    """The hashes of the keys in a file, one per line. Empty lines and lines that begin with # are skipped.
 
     Raises ValueError.
     """

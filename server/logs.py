@@ -1,4 +1,4 @@
-"""How the log is written: as text, or as JSON lines, every line with the id of the request that it is about."""
+"""Configures logging: text or JSON lines, with the id of the request in every line."""
 
 import logging
 from typing import Literal

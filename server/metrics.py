@@ -1,4 +1,4 @@
-"""What is measured of every request, for Prometheus, under vLLM's names with our prefix."""
+"""Prometheus metrics, under vLLM's names with our prefix."""
 
 import time
 from collections import defaultdict
@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 from linalign import Output, Prompt
 from linalign.alignment_core.output import FinishReason, Stats
 
-# Upper bounds, in seconds: from what an idle GPU needs to what a user of a crowded CPU bears.
+# Upper bounds of buckets, in seconds: from the times of an idle GPU to those of a busy CPU.
 SOON = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 GAP = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 10)
 WHOLE = (0.1, 0.25, 0.5, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 60, 120, 240, 480, 960)
@@ -41,7 +41,7 @@ ENGINE: tuple[tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, Cal
 
 
 class EngineCollector(Collector):
-    """The engines' own counts. stats: the newest of each by its name; there is one without a name, or all have one."""
+    """The counts of the engines. stats: The newest of each engine by its name; a single engine may have the name ""."""
 
     def __init__(self) -> None:
         self.stats: dict[str, Stats] = {}
@@ -56,7 +56,7 @@ class EngineCollector(Collector):
 
 
 class Measures:
-    """What is measured of every request, as it happens."""
+    """Measures every request."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -85,20 +85,22 @@ class Measures:
         self._kl = histogram("alignment_kl_nats", "KL(aligned || base) of tokens with an alignment_trace", NATS)
         self.responses = counter("http_responses", "Responses, by route and status", "path", "status")
         self.rejected = counter("requests_rejected", "Requests that were not served, by their error's code", "code")
-        # rate() does not see the step from no series to one above 0: what alerts look at is there from the start.
+        # rate() misses the step from no series to a value above 0, so the series of alerts exist from the start.
         for reason in get_args(FinishReason):
             self._ends.labels(reason)
         self.rejected.labels("queue_full")
 
     def expect(self, path: str) -> None:
-        """Count the responses of a route from 0 on, errors of the server among them."""
+        """Create the series of a route's responses, server errors included, at 0."""
         for status in (200, 500, 503):
             self.responses.labels(path, status)
 
     def of(self, prompt: Prompt, began: float) -> Callable[[Output], None]:
-        """For every output of one request, in the engine's thread. began: its arrival, of time.monotonic()."""
-        newest: dict[int, float] = {}  # by choice: when its last token came
-        num_given: dict[int, int] = defaultdict(lambda: len(prompt.given))  # of each choice, that are still to come
+        """A listener for outputs of one request, called in the engine's thread. began: time.monotonic() at arrival."""
+        newest: dict[int, float] = {}  # by choice: the time of its last token
+        num_given: dict[int, int] = defaultdict(
+            lambda: len(prompt.given)
+        )  # given tokens of each choice that are still to come
 
         def observe(output: Output) -> None:
             now = time.monotonic()
@@ -128,7 +130,7 @@ class Measures:
             self._extra.inc(output.usage.extra_tokens_computed)
         if prompt.base is not None:
             self._aligned.inc()
-            # Unsigned, as a sum that may fall is no counter.
+            # Unsigned, because a sum that may decrease is no counter.
             self._ratio.observe(abs(sum(w * r for w, r in zip(prompt.weights, prompt.ratios, strict=True))))
         if output.times and output.times.admitted:
             self._queued.observe(output.times.admitted - output.times.submitted)

@@ -1,4 +1,4 @@
-"""Presets: what names of the model may stand for, from a YAML file."""
+"""Reads presets from a YAML file."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ SHIPPED = Path(__file__).parent.parent / "configs" / "presets.yaml"
 
 
 def load_presets(file: Path | None) -> dict[str, Preset]:
-    """Presets by name; those that come with linalign where no file is given. Raises ValueError."""
+    """Presets by name; those that are installed with linalign if no file is given. Raises ValueError."""
     file = file or SHIPPED
     try:
         content = yaml.safe_load(file.read_text())

@@ -1,4 +1,4 @@
-"""JSON of strangers: what RFC 8259 has, read in one way only, of a size and a depth that costs no one else anything."""
+"""Reads JSON bodies: strictly RFC 8259, without ambiguity, and with bounds on size and depth."""
 
 import itertools
 import json
@@ -13,17 +13,17 @@ from starlette.exceptions import HTTPException
 
 from linalign.server.threads import LONG, in_thread
 
-MOST_KEYS = 10_000  # of one object: each that is unknown is a complaint of its own
-MOST_VALUES = 100_000  # names too, integers apart: prompts may be token ids
+MOST_KEYS = 10_000  # of one object: each unknown key is an error of its own
+MOST_VALUES = 100_000  # names count, integers do not: prompts may be token ids
 MOST_LEVELS = 128
 HALF = re.compile("[\ud800-\udfff]")
-# A part of each value, and two of a number with a fraction and an exponent.
+# Matches once per value, and twice for a number with a fraction and an exponent.
 VALUE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{.eEnN]', re.DOTALL)
-Place = tuple["Place", str | int] | None  # a value's: its container's, and where it is there
+Place = tuple["Place", str | int] | None  # the place of the container, and the key or index in it
 
 
 class InvalidBody(HTTPException):
-    """What is wrong with a body before anybody looks for fields, or with which field of it."""
+    """A body that is invalid before its fields are validated. param: The field at fault, if known."""
 
     def __init__(self, message: str, param: str | None = None, code: str = "invalid_json") -> None:
         super().__init__(400, message)
@@ -31,7 +31,7 @@ class InvalidBody(HTTPException):
 
 
 class StrictJSON(APIRoute):
-    """A route whose bodies are read by `StrictRequest`."""
+    """A route that reads bodies with `StrictRequest`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -59,9 +59,10 @@ def _of(body: bytes) -> Any:
 
 
 def strict(text: str) -> Any:
-    """A JSON text's value. Raises ValueError, and InvalidBody where it is known what does not hold where.
+    """The value of a JSON text. Raises ValueError, or InvalidBody if the place of the error is known.
 
-    Python's own reader takes the last of equal keys, NaN, numbers beyond a float's, and halves of surrogate pairs.
+    Python's own reader accepts equal keys (and takes the last), NaN, numbers beyond a float's range, and halves of
+    surrogate pairs.
     """
     refuse_too_many_values(text)
     try:
@@ -77,14 +78,14 @@ def strict(text: str) -> Any:
 
 
 def refuse_too_many_values(text: str) -> None:
-    """Raises ValueError; of one or several JSON texts, with commas between them.
+    """Raises ValueError for too many values in a JSON text, or in several with commas between them.
 
-    Before they are made, which is one call of C: no other thread runs meanwhile, and millions take a second.
+    Call it before parsing: the parser is one call of C that holds the GIL, for a second if there are a million values.
     """
-    told = text.encode(errors="replace")
-    if len(told) - len(told.translate(None, b",:[{")) < MOST_VALUES:  # each value but one has one of them, or more
+    data = text.encode(errors="replace")
+    if len(data) - len(data.translate(None, b",:[{")) < MOST_VALUES:  # each value but one has one of them, or more
         return
-    without_integers = told.translate(None, b"0123456789-+, \t\r\n")
+    without_integers = data.translate(None, b"0123456789-+, \t\r\n")
     if next(itertools.islice(VALUE.finditer(without_integers), MOST_VALUES, None), None):
         raise ValueError(f"it has more than {MOST_VALUES} values")
 
@@ -101,7 +102,7 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_what_text_cannot_hold(value: Any) -> None:
-    """Half a surrogate pair and numbers that are none, anywhere, and what is too deep."""
+    """Refuse halves of surrogate pairs, numbers that are not finite, and values that are nested too deeply."""
     level: list[tuple[Place, Any]] = [(None, value)]
     num_levels = 0
     while level:
@@ -127,8 +128,8 @@ def _refuse_what_text_cannot_hold(value: Any) -> None:
 def _refuse_halves(text: str, place: Place) -> None:
     if not text.isascii() and HALF.search(text):
         path = _path(place)
-        told = f"{path}: the text must be valid Unicode: it has half a surrogate pair"
-        raise InvalidBody(told, path, "invalid_value")
+        message = f"{path}: the text must be valid Unicode: it has half a surrogate pair"
+        raise InvalidBody(message, path, "invalid_value")
 
 
 def _path(place: Place) -> str:

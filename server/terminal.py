@@ -1,8 +1,8 @@
-"""Text of a server, which need not be ours, on its way to a terminal."""
+"""Makes text of a server, which may be hostile, safe for a terminal."""
 
 import unicodedata
 
 
 def printable(text: str) -> str:
-    """Without what a terminal would obey."""
+    """The text without control characters, which a terminal would execute."""
     return "".join(mark for mark in text if mark.isprintable() or mark in "\n\t" or unicodedata.category(mark) == "Zs")

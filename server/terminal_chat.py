@@ -295,7 +295,7 @@ def _is_printable(text: str) -> bool:
 
 
 async def deltas(client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-    """The news of a streamed chat completion as they come. Raises httpx.HTTPError, Refused."""
+    """The deltas of a streamed chat completion as they arrive. Raises httpx.HTTPError, Refused."""
     async with aconnect_sse(client, "POST", "/v1/chat/completions", json=body) as source:
         if source.response.is_error:
             await source.response.aread()

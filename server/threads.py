@@ -1,4 +1,4 @@
-"""Work on requests beside the event loop, where what is long does not hold up what is short."""
+"""Runs work on requests in threads, so that long work does not delay short requests."""
 
 import asyncio
 import contextvars

@@ -1,6 +1,6 @@
-"""Reasoning and tool calls in replies: what models mark, found as the text arrives.
+"""Finds reasoning and tool calls in replies while their text arrives.
 
-transformers' ResponseParser finds the marked regions, by the tokenizer's own response template where it has one.
+transformers' ResponseParser finds the marked regions, with the tokenizer's own response template if there is one.
 """
 
 import json
@@ -19,9 +19,9 @@ VERBATIM = {"strip": False}
 
 @dataclass(frozen=True, slots=True)
 class CallFormat:
-    """How a family of models writes calls: begin, a JSON object (or a list of them), end.
+    """How a family of models writes calls: `begin`, JSON objects with `separator` between them, `end`.
 
-    region: where calls are, for transformers' parser. arguments: the key that they stand under.
+    region: The region of calls, for transformers' parser. arguments: The key of the arguments in the JSON object.
     """
 
     region: Mapping[str, Any]
@@ -43,7 +43,7 @@ THINKING = {"<think>": "</think>", "[THINK]": "[/THINK]"}
 
 
 def call_format(tokenizer: PreTrainedTokenizerBase) -> CallFormat:
-    """By what the chat template says; templates without tools are told of them in the form of Hermes."""
+    """The format that the chat template uses; Hermes for templates without tools."""
     template = str(tokenizer.chat_template)
     if "[TOOL_CALLS]" in template:
         return MISTRAL
@@ -53,15 +53,15 @@ def call_format(tokenizer: PreTrainedTokenizerBase) -> CallFormat:
 
 
 PIECE = 256  # characters
-# What a region of a tokenizer's own template raises that is not what it should be: the rest is text.
+# Errors of an invalid region of a tokenizer's own template. The rest of the reply is then text.
 BROKEN = (ValueError, RecursionError)
 
 
 class ReplyParser:
-    """One reply's text in, the deltas of its message out.
+    """Parses the text of one reply to the deltas of its message.
 
-    begun: what the template has written of the reply already. tools: those that may be called. most_calls: those
-    after so many are dropped.
+    begun: The beginning of the reply that the template has written. tools: The callable tools. most_calls: Calls
+    beyond this number are dropped.
     """
 
     def __init__(
@@ -85,8 +85,10 @@ class ReplyParser:
         self._trims = self._marked  # the white space between a mark and the text after it
 
     def feed(self, text: str) -> list[Delta]:
-        """In pieces, as the parser looks through all that it has for every mark; those that may break it, letter by
-        letter, so that it breaks at the end of a mark.
+        """Parse a part of the text.
+
+        The parser gets the text in pieces, because it searches its whole buffer for every mark; and letter by letter if
+        it may raise, so that it raises at the end of a mark.
         """
         size, deltas = 1 if self._is_own else PIECE, list[Delta]()
         for start in range(0, len(text), size):
@@ -154,12 +156,12 @@ class ReplyParser:
 
 
 def _thinking_begins(begun: str) -> int:
-    """Where in what a template has written the last mark of reasoning is; its end if there is none."""
+    """The place of the last mark of reasoning in a template's text; the end of the text if there is none."""
     return min((place for mark in THINKING if (place := begun.rfind(mark)) >= 0), default=len(begun))
 
 
 def end_of_thinking(begun: str) -> str:
-    """The mark that ends the reasoning in which the template leaves the reply, or nothing."""
+    """The mark that ends the reasoning that the template has begun; "" if it has begun none."""
     thoughts = begun[_thinking_begins(begun) :]
     return next((end for mark, end in THINKING.items() if thoughts.startswith(mark) and end not in thoughts), "")
 
@@ -175,7 +177,7 @@ def _template(tokenizer: PreTrainedTokenizerBase, form: CallFormat, has_tools: b
 
 
 class _CallScanner:
-    """Finds the members of JSON objects while they arrive: the name, then the arguments as they are written."""
+    """Finds the name and the arguments of calls in JSON text while it arrives."""
 
     def __init__(self, form: CallFormat, num_calls: int) -> None:
         self.num_calls = num_calls  # begun so far, those of other regions included
@@ -270,7 +272,7 @@ def _unquoted(text: str) -> str | None:
 
 
 def _whole(text: str) -> str:
-    """Without halves of surrogate pairs, which JSON can spell and no reply can hold."""
+    """The text with halves of surrogate pairs replaced: JSON can spell them, a reply can't hold them."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -285,7 +287,7 @@ def _more(index: int, arguments: str) -> Delta:
 
 
 def _merged(deltas: list[Delta]) -> list[Delta]:
-    """Neighbouring pieces of the same call's arguments in one."""
+    """Deltas in which adjacent pieces of the arguments of one call are joined."""
     merged: list[Delta] = []
     for delta in deltas:
         (call,) = delta["tool_calls"]
@@ -298,7 +300,7 @@ def _merged(deltas: list[Delta]) -> list[Delta]:
 
 
 def message_of(deltas: Sequence[Delta]) -> dict[str, Any]:
-    """The whole message that its deltas make up."""
+    """The complete message of these deltas."""
     message: dict[str, Any] = {"role": "assistant", "content": None}
     calls: dict[int, dict[str, Any]] = {}
     for delta in deltas:
@@ -320,7 +322,7 @@ def message_of(deltas: Sequence[Delta]) -> dict[str, Any]:
 
 
 def marks_are_special(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a mark of calls or of reasoning is a token that decoding would leave out."""
+    """Whether a mark of calls or of reasoning is a control token, which decoding leaves out."""
     marks = ["<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", *THINKING, *THINKING.values()]
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return bool(getattr(tokenizer, "response_template", None)) or not special.isdisjoint(marks)

@@ -1,4 +1,4 @@
-"""Tool calls that keep to the schemas of their tools: grammars of whole replies."""
+"""Grammars of replies whose tool calls follow the schemas of the tools."""
 
 import json
 import re
@@ -18,7 +18,7 @@ Tools = Sequence[Mapping[str, Any]]
 
 
 def demanded(tokenizer: PreTrainedTokenizerBase, tools: Tools, parallel: bool, after: str = "") -> Structure:
-    """The replies that call at least one of the tools and say nothing else. after: see `Structure`."""
+    """Replies that consist of at least one call. after: See `Structure`."""
     form = _known_format(tokenizer, "can't be demanded; use 'auto'", "tool_choice")
     parts = [literal(form.begin, tokenizer), _calls(form, tools, parallel), json.dumps(form.end) if form.end else ""]
     rules = [f"start: {' '.join(filter(None, parts))}", *_rules(form, tools, [True] * len(tools))]
@@ -26,7 +26,7 @@ def demanded(tokenizer: PreTrainedTokenizerBase, tools: Tools, parallel: bool, a
 
 
 def kept_to(tokenizer: PreTrainedTokenizerBase, tools: Tools, parallel: bool, after: str = "") -> Structure:
-    """The replies of which every call keeps to the schema of its tool, if that is strict. after: see `Structure`."""
+    """Replies with text and calls; calls of strict tools follow their schemas. after: See `Structure`."""
     form = _known_format(tokenizer, "can't be kept to a schema; leave strict out", "tools")
     calls, end = _calls(form, tools, parallel and form is not HERMES), json.dumps(form.end) if form.end else ""
     if form is LLAMA:  # a reply is either calls or text
@@ -53,7 +53,7 @@ def _calls(form: CallFormat, tools: Tools, parallel: bool) -> str:
 
 
 def _rules(form: CallFormat, tools: Tools, strict: Sequence[bool]) -> list[str]:
-    """What call_0, call_1 … are. Raises InvalidRequest."""
+    """The rules for call_0, call_1 and so on. Raises InvalidRequest."""
     rules = []
     for index, (tool, is_strict) in enumerate(zip(tools, strict, strict=True)):
         function = tool["function"]
@@ -69,7 +69,7 @@ def _rules(form: CallFormat, tools: Tools, strict: Sequence[bool]) -> list[str]:
 
 
 def literal(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Lark for a text whose control tokens are to be the tokens themselves."""
+    """Lark for a text in which control tokens are matched as tokens."""
     added = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     pattern = "|".join(map(re.escape, added)) or "(?!)"
     pieces = re.split(f"({pattern})", text)

@@ -1,5 +1,5 @@
-"""OpenTelemetry: FastAPI's span of each HTTP request, and in it one of our own for what the engine does, with the
-gen_ai attributes of the semantic conventions. Neither prompts nor replies are told.
+"""OpenTelemetry traces: FastAPI's span of each HTTP request, and in it a span of the request to the engine, with the
+gen_ai attributes of the semantic conventions. Spans hold no prompts and no replies.
 """
 
 import time
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import SpanProcessor
 
 QUIET = ("/health", "/metrics")
-# Said in full, as variables of the environment would switch on what records bodies that fail their validation.
+# All switches are set: environment variables could otherwise enable the recording of invalid bodies.
 OFF: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 
 
@@ -47,7 +47,7 @@ class Tracing:
 
 
 def _without_queries() -> "SpanProcessor":
-    """What clients write behind a question mark may be a key."""
+    """A processor that removes queries from spans, because a query may contain a key."""
     from opentelemetry.sdk.trace import Span, SpanProcessor
 
     class WithoutQueries(SpanProcessor):
@@ -87,7 +87,7 @@ class Generation:
         self._span = tracer.start_span(f"{operation} {model}", attributes=given)
 
     def take(self, output: Output) -> None:
-        """News of a choice; the end of the last one is the span's."""
+        """Record an output. The span ends with the last choice."""
         usage, times = output.usage, output.times
         if not (output.finish_reason and usage and times):
             return
@@ -99,18 +99,18 @@ class Generation:
             if when:
                 self._span.add_event(name, {"choice": output.choice}, _since_1970(when))
         if not self._left:
-            told: dict[str, Any] = {
+            attributes: dict[str, Any] = {
                 "gen_ai.response.finish_reasons": self._reasons,
                 "gen_ai.usage.input_tokens": usage.prompt_tokens,
                 "gen_ai.usage.cache_read.input_tokens": usage.prompt_cached_tokens,
                 "gen_ai.usage.output_tokens": self._num_tokens,
                 "linalign.alignment.branch_tokens_computed": self._num_computed,
             }
-            self._span.set_attributes(told)
+            self._span.set_attributes(attributes)
             self._end("error" if "error" in self._reasons else None)
 
     def fail(self, error: BaseException) -> None:
-        """The engine has not taken it in."""
+        """End the span: the engine has refused the request."""
         self._end(type(error).__name__)
 
     def _end(self, error: str | None) -> None:

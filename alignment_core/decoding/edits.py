@@ -1,7 +1,7 @@
 """Edits of the principled logits, before the direction is added: e of docs/design.md, section 2, step 1.
 
-The direction is not edited, so every edit counts once, whatever the ratio. In this order: the
-repetition penalty, the presence and frequency penalties, the biases, and what may not come at all.
+The direction is not edited, so the ratio does not multiply an edit. The order is: repetition penalty, presence and
+frequency penalties, biases, forbidden tokens.
 """
 
 from collections.abc import Collection
@@ -25,8 +25,8 @@ def edit(y: Tensor, next_tokens: Seq[NextToken]) -> None:
 
 
 class Edits:
-    """One sequence's, as tensors on the device that are made once and grow with the reply: a client may name a thousand
-    tokens, and a prompt has more.
+    """The edits of one sequence, as tensors on the device. They are made once and grow with the reply, because a client
+    may name a thousand tokens, and a prompt has more.
     """
 
     def __init__(self, sequence: Sequence, device: torch.device) -> None:
@@ -37,7 +37,7 @@ class Edits:
         self._ends, self._later_ends = (
             torch.tensor(list(sequence.unwanted_ends(position)), dtype=torch.int64) for position in (0, 1 << 62)
         )
-        # The tokens that penalties are for: those of the principled prompts, then those that only the reply has.
+        # Tokens with penalties: those of the principled prompts, then those that only the reply has.
         repeated = (*prompt.principled, prompt.given) if params.repetition_penalty != 1 else ()
         seen = {id for ids in repeated for id in ids}
         self._places = {id: place for place, id in enumerate(seen)}
@@ -45,7 +45,7 @@ class Edits:
         self._num_counted = 0  # tokens of the reply
 
     def apply(self, y: Tensor, sequence: Sequence, position: int) -> None:
-        """y: [V] float32, changed in place."""
+        """Edit one line in place. y: [V] float32."""
         if sequence.params.penalises:
             assert position == max(sequence.num_replied, 0)
             self._count(sequence)
@@ -57,7 +57,7 @@ class Edits:
             y.masked_fill_(to_device(forbidden, y.device), -torch.inf)
 
     def _penalised(self, logits: Tensor, params: SamplingParams) -> Tensor:
-        """logits: of the tokens that were seen."""
+        """The penalised logits. logits: Those of the tokens in `_seen`."""
         if params.repetition_penalty != 1:
             divided, multiplied = logits / params.repetition_penalty, logits * params.repetition_penalty
             logits = torch.where(logits > 0, divided, multiplied)
@@ -65,7 +65,7 @@ class Edits:
         return logits - presence - params.frequency_penalty * self._times
 
     def _count(self, sequence: Sequence) -> None:
-        """Take in what has been drawn since."""
+        """Count the tokens that were drawn since the last call."""
         replied = sequence.output_ids[len(sequence.prompt.given) + self._num_counted :]
         new = [id for id in dict.fromkeys(replied) if id not in self._places]
         self._num_counted += len(replied)
@@ -78,7 +78,7 @@ class Edits:
             self._times.index_add_(0, places, torch.ones(len(replied), device=self._device))
 
     def _forbidden(self, y: Tensor, sequence: Sequence, position: int) -> Tensor | None:
-        """Which tokens may not come, [V] bool on the host; None where all may."""
+        """The forbidden tokens, [V] bool on the host; None if there are none."""
         matcher = sequence.matcher
         unwanted = self._ends if position < sequence.params.min_tokens else self._later_ends
         if matcher is None and not len(unwanted):
@@ -88,7 +88,7 @@ class Edits:
             allowed = np.frombuffer(matcher.compute_bitmask(), np.uint8)
             forbidden = torch.from_numpy(np.unpackbits(allowed, count=len(y), bitorder="little") == 0)
         unended = forbidden.index_fill(0, unwanted, value=True)
-        return forbidden if unended.all() else unended  # a structure that is complete ends
+        return forbidden if unended.all() else unended  # a complete structure may end the reply
 
     def _ids(self, ids: Collection[int]) -> Tensor:
         return self._on_device(torch.tensor(list(ids), dtype=torch.int64))

@@ -1,7 +1,4 @@
-"""What a reply must look like, by llguidance: JSON schemas, regular expressions, choices, grammars.
-
-Why llguidance: docs/decisions/0010.
-"""
+"""Structured output by llguidance: JSON schemas, regular expressions, choices, grammars (docs/decisions/0010)."""
 
 import itertools
 import json
@@ -23,11 +20,11 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
     from llguidance._lib import JsonCompileOptions
 
-MOST_CACHED = 32  # of up to 40 MB
+MAX_CACHED = 32  # compiled structures, of up to 40 MB each
 MAX_REFERENCES, MAX_DEPTH = 500, 100  # beyond, llguidance may overflow its stack
-# So that no structure compiles for a second and no token's mask takes much of a step; measured on the worst ones.
+# Measured on the worst structures: none compiles for a second, and no mask takes much of a step.
 MAX_LENGTH, QUICK_LENGTH = 1 << 17, 1 << 13
-MAX_LITERALS, LONG_LITERAL = 1 << 14, 256  # a mask takes as long as the literal is that is being written
+MAX_LITERALS, LONG_LITERAL = 1 << 14, 256  # the time of a mask grows with the literal that the reply is writing
 MAX_JOINED_PATTERNS, MAX_PATTERN_PROPERTIES, MAX_MULTIPLES = 8, 64, 100_000
 SIZES: dict[str, Any] = {
     "step_max_items": 10_000,
@@ -42,27 +39,27 @@ PLAIN_JSON: "JsonCompileOptions" = {
     "whitespace_flexible": False,
     "item_separator": ", ",
     "key_separator": ": ",
-    "json_allowed_escapes": 'bfnrt\\"',  # with \\u a key could be spelled so that no rule about it is seen to apply
+    "json_allowed_escapes": 'bfnrt\\"',  # with \\u, a key could be spelled so that its rule is not applied
 }
 STRICT: "JsonCompileOptions" = {"lenient": False, "coerce_one_of": False}
 
 
 class Grammars:
-    """Matchers for one tokenizer's vocabulary; safe from any thread."""
+    """Compiles structures to matchers for one vocabulary. Safe from any thread."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
         self._tokenizer, self._vocab_size, self._eos_token_ids = tokenizer, vocab_size, sorted(eos_token_ids)
         self._lock = threading.Lock()
-        self._compiled = lru_cache(maxsize=MOST_CACHED)(self._compile)
+        self._compiled = lru_cache(maxsize=MAX_CACHED)(self._compile)
         most = max(1, (os.cpu_count() or 1) // 4)
         self._pools = [ThreadPoolExecutor(most, thread_name_prefix="grammars") for _ in range(2)]
 
     def pool(self, structure: Structure) -> ThreadPoolExecutor:
-        """Where callers should wait for a matcher: what takes long holds up nobody who wants something short."""
+        """The threads for calls of `matcher`. Long structures have their own, so short ones do not wait for them."""
         return self._pools[len(structure.text) > QUICK_LENGTH]
 
     def matcher(self, structure: Structure) -> "LLMatcher":
-        """A fresh matcher. Raises InvalidRequest for what the library can't parse or would not enforce."""
+        """A matcher at the beginning of a reply. Raises InvalidRequest if llguidance can't enforce the structure."""
         return self._compiled(structure).deep_copy()
 
     def _compile(self, structure: Structure) -> "LLMatcher":
@@ -76,16 +73,16 @@ class Grammars:
         limits = llguidance.LLParserLimits(**(OF_GRAMMARS if structure.kind == "grammar" else OF_JSON))
         matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
         begun = matcher.deep_copy()
-        begun.compute_bitmask()  # some limits are met at the first token only
+        begun.compute_bitmask()  # llguidance checks some limits at the first token
         if begun.is_error():
             raise self.failure(structure, begun)
         return matcher
 
     @staticmethod
     def failure(structure: Structure, matcher: "LLMatcher") -> InvalidRequest:
-        """What to tell a client whose structure is beyond the library's limits."""
-        told = matcher.get_error().partition("\n<")[0]  # behind it are states and stacks
-        return InvalidRequest(f"{{field}} can't be used: {told}", structure.name)
+        """The error for a structure that exceeds llguidance's limits."""
+        message = matcher.get_error().partition("\n<")[0]  # states and stacks follow
+        return InvalidRequest(f"{{field}} can't be used: {message}", structure.name)
 
     @property
     def _vocabulary(self) -> "LLTokenizer":
@@ -96,7 +93,7 @@ class Grammars:
     def _make_vocabulary(self) -> "LLTokenizer":
         from llguidance.hf import from_tokenizer
 
-        # A tokenizer may know tokens that the model has not: masks are then longer than logits, and their end is cut.
+        # A tokenizer may have more tokens than the model. Masks are then longer than logits, and their end is cut off.
         num_tokens = max(self._vocab_size, max(self._tokenizer.get_vocab().values()) + 1)
         return from_tokenizer(self._tokenizer, num_tokens, self._eos_token_ids)
 
@@ -117,9 +114,9 @@ def _refuse_bombs(structure: Structure) -> None:
 
 
 def refuse_in_schema(schema: Any) -> None:
-    """What llguidance would neither enforce nor survive nor be done with in a second. Raises ValueError.
+    """Raises ValueError for a schema that llguidance does not enforce, or can't compile safely within a second.
 
-    minProperties counts a name that comes twice twice, unless the names are known.
+    minProperties is refused beyond the required properties, because llguidance counts a repeated name twice.
     """
     multiples = num_pattern_properties = 0
     for item in _dicts(schema):
@@ -146,7 +143,7 @@ def refuse_in_schema(schema: Any) -> None:
 
 
 def _dicts(value: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
-    """All objects in a JSON value. Raises ValueError where it is too deep."""
+    """All objects in a JSON value. Raises ValueError if the value is nested too deeply."""
     if depth > MAX_DEPTH:
         raise ValueError(f"it has more than {MAX_DEPTH} levels")
     if isinstance(value, dict):
@@ -156,7 +153,7 @@ def _dicts(value: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
 
 
 def _length_of_literals(value: Any) -> int:
-    """Characters of the strings, names included, that are long: those of an enumeration may be many."""
+    """Characters in long strings, names included. Short strings do not count: an enumeration may have many."""
     if isinstance(value, str):
         return len(value) if len(value) > LONG_LITERAL else 0
     if isinstance(value, dict):
@@ -168,9 +165,9 @@ def _length_of_literals(value: Any) -> int:
 def _joined(
     root: Any, schema: Any, key: str, within: tuple[str, ...] = (), memory: dict[str, int] | None = None
 ) -> int:
-    """How many of a keyword may have to hold for one value at once, at most: an upper bound.
+    """An upper bound of how many occurrences of a keyword apply to one value at once.
 
-    within: the references that are being followed. memory: what they came to.
+    within: References that are being followed. memory: The results of references.
     """
     memory = {} if memory is None else memory
     if not isinstance(schema, dict):
@@ -196,7 +193,7 @@ def _joined(
 
 
 def _resolved(root: Any, reference: str) -> Any:
-    """What a reference inside a schema points to; None where that is nothing."""
+    """The part of a schema that a reference points to; None if there is none."""
     found = root
     for name in reference.removeprefix("#").split("/")[1:]:
         name = name.replace("~1", "/").replace("~0", "~")
@@ -228,7 +225,7 @@ def _grammar(structure: Structure) -> str:
 
 
 def _behind(mark: str, grammar: str) -> str:
-    """Anything up to a mark, then the grammar, as llguidance's lists of grammars."""
+    """A list of grammars: free text up to a mark, then the grammar."""
     is_lark = not grammar.lstrip().startswith("{")
     body, *others = [{"lark_grammar": grammar}] if is_lark else json.loads(grammar)["grammars"]
     rules = [
@@ -242,5 +239,5 @@ def _behind(mark: str, grammar: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """A regular expression for the text itself, in Rust's syntax."""
+    """A regular expression, in Rust's syntax, that matches exactly this text."""
     return re.sub(r"[\\.+*?()|\[\]{}^$#&\-~/]", r"\\\g<0>", text)

@@ -1,9 +1,8 @@
-"""Numbers that do not depend on what else is in the batch.
+"""Numbers that do not depend on the other rows of the batch.
 
-A matrix product rounds as its kernel adds up, and which kernel runs depends on how many rows there
-are. So all linear layers and norms get blocks of one fixed number of rows. (Why kernels and not
-atomics are to blame: He et al., "Defeating Nondeterminism in LLM Inference", 2025; they write new
-kernels, this keeps the library's.)
+The rounding of a matrix product depends on its kernel, and the kernel depends on the number of rows. So all linear
+layers and norms get blocks of one fixed number of rows. (He et al., "Defeating Nondeterminism in LLM Inference", 2025,
+show that kernels are the cause, not atomics. They write new kernels; this keeps the library's.)
 """
 
 from collections.abc import Callable
@@ -16,7 +15,7 @@ ROWS = 128  # a step of fewer takes hardly any longer on a GPU, which reads the 
 
 
 def run_in_blocks(model: nn.Module) -> None:
-    """Let every linear layer and norm of the model see ROWS rows at a time.
+    """Let every linear layer and norm of the model run on ROWS rows at a time.
 
     Raises ValueError for a model with other layers that have matrices.
     """
@@ -30,7 +29,7 @@ def run_in_blocks(model: nn.Module) -> None:
 
 
 def in_blocks(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """forward: of each vector of the last dimension by itself, [rows, K] to [rows, N]."""
+    """A forward function in blocks. forward: A function of each row alone, [rows, K] to [rows, N]."""
 
     def blocked(x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)

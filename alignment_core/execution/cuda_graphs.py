@@ -1,4 +1,4 @@
-"""Steps in shapes that repeat: captured once as CUDA graphs, then replayed by a single call of the host."""
+"""CUDA graphs: functions in a few fixed shapes are captured once, then replayed by a single call of the host."""
 
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -10,19 +10,20 @@ COARSE = 32  # between sizes beyond those
 
 
 def padded_size(n: int) -> int:
-    """The size at which n lines run, n ≥ 1."""
+    """The padded number of lines for n lines, n ≥ 1."""
     return next((size for size in SIZES if size >= n), -(-n // COARSE) * COARSE)
 
 
 def padded_sizes(most: int) -> list[int]:
-    """The sizes at which 1 to `most` lines run, rising."""
+    """The padded sizes of 1 to `most` lines, in ascending order."""
     return sorted({padded_size(n) for n in range(1, most + 1)})
 
 
 class Graphs:
-    """Functions that read and write tensors of fixed places only, captured once a key, all in one memory pool.
+    """Captures one graph per key, all in one memory pool.
 
-    On a CPU they run as they are. A function runs twice when its key is new, so it must not mind.
+    Functions must read and write only tensors of fixed addresses. A function runs twice when its key is new, so it must
+    be idempotent. On a CPU functions run without graphs.
     """
 
     def __init__(self, device: torch.device, capture: bool = True) -> None:
@@ -47,7 +48,7 @@ class Graphs:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            function()  # whatever is made at a first call is not to be captured
+            function()  # allocations of the first call must not be captured
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):

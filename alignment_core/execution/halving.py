@@ -1,4 +1,4 @@
-"""One forward pass as two, for a GPU whose memory does not hold all of it at once."""
+"""Splits a forward pass into two, for a GPU whose memory is too small for the whole."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from linalign.alignment_core.scheduling.step import Row
 
 @dataclass(frozen=True, slots=True)
 class Half:
-    """rows, wanted: see `Plan.of`. lines: where its logits belong among those of the whole."""
+    """One part. rows, wanted: See `Plan.of`. lines: The places of its logits among those of the whole."""
 
     rows: list[Row] = field(default_factory=list)
     wanted: list[tuple[Row, int]] = field(default_factory=list)
@@ -16,10 +16,11 @@ class Half:
 
 
 def halve(rows: Sequence[Row], wanted: Sequence[tuple[Row, int]]) -> tuple[Half, Half]:
-    """Two parts of as many tokens, ± 1, to be run in this order: a row may read what earlier ones write, and what it
-    writes itself. The row in the middle is cut.
+    """Two parts with equal numbers of tokens, ± 1. The row in the middle is cut.
 
-    rows: as they were scheduled. wanted: see `Plan.of`.
+    Run the parts in this order: a row may read what earlier rows write.
+
+    rows: In the order of the schedule. wanted: See `Plan.of`.
     """
     first, second = Half(), Half()
     left = sum(row.num_tokens for row in rows) // 2

@@ -47,31 +47,24 @@ KV_DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class RunnerConfig:
-    """What all processes of a model must agree on.
+    """The configuration that all processes of a model share."""
 
-    page_size: tokens. max_model_len: tokens of the longest row. max_rows: the most rows of a decode step
-    in fixed shapes; 0 means that all shapes are as they come.
-    kv_cache_dtype: auto (the model's) or one of KV_DTYPES.
-    batch_invariant: no number depends on what else is in the batch.
-    eager: neither CUDA graphs nor torch.compile.
-    """
-
-    page_size: int
-    max_model_len: int
-    max_rows: int = 0
-    kv_cache_dtype: str = "auto"
-    batch_invariant: bool = False
-    eager: bool = False
+    page_size: int  # tokens
+    max_model_len: int  # tokens of the longest row
+    max_rows: int = 0  # most rows of a decode step in fixed shapes; 0 for no fixed shapes
+    kv_cache_dtype: str = "auto"  # the model's dtype, or one of KV_DTYPES
+    batch_invariant: bool = False  # whether no number depends on the other rows of a batch
+    eager: bool = False  # neither CUDA graphs nor torch.compile
 
 
 class ModelRunner:
     """A transformers causal LM and the pool of keys and values that its layers share.
 
-    The pool is [num_pages + 1, page_size, num_kv_heads, head_dim] per layer, for keys and for values; its
-    last page is nobody's, for rows that only fill a batch up. `allocate` makes it.
-    followers: the other processes of a model in several parts; they do everything along.
-    Raises ValueError if the architecture does not run every layer through our attention, or the
-    configuration is one that can't be.
+    The pool is [num_pages + 1, page_size, num_kv_heads, head_dim] per layer, for keys and for values. Its last page is
+    spare, for padding rows. `allocate` makes the pool.
+
+    followers: The other processes of a model in several parts; they run the same steps.
+    Raises ValueError if not every layer runs through our attention, or for a configuration that is not supported.
     """
 
     def __init__(self, model: PreTrainedModel, config: RunnerConfig, followers: Followers | None = None) -> None:
@@ -103,12 +96,12 @@ class ModelRunner:
 
     @property
     def captures(self) -> bool:
-        """Whether decode steps become CUDA graphs: not where the attention or the model looks at what a step has."""
+        """Whether decode steps become CUDA graphs; not if the attention or the model reads values on the host."""
         looks = self.backend == sdpa.NAME or scales_by_length(self.model) or has_outliers(self.model)
         return self.model.device.type == "cuda" and not looks and not self.config.eager
 
     def allocate(self, num_pages: int) -> None:
-        """Make the pool, and what decodes in fixed shapes need."""
+        """Make the pool, and the tensors of decodes in fixed shapes."""
         if self.followers is not None:
             self.followers.send(num_pages)
         self._make_pool(num_pages)
@@ -134,8 +127,8 @@ class ModelRunner:
                 self._static.warm_up()
 
     def forward(self, step: Step) -> Tensor:
-        """Run the step. Returns float32 logits [rows, V] for the sequences in `step.drawing`, in that
-        order: for its newest token and then for each draft, those of the sequence's branches in theirs.
+        """Run the step. Returns float32 logits, [rows, V]: for each sequence in `step.drawing` the rows of its branches
+        after its newest token, and then after each draft.
         """
         wanted = [
             (row, place)
@@ -147,19 +140,19 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _run_in_parts(self, rows: list[Row], wanted: list[tuple[Row, int]]) -> Tensor:
-        """As `run`. What the GPU's memory does not hold is halved, down to one token. Raises OutOfMemoryError."""
+        """As `run`, but a step too large for the GPU's memory is halved, down to a token. Raises OutOfMemoryError."""
         plan = Plan.of(rows, wanted, self.page_size)
         num_tokens = len(plan.token_ids)
         if self.followers is not None:
             self.followers.send(plan)
-            return self.run(plan)  # where it fails, it has not failed for the followers
+            return self.run(plan)  # no retry: the followers have run the step
         try:
             return self.run(plan)
         except torch.OutOfMemoryError:
             if num_tokens == 1:
                 raise
             log.warning("A step of %d tokens is more than the GPU's memory holds: it runs as two", num_tokens)
-        if self.model.device.type == "cuda":  # only now, as the exception has held on to what the step had
+        if self.model.device.type == "cuda":  # only now: the exception held references to the tensors of the step
             torch.cuda.empty_cache()
         halves = halve(rows, wanted)
         logits = torch.cat([self._run_in_parts(half.rows, half.wanted).to("cpu", copy=True) for half in halves])
@@ -180,7 +173,7 @@ class ModelRunner:
         return self._in_place(self._call(token_ids, paged, to_device(plan.wanted, device)))
 
     def _in_place(self, logits: Tensor) -> Tensor:
-        """In float32, on the device; with fixed shapes where a draw looks for them, if they fit."""
+        """The logits in float32 on the device; in `self.logits`, where draws in fixed shapes read them, if they fit."""
         if self._static is not None and len(logits) <= len(self.logits):
             return self.logits[: len(logits)].copy_(logits)
         return logits.to(self.model.device, torch.float32)
@@ -204,7 +197,7 @@ class ModelRunner:
             self._values.append(_zeros(shape, self.kv_dtype, self.model.device))
 
     def _probe(self) -> dict[int, LayerAttention]:
-        """What the layers ask of their attention; an architecture that can't be served fails here, not in a request."""
+        """The attention that each layer needs. An unsupported architecture fails here, not in a request."""
         row = Row(Branch(tokens=[0], pages=[0]), 0, 1)
         fused = {member.index: member.asked for layers in fused_layers(self.model) for member in layers.members}
         paged = PagedBatch.of(Plan.of([row], [], self.page_size), self._keys, self._values, fused)
@@ -216,13 +209,13 @@ class ModelRunner:
         return asked
 
     def page_bytes(self) -> int:
-        """Bytes that one page takes, all layers together."""
+        """Bytes of one page in all layers."""
         num_kv_heads, head_dim = local_heads_and_dim(self.model)
         return 2 * len(self._keys) * self.page_size * num_kv_heads * head_dim * self.kv_dtype.itemsize
 
     def activation_bytes(self, num_tokens: int, num_wanted: int, draw: Callable[[Tensor], object]) -> int:
-        """Bytes of CUDA memory that a step takes beside weights and pool, at most: its forward pass, its logits,
-        and what it draws, twice, as graphs keep memory of their own.
+        """The most bytes of CUDA memory that a step takes beside weights and pool: its forward pass, its logits, and
+        twice its draw, because graphs keep memory of their own.
         """
         num_pages = -(-num_tokens // self.page_size)
         row = Row(Branch(tokens=[0] * num_tokens, pages=[0] * num_pages), 0, num_tokens)
@@ -241,13 +234,13 @@ class ModelRunner:
 
 
 def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
-    """Let torch fuse what decoder layers do around their attention."""
+    """Let torch fuse the operations of decoder layers around their attention."""
     for layer in model.get_decoder().layers:
         layer.compile(dynamic=True, backend=backend)
 
 
 def _choose_backend(model: PreTrainedModel) -> str:
-    """The name of the attention."""
+    """The name of the attention backend for the model's device."""
     if model.device.type == "cpu":
         return cpu_attention.NAME if model.dtype == torch.float32 and library() is not None else sdpa.NAME
     try:
@@ -264,9 +257,9 @@ def _has_fp8() -> bool:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros, because a slot that is masked out still counts as 0 × its content, and 0 × NaN is NaN.
+    """A tensor of zeros. A masked slot still contributes 0 × its content, and 0 × NaN is NaN, so slots start as 0.
 
-    NumPy's, on a CPU, as they take no memory until they are written; torch's own do.
+    On a CPU the zeros are NumPy's, which take no memory until they are written; torch's do.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""What the processes of one model tell each other, as JSON and arrays: nothing that is read can run anything."""
+"""Messages between the processes of one model, as JSON and arrays. Reading a message runs no code of its sender."""
 
 import json
 import struct
@@ -12,7 +12,7 @@ LENGTHS = struct.Struct("<QQ")  # of the JSON, of the arrays
 
 
 def pack(message: object) -> bytes:
-    """message: None, or something of JSON's, or a dataclass of such things and NumPy arrays."""
+    """A message as bytes. message: None, a JSON value, or a dataclass of JSON values and NumPy arrays."""
     values = {"": message}
     if is_dataclass(message):
         values = {field.name: getattr(message, field.name) for field in fields(message)}
@@ -28,7 +28,7 @@ def pack(message: object) -> bytes:
 
 
 def unpack(stream: IO[bytes], kinds: Mapping[str, type]) -> Any:
-    """The next message. kinds: the dataclasses that there may be, by name. Raises EOFError."""
+    """Read the next message. kinds: The possible dataclasses by name. Raises EOFError."""
     length, size = LENGTHS.unpack(_exactly(stream, LENGTHS.size))
     head, body = json.loads(_exactly(stream, length)), bytearray(_exactly(stream, size))
     values, at = head["values"], 0

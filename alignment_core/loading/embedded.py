@@ -50,7 +50,7 @@ def load_embedded(
     key = (
         f"{importlib.metadata.version(EMBEDDED_PACKAGE)}-transformers-{transformers.__version__}-{packed_copy.layout()}"
     )
-    import platformdirs  # here, as nothing else needs it: the engine runs where it is not installed
+    import platformdirs  # optional: the engine runs without it
 
     cached = platformdirs.user_cache_path("linalign") / f"{EMBEDDED_ID}-{key}"
     if disk_cache.has(cached):
@@ -59,7 +59,7 @@ def load_embedded(
             if as_packed and library() is not None and (cached / PACKED).exists():
                 return _from_packed(cached)
             return from_pretrained(str(cached), dtype, options)
-        except LoadingError as error:  # whatever is wrong with the copy, the original is at hand
+        except LoadingError as error:  # the original is still available
             log.warning("The cached copy of the embedded model is damaged (%s); converting it anew", error)
             with contextlib.suppress(OSError):
                 disk_cache.discard(cached)
@@ -67,7 +67,7 @@ def load_embedded(
 
 
 def _from_packed(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The converted copy, packed as it runs on a CPU. Raises LoadingError."""
+    """Load the converted copy whose weights are packed for the CPU kernels. Raises LoadingError."""
     try:
         config = AutoConfig.from_pretrained(directory)
         with torch.device("meta"):
@@ -82,7 +82,7 @@ def _from_packed(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerB
 def _converted(
     gguf: Path, cached: Path, dtype: torch.dtype | str, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The GGUF's model, which is kept as float32 safetensors for the next start, if it can be."""
+    """Convert the GGUF to float32 safetensors, and keep them in the user's cache for the next start if possible."""
     log.info("Converting the embedded model, once; this takes about half a minute")
     plain, tokenizer = from_gguf(gguf, torch.float32)
 
@@ -92,7 +92,7 @@ def _converted(
         if library() is not None:
             packed = copy.deepcopy(plain)
             replace_layers(packed, "auto")
-            with contextlib.suppress(ValueError, RuntimeError):  # where a layer is not fused, every start packs
+            with contextlib.suppress(ValueError, RuntimeError):  # if a layer is not fused, every start packs
                 packed_copy.save(packed, directory / PACKED)
 
     try:

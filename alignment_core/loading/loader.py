@@ -1,6 +1,6 @@
-"""From a name to a model that can run: a directory, a hub id, a GGUF file, or the embedded default.
+"""Loads a model by its name: a directory, a hub id, a GGUF file, or the embedded default.
 
-safetensors and GGUF only: a checkpoint is never unpickled.
+Only safetensors and GGUF are read. A checkpoint is never unpickled.
 """
 
 import logging
@@ -103,7 +103,7 @@ def load(
         if not _is_quantised(model):
             model = model.to(where)
         model.eval()
-        if not num_fused_layers(model):  # such a copy was compared when it was made
+        if not num_fused_layers(model):  # a packed copy was compared when it was made
             _compare(id, model)
         if tensor_parallel_size == 1:
             _prepare_layers(model, quantization)
@@ -126,14 +126,14 @@ def _device(name: str, has_cuda: bool) -> torch.device:
 
 
 def _prepare_layers(model: PreTrainedModel, quantization: Quantization) -> None:
-    """Replace the weights, or whole layers, by what the device computes fastest and the user asked for."""
+    """Replace weights, or whole layers, by the requested format, or by the fastest lossless one of the device."""
     if _is_quantised(model):
         if quantization in preflight.ROUNDED:
             raise LoadingError(f"the checkpoint is quantised already: quantization can't be {quantization}")
     elif model.device.type == "cpu":
         assert quantization != "fp8"
         if library() is not None and not num_fused_layers(model):
-            replace_layers(model.float(), quantization)  # bfloat16 weights stay 16 bits wide, in float32 arithmetic
+            replace_layers(model.float(), quantization)  # bfloat16 weights stay 16 bits wide; the arithmetic is float32
     elif quantization in preflight.ROUNDED:
         try:
             cuda_quantization.quantise(model, quantization)
@@ -142,14 +142,14 @@ def _prepare_layers(model: PreTrainedModel, quantization: Quantization) -> None:
 
 
 def _is_quantised(model: PreTrainedModel) -> bool:
-    """Whether transformers has loaded it with a quantiser of its own, such as bitsandbytes."""
+    """Whether transformers has loaded the model with a quantiser, such as bitsandbytes."""
     return bool(getattr(model, "is_quantized", False))
 
 
 def _read(
     name: str | None, dtype: torch.dtype | str, options: dict[str, Any], as_packed: bool
 ) -> tuple[str, PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model's id, the model, its tokenizer. as_packed: whether its layers may be packed without loss already."""
+    """The id, the model and its tokenizer. as_packed: Whether layers may come packed without loss from the cache."""
     if name is None or name == EMBEDDED_ID:
         return EMBEDDED_ID, *load_embedded(dtype, options, as_packed)
     if name.endswith(".gguf"):
@@ -183,7 +183,7 @@ def _check(id: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 
 def _compare(id: str, model: PreTrainedModel) -> None:
-    """Raises LoadingError for a model that the engine does not compute as transformers does."""
+    """Raises LoadingError if the engine computes other logits than transformers."""
     try:
         compare_with_eager(model)
     except Exception as error:  # of any model's code
@@ -203,7 +203,7 @@ def _max_model_len(model: PreTrainedModel) -> int:
     config = model.config.get_text_config()
     length: int = config.max_position_embeddings
     if scales_by_length(model):
-        # by the longest sequence of a batch: beyond the original length a reply would depend on its company
+        # The embedding depends on the longest sequence of a batch: beyond this length a reply would depend on others.
         original = config.rope_parameters.get("original_max_position_embeddings")
         length = min(length, original or getattr(config, "original_max_position_embeddings", None) or length)
     return length

@@ -1,6 +1,6 @@
-"""What can't be, told before torch is imported or a model is read: within a second.
+"""Early checks: settings that can't work are refused within a second, before torch is imported or a model is read.
 
-Only what is certain is refused here. What takes a look at the loaded model is told by the engine.
+Only certain failures are refused here. The engine checks what depends on the loaded model.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ def check(
     max_model_len: int | None = None,
     kv_cache_dtype: str = "auto",
 ) -> None:
-    """Raises LoadingError for what `load` and `Engine` can't do. has_cuda: whether there may be a GPU."""
+    """Raises LoadingError for unsupported arguments of `load` and `Engine`. has_cuda: Whether there may be a GPU."""
     on_gpu, size = has_cuda and device != "cpu", tensor_parallel_size
     if size > 1 and (name or "").endswith(".gguf"):
         raise LoadingError("a GGUF file can't be split: tensor_parallel_size must be 1")
@@ -47,12 +47,12 @@ def check(
 
 
 def may_have_cuda() -> bool:
-    """False only where torch is certain to find no GPU: it is built for CPUs, or for CUDA and there is no driver."""
+    """False only if torch can't find a GPU: it is built for CPUs, or it is built for CUDA and there is no driver."""
     try:
         build = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         return True
-    kind = build.partition("+")[2]  # nothing in PyPI's own builds, which are for CUDA on Linux
+    kind = build.partition("+")[2]  # empty in PyPI's builds, which are for CUDA on Linux
     if kind == "cpu" or sys.platform == "darwin":
         return False
     try:

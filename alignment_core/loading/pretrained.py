@@ -20,13 +20,13 @@ from transformers import (
 from linalign.alignment_core.errors import LoadingError
 from linalign.alignment_core.loading import checkpoint
 
-OF_MODELS = ("distributed_config", "device_map")  # options of from_pretrained that are none of a tokenizer's
+OF_MODELS = ("distributed_config", "device_map")  # options of from_pretrained for models, not for tokenizers
 
 
 def from_pretrained(
     name: str, dtype: torch.dtype | str, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """options: of AutoModelForCausalLM.from_pretrained."""
+    """Load a directory or a hub id. options: Those of AutoModelForCausalLM.from_pretrained. Raises LoadingError."""
     try:
         if "gguf_file" not in options:
             _refuse(name, AutoConfig.from_pretrained(name, trust_remote_code=options["trust_remote_code"]))
@@ -48,7 +48,10 @@ def from_pretrained(
 
 
 def from_gguf(path: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The file's model as plain weights: as transformers reads it, it counts as quantised and can't be changed."""
+    """Load a GGUF file as plain weights.
+
+    transformers marks such a model as quantised, so that it can't be changed. The weights are copied to a new model.
+    """
     checkpoint.refuse_lying_tensors(path)
     with _quiet_unless_on_a_terminal():
         model, tokenizer = from_pretrained(str(path.parent), dtype, {"gguf_file": path.name})
@@ -61,10 +64,10 @@ def from_gguf(path: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, Pr
 
 
 def _refuse(name: str, config: PreTrainedConfig) -> None:
-    """Raises LoadingError for what transformers would tell in many lines, or piece by piece."""
+    """Raises LoadingError in one line for what transformers would report in many lines, or one after the other."""
     checkpoint.refuse_missing_packages(name, config.to_dict())
     is_known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    if not is_known and not hasattr(config, "auto_map"):  # which names code of its own
+    if not is_known and not hasattr(config, "auto_map"):  # a checkpoint with code of its own
         raise LoadingError(f"{name} is of the type {config.model_type}, which is no language model of text alone")
 
 
@@ -74,5 +77,5 @@ def one_line(error: Exception) -> str:
 
 
 def _quiet_unless_on_a_terminal() -> contextlib.AbstractContextManager[object]:
-    # transformers' GGUF reader draws its bar without asking.
+    # transformers' GGUF reader always draws its progress bar.
     return contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())

@@ -1,9 +1,9 @@
-"""Pages of the KV cache: who holds them, and which prefixes they already contain.
+"""Pages of the KV cache: which branches hold them, and which prefixes they contain.
 
-The pool hands out page numbers; the tensors they index live in the model runner. A full page is
-published under the SHA-256 chain of its salt and all token ids up to its end, so equal digests mean
-equal prefixes; what is hashed says which of the two it is, so that no salt can be a page's name. A
-page that nobody holds keeps its content until it is the least recently used one.
+The pool hands out page numbers; the model runner owns the tensors that the numbers index. A full page is published
+under a digest: a SHA-256 chain over the salt and all token ids up to the end of the page. So equal digests mean equal
+prefixes. The hash of a salt begins with "salt" and the hash of a page with "page", so no salt can have the digest of a
+page. A page without a holder keeps its content until it is evicted; the least recently used page is evicted first.
 """
 
 import hashlib
@@ -14,28 +14,28 @@ from linalign.alignment_core.scheduling.sequence import Branch
 
 
 class PagePool:
-    """Reference-counted pages of `page_size` tokens each, shared by all branches of all requests."""
+    """Reference-counted pages of `page_size` tokens each, shared by all branches of all requests. Not thread-safe."""
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
-        self._references = [0] * num_pages
-        self._free = OrderedDict.fromkeys(range(num_pages))  # first out first: least recently used
-        self._page_of: dict[bytes, int] = {}
-        self._hash_of: dict[int, bytes] = {}
+        self._references = [0] * num_pages  # branches that hold each page
+        self._free = OrderedDict.fromkeys(range(num_pages))  # pages without a holder, the next to evict first
+        self._page_of: dict[bytes, int] = {}  # published pages, by digest
+        self._hash_of: dict[int, bytes] = {}  # the digests of published pages
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody holds, whether or not they still have a reusable content."""
+        """The number of pages without a holder, published ones included."""
         return len(self._free)
 
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
     def adopt(self, branch: Branch) -> int:
-        """Take over pages that already hold the branch's next tokens; returns the tokens gained.
+        """Add published pages that contain the next tokens of the branch; returns the number of these tokens.
 
-        The branch's newest token is never adopted, because its logits are wanted.
+        The newest token of the branch is never adopted, because its logits are needed.
         """
         before = branch.num_computed
         while len(branch.pages) * self.page_size == branch.num_computed:
@@ -53,7 +53,7 @@ class PagePool:
         return branch.num_computed - before
 
     def allocate(self, branch: Branch, num_tokens: int) -> bool:
-        """Give the branch room for its first `num_tokens` tokens; False, and no change, if it can't be had."""
+        """Give the branch pages for its first `num_tokens` tokens; False, and no change, if too few are free."""
         missing = self.pages_for(num_tokens) - len(branch.pages)
         if missing > len(self._free):
             return False
@@ -65,10 +65,10 @@ class PagePool:
         return True
 
     def publish(self, branch: Branch, num_tokens: int) -> None:
-        """Let others adopt the full pages among the branch's first `num_tokens` tokens.
+        """Let other branches adopt the full pages of the branch's first `num_tokens` tokens.
 
-        May be called for tokens that the step about to run computes: within a forward pass every
-        layer writes all rows' keys and values before any row reads them.
+        The next step may still have to compute these tokens: in a forward pass each layer writes the keys and values of
+        all rows before any row reads them.
         """
         while branch.num_published < num_tokens // self.page_size:
             index = branch.num_published
@@ -79,13 +79,15 @@ class PagePool:
             branch.num_published += 1
 
     def unpublish(self, branch: Branch) -> None:
-        """Let nobody else adopt the branch's pages, as something is wrong with them."""
+        """Let no other branch adopt the branch's pages, because their content may be wrong."""
         for page in branch.pages:
             self._forget(page)
 
     def release(self, branch: Branch) -> None:
-        """Let go of all pages of the branch; those it has not computed lose their published name."""
-        for index in reversed(range(len(branch.pages))):  # so that a prefix outlives what follows it
+        """Give back all pages of the branch. Pages that it has not computed are no longer published."""
+        for index in reversed(
+            range(len(branch.pages))
+        ):  # so that the pages after a prefix are evicted before the prefix
             page = branch.pages[index]
             written = (index + 1) * self.page_size <= branch.num_computed
             if not written:
@@ -108,7 +110,7 @@ class PagePool:
 
 
 def hash_pages(branch: Branch, num_pages: int, page_size: int) -> list[bytes]:
-    """The chain of the branch's first full pages, which are known to be that many; more if they were asked for."""
+    """Digests of at least the first `num_pages` full pages of the branch, which keeps them."""
     hashes = branch.page_hashes
     while len(hashes) < num_pages:
         start = len(hashes) * page_size

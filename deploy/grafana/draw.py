@@ -131,7 +131,7 @@ def _graph(axes: Any, panel: dict[str, Any], series: list[Series]) -> None:
     is_flat = not any(value > 0 for _, _, values in series for value in values)
     axes.set_ylim(0, defaults.get("max", 1 if is_flat else None))
     axes.yaxis.set_major_locator(ticker.MaxNLocator(4))
-    axes.yaxis.set_major_formatter(lambda value, _: told(value, defaults["unit"]))
+    axes.yaxis.set_major_formatter(lambda value, _: formatted(value, defaults["unit"]))
     axes.xaxis.set_major_locator(dates.AutoDateLocator(minticks=2, maxticks=6))
     axes.xaxis.set_major_formatter(dates.DateFormatter("%H:%M"))
     axes.grid(color="#eeeeee")
@@ -148,11 +148,11 @@ def _stat(axes: Any, panel: dict[str, Any], series: list[Series]) -> None:
         colour = COLOURS[steps[-1]["color"]]
         axes.fill_between([when / DAY for when in one[1]], one[2], color=colour, alpha=0.15, linewidth=0)
         axes.set_ylim(0)
-        said = "–" if math.isnan(newest) else told(newest, defaults["unit"])
+        said = "–" if math.isnan(newest) else formatted(newest, defaults["unit"])
         axes.text(0.5, 0.5, said, transform=axes.transAxes, ha="center", va="center", fontsize=18, color=colour)
 
 
-def told(value: float, unit: str) -> str:
+def formatted(value: float, unit: str) -> str:
     """As a person reads it: a number of one of the dashboard's units."""
     kind, _, name = unit.partition(":")
     if unit == "percentunit":

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from linalign import EngineDead, Output, Prompt, SamplingParams
 from linalign.alignment_core.output import Stats
-from linalign.ray.remote_engine import ClusterBusy, Description, News, RemoteEngine
+from linalign.ray.remote_engine import ClusterBusy, Description, RemoteEngine, StepOutputs
 from linalign.server import logs
 from linalign.server.app import create_app
 from linalign.server.cli import build_engine
@@ -22,13 +22,13 @@ from linalign.server.local_engine import LocalEngine
 from linalign.server.presets import load_presets
 from linalign.server.protocol.errors import error_response
 from linalign.server.settings import Settings, check_variables
-from linalign.server.shutdown import patience
+from linalign.server.shutdown import step_timeout
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
-# Of `linalign serve` alone, and what is set instead of them in a configuration of Ray Serve.
+# Settings of `linalign serve` without a meaning here, and what to set in a configuration of Ray Serve instead.
 FOREIGN = {
     "host": "http_options.host",
     "port": "http_options.port",
@@ -37,9 +37,9 @@ FOREIGN = {
     "config": "args of the application",
 }
 PREFIX_ROUTER = "linalign.ray.prefix_router.PrefixRouter"
-OFTEN = 0.5  # seconds between the stats of a replica that go with its news
-GRACE = 300.0  # seconds for the replies that are on their way when a replica leaves
-FAREWELL = 1.0  # seconds for the requests of an engine that has died to be told
+STATS_INTERVAL = 0.5  # seconds between stats that a replica sends with its outputs
+SHUTDOWN_TIMEOUT = 300.0  # seconds for running replies when a replica is removed
+ERROR_DELIVERY_TIME = 1.0  # seconds to send errors to the requests of a dead engine
 
 
 class EngineReplica:
@@ -50,7 +50,7 @@ class EngineReplica:
         self._engine = build_engine(settings).start()
         self._client = LocalEngine(self._engine)
         self._id = serve.get_replica_context().replica_id.unique_id
-        self._told = 0.0  # when the stats went out last
+        self._sent = 0.0  # time.monotonic() when the stats were sent last
 
     def __del__(self) -> None:
         if hasattr(self, "_engine"):
@@ -61,25 +61,26 @@ class EngineReplica:
         return Description(engine.model_id, engine.tokenizer, engine.vocab_size, engine.max_model_len)
 
     def record_replica_metadata(self) -> dict[str, int]:
-        """Asked by Ray once, for routers."""
+        """Called by Ray once, for routers."""
         return {"num_pages": self._engine.pool.num_pages}
 
     def stats(self) -> tuple[str, Stats]:
-        """With the replica's id. Raises EngineDead."""
+        """The replica's id and stats. Raises EngineDead."""
         self.check_health()
         return self._id, self._engine.stats()
 
     def check_health(self) -> None:
-        """Asked by Ray, which replaces a replica that has raised thrice. Raises EngineDead."""
+        """Called by Ray, which replaces a replica after three failures. Raises EngineDead."""
         began, longest = self._engine.pace
-        if began is not None and time.monotonic() - began > patience(longest):
+        if began is not None and time.monotonic() - began > step_timeout(longest):
             self._engine.give_up(EngineDead("a step has not come back"))
         self._engine.ensure_accepting()
 
-    async def generate(self, prompt: Prompt, params: SamplingParams, n: int) -> AsyncIterator[News]:
-        """One request, until its choices have ended or nobody listens. Raises EngineDead, EngineBusy, InvalidRequest.
+    async def generate(self, prompt: Prompt, params: SamplingParams, n: int) -> AsyncIterator[StepOutputs]:
+        """Run one request until its choices have ended, or the caller stops iterating. Raises EngineDead, EngineBusy,
+        InvalidRequest.
 
-        The process ends with its engine, so that nobody is sent here until Ray has replaced it.
+        If the engine dies, the process exits, so that Ray routes no requests here before it has replaced the replica.
         """
         loop, outputs = asyncio.get_running_loop(), asyncio.Queue[Output]()
 
@@ -89,28 +90,28 @@ class EngineReplica:
         request_id, left = None, n
         try:
             request_id = await self._client.submit(prompt, params, on_output, n)
-            yield self._news()
+            yield self._step_outputs()
             while left:
                 new = [await outputs.get()]
                 new += [outputs.get_nowait() for _ in range(outputs.qsize())]
                 left -= sum(output.finish_reason is not None for output in new)
-                yield self._news(*new)
+                yield self._step_outputs(*new)
         finally:
             if request_id is not None and left:
                 self._engine.abort(request_id)
             if not self._engine.alive:
-                loop.call_later(FAREWELL, os._exit, 1)
+                loop.call_later(ERROR_DELIVERY_TIME, os._exit, 1)
 
-    def _news(self, *outputs: Output) -> News:
+    def _step_outputs(self, *outputs: Output) -> StepOutputs:
         now = time.monotonic()
-        is_time = now - self._told >= OFTEN and self._engine.alive
-        self._told = now if is_time else self._told
-        return News(outputs, now, (self._id, self._engine.stats()) if is_time else None)
+        is_time = now - self._sent >= STATS_INTERVAL and self._engine.alive
+        self._sent = now if is_time else self._sent
+        return StepOutputs(outputs, now, (self._id, self._engine.stats()) if is_time else None)
 
 
 @serve.ingress()
 class Ingress:
-    """The HTTP server: everything but the model."""
+    """The HTTP server, without a model."""
 
     def __init__(self, engines: "DeploymentHandle[EngineReplica]", settings: Settings) -> None:
         logs.begin(settings.log_format)
@@ -142,8 +143,8 @@ def build(args: dict[str, Any]) -> Application:
     try:
         settings = Settings(**args)
     except ValidationError as error:
-        raise ValueError(complaints(error)) from None  # pydantic's own words show what was given, keys included
-    load_presets(settings.presets)  # for its complaints
+        raise ValueError(complaints(error)) from None  # pydantic's own message shows the input, keys included
+    load_presets(settings.presets)  # raises early
     engines = serve.deployment(
         name="EngineReplica",
         max_ongoing_requests=settings.max_num_seqs,
@@ -152,20 +153,20 @@ def build(args: dict[str, Any]) -> Application:
         request_router_config={"request_router_class": PREFIX_ROUTER},
         health_check_period_s=5,
         health_check_timeout_s=10,
-        graceful_shutdown_timeout_s=GRACE,
+        graceful_shutdown_timeout_s=SHUTDOWN_TIMEOUT,
         **_resources(settings),
     )(EngineReplica)
-    # What is too much is refused in front of the engines, and keys are known there.
-    settings = settings.model_copy(update={"host": "0.0.0.0"})  # Ray's proxies listen, and clients ask for those
+    # The ingress refuses excess requests and checks keys, so the engines do neither.
+    settings = settings.model_copy(update={"host": "0.0.0.0"})  # Ray's proxies listen, and clients address those
     behind = settings.model_copy(update={"api_keys": (), "max_queued_requests": sys.maxsize})
     ingress = serve.deployment(
-        name="Ingress", max_ongoing_requests=10_000, graceful_shutdown_timeout_s=GRACE + FAREWELL
+        name="Ingress", max_ongoing_requests=10_000, graceful_shutdown_timeout_s=SHUTDOWN_TIMEOUT + ERROR_DELIVERY_TIME
     )(Ingress)
     return ingress.bind(engines.bind(behind), settings)
 
 
 def _resources(settings: Settings) -> dict[str, Any]:
-    """Of an engine: those of one placement group, where it has several processes."""
+    """The resources of an engine; a placement group if it has several processes."""
     size = settings.tensor_parallel_size
     needs = {"num_cpus": size, "num_gpus": 0 if settings.device == "cpu" else size}
     options: dict[str, Any] = {"ray_actor_options": needs}

@@ -1,4 +1,4 @@
-"""Which replica a request goes to: where the most of its prompt is cached, unless others wait much less."""
+"""Routes a request to the replica that has cached most of its prompt, unless other replicas have much less load."""
 
 import asyncio
 import math
@@ -17,7 +17,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 Pages = OrderedDict[bytes, None]  # their hashes, the newest last
 Branches = list[list[bytes]]  # the hashes of every branch's full pages
 PAGE_SIZE = EngineConfig().page_size
-PATIENCE = 0.1  # seconds for a replica to say how many requests it has
+LOAD_TIMEOUT = 0.1  # seconds for a replica to report its number of requests
 
 
 class PrefixRouter(RequestRouter):
@@ -39,10 +39,10 @@ class PrefixRouter(RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """All of them, a list each, best first: Ray takes the first that is not full."""
+        """All replicas, best first, each in a list of its own. Ray takes the first one that is not full."""
         if pending_request is None:
             return [list(candidate_replicas)]
-        pending_request.routing_context.should_backoff = True  # where all are full
+        pending_request.routing_context.should_backoff = True  # if all are full
         branches = self._branches_of(pending_request)
         known = {replica.replica_id: self._pages.get(replica.replica_id, Pages()) for replica in candidate_replicas}
         fewest = min(map(len, known.values()), default=0)
@@ -59,24 +59,24 @@ class PrefixRouter(RequestRouter):
         ]
 
     async def _load(self, replica: RunningReplica) -> float:
-        """How many requests it has: it is asked if Ray has not heard of it for a while; infinite if it does not say."""
+        """The number of requests of a replica. It is asked if Ray's number is old; infinite if it does not answer."""
         known = self.replica_queue_len_cache.get(replica.replica_id)
         if known is not None:
             return known
         try:
-            async with asyncio.timeout(PATIENCE):
-                load = await replica.get_queue_len(deadline_s=PATIENCE)
+            async with asyncio.timeout(LOAD_TIMEOUT):
+                load = await replica.get_queue_len(deadline_s=LOAD_TIMEOUT)
         except (TimeoutError, RayError):
             return math.inf
         self.replica_queue_len_cache.update(replica.replica_id, load)
         return load
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: object) -> None:
-        """Its pages are there from now on."""
+        """Record that the replica has the pages of the request from now on."""
         del result
         pages = self._pages.setdefault(replica_id, Pages())
         for branch in self._branches_of(pending_request):
-            for page in reversed(branch):  # so that a prefix outlives what follows it
+            for page in reversed(branch):  # so that a prefix is forgotten after its continuation
                 pages[page] = None
                 pages.move_to_end(page)
         replica = self.curr_replicas.get(replica_id)
@@ -92,7 +92,7 @@ class PrefixRouter(RequestRouter):
         self._pages.pop(replica_id, None)
 
     def _branches_of(self, request: PendingRequest) -> Branches:
-        """None where it is no prompt that is sent. Kept while the request waits, as it is looked at again and again."""
+        """The digests of the request's branches; empty if it has no prompt. Cached while the request waits."""
         if request.future not in self._hashes:
             prompts = [argument for argument in request.args if isinstance(argument, Prompt)]
             branches = [Branch(list(ids), salt=prompt.salt) for prompt in prompts for ids in prompt.branches]

@@ -1,4 +1,4 @@
-"""The engine as the HTTP server sees it, where engines are replicas of a Ray deployment."""
+"""The EngineClient of a server whose engines are replicas of a Ray deployment."""
 
 import asyncio
 import contextlib
@@ -23,16 +23,16 @@ from ray.serve.handle import DeploymentHandle
 
 log = logging.getLogger(__name__)
 
-ATTEMPTS = 6  # with replicas that turn out to be dead
-LOSSES = 2  # replicas that a request may be lost with: it may be what ends them
-PAUSE = 0.25  # seconds before the second attempt, twice that before the third, and so on
-PATIENCE = 0.5  # seconds for replicas to say how they are: a full one has to end a request before Ray lets it
-RECENT = 2.0  # seconds for which nobody is asked who has said it
-FRESH = 10.0  # seconds for which it holds where nobody answers
+MAX_ATTEMPTS = 6  # with dead replicas
+MAX_LOSSES = 2  # replicas that may die with a request: the request may be the cause
+FIRST_PAUSE = 0.25  # seconds before the second attempt; each further pause is twice as long
+STATS_TIMEOUT = 0.5  # seconds for replicas to answer; a full one must end a request before it can
+HEALTHY_FOR = 2.0  # seconds after an answer during which a replica is not asked again
+STATS_VALID_FOR = 10.0  # seconds after an answer during which the stats of a silent replica are used
 
 
 class ClusterBusy(RuntimeError):
-    """Every replica is full, and so is the queue. retry_after: seconds after which it is worth another try."""
+    """Every replica is full, and so is the queue. retry_after: Seconds after which a retry may succeed."""
 
     def __init__(self, retry_after: float | None) -> None:
         super().__init__("every replica is busy; try again later")
@@ -41,7 +41,7 @@ class ClusterBusy(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What is to be known of a model in order to serve it: its name, and how text becomes tokens."""
+    """What a server must know of the model of its replicas."""
 
     model_id: str
     tokenizer: PreTrainedTokenizerBase
@@ -50,37 +50,33 @@ class Description:
 
 
 @dataclass(frozen=True, slots=True)
-class News:
-    """Of one request, from its replica; none at first, which says that the engine has taken it in. clock: the
-    replica's time.monotonic(), which tells times on another machine nothing. stats: the replica's, now and then.
-    """
+class StepOutputs:
+    """A message of a replica about one request. The first one has no outputs: the engine has accepted the request."""
 
     outputs: tuple[Output, ...]
-    clock: float
-    stats: tuple[str, Stats] | None
+    clock: float  # time.monotonic() of the replica, whose clock differs from that of other machines
+    stats: tuple[str, Stats] | None  # the replica's id and stats, from time to time
 
 
 @dataclass(slots=True)
 class Request:
-    """What is asked for, and how far it is. num_tokens: of each choice that has not ended. accepted: done when a first
-    replica has taken it in. is_taken_in: by the one at hand.
-    """
+    """A request and its progress."""
 
     prompt: Prompt
     params: SamplingParams
     on_output: Callable[[Output], None]
-    num_tokens: dict[int, int]
+    num_tokens: dict[int, int]  # of each choice that has not ended
     accepted: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    is_taken_in: bool = False
-    has_begun: bool = False
+    is_accepted: bool = False  # by the current replica; `accepted` is done once any replica has accepted the request
+    has_begun: bool = False  # whether there was an output
 
-    def take(self, news: News) -> None:
-        """Raises EngineDead instead of handing out that the engine has failed."""
-        self.is_taken_in = True
+    def take(self, message: StepOutputs) -> None:
+        """Hand outputs to the listener. Raises EngineDead instead if the engine has failed."""
+        self.is_accepted = True
         if not self.accepted.done():
             self.accepted.set_result(None)
-        lag = time.monotonic() - news.clock
-        for output in news.outputs:
+        lag = time.monotonic() - message.clock
+        for output in message.outputs:
             if output.finish_reason == "error" and output.error is None:
                 raise EngineDead("the engine failed during this request")
             self.has_begun = True
@@ -90,7 +86,7 @@ class Request:
             self.on_output(replace(output, times=output.times and output.times.later(lag)))
 
     def end(self, reason: FinishReason) -> None:
-        """Tell that the choices that are left have ended, and why."""
+        """End the unfinished choices."""
         while self.num_tokens:
             choice, num_tokens = self.num_tokens.popitem()
             self.on_output(terminal_output(self.prompt, choice, reason, num_tokens))
@@ -99,8 +95,8 @@ class Request:
 class RemoteEngine:
     """An `EngineClient` over the replicas behind a handle of `EngineReplica`.
 
-    A request goes to one replica, with all its branches and choices. If that one dies before anything has come of the
-    request, another gets it; afterwards, the choices that are left end with "error".
+    A request goes to one replica, with all its branches and choices. If the replica dies before the first output, the
+    request goes to another one. If it dies later, the unfinished choices end with "error".
     """
 
     def __init__(self, handle: DeploymentHandle[Any], description: Description) -> None:
@@ -113,7 +109,7 @@ class RemoteEngine:
         self._handle = handle
         self._ids = itertools.count()
         self._running: dict[int, asyncio.Task[None]] = {}
-        self._stats: dict[str, tuple[float, Stats]] = {}  # the newest of every replica, and when it came
+        self._stats: dict[str, tuple[float, Stats]] = {}  # the newest stats of every replica, and when they came
         self._asking: asyncio.Task[None] | None = None
 
     def __enter__(self) -> "RemoteEngine":
@@ -126,12 +122,12 @@ class RemoteEngine:
             task.cancel()
 
     def refuse_early(self) -> None:
-        """Nothing: whether there is room turns out when a replica is looked for."""
+        """No check: Ray finds out whether a replica has room when the request is routed."""
 
     async def submit(
         self, prompt: Prompt, params: SamplingParams, on_output: Callable[[Output], None], n: int = 1
     ) -> int:
-        """Until a replica has taken the request in. Raises ClusterBusy, EngineDead, InvalidRequest."""
+        """Returns when a replica has accepted the request. Raises ClusterBusy, EngineDead, InvalidRequest."""
         request = Request(prompt, params, on_output, dict.fromkeys(range(n), 0))
         request_id = next(self._ids)
         self._running[request_id] = task = asyncio.create_task(self._run(request))
@@ -140,7 +136,7 @@ class RemoteEngine:
             await request.accepted
         except asyncio.CancelledError:
             task.cancel()
-            request.end("abort")  # also where the task has come to its end meanwhile
+            request.end("abort")  # also if the task has ended meanwhile
             raise
         return request_id
 
@@ -149,53 +145,53 @@ class RemoteEngine:
             task.cancel()
 
     async def check_health(self) -> None:
-        """Raises EngineDead unless a replica has been well within the last seconds."""
-        if not self._told_within(RECENT) and not await self.all_stats():
+        """Raises EngineDead unless a replica was healthy within the last seconds."""
+        if not self._stats_within(HEALTHY_FOR) and not await self.all_stats():
             raise EngineDead("no replica can be reached")
 
     async def all_stats(self) -> dict[str, Stats]:
-        """Of the replicas that are there and well, by their ids: what they say, or have said with their news."""
+        """The stats of healthy replicas by their ids: their answers, or the stats that came with outputs."""
         if self._asking is None or self._asking.done():
             self._asking = asyncio.create_task(self._ask())
-        await asyncio.wait([self._asking], timeout=PATIENCE)  # one question at a time, however many want to know
-        return self._told_within(FRESH)
+        await asyncio.wait([self._asking], timeout=STATS_TIMEOUT)  # all callers share one question
+        return self._stats_within(STATS_VALID_FOR)
 
-    def _told_within(self, seconds: float) -> dict[str, Stats]:
+    def _stats_within(self, seconds: float) -> dict[str, Stats]:
         oldest = time.monotonic() - seconds
         return {id: stats for id, (when, stats) in self._stats.items() if when >= oldest}
 
     async def _ask(self) -> None:
-        """Forgets those that do not answer."""
+        """Ask all replicas for their stats. Replicas that do not answer are forgotten."""
         asked = time.monotonic()
         try:
             answers = await self._handle.broadcast("stats").results_async(return_exceptions=True)
         except DeploymentUnavailableError:
             answers = []
-        told = {id: (asked, stats) for id, stats in (a for a in answers if not isinstance(a, BaseException))}
-        self._stats = {id: max(one, self._stats.get(id, one), key=lambda o: o[0]) for id, one in told.items()}
+        stats_of = {id: (asked, stats) for id, stats in (a for a in answers if not isinstance(a, BaseException))}
+        self._stats = {id: max(one, self._stats.get(id, one), key=lambda o: o[0]) for id, one in stats_of.items()}
 
     async def _run(self, request: Request) -> None:
-        """From replica to replica until the request is done, or was lost with one that had begun it."""
+        """Run the request on one replica after the other, until it ends or is lost with a replica that had begun it."""
         num_attempts = num_losses = 0
         try:
             while True:
-                request.is_taken_in = False
+                request.is_accepted = False
                 try:
-                    async with contextlib.aclosing(self._news(request)) as stream:
-                        async for news in stream:
-                            request.take(news)
+                    async with contextlib.aclosing(self._outputs_of(request)) as stream:
+                        async for message in stream:
+                            request.take(message)
                     return
                 except ClusterBusy:
                     if not request.accepted.done():
                         raise
                 except EngineDead as error:
                     num_attempts += 1
-                    num_losses += request.is_taken_in
-                    if request.has_begun or num_losses == LOSSES or num_attempts == ATTEMPTS:
+                    num_losses += request.is_accepted
+                    if request.has_begun or num_losses == MAX_LOSSES or num_attempts == MAX_ATTEMPTS:
                         raise
                     log.warning("A request goes to another replica: %s", error)
-                await asyncio.sleep(PAUSE * 2 ** (num_attempts - 1))
-        except asyncio.CancelledError:  # here, or by Ray, which cancels with a request what was called for it
+                await asyncio.sleep(FIRST_PAUSE * 2 ** (num_attempts - 1))
+        except asyncio.CancelledError:  # by us, or by Ray, which cancels the calls of a cancelled request
             if request.accepted.done():
                 request.end("abort")
             else:
@@ -208,18 +204,19 @@ class RemoteEngine:
             else:
                 request.accepted.set_exception(error)
 
-    async def _news(self, request: Request) -> AsyncGenerator[News]:
-        """What one replica makes of the request; it is told if nobody listens any more. Raises ClusterBusy, EngineDead
-        if the replica is lost, and InvalidRequest.
+    async def _outputs_of(self, request: Request) -> AsyncGenerator[StepOutputs]:
+        """The messages of one replica about the request. The replica is notified if the caller stops iterating.
+
+        Raises ClusterBusy, InvalidRequest, and EngineDead if the replica is lost.
         """
         stream: Any = None
         try:
             generate = self._handle.options(stream=True).generate
             stream = generate.remote(request.prompt, request.params, len(request.num_tokens))
-            async for news in stream:
-                if news.stats:
-                    self._stats[news.stats[0]] = time.monotonic(), news.stats[1]
-                yield news
+            async for message in stream:
+                if message.stats:
+                    self._stats[message.stats[0]] = time.monotonic(), message.stats[1]
+                yield message
             stream = None
         except BackPressureError as error:
             raise ClusterBusy(error.retry_after_s) from None
@@ -231,5 +228,5 @@ class RemoteEngine:
             raise EngineDead("the engine's replica was lost") from error
         finally:
             if stream is not None:
-                with contextlib.suppress(Exception):  # Ray raises here what the call has failed with
+                with contextlib.suppress(Exception):  # Ray raises the error of the call here
                     stream.cancel()

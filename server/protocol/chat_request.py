@@ -1,4 +1,4 @@
-"""The schema of /v1/chat/completions. Any field that is not here is an error."""
+"""The schema of /v1/chat/completions. Unknown fields are an error."""
 
 import json
 from typing import Annotated, Any, Literal, Self
@@ -47,13 +47,13 @@ class _Message(Schema):
     @model_validator(mode="before")
     @classmethod
     def _without_what_is_empty(cls, message: Any) -> Any:
-        """The SDKs' own message objects, given back, have more fields, all of them empty."""
+        """Message objects of the SDKs that a client sends back have further fields, all of them empty."""
         if not isinstance(message, dict):
             return message
         return {key: value for key, value in message.items() if key not in EMPTY or value not in (None, [])}
 
     def rendered(self) -> dict[str, Any]:
-        """As chat templates know messages."""
+        """The message in the form that chat templates expect."""
         message: dict[str, Any] = {"role": self.role, "content": _joined(self.content)}  # type: ignore[attr-defined]
         return message if self.name is None else {**message, "name": self.name}
 
@@ -143,7 +143,7 @@ class NamedTool(Schema):
 
 
 class ChatFields(AlignmentFields):
-    """What a chat template makes a prompt of."""
+    """The fields that make a prompt by the chat template."""
 
     messages: Annotated[list[Message], Field(min_length=1), FIRST] | None = None
     principle_placement: Literal["system", "user"] | None = None

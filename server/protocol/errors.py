@@ -1,4 +1,4 @@
-"""OpenAI's error shape, for every way a request can fail."""
+"""Error responses in OpenAI's shape, and the handlers that make them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from linalign.server.protocol.generation import Schema
 from linalign.server.settings import nearest
 from linalign.server.strict_json import InvalidBody
 
-MAX_MESSAGE = 1000  # characters: what a client sent need not come back whole
+MAX_MESSAGE = 1000  # characters; longer quotes of the client's input are cut
 
 
 class ErrorObject(BaseModel):
@@ -29,13 +29,13 @@ class ErrorObject(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """What every request gets that can't be served."""
+    """The body of every error response."""
 
     error: ErrorObject
 
 
 class Refusal(JSONResponse):
-    """{"error": {"message", "type", "param", "code"}}; the code is noted for log and metrics."""
+    """A response {"error": {"message", "type", "param", "code"}} that records its code for log and metrics."""
 
     def __init__(self, status: int, error: dict[str, str | None]) -> None:
         super().__init__({"error": error}, status)
@@ -49,9 +49,9 @@ class Refusal(JSONResponse):
 def error_response(
     status: int, message: str, param: str | None = None, code: str | None = None, kind: str = "invalid_request_error"
 ) -> Refusal:
-    """Messages and names that quote what came are cut."""
-    told = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}…"
-    return Refusal(status, {"message": told, "type": kind, "param": param and param[:MAX_MESSAGE], "code": code})
+    """An error response. Long messages and names are cut."""
+    text = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}…"
+    return Refusal(status, {"message": text, "type": kind, "param": param and param[:MAX_MESSAGE], "code": code})
 
 
 class ModelNotFound(Exception):
@@ -65,8 +65,8 @@ async def on_validation_error(request: Request, error: Exception) -> JSONRespons
     if "param" in first.get("ctx", {}):  # see `refused`
         return error_response(400, first["msg"], first["ctx"]["param"], first["type"])
     if first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type", "dict_type"):
-        told = "the body must be a JSON object, sent as Content-Type: application/json"
-        return error_response(400, told, code="invalid_body")
+        text = "the body must be a JSON object, sent as Content-Type: application/json"
+        return error_response(400, text, code="invalid_body")
     *above, name = first["loc"][1:] or ("",)
     path = _fields(above)
     if first["type"] == "extra_forbidden":
@@ -86,8 +86,8 @@ async def on_validation_error(request: Request, error: Exception) -> JSONRespons
 
 
 def _rank(problem: Mapping[str, Any]) -> tuple[bool, bool, int, bool]:
-    """Of a union's complaints, the one that got furthest: a wrong type, a misspelt field, the deepest of the others,
-    best not that of a member that is no string or list.
+    """Sort key for the errors of a union; the greatest is reported: a wrong type, then a misspelt field, then the
+    deepest error, and last one that says that the value is no string or list.
     """
     place, kind = problem["loc"], problem["type"]
     is_wrong_type = kind == "literal_error" and place[-1] == "type"
@@ -95,7 +95,7 @@ def _rank(problem: Mapping[str, Any]) -> tuple[bool, bool, int, bool]:
 
 
 def _fields(location: Sequence[str | int]) -> list[str | int]:
-    """A place in the body without pydantic's names of unions' members."""
+    """The path of a field, without pydantic's names of union members."""
     path: list[str | int] = []
     follows_tagged_union = False
     for part in location:
@@ -109,7 +109,7 @@ def _fields(location: Sequence[str | int]) -> list[str | int]:
 
 
 def _known_fields() -> list[str]:
-    """Of all requests: a misspelt field is as often at the wrong place."""
+    """Field names of all requests, because a misspelt field may also be in the wrong place."""
     schemas = [Schema]
     for schema in schemas:
         schemas += schema.__subclasses__()

@@ -1,4 +1,4 @@
-"""What requests for text have in common: how it is drawn, aligned, ended and delivered."""
+"""Fields that requests for text share: sampling, alignment, ends, delivery."""
 
 import json
 from collections.abc import Callable
@@ -25,16 +25,16 @@ from linalign.alignment_core.request import (
 
 
 def refused(param: str, message: str, kind: str = "invalid_value") -> PydanticCustomError:
-    """What validators of whole bodies raise: it tells which field is at fault."""
+    """The error that a validator of a whole body raises. param: The field at fault."""
     return PydanticCustomError(kind, "{message}", {"message": message, "param": param})
 
 
-FIRST = Field(fail_fast=True)  # of a list's complaints, as there may be millions
+FIRST = Field(fail_fast=True)  # report the first error of a list: there may be millions
 Ratio = Annotated[float, Field(ge=MIN_RATIO, le=MAX_RATIO)]
 TokenId = Annotated[int, Field(ge=0)]
 Penalty = Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)]
 Seed = Annotated[int, Field(ge=MIN_SEED, le=MAX_SEED)]
-# As OpenAI bounds it: it comes back with every state of a response.
+# OpenAI's bounds. Metadata is returned with every state of a response.
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
 ]
@@ -80,7 +80,7 @@ class JsonSchemaFormat(Schema):
 
 
 class StructuredOutputs(Schema):
-    """Exactly one of them."""
+    """Exactly one of these fields."""
 
     regex: str | None = None
     choice: Annotated[list[str], Field(min_length=1), FIRST] | None = None
@@ -104,7 +104,7 @@ ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Fie
 
 
 class Alignment(Schema):
-    """What is ours."""
+    """The alignment fields."""
 
     principle: str | Annotated[list[PrincipleItem], Field(min_length=1, max_length=MAX_PRINCIPLES)] | None = None
     alignment_method: Annotated[Method | None, Field(description="how the policies are mixed: docs/methods.md")] = None
@@ -114,21 +114,21 @@ class Alignment(Schema):
 
 
 class Preset(Alignment):
-    """What a name of the model may stand for."""
+    """The fields that a preset sets."""
 
     description: str | None = None
     principle_placement: Literal["system", "user"] | None = None
 
 
 class AlignmentFields(Alignment):
-    """A request's."""
+    """The alignment fields of a request."""
 
     model: str
 
     @model_validator(mode="before")
     @classmethod
     def _neutral_values_of_unsupported_fields(cls, body: Any) -> Any:
-        """Clients send defaults of fields that can't be had here: those are fine, all else is an error."""
+        """Clients send defaults of unsupported fields. These are accepted; other values are an error."""
         if not isinstance(body, dict):
             return body
         for name, neutral in cls.unsupported().items():
@@ -200,7 +200,7 @@ class GenerationRequest(AlignmentFields):
             raise refused("structured_outputs", "structured_outputs and response_format exclude each other")
 
     def sampling_params(self, **more: Any) -> SamplingParams:
-        """more: what an endpoint calls by another name. Raises InvalidRequest."""
+        """The parameters of the draw. more: Fields with other names on the endpoint. Raises InvalidRequest."""
         given: dict[str, Any] = {
             "temperature": self.temperature,
             "top_p": self.top_p,

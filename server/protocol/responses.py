@@ -45,7 +45,7 @@ class _Item(Schema):
     @model_validator(mode="before")
     @classmethod
     def _without_what_is_empty(cls, item: Any) -> Any:
-        """The SDKs' own objects, given back, have more fields, all of them empty."""
+        """Objects of the SDKs that a client sends back have further fields, all of them empty."""
         if not isinstance(item, dict):
             return item
         return {key: value for key, value in item.items() if key in cls.model_fields or value is not None}

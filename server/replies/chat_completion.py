@@ -62,10 +62,10 @@ class ChatCompletion:
         num_drawn = 0
 
         def chunk(index: int, delta: Delta, reason: str | None = None, output: Output | None = None) -> Event:
-            news = [output] if output else []
-            logprobs = self._logprobs(news)
+            outputs = [output] if output else []
+            logprobs = self._logprobs(outputs)
             choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
-            choice |= self._trace(news)
+            choice |= self._trace(outputs)
             usage: dict[str, Any] = {"usage": None} if include_usage else {}
             if continuous:
                 usage = {"usage": token_counts(self._num_prompt_tokens, num_drawn)}

@@ -17,7 +17,7 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 
 
 class Event(ServerSentEvent):
-    """With OpenAI's line ends."""
+    """A server-sent event with OpenAI's line ends."""
 
     def __init__(self, data: Any, event: str | None = None) -> None:
         text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
@@ -25,12 +25,12 @@ class Event(ServerSentEvent):
 
 
 DONE = Event("[DONE]")
-Failure = EngineDead | InvalidRequest | RequestFailed  # how replies end that can't go on
+Failure = EngineDead | InvalidRequest | RequestFailed  # errors that end a reply
 FAILURES = (EngineDead, InvalidRequest, RequestFailed)
 
 
 def event_stream(events: AsyncIterator[Event], replies: Sequence[Replies]) -> EventSourceResponse:
-    """A response that ends the replies when its client goes."""
+    """A streamed response that aborts the replies when the client disconnects."""
 
     async def on_leave(_: Message) -> None:
         for one in replies:
@@ -40,7 +40,7 @@ def event_stream(events: AsyncIterator[Event], replies: Sequence[Replies]) -> Ev
 
 
 def failure(error: Failure, path: str) -> Event:
-    """The last event of a stream that can't go on. path: of the endpoint."""
+    """The last event of a stream that fails. path: Of the endpoint."""
     message, param, kind = str(error), None, "server_error"
     if isinstance(error, InvalidRequest):
         message, param = described(error, path)

@@ -26,17 +26,17 @@ def trace_object(report: TokenLogprob, token_bytes: Callable[[int], bytes]) -> d
     alternatives. Without a base branch there is one policy.
     """
     aligned, trace = logprob_object(report, token_bytes), report.trace
-    told = {"token": aligned["token"], "bytes": aligned["bytes"], "logprob": aligned["logprob"]}
+    fields = {"token": aligned["token"], "bytes": aligned["bytes"], "logprob": aligned["logprob"]}
     if trace is None:
         nothing = {"base_logprob": None, "plausible_tokens": None, "kl": None}
-        return {**told, "principled_logprob": aligned["logprob"], **nothing}
+        return {**fields, "principled_logprob": aligned["logprob"], **nothing}
     principled, base = logprob_object(trace.principled, token_bytes), logprob_object(trace.base, token_bytes)
-    told |= {"principled_logprob": principled["logprob"], "base_logprob": base["logprob"]}
-    told |= {"plausible_tokens": trace.num_plausible, "kl": trace.kl}
+    fields |= {"principled_logprob": principled["logprob"], "base_logprob": base["logprob"]}
+    fields |= {"plausible_tokens": trace.num_plausible, "kl": trace.kl}
     if report.top:
         policies = {"aligned": aligned, "principled": principled, "base": base}
-        told["top"] = {name: policy["top_logprobs"] for name, policy in policies.items()}
-    return told
+        fields["top"] = {name: policy["top_logprobs"] for name, policy in policies.items()}
+    return fields
 
 
 def usage_object(usages: Sequence[Usage]) -> dict[str, Any]:

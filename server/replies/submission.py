@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 
 
 class Replies:
-    """A request on its way: iterate over the outputs of its choices, and `abort` when nobody listens any more.
+    """A submitted request. Iterate over the outputs of its choices; call `abort` if the client has gone.
 
-    Raises EngineDead, RequestFailed, and InvalidRequest for what turns out on the way.
+    Iteration raises EngineDead, RequestFailed, and InvalidRequest for errors after submission.
     """
 
     def __init__(self, engine: EngineClient, n: int) -> None:
@@ -43,14 +43,14 @@ class Replies:
             for prompt in prompts:
                 replies.append(await cls._submitted(request, body, prompt, params))
         except BaseException as error:
-            exchange.charge = lambda _: None  # of a request that is refused
-            num_told = len(replies) + isinstance(error, asyncio.CancelledError)  # they leave as they end
+            exchange.charge = lambda _: None  # a refused request costs no tokens
+            num_told = len(replies) + isinstance(error, asyncio.CancelledError)  # submitted choices leave when they end
             exchange.leave(n * (len(prompts) - num_told))
             for one in replies:
                 one.abort()
             raise
         for prompt in prompts:
-            exchange.ask(prompt)
+            exchange.count_prompt(prompt)
         return replies
 
     @classmethod
@@ -70,7 +70,7 @@ class Replies:
             loop.call_soon_threadsafe(take, output)
 
         def take(output: Output) -> None:
-            exchange.take(output)
+            exchange.count_output(output)
             span.take(output)
             replies._num_left -= output.finish_reason is not None
             replies._queue.put_nowait(output)
@@ -84,7 +84,7 @@ class Replies:
 
     @classmethod
     def of_nothing(cls, engine: EngineClient, prompt: Prompt, n: int) -> "Replies":
-        """For a request that asks for no token at all."""
+        """Replies without any token, for a request that needs none."""
         replies = cls(engine, n)
         for choice in range(n):
             replies._queue.put_nowait(terminal_output(prompt, choice, "length"))
@@ -95,7 +95,7 @@ class Replies:
         while left:
             output = await self._queue.get()
             if output.error is not None:
-                if isinstance(output.error, RequestFailed):  # the engine's log has the stack, but not the client's id
+                if isinstance(output.error, RequestFailed):  # the engine's log has the stack, but not the request id
                     log.error("The engine's request %s failed", self._request_id)
                 raise output.error
             if output.finish_reason == "error":
@@ -109,7 +109,7 @@ class Replies:
 
 
 def _salt(key: bytes | None, cache_salt: str | None) -> bytes:
-    """key: the hash of an API key whose prefixes are its own."""
+    """The salt of a prompt. key: The hash of an API key that shares prefixes with no other key."""
     if key is None and cache_salt is None:
         return b""
     owner = b"anyone" if key is None else b"key" + key
@@ -117,7 +117,7 @@ def _salt(key: bytes | None, cache_salt: str | None) -> bytes:
 
 
 async def gather(replies: Sequence[Replies], request: Request) -> list[list[Output]] | None:
-    """All outputs of several requests, or None if the client has gone meanwhile; nothing is left running."""
+    """All outputs of several requests, or None if the client disconnects. No request is left running."""
 
     async def outputs_of(one: Replies) -> list[Output]:
         return [output async for output in one]
@@ -132,7 +132,7 @@ async def gather(replies: Sequence[Replies], request: Request) -> list[list[Outp
             one.abort()
         leaving.cancel()
         collecting.cancel()
-        await asyncio.gather(collecting, return_exceptions=True)  # asks for its exception
+        await asyncio.gather(collecting, return_exceptions=True)  # retrieves its exception
 
 
 async def _disconnect(request: Request) -> None:

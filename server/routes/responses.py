@@ -1,4 +1,4 @@
-"""POST /v1/responses: a chat completion, told as OpenAI's items and events."""
+"""POST /v1/responses: a chat completion as OpenAI's items and events."""
 
 from typing import Any
 

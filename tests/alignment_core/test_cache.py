@@ -1,5 +1,6 @@
-"""The user's cache, broken in every way: the server starts all the same, says what it missed, and leaves nothing half
-done. The embedded model is cut down to one layer and 300 tokens here, as converting it whole takes half a minute.
+"""A broken cache directory: the server starts all the same, logs what failed, and leaves no half-written files.
+
+The embedded model is cut down to one layer and 300 tokens, because converting all of it takes half a minute.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""User text never becomes a control token, whatever templates and tokenizers do; only the template adds some."""
+"""User text never becomes a control token, whatever templates and tokenizers do with it."""
 
 import copy
 import itertools
@@ -101,9 +101,9 @@ def test_control_tokens_that_look_like_names_change_no_names(tokenizer, special)
         prompts = PromptBuilder(tokenizer)
         prompt = prompts.build(chat, [Principle("function: be kind")], rendering=Rendering(tools=[tool]))
         assert tokenizer.convert_tokens_to_ids(special) not in (*prompt.base, *prompt.principled[0])
-        text = tokenizer.decode(prompt.base)
+        decoded = tokenizer.decode(prompt.base)
         for text in ("tag: Be kind.", "context: Rain?", "_END_ rain", '"Rain?"'):
-            assert text in text
+            assert text in decoded
 
 
 def test_a_principle_that_would_make_a_control_token_of_its_neighbour_is_refused(tokenizer):

@@ -11,7 +11,7 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 
 from linalign import Prompt, SamplingParams
 from linalign.ray import application
-from linalign.ray.remote_engine import News
+from linalign.ray.remote_engine import StepOutputs
 from linalign.server.settings import Settings
 
 # Seeds of requests that do it, once each: as long as there is a file of that name in $FAULTS. An engine that stalls is
@@ -19,7 +19,7 @@ from linalign.server.settings import Settings
 DIES, HANGS, STALLS = 13, 14, 15
 HOLD = "hold"  # while there is a file of this name in $FAULTS, requests begin, and then go on slowly
 NUM_FIRST_TOKENS = 3  # that a request gets at once then: enough for a piece of text
-PAUSE = 0.6  # seconds before each token that follows: often enough for news of the replica
+PAUSE = 0.6  # seconds before each token that follows: often enough for stats of the replica
 
 
 def _raise(*_: object) -> None:
@@ -44,7 +44,7 @@ class Faulty(application.EngineReplica):
             time.sleep(0.01)
         return self._step_at_once()
 
-    async def generate(self, prompt: Prompt, params: SamplingParams, n: int) -> AsyncIterator[News]:
+    async def generate(self, prompt: Prompt, params: SamplingParams, n: int) -> AsyncIterator[StepOutputs]:
         for seed, fault in ((DIES, _raise), (HANGS, _sleep), (STALLS, _sleep)):
             trigger = Path(os.environ["FAULTS"]) / str(seed)
             if params.seed == seed and trigger.exists():
@@ -52,8 +52,8 @@ class Faulty(application.EngineReplica):
                 self._engine.runner.forward = fault
                 if seed == STALLS:
                     self._engine._longest_step = 10**6  # so one more that takes long is nothing to wonder at
-        async for news in super().generate(prompt, params, n):
-            yield news
+        async for message in super().generate(prompt, params, n):
+            yield message
 
 
 def build(args: dict[str, Any]) -> Application:

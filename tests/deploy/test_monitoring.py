@@ -16,7 +16,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from linalign.server.settings import Settings
-from linalign.server.shutdown import FAREWELL, LAST_WORDS
+from linalign.server.shutdown import CLOSE_TIMEOUT, ERROR_DELIVERY_TIME
 from tests.serving import KEY, free_port
 
 pytestmark = pytest.mark.slow
@@ -101,7 +101,7 @@ def test_the_parts_of_the_composition_fit(services):
             assert target.startswith("/")
         assert all(re.match(r"(127\.0\.0\.1:|\$\{\w+:-127\.0\.0\.1:)", port) for port in service["ports"])
         assert "build" in service or re.search(r":v?\d+\.\d+\.\d+$", service["image"])
-    shutdown = Settings.model_fields["shutdown_timeout"].default + LAST_WORDS + FAREWELL
+    shutdown = Settings.model_fields["shutdown_timeout"].default + CLOSE_TIMEOUT + ERROR_DELIVERY_TIME
     assert int(services["linalign"]["stop_grace_period"].removesuffix("s")) > shutdown
 
     mounted = [volume.split(":")[1] for volume in services["grafana"]["volumes"]]

@@ -9,7 +9,7 @@ from ray.serve._private.request_router.common import ReplicaQueueLengthCache
 from ray.serve.request_router import PendingRequest
 
 from linalign import Prompt
-from linalign.ray.prefix_router import PAGE_SIZE, PATIENCE, PrefixRouter
+from linalign.ray.prefix_router import LOAD_TIMEOUT, PAGE_SIZE, PrefixRouter
 
 WEIGHT = 8 * PAGE_SIZE  # tokens_per_request
 pytestmark = pytest.mark.anyio
@@ -26,7 +26,7 @@ class Replica:
     replica_metadata: dict = field(default_factory=lambda: {"num_pages": 100})
 
     async def get_queue_len(self, *, deadline_s):
-        assert deadline_s == PATIENCE
+        assert deadline_s == LOAD_TIMEOUT
         self.num_asked += 1
         await asyncio.sleep(self.delay)
         return self.load

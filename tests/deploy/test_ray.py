@@ -15,9 +15,9 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from linalign.ray import remote_engine
-from linalign.ray.application import GRACE, EngineReplica, build
+from linalign.ray.application import SHUTDOWN_TIMEOUT, EngineReplica, build
 from linalign.ray.remote_engine import Description, RemoteEngine
-from linalign.server.shutdown import PATIENCE, USUAL
+from linalign.server.shutdown import LONGEST_STEP_FACTOR, STEP_TIMEOUT
 from tests.deploy.faulty import DIES
 from tests.deploy.ray_cluster import (
     LOGS,
@@ -200,8 +200,8 @@ def test_a_replica_whose_step_does_not_come_back_is_not_well():
     given_up = []
     replica = object.__new__(EngineReplica)
     replica._engine = types.SimpleNamespace(give_up=given_up.append, ensure_accepting=lambda: None, stop=lambda: None)
-    for ago, is_well in ((PATIENCE / 2, True), (PATIENCE + 1, False)):
-        replica._engine.pace = (time.monotonic() - ago, PATIENCE / USUAL)
+    for ago, is_well in ((STEP_TIMEOUT / 2, True), (STEP_TIMEOUT + 1, False)):
+        replica._engine.pace = (time.monotonic() - ago, STEP_TIMEOUT / LONGEST_STEP_FACTOR)
         replica.check_health()
         assert bool(given_up) != is_well
 
@@ -225,7 +225,7 @@ def test_replicas_that_were_heard_of_lately_are_not_asked(tokenizer, monkeypatch
 
     asyncio.run(look(12))
     assert asked == ["stats"]
-    monkeypatch.setattr(remote_engine, "RECENT", 0)
+    monkeypatch.setattr(remote_engine, "HEALTHY_FOR", 0)
     asyncio.run(look(2))
     assert asked == ["stats"] * 3
 
@@ -238,7 +238,7 @@ def test_an_engine_has_its_processes_on_one_machine_and_no_queue_of_its_own():
     assert engines._replica_config.placement_group_strategy == "STRICT_PACK"
     assert (engines.max_ongoing_requests, engines.max_queued_requests) == (4, 1)
     assert engines.init_args[0].max_queued_requests == sys.maxsize  # choices that wait in an engine are no queue
-    assert ingress._deployment_config.graceful_shutdown_timeout_s > GRACE  # streams outlive Ray's 20 s
+    assert ingress._deployment_config.graceful_shutdown_timeout_s > SHUTDOWN_TIMEOUT  # streams outlive Ray's 20 s
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "deploy/ray").glob("*.yaml")), ids=lambda file: file.name)

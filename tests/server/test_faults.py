@@ -11,7 +11,7 @@ import httpx
 import pytest
 import uvicorn
 
-from linalign.server.shutdown import LOCKED, Server
+from linalign.server.shutdown import EVENT_LOOP_FACTOR, Server
 from tests.serving import await_metric
 
 pytestmark = pytest.mark.slow
@@ -45,10 +45,10 @@ policy.edit, Loop._accept = broken_edit, broken_accept
 
 
 # What takes ten seconds takes three here: a step that hangs is noticed then, and one that does not may take so long.
-PATIENCE = 3.0
+STEP_TIMEOUT = 3.0
 IMPATIENT = f"""
 from linalign.server import shutdown
-shutdown.PATIENCE = {PATIENCE}
+shutdown.STEP_TIMEOUT = {STEP_TIMEOUT}
 """
 
 
@@ -126,7 +126,7 @@ def test_a_step_that_fails_or_hangs_ends_the_process_with_an_error_for_everyone(
         began = time.monotonic()
         replies = at_once(*[lambda n=n: outcome(max_tokens=3000 + n) for n in range(3)])
         assert process.wait(60) == 1
-        assert time.monotonic() - began < PATIENCE * (LOCKED if holds_lock else 1) + 15
+        assert time.monotonic() - began < STEP_TIMEOUT * (EVENT_LOOP_FACTOR if holds_lock else 1) + 15
         if holds_lock:  # nobody can tell them anything any more
             assert all(isinstance(reply, httpx.TransportError) for reply in replies)
         else:
@@ -141,7 +141,7 @@ def test_a_step_that_fails_or_hangs_ends_the_process_with_an_error_for_everyone(
 def test_health_is_503_as_soon_as_the_hang_is_noticed(serving_small, tmp_path):
     trigger = tmp_path / "trigger"
     patch = BREAK_A_STEP.format(trigger=str(trigger), what="time.sleep(10**6)")
-    patch += IMPATIENT + "shutdown.FAREWELL = 5"
+    patch += IMPATIENT + "shutdown.ERROR_DELIVERY_TIME = 5"
     with serving_small(patch=patch, status=1, stderr=subprocess.DEVNULL) as (url, process):
         chat(url)
         trigger.touch()
@@ -154,7 +154,9 @@ def test_health_is_503_as_soon_as_the_hang_is_noticed(serving_small, tmp_path):
 
 def test_a_first_step_may_take_longer_than_a_hang_is_given(serving_small):
     """It may compile things. The engine has turned before, with nothing to do."""
-    patch = BREAK_A_STEP.format(trigger="/", what=f"time.sleep(0 if self.num_forwards else {PATIENCE + 1})") + IMPATIENT
+    patch = (
+        BREAK_A_STEP.format(trigger="/", what=f"time.sleep(0 if self.num_forwards else {STEP_TIMEOUT + 1})") + IMPATIENT
+    )
     with serving_small(patch=patch) as (url, _):
         assert chat(url, max_tokens=4).status_code == 200
         assert chat(url, max_tokens=4).status_code == 200
@@ -168,7 +170,7 @@ def test_a_process_that_was_stopped_in_the_middle_of_a_step_goes_on(serving_smal
         asking.start()
         await_metric(url, "num_requests_running 1.0")
         process.send_signal(signal.SIGSTOP)
-        time.sleep(1.5 * PATIENCE)
+        time.sleep(1.5 * STEP_TIMEOUT)
         process.send_signal(signal.SIGCONT)
         asking.join()
         assert replies[0].json()["usage"]["completion_tokens"] == 600
@@ -179,4 +181,4 @@ def test_a_process_that_was_stopped_in_the_middle_of_a_step_goes_on(serving_smal
 def test_slow_machines_are_not_taken_for_dead(longest, patience):
     """Nor is one that has not finished its first step: a large model on a CPU may take a minute for it."""
     engine = types.SimpleNamespace(pace=(None, longest))
-    assert Server(uvicorn.Config(None), engine, 1.0)._patience == patience
+    assert Server(uvicorn.Config(None), engine, 1.0)._step_timeout == patience

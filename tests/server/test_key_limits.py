@@ -146,9 +146,9 @@ def test_what_every_branch_computes_is_charged():
     for prompt, num_tokens in ((Prompt((ids,)), 100), (many, 102 + 101 + 100), (scored, 303 + 3 * 40)):
         charged = []
         exchange = Exchange(charge=charged.append)
-        exchange.ask(prompt)
+        exchange.count_prompt(prompt)
         assert charged == [num_tokens]
-        exchange.take(Output("", (), "length", Usage(100, 0, 20, len(prompt.branches), 0, 0, 0)))
+        exchange.count_output(Output("", (), "length", Usage(100, 0, 20, len(prompt.branches), 0, 0, 0)))
         assert charged[1:] == [20 * len(prompt.branches)]
 
 

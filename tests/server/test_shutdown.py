@@ -58,7 +58,7 @@ def test_an_interrupt_from_the_keyboard_is_no_traceback(tmp_path):
 IN_A_DESTRUCTOR = """
 import os, signal, time
 from linalign.server import cli
-cli.LATER = 0.5
+cli.EXIT_TIMEOUT = 0.5
 signal.signal(signal.SIGTERM, cli.stop_loading)
 class Told:
     def __del__(self):
@@ -145,7 +145,7 @@ def test_an_engine_that_hangs_while_the_server_stops_does_not_keep_it(serving_sm
     """Nobody looks at its steps any more, so there is a last deadline."""
     trigger = tmp_path / "trigger"
     patch = BREAK_A_STEP.format(trigger=str(trigger), what="time.sleep(10**6)")
-    patch += "\nfrom linalign.server import shutdown; shutdown.LAST_WORDS = 1; shutdown.PATIENCE = 1.0"
+    patch += "\nfrom linalign.server import shutdown; shutdown.CLOSE_TIMEOUT = 1; shutdown.STEP_TIMEOUT = 1.0"
     with serving_small("--shutdown-timeout", "1", patch=patch, status=1, stderr=subprocess.DEVNULL) as (url, process):
         chat(url)
         asking = threading.Thread(target=outcome_of, args=[lambda: chat(url, max_tokens=4000)])

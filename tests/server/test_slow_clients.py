@@ -16,7 +16,7 @@ SHORT = 3.0  # seconds, in place of a minute
 IMPATIENT = f"""
 import socket
 import linalign.server.http_protocol as http_protocol
-http_protocol.PATIENCE = {SHORT}
+http_protocol.IDLE_TIMEOUT = {SHORT}
 connection_made = http_protocol.BoundedProtocol.connection_made
 def made(self, transport):
     connection_made(self, transport)
