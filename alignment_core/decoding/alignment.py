@@ -72,7 +72,7 @@ class Mixing:
         )
 
     def to(self, device: torch.device) -> "Mixing":
-        """A copy of the host's mixing on a device. The mixing must have no `addition`."""
+        """A copy of the host's mixing on a device. Mixings on the host have no `addition`."""
         return Mixing(
             *(to_device(line, device) for line in (self.principled, self.weights, self.coefficients, self.base))
         )

@@ -1,4 +1,4 @@
-"""From a step's policy to one token for each line. static_draw.py has the same filters in fixed shapes."""
+"""Draws one token for each line from a step's policy. static_draw.py has the same filters in fixed shapes."""
 
 from collections.abc import Iterable
 
@@ -26,27 +26,31 @@ def draw(policy: Policy) -> Tensor:
 
 
 def draw_from_candidates(candidates: Iterable[Candidates], settings: DrawSettings) -> Tensor:
-    """Draw a token for every line that has candidates, [S] int64; NO_TOKEN for other lines and where all is −inf."""
+    """Draw a token for every line that has candidates, [S] int64. NO_TOKEN for lines without candidates, and for lines
+    whose best candidate is −inf, +∞ or NaN.
+    """
     tokens = torch.full((len(settings.temperature),), NO_TOKEN)
     for group in candidates:
         place = draw_places(group.z, settings[group.index])
         drawn = group.token_ids.gather(1, place[:, None]).squeeze(1)
-        tokens[group.index] = torch.where(group.z.amax(dim=-1).isfinite(), drawn, NO_TOKEN)  # NaN is the greatest
+        tokens[group.index] = torch.where(group.z.amax(dim=-1).isfinite(), drawn, NO_TOKEN)  # amax propagates NaN
     return tokens
 
 
 def draw_places(z: Tensor, settings: DrawSettings) -> Tensor:
-    """Draw one place a line from softmax(z / temperature) after top_k, then min_p, then top_p; [S] int64.
+    """Draw one column of each line from softmax(z / temperature) after top_k, then min_p, then top_p; [S] int64.
 
-    z: [S, K] float32, −inf where a token is out already. Inverse transform over the probabilities in
-    order of token id, so that a draw depends on its own line and number alone.
+    The draw is an inverse transform over the probabilities in order of token id, so it depends on nothing but its own
+    line and its own random number.
+
+    z: [S, K] float32, −inf for tokens that are already excluded.
     """
     best, first = z.max(dim=-1, keepdim=True)
     greedy = settings.temperature == 0
     if greedy.all():
         return first.squeeze(1)
     temperature = torch.where(greedy, 1.0, settings.temperature)[:, None]
-    mass = ((z - best) / temperature).exp()  # relative to the best token's
+    mass = ((z - best) / temperature).exp()  # the best token has mass 1
     if ((settings.top_k > 0) | (settings.top_p < 1)).any():
         mass = mass * _filtered(mass, settings)
     else:
@@ -55,7 +59,10 @@ def draw_places(z: Tensor, settings: DrawSettings) -> Tensor:
 
 
 def _filtered(mass: Tensor, settings: DrawSettings) -> Tensor:
-    """The tokens that pass top_k, then min_p, then top_p of the rest; [S, K] bool."""
+    """The tokens that pass top_k, then min_p, then top_p of the remaining mass; [S, K] bool.
+
+    mass: [S, K] float32, 1 for the best token.
+    """
     ordered, order = torch.sort(mass, dim=-1, descending=True, stable=True)
     rank = torch.arange(mass.shape[1], device=mass.device)
     top_k, top_p = settings.top_k[:, None], settings.top_p[:, None]

@@ -1,4 +1,4 @@
-"""What each token of a step is drawn by: how rows mix to logits, and the sampling parameters, as tensors."""
+"""The settings of a step's draws as tensors: how rows are mixed to logits, and the sampling parameters."""
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields
@@ -17,44 +17,38 @@ MASK64 = (1 << 64) - 1
 
 @dataclass(frozen=True, slots=True)
 class DrawSettings:
-    """Settings of S draws; all tensors are [S], those of `mixing` too.
+    """Settings of S draws; all tensors are [S]. The order of the fields is that of `static_sampler._pack`.
 
-    mixing: which rows of the logits make up each line.
-    aligned: bool, whether there is a base branch.
-    nucleus_top_p, nucleus_temperature: float32, of the set that the principled logits alone decide. For an
-        aligned line this is the plausible set. For a plain line it is the nucleus of `top_p`, where no other
-        filter comes before it.
-    temperature, top_p, min_p: float32, applied to the mixed logits. A temperature of 0 takes the best token.
-    top_k: int64, 0 switches it off.
-    uniform: float64 in [0, 1), the random number of the draw.
+    The nucleus is the set that the edited principled logits alone decide. For an aligned line it is the plausible set.
+    For a plain line it is the nucleus of the request's top_p if no other filter comes before it; `top_p` is then 1.
     """
 
-    mixing: Mixing
-    aligned: Tensor
-    nucleus_top_p: Tensor
-    nucleus_temperature: Tensor
-    temperature: Tensor
-    top_k: Tensor
-    min_p: Tensor
-    top_p: Tensor
-    uniform: Tensor
+    mixing: Mixing  # how the rows of logits are mixed to each line
+    aligned: Tensor  # bool, whether there is a base branch
+    nucleus_top_p: Tensor  # float32, mass of the nucleus
+    nucleus_temperature: Tensor  # float32
+    temperature: Tensor  # float32, of the mixed logits; 0 takes the best token
+    top_k: Tensor  # int64, of the mixed logits; 0 switches it off
+    min_p: Tensor  # float32, of the mixed logits
+    top_p: Tensor  # float32, of the mixed logits
+    uniform: Tensor  # float64 in [0, 1), the random number of the draw
 
     @classmethod
     def of(cls, next_tokens: Seq[NextToken]) -> "DrawSettings":
         """Settings on the host, for logits whose rows are the branches of each next token in turn."""
         params = [sequence.params for sequence, _ in next_tokens]
         nuclei = [_nucleus(sequence) for sequence, _ in next_tokens]
-        nucleus_top_p, nucleus_temperature, of_mixed = torch.tensor(nuclei, dtype=torch.float32).unbind(1)
+        nucleus_top_p, nucleus_temperature, top_p = torch.tensor(nuclei, dtype=torch.float32).unbind(1)
         counter = [(s.seed, s.choice, position) for s, position in next_tokens]
         return cls(
             mixing=mixing_of([sequence.prompt for sequence, _ in next_tokens]),
             aligned=torch.tensor([sequence.prompt.base is not None for sequence, _ in next_tokens]),
             nucleus_top_p=nucleus_top_p,
-            nucleus_temperature=nucleus_temperature.clamp(1e-30, 1e30),  # what float32 can divide by
+            nucleus_temperature=nucleus_temperature.clamp(1e-30, 1e30),  # float32 can divide by these
             temperature=torch.tensor([float(p.temperature) for p in params]),
             top_k=torch.tensor([min(p.top_k, 1 << 62) for p in params]),
             min_p=torch.tensor([float(p.min_p) for p in params]),
-            top_p=of_mixed,
+            top_p=top_p,
             uniform=torch.tensor([uniform(*numbers) for numbers in counter], dtype=torch.float64),
         )
 
@@ -68,12 +62,12 @@ class DrawSettings:
 
 
 def mixing_of(prompts: Seq[Prompt], may_start_from_base: bool = True) -> Mixing:
-    """How the branches of these prompts mix, as far as no logit decides it, on the host. See `Mixing.of`."""
+    """The mixing of these prompts' branches, on the host, without the part that depends on logits. See `Mixing.of`."""
     return Mixing.of([(p.weights, p.coefficients, p.base is not None) for p in prompts], may_start_from_base)
 
 
 def _nucleus(sequence: Sequence) -> tuple[float, float, float]:
-    """nucleus_top_p, nucleus_temperature, and the top_p that is left for the mixed logits."""
+    """nucleus_top_p, nucleus_temperature, and the top_p of the mixed logits."""
     p, prompt = sequence.params, sequence.prompt
     if prompt.base is not None:
         top_p = METHODS[prompt.method].top_p if p.alignment_top_p is None else p.alignment_top_p

@@ -17,7 +17,7 @@ from linalign.alignment_core.transfer import to_device
 
 
 def edit(y: Tensor, next_tokens: Seq[NextToken]) -> None:
-    """Edit the lines of y, [S, V] float32, in place; not those whose next token is given."""
+    """Edit the lines of y, [S, V] float32, in place, except those whose next token is given."""
     for line, (sequence, position) in zip(y, next_tokens, strict=True):
         if sequence.params.edits and position >= 0:
             sequence.edits = sequence.edits or Edits(sequence, y.device)

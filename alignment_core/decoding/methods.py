@@ -50,7 +50,7 @@ class MethodRule:
 
 
 METHODS: dict[Method, MethodRule] = {
-    "linear": MethodRule(linear, 0.99),  # decision 0013
+    "linear": MethodRule(linear, 0.99),  # docs/decisions/0013
     "context_steering": MethodRule(context_steering, 1.0),
     "cfg": MethodRule(linear, 1.0),
     "opad": MethodRule(linear, 1.0),  # `alignment.opad` adds a term
