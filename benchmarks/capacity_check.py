@@ -1,10 +1,10 @@
-"""The model of benchmarks/capacity beside what was measured: tables of files in results/.
+"""The model in benchmarks/capacity compared with measurements in results/. Prints tables.
 
     python -m benchmarks.capacity_check [--measure]
 
---measure counts the engine's pages and prompt tokens anew, on the embedded model, and writes
-results/capacity.json. Times are those of results/cpu.json and serving.json, of this project's CPU, and of
-results/published.json, of others' GPUs. Without --measure it needs Python alone.
+--measure counts the engine's pages and prompt tokens again, with the embedded model, and writes
+results/capacity.json. Measured times come from results/cpu.json and serving.json (this project's CPU) and from
+results/published.json (GPUs of others). Without --measure it needs only Python.
 """
 
 import argparse
@@ -28,7 +28,7 @@ MESSAGES = ("Where should we get our power from?", "Tell me how to heat a house.
 ANSWER = "From the wind, which is strong by the sea, and from the sun. Both are cheap, and neither makes any noise."
 NAMES = ("Ann", "Zoltan", "Margaret")
 REPLY = 24
-PAGES = {  # by case: how many users there are at once, and what each asks for
+PAGES = {  # by case: number of users at once, and the load of each
     "1 user, plain": (1, Load(principles=0)),
     "1 user, aligned": (1, Load()),
     "1 user, aligned, placement user": (1, Load(placement="user")),
@@ -45,7 +45,7 @@ TURNS = {
     "second turn, aligned, placement user": Load(placement="user"),
 }
 CPU_STREAMS = (1, 16, 64)
-Line = tuple[str, str, float | str, float | str]  # case, unit, by the model, measured
+Line = tuple[str, str, float | str, float | str]  # case, unit, predicted by the model, measured
 
 
 def read(name: str) -> Any:
@@ -56,7 +56,7 @@ def shape(name: str) -> Model:
     return Model.of(json.loads((HERE / "shapes" / f"{name}.json").read_text()))
 
 
-# The engine's own counts
+# Counts of the engine
 
 
 def chat_prompt(engine: Any, load: Load, user: int, turns: tuple[str, ...]) -> Any:
@@ -73,7 +73,7 @@ def num_shared(a: tuple[int, ...], b: tuple[int, ...]) -> int:
 
 
 def with_lengths(engine: Any, load: Load, user: int, turns: tuple[str, ...]) -> Load:
-    """The load in tokens, as the tokenizer makes them."""
+    """The load with its lengths in tokens, as the tokenizer counts them."""
     aligned = chat_prompt(engine, replace(load, principles=1, placement="system"), user, turns)
     principled, base = aligned.branches
     system = num_shared(principled, base)
@@ -84,12 +84,12 @@ def with_lengths(engine: Any, load: Load, user: int, turns: tuple[str, ...]) -> 
 
 
 def count(loaded: Any) -> dict[str, Any]:
-    """Pages held at the end of replies, and prompt tokens computed in second turns, as the engine has them."""
+    """Pages in use at the end of replies, and prompt tokens computed in second turns, counted by the engine."""
     from linalign import Engine, EngineConfig, SamplingParams
 
     sizes = EngineConfig(num_pages=200, max_num_batched_tokens=CHUNK)
     params = SamplingParams(temperature=0, max_tokens=2 * REPLY, ignore_eos=True)
-    found: dict[str, Any] = {}
+    counts: dict[str, Any] = {}
     for case, (users, load) in PAGES.items():
         engine = Engine(loaded, sizes)
         for user in range(users):
@@ -99,11 +99,11 @@ def count(loaded: Any) -> dict[str, Any]:
         while engine.step() and any(len(s.output_ids) < REPLY for s in engine.scheduler.running):
             pass
         loads = [asdict(with_lengths(engine, load, user, MESSAGES[user : user + 1])) for user in range(users)]
-        found[case] = {"loads": loads, "measured": engine.pool.num_pages - engine.pool.num_free}
+        counts[case] = {"loads": loads, "measured": engine.pool.num_pages - engine.pool.num_free}
     for case, load in TURNS.items():
-        engine = Engine(loaded, replace(sizes, max_num_batched_tokens=load.rows))  # no room for drafts: one by one
-        said = replace(chat_prompt(engine, load, 0, MESSAGES[:1]), given=tuple(engine.tokenizer.encode(ANSWER)))
-        engine.submit(said, replace(params, max_tokens=1), lambda _: None)
+        engine = Engine(loaded, replace(sizes, max_num_batched_tokens=load.rows))  # one given token per step, no drafts
+        prompt = replace(chat_prompt(engine, load, 0, MESSAGES[:1]), given=tuple(engine.tokenizer.encode(ANSWER)))
+        engine.submit(prompt, replace(params, max_tokens=1), lambda _: None)
         while engine.step():
             pass
         engine.scheduler.max_num_batched_tokens = CHUNK
@@ -114,12 +114,12 @@ def count(loaded: Any) -> dict[str, Any]:
         after = engine.stats()
         admitted = after.num_tokens_admitted - before.num_tokens_admitted
         loads = [asdict(with_lengths(engine, load, 0, turns))]
-        found[case] = {"loads": loads, "measured": admitted - (after.num_tokens_cached - before.num_tokens_cached)}
-    return found
+        counts[case] = {"loads": loads, "measured": admitted - (after.num_tokens_cached - before.num_tokens_cached)}
+    return counts
 
 
 def stream_load(loaded: Any) -> dict[str, Any]:
-    """What each stream of serving.py asks for, on average, in tokens."""
+    """The average request of a stream of serving.py, in tokens."""
     from benchmarks.serving import PRINCIPLE, settings
     from linalign import Engine, EngineConfig, Principle
     from linalign.server import bench
@@ -155,7 +155,10 @@ def counted() -> Iterator[Line]:
 
 
 def cpu(kind: str) -> tuple[Gpu, Iterator[Line]]:
-    """kind: as cpu.json calls the weights. Two of its rows say what a step and what a row of it costs."""
+    """A "GPU" fitted to this CPU, and its table. kind: Name of the weights in cpu.json.
+
+    Two rows of cpu.json give the time of a step and of each of its rows.
+    """
     rates = {name: statistics.median(values) for name, values in read("cpu.json")["tokens_per_s"].items()}
     measured = {
         (n, rows): 1e3 * n / rates[f"{kind}, {n} {name}"]
@@ -191,16 +194,16 @@ def streams() -> Iterator[Line]:
 
 
 def published() -> Iterator[Line]:
-    found = read("published.json")
+    data = read("published.json")
     for kind in ("throughput", "first token, ms"):
-        for name, size, batch, prompt, reply, measured in found[kind]:
-            host = Host(shape(name), GPUS[found["gpu"]], size)
+        for name, size, batch, prompt, reply, measured in data[kind]:
+            host = Host(shape(name), GPUS[data["gpu"]], size)
             load = Load(system=0, message=prompt - 2 * TEMPLATE, reply=reply, principles=0)
             if kind == "throughput":
                 predicted, unit = running(host, load, batch).requests * reply / size, "tokens/s and GPU"
             else:
                 predicted, unit = 1e3 * (host.step(1, prompt) + host.prefill(prompt, prompt, 1)), "ms to the first"
-            case = f"{name}, {size} × {found['gpu'].upper()}, {batch} at once, {prompt} + {reply} tokens"
+            case = f"{name}, {size} × {data['gpu'].upper()}, {batch} at once, {prompt} + {reply} tokens"
             yield case, unit, f"{predicted:.0f}", measured
 
 
@@ -211,7 +214,7 @@ def times() -> Iterator[Line]:
 
 
 def goals() -> str:
-    """What the model says of the README's goals for one H200."""
+    """The model's prediction for the goals in the README, for one H200."""
     host = Host(shape("llama-3.1-8b"), GPUS["h200"])
     load = Load(system=0, message=512 - 2 * TEMPLATE)
     plain = replace(load, principles=0)
@@ -229,7 +232,7 @@ def goals() -> str:
 
 
 def show(lines: Iterator[Line]) -> str:
-    """With how far off the model is."""
+    """A table of the lines, with the ratio of the model's and the measured value."""
     rows = ["| | | model | measured | model ÷ measured |", "| --- | --- | ---: | ---: | ---: |"]
     for case, unit, predicted, measured in lines:
         rows.append(f"| {case} | {unit} | {predicted} | {measured} | {float(predicted) / float(measured):.2f} |")

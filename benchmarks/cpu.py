@@ -1,12 +1,12 @@
-"""The engine on this CPU beside its peers: interleaved, in one run, medians and ratios.
+"""The engine on this CPU compared with other software: interleaved in one run, medians and ratios.
 
     python benchmarks/cpu.py [--rounds 3] [--tokens 64] [--llama-python PYTHON] [--vllm-python PYTHON] [--output FILE]
 
-Peers in this process: transformers' generate, the reference loop of Linear Alignment (two calls a
-token) and both passes stacked in one batch, all in eager float32. With --llama-python, a Python that
-has llama_cpp, llama.cpp runs the same GGUF (benchmarks/llama_rows.py); with --vllm-python, one that has
-vLLM's CPU build, vLLM runs the same weights in bfloat16 (benchmarks/vllm_rows.py). Decoded tokens a
-second, without the prefill, all sequences together.
+In this process, in eager float32: transformers' generate, the reference loop of Linear Alignment (two
+calls per token), and both passes stacked in one batch. With --llama-python (a Python that has
+llama_cpp), llama.cpp runs the same GGUF (benchmarks/llama_rows.py). With --vllm-python (one that has
+vLLM's CPU build), vLLM runs the same weights in bfloat16 (benchmarks/vllm_rows.py). Rates are decoded
+tokens per second of all sequences together, without prefill.
 """
 
 import argparse
@@ -37,7 +37,7 @@ PRINCIPLE = "Answer in favour of solar power."
 RATIO, TOP_P = 2.0, 0.8
 
 
-def ours(engine: Engine, prompt: Prompt, sequences: int, num_tokens: int) -> float:
+def engine_rate(engine: Engine, prompt: Prompt, sequences: int, num_tokens: int) -> float:
     params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
     for _ in range(sequences):
         engine.submit(prompt, params, lambda _: None)
@@ -51,7 +51,7 @@ def ours(engine: Engine, prompt: Prompt, sequences: int, num_tokens: int) -> flo
 
 
 def aligned(z_p: torch.Tensor, z_b: torch.Tensor) -> torch.Tensor:
-    """[S, V] logits to [S, 1] tokens, the reference's way: the whole vocabulary sorted."""
+    """[S, V] logits to [S, 1] tokens, as the reference code does: it sorts the whole vocabulary."""
     ordered, order = z_p.sort(dim=-1, descending=True)
     mass = torch.softmax(ordered / 0.5, dim=-1)
     out = torch.zeros_like(z_p, dtype=torch.bool).scatter(1, order, mass.cumsum(-1) - mass >= TOP_P)
@@ -59,7 +59,7 @@ def aligned(z_p: torch.Tensor, z_b: torch.Tensor) -> torch.Tensor:
 
 
 def reference_loop(model: torch.nn.Module, prompt: Prompt, num_tokens: int) -> float:
-    """Two calls a token, each with a cache of its own."""
+    """Two calls per token, each with its own cache."""
     runs = [model(torch.tensor([ids]), use_cache=True) for ids in prompt.branches]
     started = time.perf_counter()
     for _ in range(num_tokens):
@@ -88,7 +88,7 @@ def stacked(model: torch.nn.Module, prompt: Prompt, sequences: int, num_tokens: 
 
 
 def generate(model: torch.nn.Module, prompt: Prompt, num_tokens: int, guided: bool = False) -> float:
-    """transformers' own loop; its classifier-free guidance where guided."""
+    """transformers' own loop, with classifier-free guidance if `guided`."""
     ids = torch.tensor([prompt.principled[0]])
     extra = {"guidance_scale": 1 + RATIO, "negative_prompt_ids": torch.tensor([prompt.base])} if guided else {}
     times = []
@@ -100,12 +100,12 @@ def generate(model: torch.nn.Module, prompt: Prompt, num_tokens: int, guided: bo
 
 
 def peer(python: str, script: str, *arguments: object) -> dict[str, float]:
-    """What a script beside this one prints, run by another interpreter."""
+    """The JSON that a script beside this file prints when another interpreter runs it."""
     command = [python, str(Path(__file__).with_name(script)), *map(str, arguments)]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}  # gigabytes
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GB
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    found: dict[str, float] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-    return found
+    rates: dict[str, float] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    return rates
 
 
 def peers(args: argparse.Namespace, model_directory: str) -> dict[str, float]:
@@ -113,12 +113,12 @@ def peers(args: argparse.Namespace, model_directory: str) -> dict[str, float]:
     if args.llama_python:
         gguf = embedded_file()
         assert gguf is not None
-        found = peer(args.llama_python, "llama_rows.py", gguf, args.tokens, torch.get_num_threads())
-        rates |= {f"llama.cpp, {rows} rows": rate for rows, rate in found.items()}
+        peer_rates = peer(args.llama_python, "llama_rows.py", gguf, args.tokens, torch.get_num_threads())
+        rates |= {f"llama.cpp, {rows} rows": rate for rows, rate in peer_rates.items()}
         rates["half of llama.cpp, 2 rows"] = rates["llama.cpp, 2 rows"] / 2
     if args.vllm_python:
-        found = peer(args.vllm_python, "vllm_rows.py", model_directory, args.tokens)
-        rates |= {f"vLLM, {streams} plain": rate for streams, rate in found.items()}
+        peer_rates = peer(args.vllm_python, "vllm_rows.py", model_directory, args.tokens)
+        rates |= {f"vLLM, {streams} plain": rate for streams, rate in peer_rates.items()}
     others = [rates[name] for name in ("llama.cpp, 16 rows", "vLLM, 16 plain") if name in rates]
     if others:
         rates[BETTER] = max(others)
@@ -126,7 +126,7 @@ def peers(args: argparse.Namespace, model_directory: str) -> dict[str, float]:
 
 
 def shares(engine: Engine, prompt: Prompt) -> dict[str, float]:
-    """Parts of a step's time: the linear layers' with 1 aligned request, the scheduler's with 64."""
+    """Shares of a step's time: of the linear layers with 1 aligned request, of the scheduler with 64."""
     lib = library()
     assert lib is not None
     matrices = [m for module in engine.runner.model.modules() for m in getattr(module, "matrices", ())]
@@ -138,7 +138,7 @@ def shares(engine: Engine, prompt: Prompt) -> dict[str, float]:
         for m in matrices:
             lib.linalign_linear(ctypes.byref(m.matrix), x.data_ptr(), 2, y.data_ptr(), torch.get_num_threads())
         linear.append(time.perf_counter() - started)
-    step = 1 / ours(engine, prompt, 1, 64)
+    step = 1 / engine_rate(engine, prompt, 1, 64)
 
     spent = 0.0
     schedule, commit = engine.scheduler.schedule, engine.scheduler.commit
@@ -147,15 +147,15 @@ def shares(engine: Engine, prompt: Prompt) -> dict[str, float]:
         def run(*arguments: object, **named: object) -> object:
             nonlocal spent
             started = time.perf_counter()
-            found = call(*arguments, **named)
+            result = call(*arguments, **named)
             spent += time.perf_counter() - started
-            return found
+            return result
 
         return run
 
     engine.scheduler.schedule, engine.scheduler.commit = timed(schedule), timed(commit)  # type: ignore[method-assign]
     started = time.perf_counter()
-    ours(engine, prompt, 64, 16)
+    engine_rate(engine, prompt, 64, 16)
     share = spent / (time.perf_counter() - started)
     engine.scheduler.schedule, engine.scheduler.commit = schedule, commit  # type: ignore[method-assign]
     return {
@@ -178,7 +178,7 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], float]]]
             for n in (1, 8, 16) if kind == "plain" else (1, 8):
                 yield (
                     f"{label}, {n} {kind}",
-                    lambda e=engines[label], p=prompt, n=n: ours(e, p, n, args.tokens),
+                    lambda e=engines[label], p=prompt, n=n: engine_rate(e, p, n, args.tokens),
                 )
     path = loaded.model.config._name_or_path
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
@@ -198,7 +198,7 @@ def models(exact: bool) -> Iterator[tuple[str, LoadedModel]]:
 EXACT = "ours, float32 weights"
 BETTER = "the better of llama.cpp and vLLM, 16 plain"
 PLAIN, LOOP, STACKED = "transformers generate, plain", "reference loop, 1 aligned", "stacked in transformers, 8 aligned"
-RATIOS = [  # the first over the second, and what it is to reach
+RATIOS = [  # numerator, denominator, and the goal for their ratio
     ("ours, 1 aligned", LOOP, "≥ 6"),
     ("ours, 1 aligned", PLAIN, "≥ 3"),
     ("ours, 1 plain", "ours, 1 aligned", "≤ 1.2"),
@@ -225,7 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--exact", action=argparse.BooleanOptionalAction, default=True, help="with float32 weights too")
+    parser.add_argument("--exact", action=argparse.BooleanOptionalAction, default=True, help="float32 weights too")
     parser.add_argument("--llama-python", help="an interpreter that has llama_cpp")
     parser.add_argument("--vllm-python", help="an interpreter that has vLLM's CPU build")
     parser.add_argument("--output", type=Path)
@@ -235,14 +235,14 @@ def main() -> None:
     loaded = load()
     model_directory = loaded.model.config._name_or_path
     engine = Engine(loaded)
-    found_shares = shares(engine, prompts(engine)[1])
+    measured_shares = shares(engine, prompts(engine)[1])
     del loaded, engine
-    todo = list(cases(args))
+    all_cases = list(cases(args))
     for run in range(args.rounds + 1):  # the first round warms up
-        found = {name: case() for name, case in todo} | peers(args, model_directory)
-        for name, rate in found.items() if run else ():
+        current = {name: case() for name, case in all_cases} | peers(args, model_directory)
+        for name, rate in current.items() if run else ():
             rates.setdefault(name, []).append(rate)
-        print(f"round {run} of {args.rounds}:", {name: round(rate, 1) for name, rate in found.items()}, flush=True)
+        print(f"round {run} of {args.rounds}:", {name: round(rate, 1) for name, rate in current.items()}, flush=True)
     medians = {name: statistics.median(values) for name, values in rates.items()}
     print("\n".join(f"{name:45} {rate:8.1f} tokens/s" for name, rate in medians.items()))
     ratios = {}
@@ -251,11 +251,11 @@ def main() -> None:
             ratio = statistics.median(a / b for a, b in zip(rates[above], rates[below], strict=True))
             ratios[f"{above} ÷ {below}"] = ratio
             print(f"{above} ÷ {below}".ljust(75), verdict(ratio, goal))
-    for name, share in found_shares.items():
+    for name, share in measured_shares.items():
         print(name.ljust(75), verdict(share, SHARES[name]))
     if args.output:
         machine = {"processor": platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        result = {"machine": machine, "tokens_per_s": rates, "ratios": ratios, "shares": found_shares}
+        result = {"machine": machine, "tokens_per_s": rates, "ratios": ratios, "shares": measured_shares}
         args.output.write_text(json.dumps(result, indent=1))
 
 

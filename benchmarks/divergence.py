@@ -1,11 +1,11 @@
-"""What rounding the weights does to the policies: KL divergence per token from float32, in nats.
+"""Effect of weight rounding on the policies: KL divergence per token from float32, in nats.
 
     python benchmarks/divergence.py [MODEL] [--tokens 48]
 
-Replies are drawn greedily at ratio 2 with the weights as they are, then the same tokens are forced
-with each other setting, so that all see the same contexts. "mixed" is softmax(z_p + r·(z_p − z_b)) over
-the whole vocabulary, where the ratio amplifies what the rounding did; "same token" is how often the
-aligned greedy choice, plausible set included, stays the same.
+Replies are drawn greedily at ratio 2 with unrounded weights. Then every other setting is forced to the
+same tokens, so that all settings see the same contexts. "mixed" is softmax(z_p + r·(z_p − z_b)) over the
+whole vocabulary, where the ratio amplifies rounding errors. "same token" is the share of positions at
+which the aligned greedy choice (with the plausible set) stays the same.
 """
 
 import argparse
@@ -42,7 +42,7 @@ PRINCIPLES = ("Answer as a patient primary-school teacher.", "Favour whatever is
 
 
 class Recorder(Sampler):
-    """Keeps the logits; forces the tokens of an earlier run, if there was one."""
+    """Records logits and choices. forced: Tokens of an earlier run to return instead of the choices, or None."""
 
     def __init__(self, forced: list[int] | None) -> None:
         self.forced = forced

@@ -1,9 +1,9 @@
-"""Running streams while long prompts arrive: do they stall?
+"""Measures whether running streams stall while long prompts arrive.
 
     python benchmarks/fairness.py [--streams 4] [--prompts 4] [--prompt-tokens 4000] [--output FILE]
 
-Aligned streams run; then aligned prompts of some thousand tokens, all different, arrive one after the other. Told are
-the times between a stream's tokens before and meanwhile, at the client: median, 99th percentile, the longest.
+Aligned streams run. Then aligned prompts of some thousand tokens, all different, arrive one after the other. Prints
+the times between a stream's tokens, measured at the client, before and during this: median, 99th percentile, maximum.
 """
 
 import argparse
@@ -29,17 +29,17 @@ def body(content: str, **fields: Any) -> dict[str, Any]:
 
 
 async def stream(client: httpx.AsyncClient, number: int, arrivals: list[float]) -> None:
-    """One reply after the other, until it is cancelled."""
-    asked = body(f"{number}. Tell me about towns.", stream=True, max_tokens=8000)
+    """Stream one reply after the other, until the task is cancelled."""
+    request = body(f"{number}. Tell me about towns.", stream=True, max_tokens=8000)
     while True:
-        async with client.stream("POST", "/v1/chat/completions", json=asked) as response:
+        async with client.stream("POST", "/v1/chat/completions", json=request) as response:
             response.raise_for_status()
             async for line in response.aiter_lines():
                 arrivals += [time.perf_counter()] if line.startswith("data: {") else []
 
 
 async def prompt(client: httpx.AsyncClient, number: int, num_words: int) -> float:
-    """Seconds to the first token of a prompt of so many words, a token each."""
+    """Seconds to the first token of a prompt with this number of words (one token each)."""
     words = " ".join(bench.WORDS[(i * (number + 3) + i // 7) % len(bench.WORDS)] for i in range(num_words))
     began = time.perf_counter()
     response = await client.post("/v1/chat/completions", json=body(f"{number}. {words}", max_tokens=1))
@@ -51,14 +51,14 @@ def gaps(arrivals: list[float], begin: float, end: float) -> list[float]:
     return [b - a for a, b in itertools.pairwise(arrivals) if begin <= a and b <= end]
 
 
-def told(found: list[float]) -> dict[str, float]:
-    percentiles = statistics.quantiles(found, n=100)
-    median = statistics.median(found)
+def summary(values: list[float]) -> dict[str, float]:
+    percentiles = statistics.quantiles(values, n=100)
+    median = statistics.median(values)
     return {
-        "tokens": len(found),
+        "tokens": len(values),
         "median_ms": 1000 * median,
         "p99_ms": 1000 * percentiles[98],
-        "longest_ms": 1000 * max(found),
+        "longest_ms": 1000 * max(values),
         "p99_over_median": percentiles[98] / median,
     }
 
@@ -77,8 +77,8 @@ async def measure(url: str, args: argparse.Namespace) -> dict[str, Any]:
         for one in running:
             one.cancel()
         return {
-            "before": told([gap for one in arrivals for gap in gaps(one, began, arrived)]),
-            "meanwhile": told([gap for one in arrivals for gap in gaps(one, arrived, ended)]),
+            "before": summary([gap for one in arrivals for gap in gaps(one, began, arrived)]),
+            "meanwhile": summary([gap for one in arrivals for gap in gaps(one, arrived, ended)]),
             "first token of the long prompts, s": waits,
         }
 

@@ -1,12 +1,12 @@
-"""The engine on one GPU: whether it is right, and how fast it is. benchmarks/README.md has the command.
+"""Correctness and speed of the engine on one GPU. benchmarks/README.md has the command.
 
-Every measurement has a time limit of its own, in a process that it shares with others as long as the device works.
-The output, one JSON, is whole after each measurement. What fails has its traceback there; what no longer fits the
-budget is named, and `--resume` goes on with it. A feature that fails is tried again without CUDA graphs, without
-torch.compile, without Triton, so that the report tells which of them is at fault.
+Every measurement has its own time limit. Measurements share a process as long as the device works. The output, one
+JSON file, is complete after each measurement. It has the traceback of each failure, and names the measurements that
+exceed the budget; `--resume` continues with these. A feature that fails is tried again without CUDA graphs, without
+torch.compile, and without Triton, to show which of them is at fault.
 
-Weights are random: no checkpoint is needed. --tiny runs all of it on toy shapes, on any machine: for testing the
-script, its numbers mean nothing.
+Weights are random, so no checkpoint is needed. --tiny runs everything on toy shapes on any machine, to test the
+script; its numbers are meaningless.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def measurement(function: str, limit: float, group: str, *arguments: str, shared
     return Measurement(f"gpu_measurements.{function}", limit, group, arguments, shared)
 
 
-MEASUREMENTS = {  # in the order of their worth
+MEASUREMENTS = {  # the most important ones first
     "about": measurement("bench:about", 60, "about"),
     **{f"smoke: {name}": measurement("smoke:smoke", 30, "smoke", name) for name in FEATURES},
     "smoke: compiled": measurement("smoke:smoke", 90, "smoke, compiled", "compiled"),
@@ -43,16 +43,16 @@ MEASUREMENTS = {  # in the order of their worth
     "256": measurement("speed:many", 90, "large"),
     "profile of one": measurement("speed:profile_one", 30, "large"),
     "profile of 64": measurement("speed:profile_some", 30, "large"),
-    "HTTP": measurement("over_http:over_http", 90, "large"),  # here, as it needs the same engine
+    "HTTP": measurement("over_http:over_http", 90, "large"),  # in this group, because it uses the same engine
     "generate with guidance": measurement("peers:guided_generate", 60, "peers"),
     "bfloat16": measurement("precision:bfloat16", 60, "rest"),
     "invariance": measurement("precision:invariance", 60, "rest"),
     "attention": measurement("rest:attention", 30, "rest"),
     "prompt lookup": measurement("rest:prompt_lookup", 120, "rest"),
-    "continuous batching": measurement("peers:continuous_batching", 180, "slow peers"),  # the slowest: last
+    "continuous batching": measurement("peers:continuous_batching", 180, "slow peers"),  # the slowest one
 }
 
-GOALS: dict[str, tuple[str, float, Callable[[dict[str, Any]], float]]] = {  # of what was measured
+GOALS: dict[str, tuple[str, float, Callable[[dict[str, Any]], float]]] = {  # functions of all measured values
     "1 aligned, tokens/s of the roofline's": (
         ">=", 0.85,
         lambda m: m["bytes of weights that a step reads"] / m["copy bandwidth, bytes/s"] / m["1 aligned, s a step"],
@@ -82,23 +82,23 @@ GOALS: dict[str, tuple[str, float, Callable[[dict[str, Any]], float]]] = {  # of
 
 
 def ratios(measured: dict[str, Any]) -> dict[str, Any]:
-    """Every goal with what was reached; None where it was not measured."""
-    found = {}
+    """Every goal with the measured value, which is None if something is missing, and whether it is met."""
+    result = {}
     for name, (kind, goal, function) in GOALS.items():
         try:
             value = function(measured)
         except (KeyError, TypeError, ZeroDivisionError):
             value = None
         met = None if value is None else value >= goal if kind == ">=" else value <= goal
-        found[name] = {"value": value, "goal": f"{kind} {goal}", "met": met}
-    return found
+        result[name] = {"value": value, "goal": f"{kind} {goal}", "met": met}
+    return result
 
 
 def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("gpu.json"))
-    parser.add_argument("--budget", type=float, default=480.0, help="seconds of all, imports included")
-    parser.add_argument("--resume", type=Path, help="an earlier output: what it has is not measured again")
+    parser.add_argument("--budget", type=float, default=480.0, help="seconds in total, imports included")
+    parser.add_argument("--resume", type=Path, help="an earlier output; its results are not measured again")
     parser.add_argument("--only", nargs="*", choices=MEASUREMENTS, metavar="NAME", help="these measurements")
     parser.add_argument("--tiny", action="store_true", help="toy shapes, on any machine")
     options = parser.parse_args(args)

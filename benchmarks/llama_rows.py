@@ -1,4 +1,4 @@
-"""llama.cpp's decode step by number of rows: python llama_rows.py FILE.gguf STEPS THREADS. For benchmarks/cpu.py."""
+"""llama.cpp's decode rate by number of rows, for benchmarks/cpu.py: python llama_rows.py FILE.gguf STEPS THREADS"""
 
 import ctypes
 import json
@@ -11,7 +11,7 @@ PROMPT = 60
 
 
 def fill(batch, entries):
-    """entries: (token, position, sequence, whether its logits are wanted)."""
+    """entries: (token, position, sequence, whether to compute its logits)."""
     batch.n_tokens = len(entries)
     for i, (token, position, sequence, wanted) in enumerate(entries):
         batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1

@@ -1,10 +1,10 @@
-"""linalign serve on this machine, over HTTP: start, memory, a chat's second turn, streams against the engine alone.
+"""`linalign serve` on this machine, over HTTP: start, memory, a chat's second turn, streams versus the engine alone.
 
     python benchmarks/serving.py [--streams 1 16 64] [--output FILE]
 
-The start counts from the command to the first token, the model's copy being in the cache and the
-libraries in the page cache: run it twice. Streams are aligned; the engine alone runs the same prompts in
-a process of its own, without HTTP, before the server starts.
+The start is measured from the command to the first token. Run it twice, so that the converted model is in the cache
+and the libraries are in the page cache. Streams are aligned. The engine alone runs the same prompts in its own
+process without HTTP, before the server starts.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def served() -> Iterator[tuple[str, int]]:
 
 
 def first_token(url: str, messages: list[dict[str, str]], max_tokens: int = 1) -> tuple[float, str]:
-    """Seconds until the first content of an aligned stream, and the whole reply. Tries until there is a server."""
+    """Seconds to the first content of an aligned stream, and the whole reply. Retries until the server is up."""
     body = {
         "messages": messages,
         "principle": PRINCIPLE,
@@ -86,7 +86,7 @@ def first_token(url: str, messages: list[dict[str, str]], max_tokens: int = 1) -
 
 
 def second_turn(url: str, run: int) -> float:
-    """The second turn's time to first token over the first's: 1,500 tokens of history."""
+    """Time to first token of the second turn divided by the first turn's, with 1,500 tokens of history."""
     story = " ".join(bench.WORDS[(i * (run + 3)) % len(bench.WORDS)] for i in range(1450))
     messages = [{"role": "user", "content": f"{run}. {story}"}]
     first, reply = first_token(url, messages, max_tokens=32)
@@ -97,9 +97,9 @@ def second_turn(url: str, run: int) -> float:
 
 def memory(pid: int) -> float:
     """Resident memory in GB."""
-    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    assert found
-    return int(found[1]) * 1024 / 1e9
+    match = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert match
+    return int(match[1]) * 1024 / 1e9
 
 
 def settings(url: str, streams: int) -> BenchSettings:
@@ -116,7 +116,7 @@ def settings(url: str, streams: int) -> BenchSettings:
 
 
 def engine_alone(streams: int) -> float:
-    """Seconds for the requests of `settings`, in the engine only."""
+    """Seconds that the engine alone needs for the requests of `settings`."""
     bodies = bench.chats(settings("", streams), "smollm2")
     command = [sys.executable, "-c", ALONE]
     done = subprocess.run(
@@ -141,11 +141,11 @@ def main() -> None:
             second_turn(url, run) for run in range(3)
         )
         for streams in args.streams:
-            found = asyncio.run(bench.bench(settings(url, streams)))
+            measured = asyncio.run(bench.bench(settings(url, streams)))
             result["streams"][streams] = {
-                "over HTTP, tokens/s": found["tokens_per_s"],
-                "engine alone over HTTP, time": alone[streams] / found["wall_s"],
-                "inter_token_ms": found["inter_token_ms"],
+                "over HTTP, tokens/s": measured["tokens_per_s"],
+                "engine alone over HTTP, time": alone[streams] / measured["wall_s"],
+                "inter_token_ms": measured["inter_token_ms"],
             }
         result["resident memory after the load, GB"] = memory(pid)
     print(json.dumps(result, indent=1))

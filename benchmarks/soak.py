@@ -1,10 +1,10 @@
-"""Random mixed traffic with random aborts against a real server: is everything as before when it is over?
+"""Random mixed traffic with random aborts against a real server: checks that nothing is left over afterwards.
 
     python benchmarks/soak.py [--minutes 20] [--clients 8] [--seed 0] [--output FILE]
 
-A fifth of the time is warm-up. Then, and at the end, the server is let come to rest and looked at: resident memory,
-pages, tasks of the event loop, threads, open files. Every request must end as it should: with a whole reply, with the
-refusal that it asks for, or because its client left.
+A fifth of the time is warm-up. After it, and at the end, the idle server is inspected: resident memory, free pages,
+tasks of the event loop, threads, open files. Every request must end as expected: with a complete reply, with the
+refusal that it provokes, or because its client left.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import httpx
 from linalign.server.bench import WORDS
 
 NUM_PAGES = 600
-# A small KV cache, all of it in memory from the start, and counts that only the process itself knows.
+# A small KV cache that is resident from the start, and metrics that only the process itself knows.
 SERVER = f"""
 NUM_PAGES = {NUM_PAGES}
 import asyncio, threading
@@ -57,11 +57,11 @@ LEFT, DONE, REFUSED = "left", "done", "refused"
 
 @contextlib.contextmanager
 def served() -> Iterator[str]:
-    """A server of its own, that must end in order."""
+    """Start a server for this run; yield its URL. It must exit with status 0 at the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # glibc's malloc makes arenas for threads that come and go, whose growth would hide a leak.
+    # By default glibc's malloc creates arenas for new threads. Their growth would hide a leak.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "MALLOC_ARENA_MAX": "2"}
     command = [sys.executable, "-c", SERVER, "serve", "--port", str(port), "--max-num-seqs", "16"]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
@@ -79,50 +79,50 @@ def served() -> Iterator[str]:
         assert process.wait(60) == 0, "the server did not end in order"
 
 
-def text(dice: random.Random, most: int) -> str:
-    return " ".join(dice.choices(WORDS, k=dice.randint(1, most)))
+def text(rng: random.Random, most: int) -> str:
+    return " ".join(rng.choices(WORDS, k=rng.randint(1, most)))
 
 
-def request(dice: random.Random) -> tuple[str, dict[str, Any], int]:
-    """A path, a body, and the status that it deserves."""
-    body: dict[str, Any] = {"model": "smollm2", "temperature": dice.choice([0, 0.7, 1.5]), "seed": dice.randint(0, 99)}
-    if dice.random() < 0.7:
-        principle: Any = text(dice, 8)
-        if dice.random() < 0.2:
-            principle = [{"text": text(dice, 8), "ratio": dice.uniform(-2, 5)} for _ in range(dice.randint(1, 3))]
+def request(rng: random.Random) -> tuple[str, dict[str, Any], int]:
+    """A random path and body, and the expected status."""
+    body: dict[str, Any] = {"model": "smollm2", "temperature": rng.choice([0, 0.7, 1.5]), "seed": rng.randint(0, 99)}
+    if rng.random() < 0.7:
+        principle: Any = text(rng, 8)
+        if rng.random() < 0.2:
+            principle = [{"text": text(rng, 8), "ratio": rng.uniform(-2, 5)} for _ in range(rng.randint(1, 3))]
         body |= {
             "principle": principle,
-            "alignment_method": dice.choice(["linear", "cfg", "amulet", "adaptive", "opad"]),
+            "alignment_method": rng.choice(["linear", "cfg", "amulet", "adaptive", "opad"]),
         }
-    most = dice.choice([1, 8, 24, 60])
-    kind = dice.choice(["chat", "chat", "chat", "text", "responses", "tokenize", "bad"])
+    most = rng.choice([1, 8, 24, 60])
+    kind = rng.choice(["chat", "chat", "chat", "text", "responses", "tokenize", "bad"])
     if kind == "tokenize":
-        return "/tokenize", {"model": "smollm2", "prompt": text(dice, 300)}, 200
+        return "/tokenize", {"model": "smollm2", "prompt": text(rng, 300)}, 200
     if kind == "bad":
-        wrong = dice.choice([{"max_tokens": "x"}, {"unknown": 1}, {"max_tokens": 10**6}, {"alignment_ratio": 99}])
-        return "/v1/completions", body | {"prompt": text(dice, 5)} | wrong, 400
-    body["stream"] = dice.random() < 0.6
+        wrong = rng.choice([{"max_tokens": "x"}, {"unknown": 1}, {"max_tokens": 10**6}, {"alignment_ratio": 99}])
+        return "/v1/completions", body | {"prompt": text(rng, 5)} | wrong, 400
+    body["stream"] = rng.random() < 0.6
     if kind == "responses":
-        return "/v1/responses", body | {"input": text(dice, 60), "max_output_tokens": most}, 200
-    body |= {"max_tokens": most, "n": dice.choice([1, 1, 1, 2])}
-    body |= dice.choice(
+        return "/v1/responses", body | {"input": text(rng, 60), "max_output_tokens": most}, 200
+    body |= {"max_tokens": most, "n": rng.choice([1, 1, 1, 2])}
+    body |= rng.choice(
         [{}, {}, {"stop": ["e", "xyz"]}, {"presence_penalty": 1}, {"ignore_eos": True}, {"logit_bias": {"5": 3}}]
     )
     if kind == "text":
-        prompts = [text(dice, 100) for _ in range(dice.choice([1, 1, 3]))]
-        return "/v1/completions", body | {"prompt": prompts, "logprobs": dice.choice([None, 3])}, 200
-    turns = [{"role": "user", "content": text(dice, dice.choice([10, 10, 400]))}]
+        prompts = [text(rng, 100) for _ in range(rng.choice([1, 1, 3]))]
+        return "/v1/completions", body | {"prompt": prompts, "logprobs": rng.choice([None, 3])}, 200
+    turns = [{"role": "user", "content": text(rng, rng.choice([10, 10, 400]))}]
     extras: list[dict[str, Any]] = [{}, {}, {"logprobs": True, "top_logprobs": 5}, {"alignment_trace": True}]
     extras += [{"tools": [TOOL], "tool_choice": "required", "max_tokens": 60}]
     extras += [{"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}}]
-    return "/v1/chat/completions", body | {"messages": turns} | dice.choice(extras), 200
+    return "/v1/chat/completions", body | {"messages": turns} | rng.choice(extras), 200
 
 
-async def ask(client: httpx.AsyncClient, dice: random.Random) -> str:
-    """How one request ended. Anything that should not be is an AssertionError."""
-    path, body, status = request(dice)
-    leaves_after = dice.choice([None, None, dice.randint(0, 20)])  # lines
-    patience = dice.choice([None, None, None, dice.uniform(0, 0.5)])  # seconds
+async def ask(client: httpx.AsyncClient, rng: random.Random) -> str:
+    """Send one request; returns how it ended. Raises AssertionError for any unexpected end."""
+    path, body, status = request(rng)
+    leaves_after = rng.choice([None, None, rng.randint(0, 20)])  # lines until the client leaves
+    patience = rng.choice([None, None, None, rng.uniform(0, 0.5)])  # seconds until the client leaves
 
     async def whole() -> str:
         num_lines, last = 0, ""
@@ -154,48 +154,48 @@ async def traffic(url: str, num_clients: int, seconds: float, seed: int) -> Coun
     deadline = time.monotonic() + seconds
 
     async def one(number: int) -> None:
-        dice = random.Random(seed * 1000 + number)
+        rng = random.Random(seed * 1000 + number)
         async with httpx.AsyncClient(base_url=url, timeout=120) as client:
             while time.monotonic() < deadline:
-                ends[await ask(client, dice)] += 1
+                ends[await ask(client, rng)] += 1
 
     await asyncio.gather(*(one(number) for number in range(num_clients)))
     return ends
 
 
-def seen(url: str) -> dict[str, float]:
-    """What the server holds at this moment."""
+def snapshot(url: str) -> dict[str, float]:
+    """The server's current use of resources."""
     metrics = httpx.get(url + "/metrics", headers={"Connection": "close"}, timeout=60).raise_for_status().text
-    found = {name: float(value) for name, value in re.findall(r"^(\S+) (\S+)$", metrics, re.MULTILINE)}
+    values = {name: float(value) for name, value in re.findall(r"^(\S+) (\S+)$", metrics, re.MULTILINE)}
     return {
-        "running": found["linalign:num_requests_running"] + found["linalign:num_requests_waiting"],
-        "memory_mb": found["process_resident_memory_bytes"] / 1e6,
-        "open_files": found["process_open_fds"],
-        "tasks": found["soak_tasks"],
-        "threads": found["soak_threads"],
-        "free_pages": NUM_PAGES * (1 - found["linalign:kv_cache_usage_perc"]),
+        "running": values["linalign:num_requests_running"] + values["linalign:num_requests_waiting"],
+        "memory_mb": values["process_resident_memory_bytes"] / 1e6,
+        "open_files": values["process_open_fds"],
+        "tasks": values["soak_tasks"],
+        "threads": values["soak_threads"],
+        "free_pages": NUM_PAGES * (1 - values["linalign:kv_cache_usage_perc"]),
     }
 
 
 def at_rest(url: str) -> dict[str, float]:
-    """What it holds once nothing runs any more and connections that were kept, for 5 s, have ended."""
+    """The server's use of resources when it is idle and kept-alive connections (5 s) are closed."""
     time.sleep(6)
     deadline = time.monotonic() + 60
-    while (found := seen(url))["running"]:
+    while (state := snapshot(url))["running"]:
         assert time.monotonic() < deadline, "the server does not come to rest"
         time.sleep(0.2)
-    return found
+    return state
 
 
 def soak(seconds: float, num_clients: int = 8, seed: int = 0, warm_up: float = 0.2) -> dict[str, Any]:
-    """Ends of requests, what the server held after the warm-up and at the end, and its memory on the way."""
+    """Counts of how requests ended, resources after the warm-up and at the end, and memory in between."""
     with served() as url:
         ends = asyncio.run(traffic(url, num_clients, seconds * warm_up, seed))
         before, memory = at_rest(url), []
         num_parts = max(2, min(8, round(seconds / 60)))
         for part in range(1, 1 + num_parts):
             ends += asyncio.run(traffic(url, num_clients, seconds * (1 - warm_up) / num_parts, seed + part))
-            memory.append(round(seen(url)["memory_mb"]))
+            memory.append(round(snapshot(url)["memory_mb"]))
         return {"requests": dict(ends), "after_warm_up": before, "memory_mb": memory, "at_the_end": at_rest(url)}
 
 

@@ -1,4 +1,4 @@
-"""vLLM's CPU build by streams, plain: python vllm_rows.py MODEL_DIRECTORY STEPS. For benchmarks/cpu.py."""
+"""vLLM's CPU rate by number of plain streams, for benchmarks/cpu.py: python vllm_rows.py MODEL_DIRECTORY STEPS"""
 
 import json
 import sys

@@ -19,11 +19,11 @@ print(2, file=sys.stderr)
     done = fork_server.run(code, "a", "b c", cold=False, env=environment, cwd=tmp_path)
     assert done.stdout == f"['-c', 'a', 'b c'] 1 False {tmp_path}\n"
     assert done.returncode == 0
-    assert done.stderr.startswith("2\n")  # Triton may have more to say at the end
+    assert done.stderr.startswith("2\n")  # Triton may print more at the end
 
 
 @pytest.mark.parametrize(
-    ("code", "status", "said"),
+    ("code", "status", "words"),
     [
         ("", 0, ""),
         ("import sys; sys.exit(7)", 7, ""),
@@ -33,10 +33,10 @@ print(2, file=sys.stderr)
         ("import atexit; atexit.register(print, 'the end')", 0, ""),
     ],
 )
-def test_exit_status(code, status, said):
+def test_exit_status(code, status, words):
     done = fork_server.run(code, cold=False)
     assert done.returncode == status
-    assert said in done.stderr
+    assert words in done.stderr
     assert done.stdout == ("the end\n" if "atexit" in code else "")
 
 
@@ -47,7 +47,7 @@ def test_signals_and_time_outs():
             process.wait(0.05)
         os.kill(process.pid, signal.SIGTERM)
         assert process.wait(30) == process.poll() == -signal.SIGTERM
-        process.kill()  # which nobody hears
+        process.kill()  # on an ended process: no effect
 
 
 def test_standard_input():

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py on toy shapes, with what dies, hangs and fails on purpose."""
+"""benchmarks/gpu.py on toy shapes, with measurements that crash, hang and fail on purpose."""
 
 import contextlib
 import json
@@ -24,10 +24,10 @@ from gpu_measurements.rounding import to_fp8, to_int4, to_int8  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
-ELSEWHERE = {"smoke: fp8", "continuous batching"}  # not to be had on a CPU
+GPU_ONLY = {"smoke: fp8", "continuous batching"}  # unsupported on a CPU
 
 
-# Its processes are forks here, which need no time for imports: nothing has been run yet in what they are forked from.
+# Its processes are forks here, so that they need no imports. The process that they are forked from has run nothing yet.
 FORKED = """
 import multiprocessing, os, runpy, sys
 if "LONG_RUN" not in os.environ:
@@ -37,7 +37,7 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 
 
 def command(script, *args):
-    """Code and arguments, for a fork."""
+    """Code and arguments for a fork that runs the script."""
     return FORKED, script, "--tiny", *map(str, args)
 
 
@@ -47,22 +47,22 @@ def run_gpu(*args, script="benchmarks.gpu"):
 
 @contextlib.contextmanager
 def started(script, *args):
-    """The process, and what it prints, line by line."""
-    theirs, ours = os.pipe()
+    """Start the script; yield its process and the lines that it prints."""
+    read_end, write_end = os.pipe()
     code, *argv = command(script, *args)
-    process = fork_server.Process(code, ["-c", *argv], cwd=ROOT, stdout=ours)
-    os.close(ours)
-    with process, open(theirs) as lines:
+    process = fork_server.Process(code, ["-c", *argv], cwd=ROOT, stdout=write_end)
+    os.close(write_end)
+    with process, open(read_end) as lines:
         yield process, lines
 
 
-def begun(output):
+def started_names(output):
     return set(re.findall(r"^(.*): begins", output, re.MULTILINE))
 
 
 def result(path):
-    found = json.loads(path.read_text())
-    return found, {name: outcome["status"] for name, outcome in found["measurements"].items()}
+    report = json.loads(path.read_text())
+    return report, {name: outcome["status"] for name, outcome in report["measurements"].items()}
 
 
 def test_all_of_it_though_one_measurement_is_killed(tmp_path):
@@ -74,37 +74,37 @@ def test_all_of_it_though_one_measurement_is_killed(tmp_path):
             if begins := re.match(rf"{victim}: begins, process (\d+)", line):
                 os.kill(int(begins[1]), signal.SIGKILL)
     assert process.returncode == 0
-    found, statuses = result(output)
-    expected_statuses = dict.fromkeys(gpu.MEASUREMENTS, "ok") | dict.fromkeys(ELSEWHERE, "not to be had here")
+    report, statuses = result(output)
+    expected_statuses = dict.fromkeys(gpu.MEASUREMENTS, "ok") | dict.fromkeys(GPU_ONLY, "not to be had here")
     assert statuses == expected_statuses | {victim: "killed"}, "".join(lines)
-    assert "SIGKILL" in found["measurements"][victim]["why"]
-    rows = found["ratios"]
+    assert "SIGKILL" in report["measurements"][victim]["why"]
+    rows = report["ratios"]
     assert {name for name, row in rows.items() if row["value"] is None} == {
         "64 aligned, row tokens/s of transformers' continuous batching"
     }
     assert rows["float32 greedy replies that differ from the CPU oracle's"]["met"]
     assert rows["batch-invariant, greedy tokens that differ alone and in a crowd"]["met"]
     assert rows["bfloat16, mean KL to float32, nats"]["met"]
-    profile = found["measurements"]["profile of one"]["measured"]["profile of 1 aligned"]
+    profile = report["measurements"]["profile of one"]["measured"]["profile of 1 aligned"]
     assert len(profile["kernels"]) == 20
     assert profile["s a step in kernels"] > 0
 
     again = tmp_path / "again.json"
     printed = run_gpu("--resume", output, "--output", again)
-    assert begun(printed) == {"about", victim, *ELSEWHERE}
-    found, statuses = result(again)
+    assert started_names(printed) == {"about", victim, *GPU_ONLY}
+    report, statuses = result(again)
     assert statuses == expected_statuses
 
-    found["measurements"]["about"]["measured"]["device"] = "another one"
-    output.write_text(json.dumps(found))
+    report["measurements"]["about"]["measured"]["device"] = "another one"
+    output.write_text(json.dumps(report))
     printed = run_gpu("--resume", output, "--only", victim, "--output", again)
-    assert begun(printed) == {"about", victim}
+    assert started_names(printed) == {"about", victim}
     assert result(again)[1] == {"about": "ok", victim: "ok"}
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    """What is left of a run whose measurements die, hang and fail."""
+    """Outcomes and output of a run whose measurements crash, hang and fail."""
     output = tmp_path_factory.mktemp("planted") / "gpu.json"
     printed = run_gpu("--output", output, script="tests.planted_measurements")
     return result(output)[0]["measurements"], printed
@@ -154,15 +154,15 @@ def test_what_dies_hangs_or_fails_harms_nothing_else(planted):
 
 def test_a_process_is_shared_as_long_as_the_device_works(planted):
     outcomes, printed = planted
-    by = {
+    pids = {
         name: outcome["measured"]["seen by"]
         for name, outcome in outcomes.items()
         if "seen by" in outcome.get("measured", {})
     }
-    assert by["first"] == by["second"]
-    assert by["after hanging"] == by["after failing"]
-    assert len({by[name] for name in ("first", "after death", "after hanging", "after breaking")}) == 4
-    assert by["shared"] == by["after that"]  # it is made again in the new process
+    assert pids["first"] == pids["second"]
+    assert pids["after hanging"] == pids["after failing"]
+    assert len({pids[name] for name in ("first", "after death", "after hanging", "after breaking")}) == 4
+    assert pids["shared"] == pids["after that"]  # the new process runs the shared measurement again
     assert len(re.findall("^shared: begins", printed, re.MULTILINE)) == 2
     assert "needs it: begins" not in printed
 
@@ -174,7 +174,7 @@ def test_a_failed_feature_is_tried_without_each_part_of_the_engine(planted):
         assert tries["Triton"] == "ok"
         assert "Triton is at fault" in tries["graphs"]
         assert "Triton is at fault" in tries["compile"]
-    assert all("shapes do not match" in told for told in outcomes["smoke: three"]["without"].values())
+    assert all("shapes do not match" in message for message in outcomes["smoke: three"]["without"].values())
     tried = re.findall(r"^(smoke: \w+) without Triton", printed, re.MULTILINE)
     assert tried == ["smoke: one", "smoke: three", "smoke: two"], "each kind of failure comes first"
 
@@ -186,10 +186,10 @@ def test_the_output_is_json_whatever_was_measured(planted):
 
 
 def test_processes_end_with_the_one_that_started_them(tmp_path):
-    """Or they would hold the device's memory, where the next run looks for it."""
+    """Otherwise they would keep the device's memory that the next run needs."""
     run = ("tests.planted_measurements", "--only", "hangs", "--output", tmp_path / "gpu.json")
     with started(*run) as (process, printed):
-        child = next(int(found[1]) for line in printed if (found := re.match(r"hangs: begins, process (\d+)", line)))
+        child = next(int(match[1]) for line in printed if (match := re.match(r"hangs: begins, process (\d+)", line)))
         process.kill()
     with contextlib.suppress(psutil.NoSuchProcess):
         psutil.Process(child).wait(timeout=30)
@@ -231,7 +231,7 @@ def test_the_oracles_rounding_is_torchaos(quantization):
 
 
 def torchaos(quantization, weight):
-    """torchao's numbers and scales, multiplied in float64."""
+    """torchao's integers and scales, multiplied in float64."""
     from torchao.quantization import Float8Tensor, Int8WeightOnlyConfig, PerRow, quant_primitives, quantize_
 
     if quantization == "int8":
@@ -242,7 +242,7 @@ def torchaos(quantization, weight):
     if quantization == "fp8":
         rounded = Float8Tensor.from_hp(weight, granularity=PerRow())
         return rounded.qdata.double() * rounded.scale
-    # its tensor is made on GPUs alone; these are the functions that it calls
+    # torchao creates int4 tensors on GPUs only; these are the functions that it calls
     block, limits = (1, 128), (0, 15)
     scale, middle = quant_primitives._choose_qparams_affine_tinygemm(
         weight, quant_primitives.MappingType.ASYMMETRIC, block, torch.int32, *limits
@@ -254,20 +254,20 @@ def torchaos(quantization, weight):
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_expected_is_what_the_oracle_says(name):
-    kept = json.loads(expected.EXPECTED.read_text())["features"][name]
-    found = expected.of_feature(FEATURES[name])
-    assert found.keys() == kept.keys()
-    assert found["tokens"] == kept["tokens"]
-    for key in found.keys() - {"tokens"}:
-        for mine, theirs in zip(found[key], kept[key], strict=True):
-            assert mine == pytest.approx(theirs, abs=1e-9)
+    stored = json.loads(expected.EXPECTED.read_text())["features"][name]
+    computed = expected.of_feature(FEATURES[name])
+    assert computed.keys() == stored.keys()
+    assert computed["tokens"] == stored["tokens"]
+    for key in computed.keys() - {"tokens"}:
+        for a, b in zip(computed[key], stored[key], strict=True):
+            assert a == pytest.approx(b, abs=1e-9)
 
 
 def test_expected_replies_in_float32_are_the_oracles():
-    kept = json.loads(expected.EXPECTED.read_text())["float32"]
-    assert len(kept["replies"]) == precision.NUM_PROMPTS
+    stored = json.loads(expected.EXPECTED.read_text())["float32"]
+    assert len(stored["replies"]) == precision.NUM_PROMPTS
     loaded = expected.exact_model(expected.SMALL, expected.torch.float32, expected.CPU, precision.SCALE, precision.SEED)
-    assert precision.checksum(loaded) == kept["weights"]
-    reply = kept["replies"][3]
+    assert precision.checksum(loaded) == stored["weights"]
+    reply = stored["replies"][3]
     gap = expected.least_gap(expected.oracle_of(loaded), precision.judged_prompt(reply["prompt"]), reply["tokens"])
     assert gap > expected.CLEAR

@@ -1,4 +1,4 @@
-"""The load that benchmarks/gpu.py puts on an engine: all of it has to run at once before anything is timed."""
+"""The load of benchmarks/gpu.py: all requests must be running at once before anything is timed."""
 
 import sys
 from pathlib import Path
@@ -16,8 +16,8 @@ from gpu_measurements.bench import LARGE, TINY, Bench, random_model, start_decod
 
 pytestmark = pytest.mark.slow
 
-SHARE = 32  # of the rows, and of the tokens of a step, that the large shape has; its prompts are as long
-MAX_NUM_BATCHED_TOKENS = 2048 // SHARE  # an engine's on a GPU
+SHARE = 32  # divisor of the large shape's rows and of the tokens per step; prompts have their full length
+MAX_NUM_BATCHED_TOKENS = 2048 // SHARE  # 2048 is the default on a GPU
 NUM_ROWS = 2 * LARGE.many // SHARE
 
 
@@ -38,17 +38,18 @@ def engine_of(loaded, max_num_seqs=NUM_ROWS):
 
 
 def load(aligned):
-    """Prompts of `NUM_ROWS` branches in all, without a prefix in common."""
-    chance = torch.Generator().manual_seed(0)
+    """Prompts with `NUM_ROWS` branches in total and no common prefix."""
+    generator = torch.Generator().manual_seed(0)
     prompts = []
     for _ in range(NUM_ROWS // (1 + aligned)):
-        ids = torch.randint(10, TINY.model["vocab_size"], (LARGE.principle + LARGE.prompt,), generator=chance).tolist()
+        size = (LARGE.principle + LARGE.prompt,)
+        ids = torch.randint(10, TINY.model["vocab_size"], size, generator=generator).tolist()
         base = tuple(ids[LARGE.principle :])
         prompts.append(Prompt((tuple(ids),), (1.0,), (2.0,), base) if aligned else Prompt((tuple(ids),)))
     return prompts
 
 
-@pytest.mark.timeout(120)  # it once went on for ever: what came first had ended before the last had begun
+@pytest.mark.timeout(120)  # this once looped forever, because the first replies ended before the last ones began
 @pytest.mark.parametrize("aligned", [False, True], ids=["plain", "aligned"])
 def test_all_of_a_load_far_larger_than_a_step_runs_at_once(loaded, aligned):
     engine, prompts, max_tokens = engine_of(loaded), load(aligned), 8
@@ -57,7 +58,7 @@ def test_all_of_a_load_far_larger_than_a_step_runs_at_once(loaded, aligned):
     running = engine.scheduler.running
     assert len(running) == len(prompts)
     assert all(sequence.output_ids and sequence.status is Status.RUNNING for sequence in running)
-    for _ in range(max_tokens - 1):  # as many are measured
+    for _ in range(max_tokens - 1):  # the number of measured steps
         assert engine.step()
     assert len(running) == len(prompts)
     assert engine.scheduler.num_preemptions == 0

@@ -1,4 +1,4 @@
-"""What is built is what people install: sdist and wheel, and the wheel where no source tree is near."""
+"""The sdist and the wheel: their contents, and the installed wheel far from the source tree."""
 
 import json
 import os
@@ -34,7 +34,7 @@ BUILD = (
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A folder with both, built as a frontend builds them, from a copy of the tracked files."""
+    """A folder with sdist and wheel, built as a build frontend does, from a copy of the tracked files."""
     folder = tmp_path_factory.mktemp("built")
     source = folder / "source"
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True).stdout
@@ -49,7 +49,7 @@ def built(tmp_path_factory):
     (sdist,) = folder.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         archive.extractall(folder / "unpacked", filter="data")
-    (unpacked,) = (folder / "unpacked").iterdir()  # the wheel is made from the sdist, so that the sdist is whole
+    (unpacked,) = (folder / "unpacked").iterdir()  # build the wheel from the sdist, to check that the sdist is complete
     subprocess.run([sys.executable, "-c", BUILD, str(folder), "wheel"], cwd=unpacked, check=True, capture_output=True)
     return folder
 
@@ -63,7 +63,7 @@ def wheel(built):
 
 @pytest.fixture(scope="module")
 def sources():
-    """Tracked files, by folder and name."""
+    """Tracked regular files, as paths relative to the repository."""
     names = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, check=True, text=True
     ).stdout.splitlines()
@@ -72,21 +72,21 @@ def sources():
 
 @pytest.fixture(scope="module")
 def installed(built, tmp_path_factory):
-    """A folder with the wheel alone; its dependencies are those of this environment."""
+    """A folder with only the wheel installed. Its dependencies come from this environment."""
     folder = tmp_path_factory.mktemp("installed")
     (path,) = built.glob("*.whl")
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(folder), str(path)]
     subprocess.run(pip, check=True)
     where = [sys.executable, "-c", "import linalign.server as server; print(server.__file__)"]
-    found = subprocess.run(
+    result = subprocess.run(
         where, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}, capture_output=True, text=True
     )
-    assert Path(found.stdout.strip()).is_relative_to(folder)  # and not the source tree's
+    assert Path(result.stdout.strip()).is_relative_to(folder)  # not from the source tree
     return folder
 
 
 def source_of(name):
-    """The tracked file that an archive has under linalign/, where it is reached by a link."""
+    """The tracked file of an archive's path; paths under linalign/ are links."""
     return str((ROOT / name).resolve().relative_to(ROOT))
 
 
@@ -96,7 +96,7 @@ def command(installed, *args):
 
 @pytest.fixture
 def elsewhere(tmp_path):
-    """A working directory whose folders are called like ours."""
+    """A working directory whose folders have the same names as ours."""
     for name in ("server", "alignment_core", "evaluation", "configs", "deploy"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise ImportError('the wrong one')")
@@ -113,14 +113,14 @@ def run(installed, elsewhere, *args):
 
 
 def test_the_wheel_has_what_runs_and_nothing_else(wheel, sources):
-    ours = {source_of(name) for name in wheel.namelist() if ".dist-info/" not in name}
+    packaged = {source_of(name) for name in wheel.namelist() if ".dist-info/" not in name}
     packages = ("alignment_core/", "configs/", "deploy/ray/", "evaluation/", "linalign/__init__.py", "server/")
-    assert ours == {name for name in sources if name.startswith(packages)}
-    assert {"alignment_core/py.typed", "alignment_core/cpu/kernels.cpp", "server/playground/index.html"} <= ours
+    assert packaged == {name for name in sources if name.startswith(packages)}
+    assert {"alignment_core/py.typed", "alignment_core/cpu/kernels.cpp", "server/playground/index.html"} <= packaged
 
 
 def test_one_import_name(wheel, installed, elsewhere):
-    """The packages that a wheel without linalign/ would put beside everyone else's are nowhere."""
+    """No package exists outside linalign/."""
     folders = {name.partition("/")[0] for name in wheel.namelist()}
     assert folders == {"linalign", f"linalign-{version('linalign')}.dist-info"}
     code = """
@@ -130,10 +130,10 @@ names = ("alignment_core", "configs", "deploy", "evaluation", "server")
 print([name for name in names if importlib.util.find_spec(name)])
 """
     env = {**os.environ, "PYTHONPATH": str(installed)}
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code], cwd=elsewhere, env=env, capture_output=True, text=True, check=True
     )
-    assert found.stdout == "[]\n"
+    assert result.stdout == "[]\n"
 
 
 def test_the_public_names():
@@ -146,8 +146,8 @@ def test_the_public_names():
 
 def test_the_licences_of_all_that_is_inside(wheel, sources):
     licences = {name for name in sources if Path(name).name == "LICENSE"}
-    told = {source_of(name.partition("/licenses/")[2]) for name in wheel.namelist() if "/licenses/" in name}
-    assert told == licences
+    packaged = {source_of(name.partition("/licenses/")[2]) for name in wheel.namelist() if "/licenses/" in name}
+    assert packaged == licences
     vendored = {name.split("/")[3] for name in sources if name.startswith("server/playground/vendor/")}
     assert {name.split("/")[3] for name in licences if "vendor" in name} == vendored
 
@@ -156,20 +156,20 @@ def test_the_sdist_has_all_but_what_is_for_this_repository(built, sources):
     (path,) = built.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {source_of(member.name.partition("/")[2]) for member in archive.getmembers() if member.isfile()}
-    made = {name for name in names if ".egg-info/" in name} | {"PKG-INFO", "setup.cfg"}
-    assert names - made <= sources
+    generated = {name for name in names if ".egg-info/" in name} | {"PKG-INFO", "setup.cfg"}
+    assert names - generated <= sources
     assert sources - names == {".ci/run", ".gitignore"}
     assert not any(name.endswith((".pyc", ".safetensors", ".gguf")) for name in names)
 
 
 def test_the_metadata(wheel):
     (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
-    told = message_from_bytes(wheel.read(name))
-    assert told["Version"] == PROJECT["version"] == version("linalign")
-    assert told["License-Expression"] == "Apache-2.0 AND BSD-3-Clause AND MIT"
-    assert set(told.get_all("Provides-Extra")) == set(PROJECT["optional-dependencies"])
-    assert told["Description-Content-Type"] == "text/markdown"
-    assert told.get_payload(decode=True).decode() == (ROOT / "README.md").read_text()
+    metadata = message_from_bytes(wheel.read(name))
+    assert metadata["Version"] == PROJECT["version"] == version("linalign")
+    assert metadata["License-Expression"] == "Apache-2.0 AND BSD-3-Clause AND MIT"
+    assert set(metadata.get_all("Provides-Extra")) == set(PROJECT["optional-dependencies"])
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata.get_payload(decode=True).decode() == (ROOT / "README.md").read_text()
     assert f"## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text()
 
 
@@ -181,9 +181,9 @@ def test_constraints_are_within_the_ranges_and_have_every_dependency():
     for text in [*PROJECT["dependencies"], *(text for texts in extras for text in texts)]:
         requirement = Requirement(text)
         exact = [specifier.version for specifier in requirement.specifier if specifier.operator == "=="]
-        if requirement.name != "triton":  # torch brings the one that fits it
-            found = exact or [pinned[canonicalize_name(requirement.name)].version]
-            assert requirement.specifier.contains(found[0]), text
+        if requirement.name != "triton":  # torch requires its own version
+            versions = exact or [pinned[canonicalize_name(requirement.name)].version]
+            assert requirement.specifier.contains(versions[0]), text
 
 
 def test_help_and_version_from_any_directory(installed, elsewhere):
@@ -193,7 +193,7 @@ def test_help_and_version_from_any_directory(installed, elsewhere):
         assert f"usage: linalign {name}" in run(installed, elsewhere, name, "--help")
 
 
-def test_the_installed_server_answers(installed, elsewhere, embedded):  # noqa: ARG001 - its converted copy is found then
+def test_the_installed_server_answers(installed, elsewhere, embedded):  # noqa: ARG001 - converts the model first
     port = free_port()
     env = {**os.environ, "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"}
     readme = (ROOT / "README.md").read_text()

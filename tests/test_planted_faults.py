@@ -1,4 +1,4 @@
-"""The tests are judged, too: each fault is planted in a copy of the project, whose short run must notice it."""
+"""Tests of the tests: each fault is planted in a copy of the project, and the tests of a short run must fail."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """right: what stands in the file, once. wrong: what a careless change makes of it. tests: those to notice it."""
+    """right: Text that occurs once in the file. wrong: The faulty text. tests: The tests that must fail."""
 
     file: str
     right: str
@@ -88,7 +88,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_what_a_fault_replaces_is_there_once(fault):
-    """So that the long run plants it."""
+    """Otherwise the long run could not plant the fault."""
     assert (ROOT / fault.file).read_text().count(fault.right) == 1
 
 
@@ -104,10 +104,10 @@ def test_a_planted_fault_is_noticed(fault, tmp_path):
     assert not run(command, copy, environment).returncode, "the tests fail without the fault"
     file = copy / fault.file
     file.write_text(file.read_text().replace(fault.right, fault.wrong))
-    noticed = run(command, copy, environment)
-    assert noticed.returncode == pytest.ExitCode.TESTS_FAILED, noticed.stdout
-    assert "FAILED tests" in noticed.stdout
-    print(*(line for line in noticed.stdout.splitlines() if line.startswith("FAILED")))
+    result = run(command, copy, environment)
+    assert result.returncode == pytest.ExitCode.TESTS_FAILED, result.stdout
+    assert "FAILED tests" in result.stdout
+    print(*(line for line in result.stdout.splitlines() if line.startswith("FAILED")))
 
 
 def run(command, folder, environment):

@@ -1,4 +1,4 @@
-"""What the README and docs/methods.md say is what happens."""
+"""The examples in the README and in docs/methods.md give the results that are printed there."""
 
 import re
 import subprocess
@@ -49,4 +49,4 @@ def test_the_sdk_snippet(url):
 
 def test_the_library_example():
     code = blocks("python")[1]
-    assert fork_server.run(code, check=True, cold=True).stdout == reply(2)  # as a user of the library has it
+    assert fork_server.run(code, check=True, cold=True).stdout == reply(2)  # a new interpreter, as users have

@@ -1,4 +1,4 @@
-"""docs/reliability.md names tests: they are there."""
+"""Every test that docs/reliability.md names exists."""
 
 import re
 from pathlib import Path

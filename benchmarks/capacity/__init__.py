@@ -1,1 +1,1 @@
-"""What a GPU holds of a model and a load, and how fast it may be: arithmetic, nothing runs. See docs/scaling.md."""
+"""Estimates how much load a GPU can hold for a model, and how fast, by arithmetic. See docs/scaling.md."""

@@ -1,9 +1,9 @@
-"""What a GPU holds of a model and a load, and how fast it may be: arithmetic, nothing runs. See docs/scaling.md.
+"""Estimates how much load a GPU can hold for a model, and how fast, by arithmetic. See docs/scaling.md.
 
     python -m benchmarks.capacity CONFIG.json … --gpu h100 --users 200 [--principles 0 1] [--tensor-parallel-size 1 2] …
 
-CONFIG.json is a checkpoint's own (transformers' names), of a decoder without experts. One column for each
-combination of what takes several values. Needs Python alone; run it from the top of the repository.
+CONFIG.json is a checkpoint's config (with transformers' names) of a decoder without experts. The table has one column
+for each combination of options with several values. Needs only Python; run it from the top of the repository.
 """
 
 import argparse
@@ -21,10 +21,10 @@ from benchmarks.capacity.load import PAGE_SIZE, Load, held, prompt_tokens
 
 
 def rows(host: Host, load: Load, limits: Limits, sequences: int | None) -> dict[str, str]:
-    """The column of one plan. sequences: run at once, in place of the most that the limits allow."""
+    """One column of the table. sequences: Number that run at once, instead of the most that the limits allow."""
     own, _ = held(load)
     model, size = host.model, host.size
-    told = {
+    cells = {
         "weights a GPU, GB": f"{model.weight_bytes(size) / 1e9:.1f}",
         "KV cache, KB a token and branch": f"{model.kv_bytes() / 1e3:.0f}",
         "KV cache, tokens (pages)": f"{max(0, host.pool) * PAGE_SIZE:,} ({max(0, host.pool):,})",
@@ -41,9 +41,9 @@ def rows(host: Host, load: Load, limits: Limits, sequences: int | None) -> dict[
     else:
         state, limit = running(host, load, sequences), "as asked"
     if state is None:
-        return told | {"sequences at once, because of": f"none, {limit}"}
+        return cells | {"sequences at once, because of": f"none, {limit}"}
     alone = running(host, load, load.choices)
-    told |= {
+    cells |= {
         "sequences at once, because of": f"{state.sequences}, {limit}",
         "rows a step": f"{state.sequences * load.rows}",
         "first token, ms, alone / so many": f"{alone.first * 1e3:.0f} / {state.first * 1e3:.0f}",
@@ -51,27 +51,27 @@ def rows(host: Host, load: Load, limits: Limits, sequences: int | None) -> dict[
         "reply tokens/s": f"{state.requests * load.reply * load.choices:,.0f}",
     }
     if sequences is not None:
-        return told
+        return cells
     number = replicas(host, load, limits, affinity=True)
-    told |= {
+    cells |= {
         "users a replica": f"{state.users:.0f}",
         f"replicas for {limits.users:,} users, GPUs": f"{number}, {(number or 0) * size}",
     }
     if load.history and number:
         mean = limits.users / number
         others = replicas(host, load, limits, affinity=False)
-        told |= {
+        cells |= {
             "turns that find their history": f"{state.hits:.0%}",
             "replicas where turns go to any": str(others or "too slow"),
             "users of the fullest, if only hashed": f"{mean + math.sqrt(2 * mean * math.log(number)):.0f}",
         }
-    return told
+    return cells
 
 
 def table(columns: list[tuple[str, dict[str, str]]]) -> str:
-    names = list(dict.fromkeys(name for _, told in columns for name in told))
+    names = list(dict.fromkeys(name for _, cells in columns for name in cells))
     lines = [["", *(title for title, _ in columns)], ["---"] + ["---:"] * len(columns)]
-    lines += [[name, *(told.get(name, "–") for _, told in columns)] for name in names]
+    lines += [[name, *(cells.get(name, "–") for _, cells in columns)] for name in names]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -85,14 +85,14 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = found.add_argument
-    add("config", type=Path, nargs="+", help="a config.json, or a directory that has one")
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = result.add_argument
+    add("config", type=Path, nargs="+", help="a config.json, or a directory that contains one")
     add("--gpu", nargs="+", choices=GPUS, default=["h100"])
     for name in ("memory", "bandwidth", "tflops", "link", "latency", "overhead", "reserve"):
-        add(f"--{name}", type=float, help="in place of the table's, for all of --gpu")
+        add(f"--{name}", type=float, help="overrides the table's value for all of --gpu")
     for name in ("bandwidth-share", "tflops-share"):
-        add(f"--{name}", type=float, help=f"of it that is reached ({getattr(GPUS['h100'], name.replace('-', '_'))})")
+        add(f"--{name}", type=float, help=f"share that is reached ({getattr(GPUS['h100'], name.replace('-', '_'))})")
     add("--tensor-parallel-size", type=at_least(1), nargs="+", default=[1])
     add("--quantization", nargs="+", choices=["none", "fp8", "int8", "int4"], default=["none"])
     add("--kv-cache-dtype", choices=["float32", "bfloat16", "float16", "fp8"])
@@ -104,21 +104,21 @@ def parser() -> argparse.ArgumentParser:
             f"--{name}",
             type=at_least(1 if name in ("message", "reply", "choices") else 0),
             default=getattr(Load(), name),
-            help="choices of a request" if name == "choices" else "tokens",
+            help="choices per request" if name == "choices" else "tokens",
         )
     add("--think", type=float, default=Load().think, help="seconds between a reply and the user's next turn")
     add("--users", type=at_least(1), default=100)
     add("--max-num-seqs", type=at_least(1), default=64)
-    add("--first", type=float, default=1.0, help="seconds to the first token, on average, at most")
-    add("--token", type=float, default=50.0, help="milliseconds a token, at most")
-    add("--sequences", type=at_least(1), help="run so many at once, whatever the limits say")
-    return found
+    add("--first", type=float, default=1.0, help="most seconds to the first token, on average")
+    add("--token", type=float, default=50.0, help="most milliseconds per token")
+    add("--sequences", type=at_least(1), help="number that run at once, regardless of the limits")
+    return result
 
 
 def columns(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, str]]]:
-    """Raises ValueError, OSError."""
+    """Title and cells of each column. Raises ValueError for a plan that is not modelled, OSError for a missing file."""
     limits = Limits(args.users, args.max_num_seqs, args.first, args.token / 1e3)
-    given = {name: getattr(args, name) for name in Gpu.__dataclass_fields__ if getattr(args, name) is not None}
+    overrides = {name: getattr(args, name) for name in Gpu.__dataclass_fields__ if getattr(args, name) is not None}
     lengths = {
         name: getattr(args, name)
         for name in ("system", "principle", "history", "message", "reply", "choices", "shared", "think")
@@ -143,7 +143,7 @@ def columns(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, str]]]:
             (placement if principles else "", args.placement),
         ]
         title = ", ".join(part for part, all_values in parts if part and len(all_values) > 1) or kind
-        host = Host(model, replace(GPUS[gpu], **given), size)
+        host = Host(model, replace(GPUS[gpu], **overrides), size)
         load = Load(principles=principles, placement=placement, **lengths)
         yield title, rows(host, load, limits, args.sequences)
 

@@ -1,4 +1,4 @@
-"""GPUs and models, as numbers."""
+"""Numbers of GPUs and models."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,25 +8,21 @@ BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "fp8": 8, "int8": 8, "int4
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """memory: GB. bandwidth: of its memory, GB/s. tflops: dense, in 16 bits. link: to its neighbours, GB/s in one
-    direction. latency: µs of an all-reduce of a few bytes. The shares are what is reached of bandwidth and tflops,
-    overhead is what a step takes beside them, in ms; reserve is GB for the CUDA context, graphs and a full step.
-    These are assumptions.
-    """
+    """A GPU. The values with defaults are assumptions."""
 
-    memory: float
-    bandwidth: float
-    tflops: float
-    link: float
-    latency: float = 15
-    bandwidth_share: float = 0.8
-    tflops_share: float = 0.7
-    overhead: float = 1.0
-    reserve: float = 3.0
+    memory: float  # GB
+    bandwidth: float  # of its memory, GB/s
+    tflops: float  # dense, 16 bits
+    link: float  # bandwidth to other GPUs, GB/s in one direction
+    latency: float = 15  # of an all-reduce of a few bytes, µs
+    bandwidth_share: float = 0.8  # share of the bandwidth that is reached
+    tflops_share: float = 0.7  # share of the TFLOPS that is reached
+    overhead: float = 1.0  # additional time of a step, ms
+    reserve: float = 3.0  # memory for the CUDA context, graphs and a full step, GB
 
 
-PCIE = {"link": 32, "latency": 40}  # of the fourth generation
-GPUS = {  # by NVIDIA's data sheets, which count TFLOPS with sparsity, twice these, and links in both directions
+PCIE = {"link": 32, "latency": 40}  # fourth generation
+GPUS = {  # from NVIDIA's data sheets, which give TFLOPS with sparsity (twice these) and links in both directions
     "l4": Gpu(24, 300, 121, **PCIE),
     "l40s": Gpu(48, 864, 362, **PCIE),
     "a100": Gpu(80, 2039, 312, 300),  # SXM, 80 GB
@@ -38,25 +34,23 @@ GPUS = {  # by NVIDIA's data sheets, which count TFLOPS with sparsity, twice the
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """embedding, output, layers: parameters. bits, output_bits: of a weight in the layers and beyond.
-    kv_bits: of a number in the KV cache. A tied embedding counts as the output.
-    """
+    """Sizes of a model. A tied embedding counts as the output."""
 
-    embedding: int
-    output: int
-    layers: int
+    embedding: int  # parameters
+    output: int  # parameters
+    layers: int  # parameters of all layers
     num_layers: int
     hidden: int
     query: int  # query heads × their dimension
     kv: int  # key heads × their dimension
     kv_heads: int
-    bits: float
-    output_bits: float
-    kv_bits: float
+    bits: float  # per weight in the layers
+    output_bits: float  # per weight of output and embedding
+    kv_bits: float  # per number in the KV cache
 
     @classmethod
     def of(cls, config: dict[str, Any], quantization: str | None = None, kv_dtype: str | None = None) -> "Model":
-        """Raises ValueError for what is not modelled."""
+        """The sizes from a checkpoint's config. Raises ValueError for models with experts."""
         config = config.get("text_config", config)
         if any("expert" in name for name, value in config.items() if value):
             raise ValueError("models with experts are not modelled")
@@ -77,22 +71,22 @@ class Model:
             kv=kv,
             kv_heads=kv_heads,
             bits=BITS[quantization or dtype],
-            output_bits=BITS[dtype],  # linalign leaves it as it is
+            output_bits=BITS[dtype],  # linalign does not quantise the output layer
             kv_bits=BITS[kv_dtype or dtype],
         )
 
     def read_bytes(self, size: int = 1) -> float:
-        """Of weights that each of `size` GPUs reads in a step."""
+        """Bytes of weights that each of `size` GPUs reads per step."""
         return (self.layers * self.bits + self.output * self.output_bits) / 8 / size
 
     def weight_bytes(self, size: int = 1) -> float:
-        """That each GPU holds: the embedding is not split."""
+        """Bytes of weights that each GPU holds. The embedding is not split."""
         return self.read_bytes(size) + self.embedding * self.output_bits / 8
 
     def kv_bytes(self, size: int = 1) -> float:
-        """Of one token in one branch, all layers, on each GPU."""
+        """Bytes of one token in one branch, all layers, on each GPU."""
         return 2 * self.num_layers * self.kv * self.kv_bits / 8 / size
 
     def flops(self, tokens: float, context: float, logits: float) -> float:
-        """Of query tokens that see `context` tokens each, and as many logits."""
+        """Operations for `tokens` query tokens that see `context` tokens each, and for `logits` lines of logits."""
         return 2 * (tokens * (self.layers + 2 * self.num_layers * self.query * context) + logits * self.output)

@@ -1,40 +1,38 @@
-"""A turn of a chat, as tokens and pages: what is held, and what is computed."""
+"""A turn of a chat in tokens and pages: what is held in the cache, and what is computed."""
 
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-PAGE_SIZE = 16  # tokens, the engine's
-TEMPLATE = 5  # tokens that a chat template puts before and after a message
+PAGE_SIZE = 16  # tokens; the engine's default
+TEMPLATE = 5  # tokens of the chat template around a message
 
-# A branch, as its parts: (whose they are, how many tokens). Branches share what they begin with in common.
+# A branch as its parts: (owner, number of tokens). Branches share the parts that they have in common at the start.
 Branch = tuple[tuple[object, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A turn of a chat, in tokens. system: the system message, everybody's. history: the turns before.
-    principles: 0 is plain. shared: all users have the same principles. think: seconds between reply and next turn.
-    """
+    """A turn of a chat. Lengths are in tokens."""
 
-    system: int = 200
+    system: int = 200  # system message, the same for all users
     principle: int = 32
-    history: int = 0
+    history: int = 0  # earlier turns
     message: int = 300
     reply: int = 256
-    principles: int = 1
+    principles: int = 1  # 0 is plain
     placement: Literal["system", "user"] = "system"
-    shared: bool = False
+    shared: bool = False  # whether all users have the same principles
     choices: int = 1
-    think: float = 30.0
+    think: float = 30.0  # seconds between a reply and the next turn
 
     def branches(self, user: int, replied: int) -> Iterator[Branch]:
-        """Of all choices. What is computed once `replied` ≥ 1 tokens have been drawn: all but the newest of them."""
+        """Branches of all choices after `replied` ≥ 1 drawn tokens, without the newest one: it is not computed yet."""
         principles = [(("principle", i, None if self.shared else user), self.principle) for i in range(self.principles)]
         chat = (("header", TEMPLATE), (("history", user), self.history), (("message", user), self.message))
         for choice in range(self.choices):
-            # The prompt's last token is every choice's own: its logits are wanted, so it is never taken over.
+            # The prompt's last token is never shared, because each choice needs its logits.
             end = (("footer", TEMPLATE - 1), (("reply", user, choice), replied))
             for principle in (*principles, None):
                 yield self._branch(principle, chat, end)
@@ -46,17 +44,17 @@ class Load:
 
     @property
     def rows(self) -> int:
-        """Of one choice in a step."""
+        """Rows of one choice in a step."""
         return self.principles + 1
 
     @property
     def prompt(self) -> float:
-        """Tokens of a branch, on average."""
+        """Average number of tokens of a branch."""
         return sum(size for branch in self.branches(0, 1) for _, size in branch) / self.rows / self.choices
 
 
 def full_pages(branch: Branch) -> list[tuple[object, ...]]:
-    """The names of its full pages: equal names are equal prefixes."""
+    """Names of the branch's full pages. Equal names mean equal prefixes."""
     names, owners, end = [], [], 0
     for owner, size in branch:
         owners.append(owner)
@@ -66,7 +64,7 @@ def full_pages(branch: Branch) -> list[tuple[object, ...]]:
 
 
 def num_pages(branches: Iterable[Branch]) -> int:
-    """That the branches hold together."""
+    """Pages that the branches hold together."""
     full, partial = set(), 0
     for branch in branches:
         full.update(full_pages(branch))
@@ -75,7 +73,7 @@ def num_pages(branches: Iterable[Branch]) -> int:
 
 
 def num_computed(branches: Iterable[Branch], known: Iterable[Branch]) -> int:
-    """Tokens of prompts that a prefill computes, where the branches of `known` are in the cache."""
+    """Prompt tokens that a prefill computes if the branches of `known` are cached."""
     cached, tokens = {name for branch in known for name in full_pages(branch)}, 0
     for branch in branches:
         names = full_pages(branch)
@@ -86,17 +84,17 @@ def num_computed(branches: Iterable[Branch], known: Iterable[Branch]) -> int:
 
 
 def held(load: Load) -> tuple[int, int]:
-    """Pages of each user at the end of a reply, and those of all users together."""
+    """Pages of each user at the end of a reply, and pages that all users share."""
     one, two = (num_pages(b for user in range(n) for b in load.branches(user, load.reply)) for n in (1, 2))
     return two - one, 2 * one - two
 
 
 def prompt_tokens(load: Load, has_history: bool) -> int:
-    """Computed for one request: others have been there, and the same user's turns before where has_history."""
+    """Prompt tokens computed for one request. Other users' prompts are cached; `has_history`: own earlier turns too."""
     known = list(load.branches(1, 1))
     if has_history and load.history:
-        # The turn before had another message, so a principle at its end is of no use any more; and of its reply all
-        # but the newest computed token has been published.
+        # The previous turn had another message, so a principle behind the message can't be reused. All computed tokens
+        # of the previous reply are published; the newest token was never computed.
         computed = max(0, load.history - TEMPLATE - 1)
         principles = 0 if load.placement == "user" else load.principles
         before = replace(load, history=computed, message=0, principles=principles)

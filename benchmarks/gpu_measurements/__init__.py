@@ -1,1 +1,1 @@
-"""What `benchmarks/gpu.py` measures: a function each, which takes a Bench and returns numbers by name."""
+"""The measurements of `benchmarks/gpu.py`: functions that take a Bench and return numbers by name."""

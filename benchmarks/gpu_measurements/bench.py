@@ -1,4 +1,4 @@
-"""The device, the shapes, and random models on it."""
+"""The device, the shapes, and random models."""
 
 import copy
 import gc
@@ -26,23 +26,23 @@ WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life"
 
 
 class NotHere(Exception):
-    """This kind of device has no such thing."""
+    """A measurement that this kind of device does not support."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model, the load put on it in tokens, the crowds that stand for 64 and 256, and rounds of each measurement."""
+    """A model and the load on it; lengths in tokens."""
 
-    model: dict[str, int]
+    model: dict[str, int]  # fields of its LlamaConfig
     prompt: int = 512
     principle: int = 32
     reply: int = 256
-    some: int = 64
-    many: int = 256
-    rounds: int = 3
+    some: int = 64  # requests of the measurements called "64"
+    many: int = 256  # requests of the measurements called "256"
+    rounds: int = 3  # of each measurement
 
 
-LARGE = Shape(  # that of Llama-3.1-8B
+LARGE = Shape(  # the shape of Llama-3.1-8B
     {
         "vocab_size": 128_256,
         "hidden_size": 4096,
@@ -52,7 +52,7 @@ LARGE = Shape(  # that of Llama-3.1-8B
         "num_key_value_heads": 8,
     }
 )
-SMALL = {  # what a CPU judges in float64
+SMALL = {  # small enough for the float64 oracle on a CPU
     "vocab_size": 32_000,
     "hidden_size": 512,
     "intermediate_size": 1024,
@@ -64,10 +64,10 @@ TINY = Shape(SMALL | {"vocab_size": 600, "hidden_size": 64, "num_hidden_layers":
 
 
 class Bench:
-    """What the measurements of one process share.
+    """State that the measurements of one process share.
 
-    without: the part of the engine that a retry leaves out. partial: what the present measurement has found so far,
-    for the report if it fails.
+    without: The part of the engine that a retry leaves out, or None.
+    partial: Results so far of the current measurement, for the report if it fails.
     """
 
     def __init__(self, tiny: bool) -> None:
@@ -82,24 +82,24 @@ class Bench:
 
     @cached_property
     def loaded(self) -> LoadedModel:
-        """The large model in bfloat16, made on the device."""
+        """The large model in bfloat16 (float32 on a CPU), created on the device."""
         return random_model(self.shape.model, torch.bfloat16 if self.on_cuda else torch.float32, self.device)
 
     @cached_property
     def engine(self) -> Engine:
-        """Over `loaded`, for the most sequences that are measured; without drafts."""
+        """An engine with `loaded`, without drafts, for the most sequences that are measured."""
         return self.new_engine()
 
     def new_engine(self, **changes: Any) -> Engine:
         pages = {} if self.on_cuda else {"num_pages": 4000}
         sizes = {"max_num_seqs": 2 * self.shape.many, "max_model_len": 2048, "num_speculative_tokens": 0, **pages}
-        if self.without == "graphs":  # for good: other measurements go on with this engine
+        if self.without == "graphs":  # permanent, because later measurements use this engine too
             changes["enforce_eager"] = True
         with without(self.without):
             return Engine(self.loaded, EngineConfig(static=True, **sizes | changes))
 
     def timed(self, function: Callable[[], object]) -> float:
-        """Seconds, on the device's clock where it has one."""
+        """Seconds that the function takes, on the device's clock if it has one."""
         if not self.on_cuda:
             started = time.perf_counter()
             function()
@@ -115,21 +115,21 @@ class Bench:
         return statistics.median(function() for _ in range(rounds or self.shape.rounds))
 
     def prompt(self, number: int, aligned: bool, vocab_size: int | None = None) -> Prompt:
-        """Random words, other ones for each number: no two prompts have a prefix in common."""
-        shape, chance = self.shape, torch.Generator().manual_seed(number)
+        """A prompt of random words that depend on `number`, so that no two prompts have a common prefix."""
+        shape, generator = self.shape, torch.Generator().manual_seed(number)
         most = vocab_size or shape.model["vocab_size"]
-        ids = tuple(torch.randint(10, most, (shape.prompt,), generator=chance).tolist())
-        principle = tuple(torch.randint(10, most, (shape.principle,), generator=chance).tolist())
+        ids = tuple(torch.randint(10, most, (shape.prompt,), generator=generator).tolist())
+        principle = tuple(torch.randint(10, most, (shape.principle,), generator=generator).tolist())
         principled = (*ids[:5], *principle, *ids[5:])
         return Prompt((principled,), (1.0,), (RATIO,), ids) if aligned else Prompt((principled,))
 
     def synchronize(self) -> None:
-        """Raises RuntimeError where the device has failed meanwhile."""
+        """Wait for the device. Raises RuntimeError if it has failed."""
         if self.on_cuda:
             torch.cuda.synchronize()
 
     def tidy(self) -> None:
-        """End all requests and free memory. Raises where that can't be done: another process has to go on."""
+        """End all requests and free memory. Raises if that fails; then a new process must continue."""
         if "engine" in vars(self):
             drop(self.engine)
             assert self.engine.pool.num_free == self.engine.pool.num_pages, "pages are lost"
@@ -140,11 +140,11 @@ class Bench:
 
 
 def about(bench: Bench) -> dict[str, Any]:
-    """The machine; the first use of the device can take seconds."""
+    """The machine, and the time of the first use of the device, which can be seconds."""
     started = time.perf_counter()
     torch.ones(1, device=bench.device)
     bench.synchronize()
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "device": platform.processor() or platform.machine(),
         "shape": "tiny" if bench.shape is TINY else "large",
         "python": platform.python_version(),
@@ -155,27 +155,27 @@ def about(bench: Bench) -> dict[str, Any]:
     }
     if bench.on_cuda:
         properties = torch.cuda.get_device_properties(0)
-        found["device"] = properties.name
-        found["memory, bytes"] = properties.total_memory
-        found["compute capability"] = f"{properties.major}.{properties.minor}"
-    return found
+        facts["device"] = properties.name
+        facts["memory, bytes"] = properties.total_memory
+        facts["compute capability"] = f"{properties.major}.{properties.minor}"
+    return facts
 
 
 def random_model(shape: dict[str, int], dtype: torch.dtype, device: torch.device, scale: float = 0.02) -> LoadedModel:
-    """Random weights, made on the device: other ones on each kind of device."""
+    """A model with normal random weights, created on the device; each kind of device gets other values."""
     loaded = empty_model(shape, dtype, device, scale)
-    chance = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for name, parameter in loaded.model.named_parameters():
-            parameter.fill_(1) if "norm" in name else parameter.normal_(0, scale, generator=chance)
+            parameter.fill_(1) if "norm" in name else parameter.normal_(0, scale, generator=generator)
     return loaded
 
 
 def exact_model(
     shape: dict[str, int], dtype: torch.dtype, device: torch.device, scale: float, seed: int
 ) -> LoadedModel:
-    """Uniform weights in ± scale, the same to the bit on every machine: from the bits of PCG64, whose stream NumPy
-    guarantees (NEP 19). The rotary embedding stays float32, as a checkpoint's does.
+    """A model with uniform weights in ± scale, bit-identical on every machine: from the bits of PCG64, whose stream
+    NumPy guarantees (NEP 19). The rotary embedding stays float32, as when a checkpoint is loaded.
     """
     loaded = empty_model(shape, torch.float32, torch.device("cpu"), scale)
     bits = np.random.PCG64(seed)
@@ -193,19 +193,19 @@ def exact_model(
 
 
 def empty_model(shape: dict[str, int], dtype: torch.dtype, device: torch.device, scale: float) -> LoadedModel:
-    """A model whose weights are to be filled in, and a tokenizer whose words are w0, w1, …"""
+    """A model with uninitialised weights, and a tokenizer with the words w0, w1, …"""
     config = LlamaConfig(**shape, max_position_embeddings=8192, bos_token_id=1, eos_token_id=2, initializer_range=scale)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model = model.to_empty(device=device)
-    # what is no parameter and was made on the meta device: the frequencies of the rotary embedding
+    # Recreate the rotary embedding's frequencies, which are buffers on the meta device.
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     names = [f"w{i}" for i in range(shape["vocab_size"])]
     names[10 : 10 + len(WORDS)] = WORDS
     words = {name: i for i, name in enumerate(names)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()  # so that llguidance knows what bytes a word has
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()  # tells llguidance the bytes of a word
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2")
     fast.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
     return LoadedModel("random", model.eval(), fast, 8192, frozenset({2}))
@@ -217,7 +217,7 @@ def finish(engine: Engine) -> None:
 
 
 def start(engine: Engine, prompts: list[Prompt], params: SamplingParams) -> list[list[int]]:
-    """Submit all; the tokens of each as they come."""
+    """Submit all prompts. Returns a list per prompt, to which its tokens are appended as they arrive."""
     replies: list[list[int]] = [[] for _ in prompts]
     for prompt, reply in zip(prompts, replies, strict=True):
         engine.submit(prompt, params, lambda output, reply=reply: reply.extend(output.token_ids))  # type: ignore[misc]
@@ -225,7 +225,7 @@ def start(engine: Engine, prompts: list[Prompt], params: SamplingParams) -> list
 
 
 def start_decodes(engine: Engine, prompts: list[Prompt], max_tokens: int) -> None:
-    """Submit all and run until each has drawn a token; all go on for `max_tokens` at least, the first for longer."""
+    """Submit all prompts and run until each has drawn a token. Every reply then continues for at least `max_tokens`."""
     num_rows = sum(len(prompt.branches) for prompt in prompts)
     num_tokens = sum(len(ids) for prompt in prompts for ids in prompt.branches)
     steps = num_tokens // max(1, engine.scheduler.max_num_batched_tokens - num_rows) + len(prompts)
@@ -244,6 +244,6 @@ def drop(engine: Engine) -> None:
 
 
 def forget(engine: Engine) -> None:
-    """Let no later prompt find a prefix."""
+    """Clear the prefix cache."""
     engine.pool._page_of.clear()
     engine.pool._hash_of.clear()

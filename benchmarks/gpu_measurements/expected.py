@@ -1,9 +1,9 @@
-"""Writes expected.json: what the float64 oracle says, on a CPU, beforehand, so that no second of a GPU is spent on it.
+"""Writes expected.json: results of the float64 oracle on a CPU, computed beforehand to save time on the GPU.
 
     PYTHONPATH=.:benchmarks python -m gpu_measurements.expected
 
-Some minutes. For float32 it takes prompts whose replies are decided everywhere: the best token is more than
-CLEAR ahead of the second. Elsewhere a reply may differ though nothing is wrong.
+Takes some minutes. For float32 it uses only prompts whose greedy replies are unambiguous: at every position the best
+token is more than CLEAR ahead of the second. Other replies could differ by rounding alone.
 """
 
 import copy
@@ -25,11 +25,11 @@ from linalign.alignment_core.loading.loader import LoadedModel
 from tests.oracle import Oracle, Setting
 
 CPU = torch.device("cpu")
-CLEAR = 2e-3  # of a logit, beside which rounding to float32 is small
+CLEAR = 2e-3  # difference of logits; rounding to float32 changes them by much less
 
 
 def oracle_of(loaded: LoadedModel) -> Oracle:
-    """To be made before the engine, which changes its model."""
+    """An oracle with the model's weights. Create it before the engine, which changes the model."""
     config = copy.deepcopy(loaded.model.config)
     judge = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager")
     judge.load_state_dict({name: tensor.double() for name, tensor in loaded.model.state_dict().items()})
@@ -39,7 +39,7 @@ def oracle_of(loaded: LoadedModel) -> Oracle:
 def of_feature(feature: Feature) -> dict[str, Any]:
     loaded = exact_model(features.SHAPE, torch.float32, CPU, features.SCALE, features.SEED)
     oracle = oracle_of(loaded)
-    if feature.setting.get("drawn"):  # one number a token, whatever draws it: a CPU's, which tests judge
+    if feature.setting.get("drawn"):  # draws do not depend on the device: use the CPU engine, which tests check
         config = {"num_pages": 400, "max_num_seqs": 8, "num_speculative_tokens": 0}
         return {"tokens": tokens(Engine(loaded, EngineConfig(**config)), feature)}
     setting = dict(feature.setting)
@@ -49,31 +49,32 @@ def of_feature(feature: Feature) -> dict[str, Any]:
         greedy(oracle, prompt, Setting(prompt.ratios, prompt.weights, **setting), params.max_tokens, allowed)
         for prompt, params in feature.requests
     ]
-    found: dict[str, Any] = {"tokens": replies}
+    result: dict[str, Any] = {"tokens": replies}
     if feature.tolerance is not None:
-        found["logprobs"] = logprobs(oracle, feature, replies)
+        result["logprobs"] = logprobs(oracle, feature, replies)
     if quantization := feature.model.get("quantization"):
         judge = rounded(oracle.model, oracle.model.get_output_embeddings(), quantization)
-        found["logprobs of rounded weights"] = logprobs(Oracle(judge), feature, replies)
-    return found
+        result["logprobs of rounded weights"] = logprobs(Oracle(judge), feature, replies)
+    return result
 
 
 def logprobs(oracle: Oracle, feature: Feature, replies: list[list[int]]) -> list[list[float]]:
-    """Of the tokens of each reply to a plain prompt."""
-    found = []
+    """Log-probabilities of each reply's tokens, for plain prompts."""
+    result = []
     for (prompt, _), reply in zip(feature.requests, replies, strict=True):
         ids = prompt.principled[0]
         lines = oracle.logits([*ids, *reply[:-1]]).log_softmax(-1)[len(ids) - 1 :]
-        found.append([float(line[token]) for line, token in zip(lines, reply, strict=True)])
-    return found
+        result.append([float(line[token]) for line, token in zip(lines, reply, strict=True)])
+    return result
 
 
 def greedy(
     oracle: Oracle, prompt: Prompt, setting: Setting, max_tokens: int, allowed: dict[tuple[int, ...], Any] | None
 ) -> list[int]:
-    """allowed: what may follow each reply in a structure, which ends with one that is not there.
+    """The oracle's greedy reply.
 
-    Raises AssertionError where the best token is not clearly the best.
+    allowed: For each reply so far, the tokens that a structure allows next. A reply that is not a key ends.
+    Raises AssertionError if the best token is not more than CLEAR ahead.
     """
     reply: list[int] = []
     while len(reply) < max_tokens and (allowed is None or tuple(reply) in allowed):
@@ -84,8 +85,8 @@ def greedy(
 
 
 def of_float32() -> dict[str, Any]:
-    """By one pass over each reply of our engine: where it takes the oracle's best token everywhere, it is the oracle's
-    greedy reply.
+    """Replies of our engine that the oracle confirms with one pass each: a reply whose tokens are the oracle's best
+    at every position is the oracle's greedy reply.
     """
     loaded = exact_model(SMALL, torch.float32, CPU, precision.SCALE, precision.SEED)
     weights, oracle = precision.checksum(loaded), oracle_of(loaded)
@@ -107,7 +108,7 @@ def of_float32() -> dict[str, Any]:
 
 
 def least_gap(oracle: Oracle, prompt: Prompt, output: list[int]) -> float:
-    """Between the reply's token and the best other one, over all positions; negative where another one is better."""
+    """Least difference between the reply's token and the best other one, over all positions; negative if worse."""
     (ids,), base = prompt.principled, prompt.base
     assert base is not None
     principled = oracle.logits([*ids, *output[:-1]])[len(ids) - 1 :]
@@ -116,19 +117,19 @@ def least_gap(oracle: Oracle, prompt: Prompt, output: list[int]) -> float:
     for position, token in enumerate(output):
         rows = [principled[position]], unprincipled[position]
         z = oracle.aligned(rows, prompt, output[:position], Setting((RATIO,)))
-        taken = float(z[token])
+        chosen = float(z[token])
         z[token] = -torch.inf
-        gaps.append(taken - float(z.max()))
+        gaps.append(chosen - float(z.max()))
     return min(gaps)
 
 
 def main() -> None:
-    found = {"features": {name: of_feature(feature) for name, feature in FEATURES.items()}, "float32": of_float32()}
-    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in found["features"].items()]
-    replies = ",\n".join(map(json.dumps, found["float32"]["replies"]))
+    result = {"features": {name: of_feature(feature) for name, feature in FEATURES.items()}, "float32": of_float32()}
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in result["features"].items()]
+    replies = ",\n".join(map(json.dumps, result["float32"]["replies"]))
     EXPECTED.write_text(
         '{"features": {\n' + ",\n".join(lines) + '\n},\n"float32": {"weights": '
-        f'"{found["float32"]["weights"]}", "replies": [\n{replies}\n]}}}}\n'
+        f'"{result["float32"]["weights"]}", "replies": [\n{replies}\n]}}}}\n'
     )
 
 

@@ -1,4 +1,4 @@
-"""Each feature of the engine on a tiny model, with what to expect: tokens of the float64 oracle."""
+"""Each feature of the engine on a tiny model, with the expected result: tokens of the float64 oracle."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -9,7 +9,7 @@ from linalign import Engine, Prompt, SamplingParams
 from linalign.alignment_core.request import Structure
 
 SEED, SCALE = 1, 0.35
-SHAPE = {  # sizes that int4 takes: groups of 128
+SHAPE = {  # divisible by int4's groups of 128
     "vocab_size": 256,
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -22,28 +22,24 @@ SHORT = replace(GREEDY, max_tokens=12)
 
 @dataclass(frozen=True)
 class Feature:
-    """requests: prompts with parameters. config: of the engine. setting: the oracle's, of all requests.
-
-    tolerance: None for the same tokens; or else the oracle's tokens are given, and their log-probabilities may be off
-    by so many nats on average; on a CPU by `tolerance_on_cpu`, where its way of rounding is another one.
-    model: dtype and quantization. took: whether the engine did what is to be tested.
-    compiled: with torch.compile, which takes a minute and has nothing to do with other features.
-    """
+    """A feature and its test."""
 
     requests: tuple[tuple[Prompt, SamplingParams], ...]
-    config: dict[str, Any] = field(default_factory=dict)
-    setting: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)  # of the engine
+    setting: dict[str, Any] = field(default_factory=dict)  # of the oracle, for all requests
+    # None: tokens must equal the oracle's. Otherwise the oracle's tokens are given, and their log-probabilities may
+    # differ by this many nats on average (on a CPU, which rounds differently, by tolerance_on_cpu).
     tolerance: float | None = None
     tolerance_on_cpu: float | None = None
-    model: dict[str, str] = field(default_factory=dict)
-    took: Callable[[Engine], bool] = lambda _: True
-    compiled: bool = False
+    model: dict[str, str] = field(default_factory=dict)  # dtype and quantization
+    took: Callable[[Engine], bool] = lambda _: True  # whether the engine used the tested code path
+    compiled: bool = False  # with torch.compile, which takes a minute and is independent of other features
     n: int = 1
     repeat: int = 1
 
     @property
     def parts_not_used(self) -> tuple[str, ...]:
-        """Parts of the engine that a retry has no reason to leave out, or can't."""
+        """Parts of the engine that a retry does not leave out: the feature does not use them, or needs them."""
         compiles = () if self.compiled else ("compile",)
         captures = ("graphs",) if self.config.get("enforce_eager") else ()
         needs = ("Triton",) if self.config.get("batch_invariant") else ()
@@ -88,12 +84,12 @@ FEATURES = {
     ),
     "structured output": Feature(
         ((prompt(2.0), replace(SHORT, structure=Structure("choice", '["yeartime", "schoollife"]'))),),
-        setting={"allowed": {(): [11, 21], (11,): [10], (21,): [18]}},  # after each reply, as the tokenizer has it
+        setting={"allowed": {(): [11, 21], (11,): [10], (21,): [18]}},  # token ids that may follow each reply
     ),
     "adaptive": Feature(((prompt(20.0, method="adaptive"), SHORT),), setting={"method": "adaptive", "scale": 50.0}),
     "opad": Feature(((prompt(2.0, method="opad"), SHORT),), setting={"method": "opad", "top_p": 1.0}),
     "away": Feature(((prompt(-3.0), SHORT),)),
-    "drafts": Feature(  # of few words, so that n-grams are repeated
+    "drafts": Feature(  # biased to few words, so that n-grams repeat
         ((prompt(2.0), replace(SHORT, max_tokens=40, logit_bias=dict.fromkeys((71, 72, 73), 60.0))),),
         {"num_speculative_tokens": 8},
         {"bias": ((71, 60.0), (72, 60.0), (73, 60.0))},
@@ -117,5 +113,5 @@ FEATURES = {
     "int8": Feature(PLAIN, tolerance=0.15, tolerance_on_cpu=0.2, model={"dtype": "bfloat16", "quantization": "int8"}),
     "int4": Feature(PLAIN, tolerance=0.15, tolerance_on_cpu=1.5, model={"dtype": "bfloat16", "quantization": "int4"}),
     "fp8": Feature(PLAIN, tolerance=0.4, model={"dtype": "bfloat16", "quantization": "fp8"}),
-    "compiled": Feature(PAIR, compiled=True, took=replayed),  # apart from the others, as it takes longest
+    "compiled": Feature(PAIR, compiled=True, took=replayed),  # measured separately, because it takes longest
 }

@@ -1,4 +1,4 @@
-"""As many streams as stand for 256 through the server and its own load test, against the engine alone."""
+"""Many streams through the server and its load test, compared with the engine alone."""
 
 import asyncio
 import socket
@@ -13,8 +13,8 @@ from linalign import Principle
 
 
 def over_http(bench: Bench) -> dict[str, float]:
-    """The last of its process: the server ends the engine with itself."""
-    import uvicorn  # here, as nothing else needs the server's packages
+    """Must be the last measurement of its process, because the server stops the engine when it ends."""
+    import uvicorn  # only this measurement needs the server's packages
 
     from linalign.server.app import create_app
     from linalign.server.bench import BenchSettings, chats
@@ -27,7 +27,7 @@ def over_http(bench: Bench) -> dict[str, float]:
         requests=many, warmup=0, concurrency=many, prompt_words=bench.shape.prompt, max_tokens=reply,
         principle="w5 " * bench.shape.principle, alignment_ratio=RATIO,
     )  # fmt: skip
-    total_time(bench, many, True, max_tokens=4)  # the first time is for what is compiled late
+    total_time(bench, many, True, max_tokens=4)  # warm-up, for late compilation
     bench.partial["256 without HTTP, tokens/s"] = rate_alone(bench, chats(settings, "random"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -50,7 +50,7 @@ def over_http(bench: Bench) -> dict[str, float]:
 
 
 def rate_alone(bench: Bench, bodies: list[Any]) -> float:
-    """Tokens a second of the engine for the same requests; it forgets their prefixes afterwards."""
+    """Tokens per second of the engine alone for the same requests. Clears the prefix cache before and afterwards."""
     engine = bench.engine
     forget(engine)
     prompts = [engine.prompts.build(b["messages"], [Principle(b["principle"], ratio=RATIO)]) for b in bodies]

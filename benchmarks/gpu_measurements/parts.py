@@ -1,4 +1,4 @@
-"""Parts of the engine that can be left out, to learn which of them is at fault."""
+"""Parts of the engine that can be disabled, to find out which of them is at fault."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from linalign.alignment_core.execution import cuda_graphs, model_runner
 
 @contextlib.contextmanager
 def without(*parts: str | None) -> Iterator[None]:
-    """Leave parts out for a while: some of PARTS; None is no part."""
+    """Disable parts of the engine ("compile", "Triton", "graphs") inside the block; None disables nothing."""
     with contextlib.ExitStack() as stack:
 
         def patch(owner: object, name: str, value: object) -> None:

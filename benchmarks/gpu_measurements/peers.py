@@ -1,4 +1,4 @@
-"""What others do with the same model: transformers' generate with guidance, and its continuous batching."""
+"""Other software with the same model: transformers' generate with guidance, and its continuous batching."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from gpu_measurements.bench import RATIO, Bench, NotHere
 
 
 def guided_generate(bench: Bench) -> dict[str, float]:
-    """transformers' generate with classifier-free guidance, one request, greedy, its decode time a token."""
+    """Decode time per token of transformers' generate with classifier-free guidance: one request, greedy."""
     model = bench.loaded.model
     prompt, most = bench.prompt(0, True), min(bench.shape.reply, 32)
     ids, negative = (torch.tensor([x], device=bench.device) for x in (prompt.principled[0], prompt.base))
@@ -26,7 +26,7 @@ def guided_generate(bench: Bench) -> dict[str, float]:
 
 
 def continuous_batching(bench: Bench) -> dict[str, float]:
-    """transformers' own continuous batching: both prompts of 64 aligned requests, as plain ones."""
+    """transformers' continuous batching with both prompts of 64 aligned requests, as plain prompts."""
     if not bench.on_cuda:
         raise NotHere("transformers' continuous batching is for GPUs")
     model = bench.loaded.model
@@ -41,8 +41,8 @@ def continuous_batching(bench: Bench) -> dict[str, float]:
             model.generate_batch(inputs, generation_config=config, progress_bar=False, persistent_manager=True)
         )
 
-    run()  # its cache and its graphs are made once, as ours are
+    run()  # warm-up: creates its cache and its graphs
     seconds = bench.timed(run)
-    drawn = sum(len(output.generated_tokens) for output in outputs[-1].values())
-    assert drawn == len(inputs) * n, f"{drawn} tokens instead of {len(inputs) * n}"
-    return {"continuous batching, tokens/s": drawn / seconds}
+    num_tokens = sum(len(output.generated_tokens) for output in outputs[-1].values())
+    assert num_tokens == len(inputs) * n, f"{num_tokens} tokens instead of {len(inputs) * n}"
+    return {"continuous batching, tokens/s": num_tokens / seconds}

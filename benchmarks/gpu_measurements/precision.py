@@ -1,4 +1,4 @@
-"""How near the device comes to the float64 oracle, and whether its numbers depend on the company."""
+"""How close the device is to the float64 oracle, and whether its results depend on the batch."""
 
 import hashlib
 import json
@@ -23,26 +23,26 @@ CONFIG = EngineConfig(max_num_seqs=32, num_pages=2000, static=True, num_speculat
 
 
 def judged_prompt(number: int) -> Prompt:
-    """One of those that the oracle has been asked about."""
+    """A prompt for which expected.json may have the oracle's reply."""
     ids = tuple((37 * i * i + 101 * i + 977 * number) % 31_000 + 10 for i in range(50))
     return Prompt((ids[:5] + tuple(range(50, 60)) + ids[5:],), (1.0,), (RATIO,), ids)
 
 
 def float32(bench: Bench) -> dict[str, Any]:
-    """24 greedy aligned replies of 64 tokens in float32: how many differ from the oracle's."""
+    """Number of greedy aligned float32 replies that differ from the oracle's, of 24 replies of 64 tokens."""
     expected = json.loads(EXPECTED.read_text())["float32"]
     chosen = expected["replies"] if bench.on_cuda else expected["replies"][:1]
-    most = REPLY if bench.on_cuda else 8
+    num_tokens = REPLY if bench.on_cuda else 8
     loaded = exact_model(SMALL, torch.float32, bench.device, SCALE, SEED)
     assert checksum(loaded) == expected["weights"], "the weights are not those that the oracle was asked about"
-    with without("compile"):  # a minute that `compiled` has had
+    with without("compile"):  # the feature "compiled" covers it, and it would take a minute
         engine = Engine(loaded, CONFIG)
-    replies = start(engine, [judged_prompt(r["prompt"]) for r in chosen], replace(GREEDY, max_tokens=most))
+    replies = start(engine, [judged_prompt(r["prompt"]) for r in chosen], replace(GREEDY, max_tokens=num_tokens))
     finish(engine)
     wrong = [
-        {"prompt": r["prompt"], "expected": r["tokens"][:most], "got": tokens}
+        {"prompt": r["prompt"], "expected": r["tokens"][:num_tokens], "got": tokens}
         for r, tokens in zip(chosen, replies, strict=True)
-        if r["tokens"][:most] != tokens
+        if r["tokens"][:num_tokens] != tokens
     ]
     return {"float32 replies that differ": len(wrong), "float32 replies": len(chosen), "those that differ": wrong[:2]}
 
@@ -55,7 +55,7 @@ def checksum(loaded: LoadedModel) -> str:
 
 
 def bfloat16(bench: Bench) -> dict[str, float]:
-    """Mean KL of the engine in bfloat16 to transformers' own pass in float32, nats a token of a greedy reply."""
+    """Mean KL of the bfloat16 engine from transformers' pass in float32, in nats per token of greedy replies."""
     expected = json.loads(EXPECTED.read_text())["float32"]["replies"][: 8 if bench.on_cuda else 1]
     exact = exact_model(SMALL, torch.float32, bench.device, SCALE, SEED)
     with without("compile"):
@@ -71,14 +71,14 @@ def bfloat16(bench: Bench) -> dict[str, float]:
 
 @torch.inference_mode()
 def log_probabilities(model: Any, prompt: tuple[int, ...], tokens: list[int]) -> torch.Tensor:
-    """[tokens, V] of each token of a reply, by one call without a cache in torch's own attention."""
+    """[tokens, V] log-probabilities at each token of a reply: one call without a cache, in torch's eager attention."""
     model.set_attn_implementation("eager")
     ids = torch.tensor([[*prompt, *tokens[:-1]]], device=model.device)
     return model(ids, use_cache=False).logits[0, len(prompt) - 1 :].float().log_softmax(-1)
 
 
 def forced(engine: Engine, prompt: Prompt, tokens: list[int]) -> torch.Tensor:
-    """[tokens, V] log-probabilities of the engine's own path while it is made to reply `tokens`."""
+    """[tokens, V] log-probabilities of the engine while it is forced to reply with `tokens`."""
     seen: list[torch.Tensor] = []
     sampler, wanted = engine.loop.sampler, iter(tokens)
 
@@ -93,7 +93,7 @@ def forced(engine: Engine, prompt: Prompt, tokens: list[int]) -> torch.Tensor:
 
 
 def invariance(bench: Bench) -> dict[str, int]:
-    """A greedy reply in bfloat16, alone and among others, in batch-invariant mode: tokens that differ."""
+    """Number of tokens that differ between a greedy bfloat16 reply alone and in a batch, in batch-invariant mode."""
     shape = SMALL if bench.on_cuda else bench.shape.model
     replies = []
     for company in (0, 15 if bench.on_cuda else 2):

@@ -1,7 +1,7 @@
-"""A process that measures, and what its parent hears of it.
+"""A process that measures, and the messages that it sends to its parent.
 
-The parent imports neither torch nor transformers: a process of its own takes some ten seconds to import them, and the
-next one does so while the present one measures.
+The parent imports neither torch nor transformers. Importing them takes a process about ten seconds, so the next process
+does it while the current one measures.
 """
 
 import contextlib
@@ -18,58 +18,54 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 Outcome = dict[str, Any]  # "status": "ok", "failed", "timed out", "killed", "skipped" or "not to be had here"; "why", …
-START_LIMIT = 90.0  # seconds of the imports, or of tidying up between two measurements
-KILL_LIMIT = 10.0  # seconds; a process that waits for a broken driver may never end
-PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal for a process whose parent has died
+START_LIMIT = 90.0  # seconds for the imports, or for the cleanup between two measurements
+KILL_LIMIT = 10.0  # seconds to wait after SIGKILL; a process blocked in a broken driver may never end
+PR_SET_PDEATHSIG = 1  # option of Linux's prctl: the signal that a process gets when its parent dies
 READY: Outcome = {"status": "ok"}
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A function to call with the process's Bench and `arguments`.
+    """A function to call with the process's Bench and `arguments`."""
 
-    function: "module:name". limit: seconds. group: the measurements of one group share a process.
-    shared: the others of its group need what it makes: it comes first in each of their processes.
-    """
-
-    function: str
-    limit: float
-    group: str
+    function: str  # "module:name"
+    limit: float  # seconds
+    group: str  # the measurements of one group share a process
     arguments: tuple[str, ...] = ()
-    shared: bool = False
+    shared: bool = False  # whether the rest of its group needs it: it runs first in each of their processes
 
 
 @dataclass(frozen=True)
 class Task:
-    """without: a part of the engine that is left out."""
+    """A measurement to perform."""
 
     name: str
     measurement: Measurement
-    without: str | None = None
+    without: str | None = None  # part of the engine to leave out
 
 
 class Worker:
-    """A process that imports what measurements need, and then waits for its tasks.
+    """A process that imports everything that measurements need, and then waits for its tasks.
 
-    For each task it sends READY before, and its outcome after.
+    It sends READY before each task, and the task's outcome after it.
     """
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork can't use CUDA once something has touched it here
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(theirs,), daemon=True)
+        context = multiprocessing.get_context("spawn")  # a forked process can't use CUDA if this one has used it
+        self._pipe, child_end = context.Pipe()
+        self._process = context.Process(target=_work, args=(child_end,), daemon=True)
         self._process.start()
-        theirs.close()
+        child_end.close()
         self.pid = self._process.pid
 
     def begin(self, tiny: bool, tasks: list[Task]) -> None:
-        with contextlib.suppress(BrokenPipeError):  # `outcome` says how it died
+        with contextlib.suppress(BrokenPipeError):  # the process has died; `outcome` will report how
             self._pipe.send((tiny, tasks))
 
     def outcome(self, limit: float, deadline: float) -> Outcome:
-        """What it sends next, or why nothing came within `limit` seconds.
+        """The next outcome that it sends; "timed out" after `limit` seconds or at the deadline, "killed" if it died.
 
-        deadline: on the monotonic clock.
+        deadline: On the monotonic clock.
         """
         began = time.monotonic()
         seconds = min(limit, deadline - began)
@@ -83,7 +79,7 @@ class Worker:
         return {"status": "timed out", "why": f"after {took} s{because}", "seconds": took}
 
     def end(self) -> str:
-        """Kill it and whatever it has started; how it has ended."""
+        """Kill the process and all that it has started. Returns its exit status or signal as text."""
         self._process.join(1)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)  # type: ignore[arg-type]
@@ -97,7 +93,7 @@ class Worker:
 
 
 def _work(pipe: Connection) -> None:
-    if sys.platform == "linux":  # it holds the device's memory, and may hang
+    if sys.platform == "linux":  # end with the parent, because this process holds the device's memory and may hang
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setpgrp()
     try:

@@ -1,4 +1,4 @@
-"""Attention alone, by backend; and prompt lookup where its drafts are accepted."""
+"""Attention alone, by backend; and prompt lookup with drafts that are accepted."""
 
 import statistics
 from collections.abc import Callable, Iterator
@@ -15,10 +15,10 @@ from linalign.alignment_core.scheduling.sequence import Branch
 
 
 def attention(bench: Bench) -> dict[str, Any]:
-    """One layer's attention of decodes over a paged cache: our backends and torch's, where it takes pages.
+    """Decode attention of one layer over a paged cache: our backends, and torch's if it supports pages.
 
-    In bytes of keys and values a second, for one aligned request and for many. Replayed from CUDA graphs, as the engine
-    does it, except for "gathered", which the engine never captures.
+    In GB of keys and values per second, for one aligned request and for many. Replayed from CUDA graphs, as in the
+    engine, except for "gathered", which the engine never captures.
     """
     shape = bench.shape
     dtype, heads, kv_heads = torch.bfloat16, shape.model["num_attention_heads"], shape.model["num_key_value_heads"]
@@ -34,8 +34,8 @@ def attention(bench: Bench) -> dict[str, Any]:
                 torch.randn(num_rows * num_pages, page_size, kv_heads, dim, device=bench.device, dtype=dtype)
                 for _ in range(2)
             ]
-            asked = {0: LayerAttention(dim**-0.5, None, None)}
-            paged = PagedBatch.of(Plan.of(rows, [], page_size), *([part] for part in pool), asked)
+            layers = {0: LayerAttention(dim**-0.5, None, None)}
+            paged = PagedBatch.of(Plan.of(rows, [], page_size), *([part] for part in pool), layers)
             query, key, value = (
                 torch.randn(1, n, num_rows, dim, device=bench.device, dtype=dtype) for n in (heads, kv_heads, kv_heads)
             )
@@ -51,7 +51,7 @@ def attention(bench: Bench) -> dict[str, Any]:
                 run()
                 again = run if name == "gathered" else recorded(bench, run)
                 seconds = statistics.median(bench.timed(again) for _ in range(5)) / 10
-            except Exception as error:  # of one backend; a device that is broken is noticed at the end
+            except Exception as error:  # of one backend; a broken device is noticed at the end of the measurement
                 measured[label] = f"{type(error).__name__}: {error}"
                 continue
             measured[label] = 2 * num_rows * context * kv_heads * dim * dtype.itemsize / seconds / 1e9
@@ -59,7 +59,7 @@ def attention(bench: Bench) -> dict[str, Any]:
 
 
 def recorded(bench: Bench, run: Callable[[], None]) -> Callable[[], None]:
-    """`run` without the host's time, where the device has graphs."""
+    """`run` as a graph replay, without the host's time; `run` itself on a CPU."""
     if not bench.on_cuda:
         return run
     graph = torch.cuda.CUDAGraph()
@@ -69,7 +69,7 @@ def recorded(bench: Bench, run: Callable[[], None]) -> Callable[[], None]:
 
 
 def backends(on_cuda: bool) -> Iterator[tuple[str, Any, int]]:
-    """Name, function and page size of what can attend to pages here."""
+    """Name, function and page size of each backend that is available here."""
     yield "gathered", sdpa.attend, 16
     if not on_cuda:
         return
@@ -77,8 +77,8 @@ def backends(on_cuda: bool) -> Iterator[tuple[str, Any, int]]:
 
     yield "Triton", paged_triton.attend, 16
 
-    def torchs(layer: Any, query: Any, key: Any, value: Any, _: None, *, paged: PagedBatch) -> None:
-        from torch.nn.attention.varlen import varlen_attn  # torch 2.11's takes no pages: a TypeError
+    def attend_with_varlen(layer: Any, query: Any, key: Any, value: Any, _: None, *, paged: PagedBatch) -> None:
+        from torch.nn.attention.varlen import varlen_attn  # in torch 2.11 it has no page table: raises TypeError
 
         keys, values = sdpa.store(layer, key, value, paged)
         varlen_attn(
@@ -87,11 +87,11 @@ def backends(on_cuda: bool) -> Iterator[tuple[str, Any, int]]:
             block_table=paged.page_table,
         )  # fmt: skip
 
-    yield "torch's varlen", torchs, 256  # the least that its kernels of Ampere take
+    yield "torch's varlen", attend_with_varlen, 256  # the smallest page that its Ampere kernels accept
 
 
 def prompt_lookup(bench: Bench) -> dict[str, float]:
-    """A model that copies: after word n it says word n + 1, whatever its layers compute. The same work, with drafts."""
+    """Seconds with and without drafts for a model that copies: after word n it always says word n + 1."""
     period, model = bench.shape.prompt, bench.loaded.model
     with torch.no_grad():
         for layer in model.model.layers:

@@ -1,4 +1,4 @@
-"""What torchao's ways of rounding weights do to a model, naively, for the oracle."""
+"""Naive versions of torchao's weight rounding, for the oracle."""
 
 import copy
 from collections.abc import Callable
@@ -10,9 +10,9 @@ GROUP = 128  # weights that share a scale and an offset in int4
 
 
 def rounded(judge: nn.Module, output: nn.Module, quantization: str) -> nn.Module:
-    """A copy of a model whose weights are bfloat16, those of its linear layers rounded to `quantization`.
+    """A copy of the model with bfloat16 weights whose linear layers are rounded to `quantization`.
 
-    output: the output layer, which is not rounded. In fp8, what linear layers are given is rounded as well.
+    output: The output layer, which is not rounded. In fp8, the inputs of linear layers are rounded too.
     """
     rounding: Callable[[Tensor], Tensor] = {"fp8": to_fp8, "int8": to_int8, "int4": to_int4}[quantization]
     names = {name for name, module in judge.named_modules() if isinstance(module, nn.Linear) and module is not output}
@@ -28,19 +28,19 @@ def rounded(judge: nn.Module, output: nn.Module, quantization: str) -> nn.Module
 
 
 def to_fp8(x: Tensor) -> Tensor:
-    """[rows, n] of bfloat16 numbers: e4m3, of 448 at most, with a scale per row."""
+    """[rows, n] of bfloat16 values, rounded to e4m3 (at most 448) with one scale per row."""
     scale = (x.bfloat16().abs().amax(-1, keepdim=True) / 448).float()
     return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype) * scale
 
 
 def to_int8(weight: Tensor) -> Tensor:
-    """[rows, n] of bfloat16 numbers: whole numbers, with a scale per row."""
+    """[rows, n] of bfloat16 values, rounded to integers with one scale per row."""
     scale = (weight.bfloat16().abs().amax(-1, keepdim=True) / 127.5).float()
     return (weight.float() * (1 / scale)).round().clamp(-128, 127).to(weight.dtype) * scale
 
 
 def to_int4(weight: Tensor) -> Tensor:
-    """[rows, n] of bfloat16 numbers: 0 to 15, with a scale and a middle per GROUP, all computed in bfloat16."""
+    """[rows, n] of bfloat16 values, rounded to 0…15 with a scale and an offset per GROUP, computed in bfloat16."""
     groups = weight.bfloat16().unflatten(-1, (-1, GROUP))
     least, most = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     scale = (most - least) / 15

@@ -1,4 +1,4 @@
-"""A run of measurements in processes of their own, and its JSON, which is whole after each of them."""
+"""A run of measurements in separate processes. Its JSON file is complete after each of them."""
 
 import itertools
 import json
@@ -9,17 +9,17 @@ from typing import Any
 
 from gpu_measurements.process import START_LIMIT, Measurement, Outcome, Task, Worker
 
-PARTS = ("compile", "Triton", "graphs")  # of the engine, which retries leave out, one at a time; what saves time first
-RETRIED = {"smoke": 90.0, "smoke, compiled": 120.0}  # groups, and seconds of each, retries included
-RETRY_RESERVE = 20.0  # of those, for nothing but retries
+PARTS = ("compile", "Triton", "graphs")  # parts of the engine that retries leave out, one at a time, in this order
+RETRIED = {"smoke": 90.0, "smoke, compiled": 120.0}  # groups with retries; seconds of each, retries included
+RETRY_RESERVE = 20.0  # seconds of these that are reserved for retries
 DONE = ("ok", "not to be had here")
 Ratios = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class Run:
-    """What has been measured so far, and what is to be measured in the seconds that are left.
+    """The outcomes so far, and the measurements to perform until the deadline.
 
-    ratios: what the JSON says of all that was measured. outcomes: by name, of an earlier run.
+    ratios: Computes the JSON's "ratios" from all measured values. outcomes: Of an earlier run, by name.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Run:
         return {name: value for part in parts for name, value in part.items()}
 
     def go(self, names: list[str]) -> None:
-        """Measure what has no number yet, or everything if the earlier outcomes are of another machine."""
+        """Perform the measurements without a result, or all if the earlier outcomes are from another machine."""
         earlier = self.outcomes.pop("about", {}).get("measured")
         self._group("about", ["about"], self._deadline)
         now = self.outcomes["about"].get("measured")
@@ -62,10 +62,10 @@ class Run:
         return Task(name, self.measurements[name], without)
 
     def _group(self, group: str, pending: list[str], deadline: float) -> None:
-        """Where a shared task fails, it is tried without a part of the engine: the others are better than nothing."""
+        """Perform a group. A shared task that fails is retried without a part of the engine, so that others can run."""
         shared = [name for name, one in self.measurements.items() if one.group == group and one.shared]
         own = [name for name in pending if name not in shared]
-        if not own:  # only what they would share is wanted
+        if not own:  # only shared measurements were requested
             shared, own = [], pending
         tasks = [self._task(name) for name in own]
         for part in (None, *PARTS):
@@ -81,7 +81,7 @@ class Run:
             self._keep(task, {"status": "skipped", "why": why})
 
     def _group_with_retries(self, group: str, pending: list[str]) -> None:
-        """Perform the group, and what fails in it again, each time without another part of the engine."""
+        """Perform the group, then retry each failed measurement, each time without another part of the engine."""
         deadline = min(self._deadline, time.monotonic() + RETRIED[group])
         self._group(group, pending, deadline - RETRY_RESERVE)
         failed = [name for name in pending if self.outcomes[name]["status"] not in (*DONE, "skipped")]
@@ -91,11 +91,11 @@ class Run:
             self._keep(task, {"status": "not tried", "why": why})
 
     def _perform(self, shared: list[Task], tasks: list[Task], deadline: float) -> str:
-        """Perform all in as many processes as it takes, `shared` first in each.
+        """Perform all tasks, in as many processes as needed, with `shared` first in each.
 
-        What was performed is taken from `tasks`; returns why the others were not. Raises SharedTaskFailed.
+        Removes performed tasks from `tasks`; returns why the others were not performed. Raises SharedTaskFailed.
         """
-        num_fruitless = 0  # processes in a row
+        num_fruitless = 0  # processes in a row without a result
         while tasks and time.monotonic() < deadline:
             worker, self._standby = self._standby, Worker()
             worker.begin(self.tiny, [*shared, *tasks])
@@ -111,7 +111,7 @@ class Run:
         return "the budget is used up"
 
     def _listen(self, worker: Worker, shared: list[Task], tasks: list[Task], deadline: float) -> int:
-        """Keep the outcomes of one process until it ends; of how many of `tasks` there is an outcome.
+        """Store the outcomes of one process until it ends. Returns the number of `tasks` with an outcome.
 
         Raises SharedTaskFailed.
         """
@@ -123,7 +123,7 @@ class Run:
             elif place > 0:
                 print(f"The process has ended after {tasks[place - 1].name!r}: {ready['why']}", flush=True)
                 return place
-            else:  # tidying up after what is shared, if it is not the imports
+            else:  # the imports, or the cleanup after the shared tasks, did not finish
                 task = shared[-1] if shared and not place else task
                 outcome = ready | {"why": f"the process went no further: {ready['why']}"}
             self._keep(task, outcome)
@@ -134,12 +134,12 @@ class Run:
         return len(tasks)
 
     def _keep(self, task: Task, outcome: Outcome) -> None:
-        told = f"{outcome['status']} {outcome.get('why', '')}".strip()
+        message = f"{outcome['status']} {outcome.get('why', '')}".strip()
         left_out = f" without {task.without}" if task.without else ""
-        print(f"{task.name}{left_out}: {told} ({outcome.get('seconds', 0)} s)", flush=True)
+        print(f"{task.name}{left_out}: {message} ({outcome.get('seconds', 0)} s)", flush=True)
         earlier = self.outcomes.get(task.name)
         if task.without and earlier and not task.measurement.shared:
-            earlier.setdefault("without", {})[task.without] = told
+            earlier.setdefault("without", {})[task.without] = message
         elif earlier and worth(earlier) > worth(outcome):
             earlier["again"] = outcome
         elif task.without:
@@ -149,18 +149,18 @@ class Run:
         self._write()
 
     def _write(self) -> None:
-        found = {
+        result = {
             "seconds": round(time.monotonic() - self._started, 1),
             "ratios": self._ratios(self.measured),
             "measurements": self.outcomes,
         }
         partial = self.output.with_suffix(".partial")
-        partial.write_text(json.dumps(found, indent=1) + "\n")
+        partial.write_text(json.dumps(result, indent=1) + "\n")
         partial.replace(self.output)
 
 
 class SharedTaskFailed(Exception):
-    """What the others of its group need is not to be had."""
+    """A measurement that the rest of its group needs has failed."""
 
     def __init__(self, name: str, status: str) -> None:
         super().__init__(f"it needs {name!r}: {status}")
@@ -168,19 +168,19 @@ class SharedTaskFailed(Exception):
 
 
 def worth(outcome: Outcome) -> int:
-    """A number beats a failure, and a failure that nothing was done."""
+    """Rank of an outcome: a result is better than a failure, and a failure better than a skipped measurement."""
     return {"ok": 2, "skipped": 0}.get(outcome["status"], 1)
 
 
 def same_machine(earlier: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Of two outcomes of "about": all but times."""
+    """Whether two results of "about" are equal except for times."""
     return {name: value for name, value in earlier.items() if not name.endswith(", s")} == {
         name: value for name, value in now.items() if not name.endswith(", s")
     }
 
 
 def one_of_each_kind_first(names: list[str], outcomes: dict[str, Outcome]) -> list[str]:
-    """So that many failures of one kind leave time for the others."""
+    """The names with one of each kind of failure first, so that frequent failures leave time to retry the others."""
     seen: set[str] = set()
     first, rest = [], []
     for name in names:

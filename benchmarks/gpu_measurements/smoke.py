@@ -1,4 +1,4 @@
-"""Every feature on the device, each in its own measurement; what fails is tried again without a part of the engine."""
+"""Every feature on the device, each in its own measurement; a failed one is retried without parts of the engine."""
 
 import contextlib
 import json
@@ -23,19 +23,19 @@ EXPECTED = Path(__file__).with_name("expected.json")
 
 
 def smoke(bench: Bench, name: str) -> dict[str, Any]:
-    """Raises AssertionError where the device replies other than the oracle."""
+    """Raises AssertionError if the device's reply differs from the oracle's."""
     feature = FEATURES[name]
     if bench.without in feature.parts_not_used:
         raise NotHere("it does not use that, or does not work without it")
     with contextlib.ExitStack() as stack:
         stack.enter_context(without(bench.without, None if feature.compiled else "compile"))
-        if not bench.on_cuda and feature.config.get("kv_cache_dtype"):  # a CPU's kernels have float32 alone
+        if not bench.on_cuda and feature.config.get("kv_cache_dtype"):  # CPU kernels support only float32
             stack.enter_context(without("Triton"))
-        for module in (engine_module, scheduler):  # so that few sizes are captured
+        for module in (engine_module, scheduler):  # fewer sizes to capture
             stack.enter_context(mock.patch.object(module, "SPECULATIVE_BATCH", 8))
         engine = tiny_engine(feature, bench)
         measured = judged(name, feature, engine, bench)
-    if bench.without is None:  # a retry may do it in another way
+    if bench.without is None:  # a retry may take another code path
         assert feature.took(engine), f"the engine did not do it: {engine.stats()}"
     return measured
 
@@ -48,13 +48,13 @@ def judged(name: str, feature: Feature, engine: Engine, bench: Bench) -> dict[st
             got = tokens(engine, feature)
             assert got == expected["tokens"], f"{got} instead of {expected['tokens']}"
             continue
-        # torchao's ways of rounding have an oracle of their own; a CPU's ways have other tests
+        # torchao's rounding has its own oracle; the CPU's rounding has other tests
         rounded = bench.on_cuda and "logprobs of rounded weights" in expected
         wanted = expected["logprobs of rounded weights" if rounded else "logprobs"]
-        off = mean_difference(engine, feature, expected["tokens"], wanted)
+        error = mean_difference(engine, feature, expected["tokens"], wanted)
         tolerance = feature.tolerance if bench.on_cuda else feature.tolerance_on_cpu or feature.tolerance
-        measured[f"{name}, nats off"] = off
-        assert off <= tolerance, f"log-probabilities are off by {off} nats"
+        measured[f"{name}, nats off"] = error
+        assert error <= tolerance, f"log-probabilities are off by {error} nats"
     assert engine.pool.num_free == engine.pool.num_pages
     return measured
 
@@ -82,7 +82,7 @@ def quantise(loaded: LoadedModel, quantization: str | None, bench: Bench) -> Non
 
 
 def tokens(engine: Engine, feature: Feature) -> list[list[int]]:
-    """What the engine replies to each request, and of each choice."""
+    """The engine's replies to all requests: one per choice."""
     replies: list[list[int]] = []
     for prompt, params in feature.requests:
         choices: list[list[int]] = [[] for _ in range(feature.n)]
@@ -98,18 +98,18 @@ def tokens(engine: Engine, feature: Feature) -> list[list[int]]:
 
 
 def mean_difference(engine: Engine, feature: Feature, replies: list[list[int]], logprobs: list[list[float]]) -> float:
-    """Of the log-probabilities of `replies`, which the engine is given, to `logprobs`, in nats."""
+    """Mean difference, in nats, between the engine's log-probabilities of the given `replies` and `logprobs`."""
     seen: list[list[float]] = []
     for (prompt, params), given in zip(feature.requests, replies, strict=True):
-        mine: list[float] = []
-        seen.append(mine)
+        reply_logprobs: list[float] = []
+        seen.append(reply_logprobs)
         prompt = replace(prompt, given=tuple(given))
         params = replace(params, max_tokens=1, logprobs=0)
-        engine.submit(prompt, params, lambda out, mine=mine: mine.extend(t.logprob for t in out.logprobs))  # type: ignore[misc]
+        engine.submit(prompt, params, lambda out, reply=reply_logprobs: reply.extend(t.logprob for t in out.logprobs))  # type: ignore[misc]
     finish(engine)
     pairs = [
         (a, b)
-        for mine, wanted in zip(seen, logprobs, strict=True)
-        for a, b in zip(mine[: len(wanted)], wanted, strict=True)
+        for reply_logprobs, wanted in zip(seen, logprobs, strict=True)
+        for a, b in zip(reply_logprobs[: len(wanted)], wanted, strict=True)
     ]
     return sum(abs(a - b) for a, b in pairs) / len(pairs)

@@ -1,4 +1,4 @@
-"""The engine on the large model: one request, 64, 256; and where the time of a step goes."""
+"""The engine with the large model: 1, 64 and 256 requests, and a profile of steps."""
 
 import statistics
 from dataclasses import replace
@@ -17,7 +17,7 @@ TOP = 20  # kernels
 
 
 def engine_start(bench: Bench) -> dict[str, Any]:
-    """Weights, KV cache, compiled layers and draws, CUDA graphs: what later measurements share.
+    """Start the engine that later measurements share: weights, KV cache, compiled layers and draws, CUDA graphs.
 
     The copy bandwidth, which bounds decode steps, is measured before the KV cache takes all memory.
     """
@@ -42,14 +42,14 @@ def engine_start(bench: Bench) -> dict[str, Any]:
 
 def one(bench: Bench) -> dict[str, float]:
     """Decode steps of one request."""
-    decode_time(bench, 1, True)  # the first time is for what is compiled late
+    decode_time(bench, 1, True)  # warm-up, for late compilation
     for name, aligned in (("plain", False), ("aligned", True)):
         bench.partial[f"1 {name}, s a step"] = bench.median(lambda aligned=aligned: decode_time(bench, 1, aligned))  # type: ignore[misc]
     return bench.partial
 
 
 def some(bench: Bench) -> dict[str, float]:
-    """From the first prefill to the last token of 64 requests."""
+    """Time from the first prefill to the last token of 64 requests."""
     number = bench.shape.some
     total_time(bench, number, True, max_tokens=4)
     preemptions = bench.engine.stats().num_preemptions
@@ -62,7 +62,7 @@ def some(bench: Bench) -> dict[str, float]:
 
 
 def many(bench: Bench) -> dict[str, float]:
-    """The same for 256 aligned requests, and for 512 plain ones, which have as many rows."""
+    """The same for 256 aligned requests, and for 512 plain ones, which have the same number of rows."""
     number = bench.shape.many
     total_time(bench, number, True, max_tokens=4)
     preemptions = bench.engine.stats().num_preemptions
@@ -84,7 +84,7 @@ def profile_some(bench: Bench) -> dict[str, Any]:
 
 
 def profiled(bench: Bench, sequences: int) -> dict[str, Any]:
-    """Where decode steps spend their time: the kernels that take most of it, and when the device does nothing."""
+    """A profile of decode steps: the kernels that take most time, and the time without any kernel."""
     engine = bench.engine
     forget(engine)
     start_decodes(engine, [bench.prompt(i, True) for i in range(sequences)], PROFILED_STEPS + 8)
@@ -119,7 +119,7 @@ def profiled(bench: Bench, sequences: int) -> dict[str, Any]:
 
 
 def bandwidth(bench: Bench) -> float:
-    """Bytes read and written a second by a large copy on the device."""
+    """Bytes per second, read plus written, of a large copy on the device."""
     source = torch.randn(1 << (29 if bench.on_cuda else 22), device=bench.device)
     target = torch.empty_like(source)
     target.copy_(source)
@@ -128,7 +128,7 @@ def bandwidth(bench: Bench) -> float:
 
 
 def decode_time(bench: Bench, sequences: int, aligned: bool, max_tokens: int | None = None) -> float:
-    """Seconds a decode step, prefill left out."""
+    """Seconds per decode step, without prefill."""
     engine = bench.engine
     forget(engine)
     steps = max_tokens or bench.shape.reply
@@ -155,7 +155,7 @@ def total_time(bench: Bench, sequences: int, aligned: bool, max_tokens: int | No
 
 
 def draw_time(bench: Bench) -> float:
-    """Seconds on the device that mixing, plausible set and a draw at temperature 1 take for all of many sequences."""
+    """Seconds on the device for mixing, plausible set and draw at temperature 1, for many sequences."""
     engine = bench.engine
     sequences: list[Any] = []
     with mock.patch.object(engine.scheduler, "add", sequences.append):

@@ -1,4 +1,4 @@
-"""What a measuring process does: one task after the other, as long as the device works."""
+"""The loop of a measuring process: one task after the other, as long as the device works."""
 
 import logging
 import pkgutil
@@ -11,14 +11,14 @@ from gpu_measurements.process import READY, Outcome, Task
 
 
 def perform(tiny: bool, tasks: list[Task], send: Callable[[Outcome], None]) -> None:
-    """Send READY before each task and its outcome after it; stop where the device, or what tasks share, is broken."""
+    """Send READY before each task and its outcome after it. Raises if the device or a shared result is broken."""
     bench = Bench(tiny)
     errors = Errors()
     logging.getLogger().addHandler(errors)
     for task in tasks:
         send(READY)
         send(outcome_of(task, bench, errors))
-        bench.tidy()  # raises where the device does not work any more: another process goes on
+        bench.tidy()  # raises if the device is broken; then another process continues
         errors.records.clear()
 
 
@@ -46,7 +46,7 @@ def outcome_of(task: Task, bench: Bench, errors: "Errors") -> Outcome:
 
 
 class Errors(logging.Handler):
-    """What the engine logs and survives: a task in which that happens has failed."""
+    """Collects errors that the engine logs and survives; a task with such an error has failed."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)

@@ -128,7 +128,7 @@ def test_a_family_that_the_engine_computes_otherwise_is_refused(tokenizer, monke
 
 @pytest.mark.parametrize("model_type", ["mixtral", "phimoe"])
 def test_what_rounding_changes_is_no_reason_to_refuse(tokenizer, model_type):
-    """In 16 bits experts are chosen otherwise at near ties, whose work is computed."""
+    """In 16 bits, near ties can change which experts are chosen. The comparison must allow for that."""
     shape = {"num_hidden_layers": 12, "initializer_range": 0.1, "num_local_experts": 8}
     loaded, _ = tiny_pair(tokenizer, model_type, kernels=False, vocab_size=300, **shape)
     compare_with_eager(loaded.model.to(torch.bfloat16))
@@ -136,7 +136,7 @@ def test_what_rounding_changes_is_no_reason_to_refuse(tokenizer, model_type):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_what_gives_no_finite_logits_is_served_with_a_warning(tokenizer, dtype, caplog):
-    """Each of its replies ends with an error, as far as it is so."""
+    """The model is loaded, but a reply whose logits are not finite ends with an error."""
     loaded, _ = tiny_pair(tokenizer, kernels=False, vocab_size=300)
     with torch.inference_mode():
         loaded.model.lm_head.weight[7] = torch.nan

@@ -171,7 +171,7 @@ def test_an_abort_ends_all_choices(tiny):
         ({}, 0, "n"),
     ],
 )
-def test_what_can_not_be(tiny, params, n, field):
+def test_invalid_ids_and_choices_are_refused(tiny, params, n, field):
     engine = make_engine(tiny[0], num_pages=400, max_num_seqs=8)
     with pytest.raises(InvalidRequest) as error:
         engine.submit(aligned(2.0), replace(GREEDY, **params), print, n=n)

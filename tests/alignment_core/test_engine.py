@@ -1,4 +1,4 @@
-"""The engine on tiny random models, judged by the float64 oracle; every path is asserted to be taken."""
+"""The engine on tiny random models, against the float64 oracle. Each test asserts that its code path was taken."""
 
 import os
 import threading
@@ -96,7 +96,7 @@ def test_a_dead_engine_tells_everyone(tiny, monkeypatch):
 
 
 def test_a_reply_that_nobody_waits_for_is_aborted(embedded):
-    """Never begun, and dropped half way."""
+    """One reply that was never begun, and one that was dropped half way."""
     params = SamplingParams(ignore_eos=True)
     with make_engine(embedded, num_pages=100) as engine:
         for begun in (False, True):
@@ -149,7 +149,7 @@ def test_a_draw_that_fails_for_one_sequence_harms_no_other(tiny, monkeypatch, co
     bad = replace(GREEDY, seed=13)
     first, *good = run_all(engine, [(aligned(2.0), bad), *((prompt, GREEDY) for prompt in prompts())])
     assert isinstance(first[-1].error, RequestFailed)
-    assert 0 < len(token_ids(first)) <= 3  # drafts look ahead
+    assert 0 < len(token_ids(first)) <= 3  # with drafts, the failing position is reached earlier
     for prompt, outputs in zip(prompts(), good, strict=True):
         assert len(judge(oracle, prompt, outputs)) == 12
     assert engine.pool.num_free == engine.pool.num_pages
@@ -159,8 +159,8 @@ request = st.tuples(
     st.integers(1, 40),  # length
     st.sampled_from([0.0, 0.5, 2.0, 5.0]),
     st.integers(1, 8),  # max_tokens
-    st.integers(0, 6),  # steps before it arrives
-    st.one_of(st.none(), st.integers(0, 6)),  # steps before it is aborted
+    st.integers(0, 6),  # step in which it arrives
+    st.one_of(st.none(), st.integers(0, 6)),  # steps from its arrival until it is aborted
 )
 
 
@@ -199,20 +199,20 @@ def test_any_traffic_equals_the_oracle_and_leaves_no_page_behind(tiny, requests,
 
 
 def test_with_overlap_a_step_is_launched_before_the_tokens_of_the_last_are_known(tiny, monkeypatch):
-    """And nothing of it shows: neither a stop token nor max_tokens nor an abort lets a reply run on."""
+    """The overlap is not visible: a stop token, max_tokens and an abort all end a reply in time."""
     loaded, oracle = tiny
     engine = make_engine(loaded, num_pages=400, static=True)
-    unknown = []
+    num_placeholders = []
     forward = engine.runner.forward
 
     def spy(step):
-        unknown.append(sum(token < 0 for rows in step.rows.values() for row in rows for token in row.tokens))
+        num_placeholders.append(sum(token < 0 for rows in step.rows.values() for row in rows for token in row.tokens))
         return forward(step)
 
     monkeypatch.setattr(engine.runner, "forward", spy)
     (outputs,) = run_all(engine, [(aligned(2.0), GREEDY)])
     tokens = judge(oracle, aligned(2.0), outputs)
-    assert unknown == [0] + [2] * 11
+    assert num_placeholders == [0] + [2] * 11
     for stop in set(tokens):
         params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop_token_ids=frozenset({stop}))
         (outputs,) = run_all(engine, [(aligned(2.0), params)])
@@ -233,8 +233,8 @@ def test_with_overlap_a_step_is_launched_before_the_tokens_of_the_last_are_known
     assert engine.pool.num_free == engine.pool.num_pages
 
 
-@pytest.mark.parametrize("way", ["abort", "stop"])
-def test_a_failure_in_ending_one_sequence_harms_no_other(tiny, way):
+@pytest.mark.parametrize("ending", ["abort", "stop"])
+def test_a_failure_in_ending_one_sequence_harms_no_other(tiny, ending):
     loaded, _ = tiny
     engine = make_engine(loaded, num_pages=100)
     broken, other = [], []
@@ -243,22 +243,22 @@ def test_a_failure_in_ending_one_sequence_harms_no_other(tiny, way):
     engine.step()
     sequence = engine.scheduler.running[0]
     sequence.text.finish = lambda: 1 / 0
-    if way == "abort":
+    if ending == "abort":
         engine.abort(id)
         while engine.step():
             pass
     else:
         engine.stop()
     assert isinstance(broken[-1].error, RequestFailed)
-    assert other[-1].finish_reason == {"abort": "length", "stop": "abort"}[way]
+    assert other[-1].finish_reason == {"abort": "length", "stop": "abort"}[ending]
     assert engine.pool.num_free == engine.pool.num_pages
 
 
 def test_the_thread_that_loaded_keeps_no_threads_beside_the_engines(tokenizer):
-    """With more OpenMP threads than cores libgomp's barriers sleep, and every step takes twice as long."""
+    """With more OpenMP threads than cores, libgomp's barriers sleep, and every step takes twice as long."""
     loaded, _ = tiny_pair(tokenizer)
     with threads(2):
-        torch.randn(1 << 20).exp()  # in parallel, so this thread has one beside it
+        torch.randn(1 << 20).exp()  # runs in parallel, so this thread gets an OpenMP worker
         before = num_os_threads()
         make_engine(loaded, num_pages=64)
         wait_until(lambda: num_os_threads() < before)
@@ -269,7 +269,7 @@ def num_os_threads():
 
 
 def test_a_reply_ends_once_whoever_says_so(tiny):
-    """The watchdog gives up while the engine's thread is about to tell the end, or comes back later."""
+    """The watchdog may give up just before the engine's thread reports the end, or the thread may return later."""
     engine, outputs = make_engine(tiny[0], num_pages=100), [[], []]
     for collected, max_tokens in zip(outputs, (3, 9), strict=True):
         engine.submit(aligned(2.0), replace(GREEDY, max_tokens=max_tokens), collected.append)

@@ -1,7 +1,7 @@
-"""What is meant for a GPU, on a made-up one: the engine as it is there, CUDA graphs that replay what they recorded,
-attention by the Triton kernels, every copy and every wait seen. Judged by the oracle.
+"""The GPU code path of the engine on the fake device: CUDA graphs that replay what they recorded, attention by the
+Triton kernels, every copy and wait recorded. The oracle judges the replies.
 
-Layers and draw are not compiled here, see test_cuda.py.
+Layers and draw are not compiled here; test_cuda.py tests that.
 """
 
 from dataclasses import replace
@@ -24,7 +24,7 @@ pytest_plugins = ["tests.fake_cuda.fixtures"]
 
 
 def gather(monkeypatch):
-    """Let attention be the one that needs no Triton."""
+    """Choose the attention backend that needs no Triton."""
     monkeypatch.setattr(model_runner, "_choose_backend", lambda _: sdpa.NAME)
 
 
@@ -54,18 +54,18 @@ FEATURES = {
 @pytest.mark.parametrize("feature", FEATURES)
 def test_replies_equal_the_oracle_and_the_host_waits_for_tokens_alone(cuda, tokenizer, feature):
     engine, oracle = engine_on(cuda, tokenizer)
-    asked = FEATURES[feature]
-    replies = run_all(engine, [(prompt, params) for prompt, params, _ in asked])
+    cases = FEATURES[feature]
+    replies = run_all(engine, [(prompt, params) for prompt, params, _ in cases])
     assert set(cuda.waits) == WHERE_THE_HOST_WAITS
     assert replays(engine) >= 5
     assert cuda.launches["_attend_kernel"] > 0
-    assert (cuda.launches["_combine_kernel"] > 0) == (len(asked) == 1)  # so few rows that their contexts are split
-    for (prompt, _, setting), outputs in zip(asked, replies, strict=True):
+    assert (cuda.launches["_combine_kernel"] > 0) == (len(cases) == 1)  # contexts are split when there are few rows
+    for (prompt, _, setting), outputs in zip(cases, replies, strict=True):
         assert len(judge(oracle, prompt, outputs, method=prompt.method, **setting)) == 6
 
 
 def test_all_is_captured_at_the_start(cuda, tokenizer):
-    """So that no request waits for a capture; and nothing waits for the device."""
+    """Everything is captured at the start, so that no request waits for a capture."""
     engine, oracle = engine_on(cuda, tokenizer, warm_up=True)
     captured = len(engine.runner.graphs)
     assert captured == 4 + 3 * len(static_draw.PREPARED)  # 1, 2, 4 and 8 rows; 2, 4 and 8 sequences
@@ -113,7 +113,7 @@ def test_a_seed_draws_the_tokens_of_a_cpu(cuda, tokenizer, filters):
 
 
 def test_log_probabilities_and_traces(cuda, tokenizer):
-    """The numbers of a CPU, where test_edits.py and test_methods.py judge them."""
+    """The values equal those of a CPU, which test_edits.py and test_methods.py check."""
     params = replace(SHORT, logprobs=3, logit_bias={7: 1.0})
     requests = [
         (aligned(2.0, 20), replace(params, trace=True)),
@@ -135,7 +135,7 @@ def test_log_probabilities_and_traces(cuda, tokenizer):
 
 
 def flat(report):
-    """Its integers, and its floats."""
+    """The integers and the floats of a report."""
     parts = [report] if report.trace is None else [report, report.trace.principled, report.trace.base]
     ids = [[part.token_id, *(id for id, _ in part.top)] for part in parts]
     values = [value for part in parts for value in (part.logprob, *(value for _, value in part.top))]
@@ -166,7 +166,7 @@ def test_drafts_are_accepted(cuda, tokenizer):
 
 
 def test_a_step_in_halves(cuda, tokenizer):
-    """The host waits where a step is taken apart: there is no memory to go on without."""
+    """The host waits only where a step is split because memory is short."""
     engine, oracle = engine_on(cuda, tokenizer)
     run, failed = engine.runner.run, []
 
@@ -197,7 +197,7 @@ def test_other_ways_to_run(cuda, tokenizer, config):
 
 
 def test_attention_that_gathers(cuda, tokenizer, monkeypatch):
-    """Where there is no Triton."""
+    """Without Triton."""
     gather(monkeypatch)
     engine, oracle = engine_on(cuda, tokenizer)
     (outputs,) = run_all(engine, [(aligned(2.0, 20), SHORT)])
@@ -215,14 +215,14 @@ def test_attention_that_gathers(cuda, tokenizer, monkeypatch):
         (torch.float16, "auto"),
         (torch.float16, "float32"),
         (torch.float16, "fp8"),
-        (torch.bfloat16, "auto"),  # these gather, as Triton's interpreter multiplies the bits of bfloat16
+        (torch.bfloat16, "auto"),  # bfloat16 gathers, because Triton's interpreter can't multiply it correctly
         (torch.bfloat16, "float32"),
         (torch.bfloat16, "fp8"),
     ],
     ids=str,
 )
 def test_keys_and_values_of_any_dtype(cuda, tokenizer, dtype, kv_cache_dtype, monkeypatch):
-    """Logits of a prompt in two chunks, beside those of float32: as near as the dtypes allow."""
+    """Logits of a prompt in two chunks are close to the oracle's, as far as the dtypes allow."""
     if dtype == torch.bfloat16:
         gather(monkeypatch)
     small = {"initializer_range": 0.1}
@@ -242,15 +242,15 @@ def test_keys_and_values_of_any_dtype(cuda, tokenizer, dtype, kv_cache_dtype, mo
 
 
 def test_nan_ends_its_own_reply_and_no_other(cuda, tokenizer, caplog):
-    """Nobody looks at a logit on the host, and the next step has begun with the token that could not be drawn."""
+    """The host does not read logits, and the next step has already begun with the token that could not be drawn."""
     engine, oracle = engine_on(cuda, tokenizer)
     with torch.inference_mode():
         engine.runner.model.get_input_embeddings().weight[299] = torch.nan
     spoilt = aligned(2.0, 20, 5)
     in_base = replace(spoilt, base=(*spoilt.base, 299))
-    asked = [(in_base, replace(SHORT, logprobs=2)), (replace(spoilt, principled=((299, 7),)), SHORT)]
+    cases = [(in_base, replace(SHORT, logprobs=2)), (replace(spoilt, principled=((299, 7),)), SHORT)]
     for _ in range(2):
-        *failed, company = run_all(engine, [*asked, (aligned(2.0, 20), SHORT)])
+        *failed, company = run_all(engine, [*cases, (aligned(2.0, 20), SHORT)])
         assert ["not finite" in str(outputs[-1].error) for outputs in failed] == [True, True]
         judge(oracle, aligned(2.0, 20), company)
     assert set(cuda.waits) == WHERE_THE_HOST_WAITS

@@ -1,4 +1,4 @@
-"""Faults planted in what is meant for a GPU, and that the made-up one sees them."""
+"""Faults planted in the GPU code path; the fake device must detect each."""
 
 import operator
 
@@ -18,7 +18,7 @@ pytest_plugins = ["tests.fake_cuda.fixtures"]
 
 
 def plant(monkeypatch, module, name, fault):
-    """Let a function do something before it does what it does."""
+    """Make a function run `fault` before its own code."""
     function = getattr(module, name)
     monkeypatch.setattr(module, name, lambda *args, **kwargs: (fault(*args), function(*args, **kwargs))[1])
 
@@ -83,7 +83,7 @@ def test_what_a_capture_refuses(fault, refused):
 
 
 def test_a_graph_repeats_what_it_recorded(cuda):
-    """Python does not run again, so a number that it has changed meanwhile is not seen."""
+    """Python does not run again, so the replay does not see the changed number."""
     x, out, numbers = CudaTensor(torch.ones(2)), CudaTensor(torch.zeros(2)), [10]
     graphs = Graphs(CUDA)
     with torch.inference_mode():
@@ -111,7 +111,7 @@ def test_a_graph_repeats_what_it_recorded(cuda):
     ],
 )
 def test_a_number_that_the_host_reads_to_index_is_a_wait(cuda, look):
-    """As torch does: TensorIndexing.h calls item() on an integer or a bool of no dimension, slices call __index__."""
+    """As in torch: TensorIndexing.h calls item() on 0-dim integers and bools, and slices call __index__."""
     look(CudaTensor(torch.arange(3.0)), CudaTensor(torch.tensor(2)))
     assert cuda.waits == {"test_fake_cuda_faults.py:<lambda>: aten._local_scalar_dense.default": 1}
 
@@ -127,8 +127,8 @@ def test_what_an_index_of_no_dimension_reads_and_writes(cuda):
     x[i, : i + 1] = 7.0
     assert x.inner.tolist() == [[0, 1, 2], [7, 7, 5]]
     cuda.waits.clear()
-    assert x[0, torch.tensor(2)].inner.item() == 2  # the host knows its own
-    assert x[i[None]].inner.tolist() == [[7, 7, 5]]  # the device looks
+    assert x[0, torch.tensor(2)].inner.item() == 2  # a host tensor: no wait
+    assert x[i[None]].inner.tolist() == [[7, 7, 5]]  # a one-dimensional index is read on the device
     assert cuda.waits == {}
 
 

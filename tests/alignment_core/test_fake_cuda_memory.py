@@ -1,6 +1,6 @@
-"""The memory of the made-up GPU: how the engine shares it out, what graphs do to it, and when copies read it.
+"""Memory of the fake device: how the engine divides it, what graphs overwrite in it, and when copies read it.
 
-Each check is followed by a fault that it catches.
+Each check is followed by a planted fault that it detects.
 """
 
 from dataclasses import replace
@@ -24,19 +24,19 @@ TOTAL = 4 << 20
 SIZED = {"num_pages": None, "max_num_batched_tokens": 64, "max_num_seqs": 2, "model": {"num_hidden_layers": 1}}
 
 
-# How many pages there are
+# The number of pages
 
 
 @pytest.fixture
 def small(cuda):
-    """A device of little memory."""
+    """A device with little memory."""
     cuda.memory.total = TOTAL
     return cuda
 
 
 @pytest.fixture
 def activations(monkeypatch):
-    """What the engine has measured that a step takes."""
+    """The engine's measurements of the activation memory of a step, in bytes."""
     measured = []
     measure = ModelRunner.activation_bytes
 
@@ -48,8 +48,8 @@ def activations(monkeypatch):
     return measured
 
 
-def implied(engine, activation_bytes, share):
-    """Pages for a share of what weights, the two pages of the first check and a step leave."""
+def expected_pages(engine, activation_bytes, share):
+    """Pages that fit in `share` of the memory left by weights, the two pages of the first check and activations."""
     model, page_bytes = engine.runner.model, engine.runner.page_bytes()
     weights = sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
     return int((TOTAL - weights - 2 * page_bytes - activation_bytes) * share) // page_bytes
@@ -59,13 +59,13 @@ def implied(engine, activation_bytes, share):
 def test_the_kv_cache_has_its_share_of_what_the_device_has_left(small, tokenizer, activations, share):
     engine, _ = engine_on(small, tokenizer, gpu_memory_utilization=share, **SIZED)
     (activation_bytes,) = activations
-    assert engine.pool.num_pages == implied(engine, activation_bytes, share)
+    assert engine.pool.num_pages == expected_pages(engine, activation_bytes, share)
     logits = engine.runner.logits[: engine.runner.config.max_rows]
-    assert activation_bytes > 4 * logits.nbytes  # the model's, in float32, and twice what is drawn from
+    assert activation_bytes > 4 * logits.nbytes  # the model's logits, their float32 copy, and twice the draw's input
 
 
 def test_the_fullest_steps_fit_beside_the_kv_cache(small, tokenizer):
-    """Even where all that seems to be left is pages: what is captured and what is not, with every filter."""
+    """Even if pages take all remaining memory: captured and eager draws, with every filter."""
     engine, oracle = engine_on(small, tokenizer, gpu_memory_utilization=1.0, warm_up=True, **SIZED)
     filters = replace(SHORT, temperature=1.0, top_k=5, top_p=0.9)
     requests = [(aligned(2.0, 60), SHORT), (aligned(2.0, 50, 3), filters)]
@@ -92,7 +92,7 @@ def test_a_kv_cache_that_is_too_large_is_seen(small, tokenizer, monkeypatch, mod
 def test_memory_that_is_cached_while_it_is_counted_is_seen(small, tokenizer, activations, monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     engine, _ = engine_on(small, tokenizer, **SIZED)
-    assert engine.pool.num_pages < implied(engine, activations[0], 0.9)
+    assert engine.pool.num_pages < expected_pages(engine, activations[0], 0.9)
 
 
 @pytest.mark.usefixtures("small")
@@ -104,8 +104,8 @@ def test_memory_is_free_with_the_last_tensor_that_holds_it():
     assert torch.cuda.memory_allocated() == 4000
     views.clear()
     assert (torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()) == (0, 4000)
-    assert torch.cuda.mem_get_info() == (TOTAL - 4000, TOTAL)  # it is cached
-    held = torch.zeros(TOTAL, dtype=torch.uint8, device=CUDA)  # what is cached is given back for it
+    assert torch.cuda.mem_get_info() == (TOTAL - 4000, TOTAL)  # the freed bytes stay cached
+    held = torch.zeros(TOTAL, dtype=torch.uint8, device=CUDA)  # the cache is emptied for it
     with pytest.raises(torch.OutOfMemoryError):
         held + 1
     del held
@@ -115,16 +115,16 @@ def test_memory_is_free_with_the_last_tensor_that_holds_it():
     assert torch.cuda.max_memory_allocated() == 0
 
 
-# What graphs do to it
+# What graphs overwrite
 
 
 def keeping_results(x, num_pools):
-    """A function that replays the graph of a key and returns what the graphs have made, which nobody copies."""
+    """A function that runs the graph of a key and returns the results of all graphs so far, without copying them."""
     pools, results = [Graphs(CUDA) for _ in range(num_pools)], {}
 
     def run(key):
         def compute():
-            results[key] = (x + 1) * 2  # x + 1 is free at the end, for graphs that are captured later
+            results[key] = (x + 1) * 2  # x + 1 is freed at the end, so that later graphs reuse its memory
 
         pools[key % num_pools].run(key, compute)
         return {key: result.inner.tolist() for key, result in results.items()}
@@ -134,7 +134,7 @@ def keeping_results(x, num_pools):
 
 @pytest.mark.usefixtures("cuda")
 def test_a_graph_overwrites_what_later_graphs_of_its_pool_have_made():
-    """Those that are captured earlier can't be overwritten, as long as somebody holds what they have made."""
+    """Results of earlier graphs can't be overwritten as long as they are referenced."""
     run = keeping_results(CudaTensor(torch.ones(())), num_pools=1)
     assert run(0) == {0: 4}
     assert run(1) == {0: 4, 1: 4}
@@ -181,7 +181,7 @@ def test_a_place_of_the_decodes_that_moves_is_seen(cuda, tokenizer, monkeypatch)
         run_all(engine, [(aligned(2.0, 20), SHORT)])
 
 
-# When copies read it
+# When copies read memory
 
 
 def test_pinned_memory_may_change_once_an_event_has_come(cuda):
@@ -192,7 +192,7 @@ def test_pinned_memory_may_change_once_an_event_has_come(cuda):
     event.synchronize()
     source.fill_(2)
     x.copy_(source, non_blocking=True)
-    assert x.sum().item() == 6  # it waits, too
+    assert x.sum().item() == 6  # item() waits too
     source.fill_(3)
     assert set(cuda.waits) == {
         f"test_fake_cuda_memory.py:test_pinned_memory_may_change_once_an_event_has_come: {what}"
@@ -219,7 +219,7 @@ def test_pinned_memory_that_changes_before_is_seen(view, copy, place):
     early.record()
     copy(view(source))
     late.record()
-    source.numpy()[1] = 2  # no operation of torch
+    source.numpy()[1] = 2  # not a torch operation
     early.synchronize()
     with pytest.raises(Fault, match=f"overwritten before it was copied to the device, .*{place}"):
         late.synchronize()
@@ -237,7 +237,7 @@ def test_pinned_memory_that_changes_though_nobody_waits_is_seen():
 
 
 def test_a_staging_buffer_that_is_used_again_too_early_is_seen(cuda, tokenizer, monkeypatch):
-    """Step N + 1 is launched before anybody has waited for step N."""
+    """Step N + 1 is launched before the host has waited for step N."""
     buffers = {}
 
     def staged(values, device):

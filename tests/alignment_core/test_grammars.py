@@ -1,4 +1,4 @@
-"""Structured output: whatever the weights say, replies are what was asked for, and the best such replies."""
+"""Structured output: every reply matches its structure, and is the best reply that matches."""
 
 import json
 import os
@@ -46,7 +46,7 @@ STRUCTURES = [
 
 @pytest.mark.parametrize("static", [False, True])
 def test_replies_are_the_best_of_what_is_allowed(wide, static):
-    """Greedy, aligned and not, in one crowd with a request without any: judged by the oracle."""
+    """Greedy requests, aligned and plain, in one crowd with a request without a structure. The oracle judges them."""
     loaded, oracle = wide
     engine = make_engine(loaded, num_pages=800, static=static)
     requests = [
@@ -68,7 +68,7 @@ def test_replies_are_the_best_of_what_is_allowed(wide, static):
 
 def test_a_structure_ends_where_nothing_can_follow(wide):
     engine = make_engine(wide[0], num_pages=400)
-    for minimum in (0, 50):  # more than it has: it ends all the same
+    for minimum in (0, 50):  # min_tokens beyond the structure's length does not prolong the reply
         params = SamplingParams(structure=Structure("choice", '["Lisbon"]'), max_tokens=60, seed=1, min_tokens=minimum)
         (outputs,) = run_all(engine, [(aligned(2.0), params)])
         assert "".join(o.text for o in outputs) == "Lisbon"
@@ -76,40 +76,40 @@ def test_a_structure_ends_where_nothing_can_follow(wide):
 
 
 def schemas():
-    """100 different ones, each of a few random features, deeper ones inside."""
-    chance = random.Random(0)
+    """100 different random schemas, up to three levels deep."""
+    rng = random.Random(0)
 
     def leaf():
-        low = chance.randint(-5, 5)
-        return chance.choice(
+        low = rng.randint(-5, 5)
+        return rng.choice(
             [
-                {"type": "integer", "minimum": low, "maximum": low + chance.randint(0, 9)},
-                {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": chance.randint(1, 3)},
-                {"enum": chance.sample(["red", "green", 3, None, True, "blue"], 3)},
-                {"const": chance.choice(["x", 1, None])},
-                {"type": "string", "pattern": f"^[a-f]{{1,{chance.randint(1, 4)}}}$"},
-                {"type": "string", "minLength": 1, "maxLength": chance.randint(1, 6)},
-                {"type": "string", "format": chance.choice(["date", "time", "uuid", "ipv4"])},
+                {"type": "integer", "minimum": low, "maximum": low + rng.randint(0, 9)},
+                {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": rng.randint(1, 3)},
+                {"enum": rng.sample(["red", "green", 3, None, True, "blue"], 3)},
+                {"const": rng.choice(["x", 1, None])},
+                {"type": "string", "pattern": f"^[a-f]{{1,{rng.randint(1, 4)}}}$"},
+                {"type": "string", "minLength": 1, "maxLength": rng.randint(1, 6)},
+                {"type": "string", "format": rng.choice(["date", "time", "uuid", "ipv4"])},
                 {"type": ["boolean", "null"]},
-                {"type": "integer", "multipleOf": chance.randint(2, 5), "minimum": 0, "maximum": 99},
+                {"type": "integer", "multipleOf": rng.randint(2, 5), "minimum": 0, "maximum": 99},
             ]
         )
 
     def schema(depth):
-        kind = chance.choice(["object", "array", "anyOf", "leaf"] if depth else ["leaf"])
+        kind = rng.choice(["object", "array", "anyOf", "leaf"] if depth else ["leaf"])
         if kind == "object":
-            names = [f"{chance.choice('pqrst')}{i}" for i in range(chance.randint(1, 3))]
-            required = [name for name in names if chance.random() < 0.7]
+            names = [f"{rng.choice('pqrst')}{i}" for i in range(rng.randint(1, 3))]
+            required = [name for name in names if rng.random() < 0.7]
             properties = {name: schema(depth - 1) for name in names}
             return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
         if kind == "array":
-            low = chance.randint(0, 2)
+            low = rng.randint(0, 2)
             return {"type": "array", "items": schema(depth - 1), "minItems": low, "maxItems": low + 1}
         if kind == "anyOf":
             return {"anyOf": [schema(depth - 1) for _ in range(2)]}
         return leaf()
 
-    found = [
+    result = [
         {
             "$defs": {
                 "tree": {
@@ -126,11 +126,11 @@ def schemas():
         }
         for i in range(3)
     ]
-    while len(found) < 100:
+    while len(result) < 100:
         new = schema(3)
-        if new not in found:
-            found.append(new)
-    return found
+        if new not in result:
+            result.append(new)
+    return result
 
 
 @pytest.mark.parametrize("ratio", [0, 2.0])
@@ -151,7 +151,7 @@ def test_a_hundred_schemas_are_kept(wide, ratio):
         if outputs[-1].finish_reason == "stop":
             jsonschema.validate(json.loads("".join(o.text for o in outputs)), schema)
             finished += 1
-    assert finished >= 95  # a random model may not come to the end of a tree
+    assert finished >= 95  # a random model may not finish a deep tree within max_tokens
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("schema", BOMBS.values(), ids=BOMBS)
 def test_schemas_that_can_not_be_served_are_refused(embedded, schema):
-    """In time: some would end the process, some could never be satisfied."""
+    """Quickly: some of these would crash the process, others can never be satisfied."""
     with pytest.raises(InvalidRequest, match="structure"):
         make_engine(embedded, num_pages=8).grammars.matcher(Structure("json_schema", json.dumps(schema)))
 
@@ -233,7 +233,7 @@ def test_other_structures_that_can_not_be_served_are_refused(embedded, structure
 
 
 def test_a_structure_that_fails_on_the_way_is_its_requests_own_error(wide):
-    """A schema that nothing ends; the others go on."""
+    """No reply can satisfy this schema. Other requests are not affected."""
     loaded, oracle = wide
     engine = make_engine(loaded, num_pages=200)
     schema = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"], "additionalProperties": False}
@@ -247,7 +247,7 @@ def test_a_structure_that_fails_on_the_way_is_its_requests_own_error(wide):
 
 @pytest.mark.parametrize("ignore_eos", [False, True])
 def test_a_structure_that_could_end_goes_on_as_asked(wide, ignore_eos):
-    """min_tokens holds ends back that the structure would allow, and so does ignore_eos; an end leaves no text."""
+    """min_tokens and ignore_eos prevent an end that the structure would allow. The end token leaves no text."""
     loaded, _ = wide
     engine = make_engine(loaded, num_pages=100)
     (eos,) = engine.eos_token_ids
@@ -264,7 +264,7 @@ def test_a_structure_that_could_end_goes_on_as_asked(wide, ignore_eos):
     assert outputs[-1].finish_reason == "stop"
 
 
-# What bombs cost
+# The cost of bombs
 
 
 def of_json(schema):
@@ -326,29 +326,29 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_takes_no_second_and_no_memory_to_speak_of(name, bombed):
-    """Neither to compile or be refused, nor for a mask: others wait for both. In seconds of this thread's, a fifth of
-    which the worst take here, so that the machine's other work does not count; and in megabytes, 1 GB for all in the
-    cache.
+    """Other requests wait for compilation and masks, so both must be fast. Times are CPU seconds of this thread (the
+    worst bombs need a fifth of the limits here), so that other load does not count. Memory is in bytes; the cache may
+    hold 1 GB in total.
     """
     grammars, words = bombed
     grammars._compiled.cache_clear()
     before, began = resident_bytes(), time.thread_time()
-    matcher, told = None, ""
+    matcher, message = None, ""
     try:
         matcher = grammars.matcher(BOMBS[name])
     except InvalidRequest as error:
-        told = str(error)
+        message = str(error)
     seconds = time.thread_time() - began
-    chance, longest = random.Random(0), 0.0
-    while matcher and not matcher.is_stopped() and chance.random() > 0.02:
+    rng, longest = random.Random(0), 0.0
+    while matcher and not matcher.is_stopped() and rng.random() > 0.02:
         began = time.thread_time()
         mask = matcher.compute_bitmask()
         longest = max(longest, time.thread_time() - began)
         allowed = [i for i in words if mask[i // 8] >> (i % 8) & 1]
-        if not allowed or not matcher.consume_token(max(chance.sample(allowed, min(3, len(allowed))), key=words.get)):
+        if not allowed or not matcher.consume_token(max(rng.sample(allowed, min(3, len(allowed))), key=words.get)):
             break
-    assert len(told) < 1000
-    assert "backtrace" not in told
+    assert len(message) < 1000
+    assert "backtrace" not in message
     assert seconds < 2
     assert longest < 0.1
     assert resident_bytes() - before < 100 << 20
@@ -356,7 +356,7 @@ def test_a_bomb_takes_no_second_and_no_memory_to_speak_of(name, bombed):
 
 @pytest.fixture(scope="module")
 def bombed(embedded):
-    """Grammars over the real vocabulary, and how long its tokens are."""
+    """Grammars over the real vocabulary, and the length of each token."""
     grammars = make_engine(embedded, num_pages=8).grammars
     grammars.matcher(Structure("regex", "a"))
     return grammars, {id: len(token) for token, id in embedded.tokenizer.get_vocab().items()}

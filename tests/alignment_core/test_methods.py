@@ -1,4 +1,4 @@
-"""Every method against its paper's own formula, in mixed batches and by every path of the engine."""
+"""Every method against the formula of its paper, in mixed batches and on every path of the engine."""
 
 import itertools
 import math
@@ -24,7 +24,7 @@ def prompt_of(method, ratios, shift=0):
 
 
 def alike(method, ratio, shift=0):
-    """Two principles' branches that differ from the base's in a token each."""
+    """A prompt whose two principled branches each differ from the base in one token only."""
     base = tuple((7 * i + shift) % 290 + 5 for i in range(24))
     principled = tuple((base[0] + 1 + k, *base[1:]) for k in range(2))
     return Prompt(principled, (0.25, 0.75), (ratio, ratio - 5), base, method=method)
@@ -43,14 +43,14 @@ def test_amulets_loop_has_a_closed_form():
         expected = torch.log_softmax(context + coefficient * (context - base), dim=-1)
         torch.testing.assert_close(amulet_game(context, base, alpha), expected, atol=1e-9, rtol=1e-9)
         assert coefficient > -1
-    assert amulet((1.0,), (2.0,))[0] == pytest.approx(4.649, abs=5e-4)  # what the paper's defaults come to
+    assert amulet((1.0,), (2.0,))[0] == pytest.approx(4.649, abs=5e-4)  # the value for the paper's defaults
 
 
 def test_coefficients():
     assert linear((1.0,), (2.0,)) == METHODS["cfg"].coefficients((1.0,), (2.0,)) == (2.0,)
     steering = METHODS["context_steering"].coefficients
     assert steering((1.0,), (2.0,)) == (2.0,)
-    assert steering((0.5, 0.5), (1.0, 0.0)) == (0.5, -0.5)  # which is the first context alone
+    assert steering((0.5, 0.5), (1.0, 0.0)) == (0.5, -0.5)  # equals the first context alone
     assert [starts_from_base((c,)) for c in (-0.5, -1.0, -1.01)] == [False, False, True]
     for method, rule in METHODS.items():
         assert rule.coefficients((1.0,), (0.0,)) == (0.0,), method
@@ -68,10 +68,10 @@ CONFIGS = {
 def test_all_methods_in_one_batch_equal_their_formulas(tiny, config):
     loaded, oracle = tiny
     engine = make_engine(loaded, **config)
-    asked = list(itertools.product(METHODS, RATIOS))
+    cases = list(itertools.product(METHODS, RATIOS))
     requests = [
         (prompt_of(method, ratios, shift), replace(GREEDY, alignment_top_p=(None, 0.5)[(shift + shift // 8) % 2]))
-        for shift, (method, ratios) in enumerate(asked)
+        for shift, (method, ratios) in enumerate(cases)
     ]
     requests += [(aligned(0, 20, shift), GREEDY) for shift in range(3)]
     for (prompt, params), outputs in zip(requests, run_all(engine, requests), strict=True):
@@ -84,27 +84,27 @@ def test_all_methods_in_one_batch_equal_their_formulas(tiny, config):
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 @pytest.mark.parametrize("method", METHODS)
 def test_drafts_change_no_method(tiny, method, temperature, monkeypatch):
-    """Two right ones and a wrong one at a time: OPAD's direction comes from the row before, or the step before."""
+    """Drafts of two right tokens and a wrong one. OPAD's direction comes from the previous row or the previous step."""
     loaded, _ = tiny
     prompt, params = prompt_of(method, (2.0,)), replace(GREEDY, temperature=temperature, seed=3, max_tokens=20)
     (expected,) = run_all(make_engine(loaded, num_pages=100), [(prompt, params)])
-    known = token_ids(expected)
+    tokens = token_ids(expected)
 
     def draft(self, most):
         begun = len(self._tokens) - len(prompt.principled[0])
-        return [*known[begun : begun + 2], 1][:most]
+        return [*tokens[begun : begun + 2], 1][:most]
 
     monkeypatch.setattr(PromptLookup, "draft", draft)
     engine = make_engine(loaded, num_pages=100, num_speculative_tokens=4)
     (outputs,) = run_all(engine, [(prompt, params)])
-    assert token_ids(outputs) == known
+    assert token_ids(outputs) == tokens
     stats = engine.stats()
     assert 0 < stats.num_tokens_accepted < stats.num_tokens_drafted
 
 
 def test_methods_differ(tiny):
-    """None of them is another one by mistake; but for guidance, which is ours without a plausible set. The branches
-    are so much alike that the adaptive ratio's limit is reached.
+    """No method equals another by mistake, except "cfg", which is "linear" without a plausible set. The branches are
+    so similar that the limit of the adaptive ratio is reached.
     """
     _, oracle = tiny
     prompts = {method: alike(method, 20.0, shift=1) for method in METHODS}
@@ -134,7 +134,7 @@ def test_a_negative_ratio_moves_away_within_what_the_base_policy_would_say(tiny)
 
 
 def test_a_seeded_reply_follows_its_method(tiny):
-    """Draws, with the direction of the step before, by every path alike."""
+    """Every path draws the same tokens, also with a direction of the previous step."""
     loaded, _ = tiny
     params = SamplingParams(temperature=0.8, seed=4, max_tokens=12, ignore_eos=True)
     requests = [(prompt_of(method, (1.5, 1.0)), params) for method in METHODS]
@@ -181,7 +181,7 @@ def test_a_plain_reply_has_no_trace(tiny):
 
 
 def test_the_limit_of_an_adaptive_ratio_is_reached(tiny):
-    """The number that docs/methods.md gives, and no other: with 20 or without a limit the tokens would be others."""
+    """The limit in docs/methods.md is used: with 20 or without a limit, tokens would differ."""
     loaded, oracle = tiny
     engine, others = make_engine(loaded, num_pages=200), {20.0: 0, math.inf: 0}
     for shift in range(6):

@@ -1,4 +1,4 @@
-"""NaN and −inf in a model: what can't be drawn is an error of that reply alone, and never gets into another."""
+"""NaN and −inf in a model: the affected reply ends with an error, and no other reply changes."""
 
 import itertools
 from dataclasses import replace
@@ -43,7 +43,7 @@ RULED_OUT = (0, 1, 150, *range(290, 300))  # tokens whose logits the model makes
 )
 def test_what_a_query_does_not_see_does_not_reach_it(backend, window, softcap, dtype, monkeypatch):
     monkeypatch.setattr(paged_triton, "PROGRAMS", PROGRAMS)
-    spoilt = 22  # of the last row's 30 tokens, of which 20 are queries
+    spoilt = 22  # position in the last row, which has 30 tokens and 20 queries
     clean, places = attended(backend, window, softcap, dtype)
     for poison in (torch.nan, torch.inf):
         out, _ = attended(backend, window, softcap, dtype, poison, spoilt)
@@ -57,11 +57,12 @@ def test_what_a_query_does_not_see_does_not_reach_it(backend, window, softcap, d
 
 
 def attended(backend, window, softcap, dtype, poison=0.0, spoilt=None):
-    """One layer's attention of rows of 9, 5 and 30 tokens, [T, heads, head_dim], and row and place of each query.
+    """One layer's attention for rows of 9, 5 and 30 tokens.
 
-    poison: what stands wherever no row has written, and in the values of one token of the last row.
+    poison: Value of all slots that no row has written, and of one value element at position `spoilt` of the last row.
+    Returns the output [T, heads, head_dim], and the (row, position) of each query.
     """
-    chance, page_size, pages = torch.Generator().manual_seed(0), 4, iter(range(1, 100))
+    generator, page_size, pages = torch.Generator().manual_seed(0), 4, iter(range(1, 100))
     shapes = [(9, 1), (5, 1), (30, 20)]
     rows = [
         Row(Branch([0] * n, [next(pages) for _ in range(-(-n // page_size))]), n - queries, n) for n, queries in shapes
@@ -71,10 +72,10 @@ def attended(backend, window, softcap, dtype, poison=0.0, spoilt=None):
     for pool in pools:
         for row in rows:
             slots = [row.branch.pages[place // page_size] * page_size + place % page_size for place in range(row.end)]
-            pool.view(-1, 2, 16)[slots] = torch.randn(row.end, 2, 16, generator=chance).to(dtype)
+            pool.view(-1, 2, 16)[slots] = torch.randn(row.end, 2, 16, generator=generator).to(dtype)
     num_tokens = len(plan.token_ids)
-    query = torch.randn(1, 4, num_tokens, 16, generator=chance).to(dtype)
-    key, value = (torch.randn(1, 2, num_tokens, 16, generator=chance).to(dtype) for _ in range(2))
+    query = torch.randn(1, 4, num_tokens, 16, generator=generator).to(dtype)
+    key, value = (torch.randn(1, 2, num_tokens, 16, generator=generator).to(dtype) for _ in range(2))
     places = list(zip(plan.row.tolist(), plan.position.tolist(), strict=True))
     if spoilt is not None:
         value[0, 1, places.index((2, spoilt)), 3] = poison
@@ -85,7 +86,7 @@ def attended(backend, window, softcap, dtype, poison=0.0, spoilt=None):
 
 @pytest.fixture(scope="module")
 def spoilt(tokenizer):
-    """A model with one token whose embedding is NaN, and the oracle of all others."""
+    """A model with one token whose embedding is NaN, and the oracle for all other tokens."""
     loaded, oracle = tiny_pair(tokenizer, vocab_size=300)
     with torch.inference_mode():
         loaded.model.get_input_embeddings().weight[SPOILT] = torch.nan
@@ -116,7 +117,7 @@ def test_nan_ends_its_own_reply_and_no_other(spoilt, static, params):
     base = Prompt(((*ids,),), (1.0,), (2.0,), (*ids[:12], SPOILT))
     two = Prompt((ids, (*ids, SPOILT)), (0.5, 0.5), (2.0, 1.0), ids[3:])
     company = [aligned(2.0), aligned(0.0, 17, 3)]
-    for _ in range(2):  # the second time in pages that the first has left
+    for _ in range(2):  # the second time, in pages that the first run has left
         replies = run_all(
             engine, [*((p, params) for p in (plain, principled, base, two)), *((p, GREEDY) for p in company)]
         )
@@ -143,7 +144,7 @@ def test_nan_ends_its_own_reply_and_no_other(spoilt, static, params):
 )
 @pytest.mark.parametrize("static", [False, True])
 def test_one_logit_that_is_not_finite_is_enough(tiny, static, params, monkeypatch):
-    """In whatever branch, also where no filter would have let the token through."""
+    """In any branch, also where a filter would have excluded the token."""
     engine = make_engine(tiny[0], num_pages=40, static=static)
     draw, params = engine.loop.sampler.draw, SamplingParams(max_tokens=3, seed=1, **params)
     prompts = [(aligned(0.0), 0), *((replace(aligned(2.0), method=m), branch) for m in METHODS for branch in (0, 1))]
@@ -172,7 +173,7 @@ def test_a_text_that_is_scored_ends_where_nan_begins(spoilt):
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.usefixtures("backend")
 def test_a_prefix_before_nan_is_shared_and_right(spoilt, static):
-    """The page before NaN is published in the same chunk, and adopted before anyone knows."""
+    """The page before NaN is published in the same chunk, and adopted before NaN is detected."""
     loaded, oracle = spoilt
     engine = make_engine(loaded, num_pages=40, page_size=4, max_num_batched_tokens=16, static=static)
     prefix = aligned(0.0).principled[0][:12]
@@ -199,7 +200,7 @@ def test_what_a_failed_sequence_has_published_is_taken_back(spoilt):
 
 
 class MaskedOracle(Oracle):
-    """−inf as a logit so low that nothing of it is ever seen, with which float64 computes as with any other."""
+    """Uses a very low finite logit instead of −inf, so that float64 arithmetic needs no special cases."""
 
     def logits(self, ids):
         logits = super().logits(ids)
@@ -209,7 +210,7 @@ class MaskedOracle(Oracle):
 
 @pytest.fixture(scope="module")
 def masking(tokenizer):
-    """A model that itself makes some logits −inf."""
+    """A model whose head sets some logits to −inf."""
     loaded, oracle = tiny_pair(tokenizer, kernels=False, vocab_size=300)
     head = nn.Linear(32, 300)
     with torch.no_grad():

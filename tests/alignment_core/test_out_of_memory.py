@@ -1,6 +1,4 @@
-"""A GPU that runs out of memory in the middle of a step: mocked, as we have none, by a model that takes so many tokens
-and no more.
-"""
+"""A GPU that runs out of memory during a step, simulated by a forward pass that fails beyond a number of tokens."""
 
 import itertools
 from contextlib import contextmanager
@@ -33,7 +31,10 @@ CONFIGS = {
 
 @contextmanager
 def memory_for(model, num_tokens, after=True):
-    """Yields the sizes of the forward passes that failed. after: they fail at their end, when all keys are written."""
+    """Make forward passes of more than `num_tokens` tokens fail; yield the sizes of those that failed.
+
+    after: They fail at their end, when all keys are written, instead of at their beginning.
+    """
     failed = []
 
     def forward(_, __, kwargs, *___):
@@ -51,7 +52,7 @@ def memory_for(model, num_tokens, after=True):
 
 
 def requests():
-    """Plain, aligned, by several principles, twins that share their pages from the first step on; and sampled ones."""
+    """Plain and aligned ones, some with two principles, two equal ones that share pages at once, and sampled ones."""
     one, two = (aligned(2.0, extra=extra).principled[0] for extra in (9, 4))
     several = Prompt((one, two), (0.5, 0.5), (2.0, 1.0), aligned(2.0).base)
     drawn = SamplingParams(max_tokens=12, ignore_eos=True, seed=5)
@@ -61,7 +62,7 @@ def requests():
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny):
-    """The tokens of `requests` where memory is enough, as the oracle has them."""
+    """The tokens of the replies to `requests` with enough memory, checked against the oracle."""
     loaded, oracle = tiny
     replies = run_all(make_engine(loaded, num_pages=900), requests())
     for (prompt, params), outputs in zip(requests(), replies, strict=True):
@@ -70,7 +71,7 @@ def undisturbed(tiny):
     return [token_ids(outputs) for outputs in replies]
 
 
-SHORT = {(1, True), (5, False), (11, True)}  # of all pairs, which are for the long run
+SHORT = {(1, True), (5, False), (11, True)}  # cases of the short run; the long run has all
 CASES = [
     pytest.param(*case, marks=[] if case in SHORT else pytest.mark.long)
     for case in itertools.product((1, 5, 11), (False, True))
@@ -96,7 +97,7 @@ def test_a_step_that_is_too_large_runs_in_parts_and_nobody_can_tell(
 
 @pytest.fixture(scope="module")
 def undrafted(few_words):
-    """The tokens of replies without drafts, as the oracle has them."""
+    """The tokens of the replies without drafts, checked against the oracle."""
     loaded, oracle = few_words
     texts = test_speculation.prompts()
     replies = run_all(make_engine(loaded, num_pages=600), [(text, test_speculation.LONG) for text in texts])
@@ -136,13 +137,13 @@ def test_where_one_token_is_too_much_the_engine_ends_with_an_error(tiny):
 
 
 class Followers(list):
-    """Followers that only collect messages."""
+    """Replaces the followers; only collects their messages."""
 
     send = list.append
 
 
 def test_with_followers_there_is_no_second_try(tiny):
-    """They would have run the first one."""
+    """Followers would already have run the first attempt."""
     loaded, _ = tiny
     engine = make_engine(replace(loaded, followers=Followers()), num_pages=100)
     engine.submit(aligned(2.0), GREEDY, lambda _: None)
@@ -153,7 +154,7 @@ def test_with_followers_there_is_no_second_try(tiny):
 
 
 def numbers(outputs):
-    """All that is told of the tokens' probabilities, in order."""
+    """All log-probabilities and token ids that the outputs report, flattened, in order."""
 
     def flat(value):
         if isinstance(value, tuple):
@@ -170,7 +171,7 @@ def numbers(outputs):
     ids=str,
 )
 def test_a_draw_that_is_too_large_is_made_in_parts(few_words, monkeypatch, config, what):
-    """However often: one sequence at a time always fits."""
+    """Any draw of more than one sequence fails here; one sequence at a time always fits."""
     loaded, _ = few_words
     wanted = [
         (prompt, replace(test_speculation.LONG, logprobs=i % 3 or None, trace=i == 4, seed=i, temperature=i % 2))
@@ -194,7 +195,7 @@ def test_a_draw_that_is_too_large_is_made_in_parts(few_words, monkeypatch, confi
         monkeypatch.setattr(owner, what, small(getattr(owner, what)))
     for outputs, expected in zip(run_all(engine, wanted), undisturbed, strict=True):
         assert token_ids(outputs) == token_ids(expected)
-        assert numbers(outputs) == pytest.approx(numbers(expected), abs=1e-5)  # torch sums a lone line otherwise
+        assert numbers(outputs) == pytest.approx(numbers(expected), abs=1e-5)  # torch sums a single line differently
     assert len(failed) > 20
     assert engine.pool.num_free == engine.pool.num_pages
 
@@ -219,7 +220,7 @@ def test_halves_have_all_tokens_in_order_and_want_the_same_ones(sizes):
     lines = {}
     for half in (first, second):
         for line, (row, place) in zip(half.lines, half.wanted, strict=True):
-            assert any(row is mine for mine in half.rows)
+            assert any(row is candidate for candidate in half.rows)
             assert -row.num_tokens <= place < 0
             lines[line] = (row.branch.tokens[0], row.end + place)
     assert [lines[i] for i in range(len(wanted))] == [(row.branch.tokens[0], row.end + place) for row, place in wanted]

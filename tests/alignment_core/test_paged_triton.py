@@ -1,4 +1,4 @@
-"""The Triton kernels: run by Triton's interpreter against attention written out, and compiled for real GPUs."""
+"""The Triton kernels: run by Triton's interpreter and compared with plain attention, and compiled for real GPUs."""
 
 import json
 import os
@@ -24,12 +24,12 @@ CONTEXTS = [
     (90, 33),
     (40, 40),
     (199, 5),
-]  # tokens of a row, and how many of them are queries
+]  # (tokens of a row, how many of them are queries)
 FEW = counted([(70, 1), (1, 1), (130, 1), (199, 5)], CONTEXTS)
 
 
 def written_out(query, keys, values, row, num_queries, scaling, window, softcap):
-    """float64; query: [num_heads, T, head_dim] of one row. Returns [T, num_heads, head_dim]."""
+    """Plain attention in float64. query: [num_heads, T, head_dim] of one row. Returns [T, num_heads, head_dim]."""
     pages, context = torch.tensor(row.branch.pages), row.end
     k, v = (pool[pages].flatten(0, 1)[:context].double() for pool in (keys, values))
     k, v = (x.repeat_interleave(len(query) // x.shape[1], dim=1) for x in (k, v))
@@ -44,22 +44,25 @@ def written_out(query, keys, values, row, num_queries, scaling, window, softcap)
 def attend(
     contexts, heads, kv_heads, dim, page_size=16, window=None, softcap=None, dtype=torch.float32, kv=None, **batch
 ):
-    """The kernels' result, [T, heads, dim], the written out one, and the batch; same numbers for every row's tokens."""
-    chance = torch.Generator().manual_seed(0)
+    """Run the kernels on rows with these contexts; each (context, num_queries) always gets the same random numbers.
+
+    Returns the kernels' result [T, heads, dim], the plain attention's result, and the batch.
+    """
+    generator = torch.Generator().manual_seed(0)
     num_pages = sum(-(-context // page_size) for context, _ in CONTEXTS)
-    free = torch.randperm(num_pages, generator=chance).tolist()
+    free = torch.randperm(num_pages, generator=generator).tolist()
     rows = {}
     for context, num_queries in CONTEXTS:
         pages = [free.pop() for _ in range(-(-context // page_size))]
         rows[context, num_queries] = Row(Branch(tokens=[0] * context, pages=pages), context - num_queries, context)
     shape = (num_pages, page_size, kv_heads, dim)
-    keys, values = (torch.randn(shape, generator=chance).to(kv or dtype) for _ in range(2))
+    keys, values = (torch.randn(shape, generator=generator).to(kv or dtype) for _ in range(2))
     new = {
-        chosen: [torch.randn(n, num_queries, dim, generator=chance).to(dtype) for n in (heads, kv_heads, kv_heads)]
+        chosen: [torch.randn(n, num_queries, dim, generator=generator).to(dtype) for n in (heads, kv_heads, kv_heads)]
         for chosen, (_, num_queries) in zip(rows, CONTEXTS, strict=True)
     }
     plan = Plan.of([rows[chosen] for chosen in contexts], [], page_size)
-    ordered = sorted(contexts, key=lambda chosen: chosen[1] > 1)  # as Plan.of does
+    ordered = sorted(contexts, key=lambda chosen: chosen[1] > 1)  # the order of Plan.of
     query, key, value = (torch.cat([new[chosen][i] for chosen in ordered], dim=1)[None] for i in range(3))
     paged = PagedBatch.of(plan, [keys], [values], {0: LayerAttention(dim**-0.5, window, softcap)}, **batch)
     out, _ = paged_triton.attend(SimpleNamespace(layer_idx=0), query, key, value, None, paged=paged)
@@ -72,7 +75,7 @@ def attend(
 
 @pytest.fixture
 def grids(monkeypatch):
-    """Which grids the attention kernel was launched with."""
+    """The grids with which the attention kernel was launched."""
     seen = []
 
     class Spy:
@@ -86,7 +89,7 @@ def grids(monkeypatch):
 
 
 SPLIT = 100
-# The interpreter takes seconds to put together what long chunks have in parts: in the short run for these.
+# The interpreter needs seconds to combine the parts of long chunks: the short run does so for these shapes only.
 LONG_CHUNKS = (
     {"heads": 4, "kv_heads": 2, "dim": 8},
     {"heads": 4, "kv_heads": 2, "dim": 64, "window": 64, "softcap": 5.0},
@@ -115,14 +118,14 @@ def test_equals_attention_written_out(shape, programs, grids, monkeypatch):
     out, wanted, _ = attend(contexts, **shape)
     tolerance = 2e-6 if shape.get("dtype") is None else 2e-3
     torch.testing.assert_close(out.double(), wanted, atol=tolerance, rtol=tolerance)
-    assert len(grids) == 2  # decodes, and the others
+    assert len(grids) == 2  # one launch for decodes, one for all other rows
     assert len({grid[2] for grid in grids}) == 1
     assert (grids[0][2] > 1) == (programs > 1)
 
 
 @pytest.mark.parametrize("window", [None, 50])
 def test_a_token_is_the_same_in_any_company(window, monkeypatch):
-    """Bit for bit, whatever tile it is in; otherwise contexts are split by how many rows there are."""
+    """With batch_invariant, bit for bit in any tile. Without it, contexts are split depending on the number of rows."""
     monkeypatch.setattr(paged_triton, "PROGRAMS", 40)
     decode, chunk, end = CONTEXTS[2], CONTEXTS[3], CONTEXTS[5]
     shape = {"heads": 4, "kv_heads": 2, "dim": 64, "window": window}
@@ -168,11 +171,11 @@ for arch, dtype, kv, dim, lines in json.loads(sys.argv[1]):
     compile(paged_triton._combine_kernel, arch, dict(HEAD_DIM=dim, PADDED_DIM=dim, SPLITS=4), parts="fp32", logs="fp32",
         out=dtype)
 """
-SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of a block, by architecture
+SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per block, by architecture
 
 
 def test_compiles_for_gpus_and_fits_them():
-    """Down to machine code, which needs no GPU: A100, L4, H200, B200."""
+    """Compiles to machine code, which needs no GPU, for A100, L4, H200 and B200."""
     decode, other = paged_triton.DECODE_LINES, paged_triton.LINES
     cases = [
         (arch, "bf16", "bf16", *size) for arch in SHARED_MEMORY for size in ((128, decode), (128, other), (256, other))

@@ -1,4 +1,4 @@
-"""Every two features together, in few cases, judged by the oracle: greedy and seeded draws alike."""
+"""Every pair of features together, in few cases; the oracle judges greedy and seeded replies."""
 
 import itertools
 import math
@@ -42,24 +42,24 @@ FEATURES = {
 
 
 def pairwise(features):
-    """Cases in which every value of a feature meets every value of every other."""
-    chance = random.Random(1)
+    """Cases in which every value of a feature occurs together with every value of every other feature."""
+    rng = random.Random(1)
     names = list(features)
-    left = {
+    missing = {
         frozenset({(a, i), (b, j)})
         for a, b in itertools.combinations(names, 2)
         for i in range(len(features[a]))
         for j in range(len(features[b]))
     }
-    while left:
+    while missing:
         candidates = []
         for _ in range(50):
-            pair = dict(chance.choice(sorted(map(sorted, left))))
-            case = {name: pair.get(name, chance.randrange(len(features[name]))) for name in names}
-            met = {frozenset(two) for two in itertools.combinations(case.items(), 2)} & left
-            candidates.append((len(met), sorted(case.items()), met))
-        _, case, met = max(candidates, key=lambda candidate: candidate[:2])
-        left -= met
+            pair = dict(rng.choice(sorted(map(sorted, missing))))
+            case = {name: pair.get(name, rng.randrange(len(features[name]))) for name in names}
+            covered = {frozenset(two) for two in itertools.combinations(case.items(), 2)} & missing
+            candidates.append((len(covered), sorted(case.items()), covered))
+        _, case, covered = max(candidates, key=lambda candidate: candidate[:2])
+        missing -= covered
         yield {name: features[name][i] for name, i in case}
 
 
@@ -91,7 +91,7 @@ def prompt_of(num_principles, ratio=2.0, method="linear"):
 
 @pytest.fixture(scope="module")
 def paths():
-    """What was done on the way, by all cases together; asked of the whole file only."""
+    """Counts over all cases, checked only if the whole file ran."""
     taken = Counter()
     yield taken
     if taken["cases"] == len(CASES):
@@ -101,7 +101,7 @@ def paths():
 
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
 def test_two_features(wide, case, paths, monkeypatch):
-    monkeypatch.setattr(PromptLookup, "draft", lambda self, most: self._tokens[7:9][:most])  # to be turned down
+    monkeypatch.setattr(PromptLookup, "draft", lambda self, most: self._tokens[7:9][:most])  # will be rejected
     loaded, oracle = wide
     engine = make_engine(
         loaded,
@@ -166,7 +166,7 @@ def test_two_features(wide, case, paths, monkeypatch):
 
 
 def allowed_for(engine, params):
-    """What the structure allows; with ignore_eos no end, as long as anything else may follow."""
+    """The tokens that the structure allows. With ignore_eos, an end only if no other token may follow."""
     allowed = allowed_by(engine, params.structure)
 
     def wanted(output):
@@ -177,7 +177,7 @@ def allowed_for(engine, params):
 
 
 def end_of(engine, params, ids):
-    """Where a reply of these tokens ends, and why: the first end that counts, else its length."""
+    """Expected length and finish reason of a reply with these tokens: at its first valid end, else at max_tokens."""
     matcher = engine.grammars.matcher(params.structure) if params.structure else None
     for number, token in enumerate(ids, 1):
         counts, is_eos = number > params.min_tokens, token in engine.eos_token_ids
@@ -196,7 +196,10 @@ def ids_of(outputs):
 
 
 def run(engine, requests, aborted=0):
-    """The outputs of every request by choice, the last `aborted` ones being ended on the way; cached prompt tokens."""
+    """Run requests and abort the last `aborted` ones on the way.
+
+    Returns the outputs of each request by choice, and the cached prompt tokens of the first.
+    """
     collected = [{} for _ in requests]
     request_ids = [
         engine.submit(prompt, params, lambda o, into=into: into.setdefault(o.choice, []).append(o), n)
@@ -212,7 +215,7 @@ def run(engine, requests, aborted=0):
 
 
 def judge(oracle, prompt, outputs, setting, choice):
-    """How many tokens are others than the oracle's, each at a near tie; a draw is inverted by the same number."""
+    """Number of tokens that differ from the oracle's, all at near ties. Draws reuse the same uniform number."""
     ids = ids_of(outputs)
     if setting.temperature == 0:
         return oracle.check_greedy(prompt, setting, ids)

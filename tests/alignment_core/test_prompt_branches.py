@@ -1,4 +1,4 @@
-"""For every way in which templates treat messages: a principled prompt is the base and a principle, to the token."""
+"""With every kind of chat template, a principled prompt equals the base plus the principle, token by token."""
 
 import copy
 import itertools
@@ -36,7 +36,7 @@ LLAMA_3 = (
     "{% for m in messages %}<start>{{ m['role'] }}<end>\n\n{{ m['content'] | trim }}<eot>{% endfor %}"
     "{% if add_generation_prompt %}<start>assistant<end>\n\n{% endif %}"
 )
-MISTRAL = (  # system text stands in the last user message, if that is the last of all
+MISTRAL = (  # system text goes into the last user message, but only if that is the last message
     "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set rest = messages[1:] %}"
     "{% else %}{% set rest = messages %}{% endif %}{% for m in rest %}{% if m['role'] == 'user' %}"
     "{% if loop.last and system is defined %}[INST] {{ system + '\n\n' + m['content'] }}[/INST]"
@@ -48,7 +48,7 @@ TRIMS_USERS = (
     "{{ m['content'] | trim if m['role'] == 'user' else m['content'] }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 )
 TRIMS_SYSTEM = TRIMS_USERS.replace("== 'user'", "== 'system'")
-DEFAULT = (  # also in place of an empty system message
+DEFAULT = (  # a default system message, also in place of an empty one
     "{% set ns = namespace(text='You are a helpful model.') %}{% for m in messages if m['role'] == 'system' and "
     "m['content'] %}{% set ns.text = m['content'] %}{% endfor %}<|im_start|>system\n{{ ns.text }}<|im_end|>\n"
     "{% for m in messages if m['role'] != 'system' %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
@@ -79,7 +79,7 @@ PRINCIPLE = "Speak 1 simply."
 
 
 def chats():
-    """Messages with white space at either end of one of them, or of all, or with nothing in one of them."""
+    """Chats with white space around the text of one message or of all, or with nothing else in one."""
     for roles in SHAPES:
         plain = [{"role": role, "content": SAID[role]} for role in roles]
         for index, (before, after) in itertools.product(range(len(roles)), itertools.product(ENDS, ENDS)):
@@ -104,15 +104,15 @@ def test_the_principle_is_the_only_difference(tokenizer, name, placement):
         assert prompt.base == plain, chat
         principled, base = (tokenizer.decode(ids) for ids in (prompt.principled[0], prompt.base))
         before, after = principled.split(PRINCIPLE)
-        left = without_joints(before, after, base)
-        assert left is not None, (chat, principled, base)
-        assert tuple(tokenizer.encode(left, add_special_tokens=False)) == prompt.base
+        remainder = without_joints(before, after, base)
+        assert remainder is not None, (chat, principled, base)
+        assert tuple(tokenizer.encode(remainder, add_special_tokens=False)) == prompt.base
         num_placed += 1
     assert num_placed > counted(100, 500)
 
 
 def without_joints(before, after, base):
-    """The text without its principle, what joins it to its neighbours, and the block that was made for it alone."""
+    """The text without the principle, its separators, and a block made only for it; None if that is not `base`."""
     for lead, trail in [("\n", ""), ("", "\n\n"), ("", "\n"), ("\n", "\n"), ("", ""), ("\n\n\n", "")]:
         if before.endswith(lead) and after.startswith(trail):
             rest = before.removesuffix(lead) + after.removeprefix(trail)
@@ -159,7 +159,7 @@ def test_a_principle_that_no_template_shows_is_refused(tokenizer, name):
 @pytest.mark.parametrize(
     "template",
     [
-        "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}\n{{ m['content'] }}\n{% endfor %}",  # says all twice
+        "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}\n{{ m['content'] }}\n{% endfor %}",  # repeats texts
         "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}\n{% endfor %}{{ messages | length }} messages, "
         "{{ messages | map(attribute='content') | join | length }} letters",
     ],
@@ -197,14 +197,14 @@ def test_a_principle_is_treated_as_the_template_treats_texts(tokenizer, how, sho
     chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Rain?"}]
     prompt = PromptBuilder(tokenizer).build(chat, [Principle('Say "hi"\nor not')])
     principled, base = (tokenizer.decode(ids) for ids in (prompt.principled[0], prompt.base))
-    if shown is None:  # the template would change what else there is
+    if shown is None:  # the template would change the text around the principle
         assert principled == base.replace("Be kind.", 'Be kind.\nSay "hi"\nor not')
     else:
         assert principled == f"<start>system\n{shown}<end>\n" + base[base.index("<start>user") :]
 
 
 def test_reasoning_that_a_template_takes_out_stays_out(tokenizer):
-    """Also where it tells of a token that a reply may hold, and the mark that it ends with is none."""
+    """Also if the reasoning mentions a token that replies may contain, and its end mark is not a token."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_tokens([AddedToken("<tool_call>", special=False)])
     tokenizer.chat_template = TEMPLATES["plain"].replace("m.content", "m.content.split('</think>')[-1]")

@@ -1,4 +1,4 @@
-"""Draws: seeds and ends, and branches that are not needed."""
+"""Draws: seeds and end tokens; no base branch at ratio 0."""
 
 from linalign import SamplingParams
 from tests.engines import GREEDY, aligned, make_engine, prompts, run_all, token_ids

@@ -1,4 +1,4 @@
-"""Which rows a step runs: the budget of its tokens, turns, and who comes next."""
+"""Which rows a step runs: its token budget, turns among decodes, and the order of the queue."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ def test_one_forward_a_step_for_all_rows(tiny):
 
 def test_decodes_beyond_the_budget_take_turns(tiny):
     loaded, oracle = tiny
-    engine = make_engine(loaded, num_pages=400, max_num_batched_tokens=5)  # two of three pairs of rows
+    engine = make_engine(loaded, num_pages=400, max_num_batched_tokens=5)  # rows of two sequences out of three
     texts, replies = [aligned(2.0, 10, i) for i in range(3)], [[], [], []]
     for prompt, reply in zip(texts, replies, strict=True):
         engine.submit(prompt, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True), reply.append)
@@ -35,7 +35,7 @@ def test_decodes_beyond_the_budget_take_turns(tiny):
 
 
 def test_decodes_run_in_every_step_however_long_the_prompts_that_arrive(tiny):
-    """Prompts are cut to what the decodes leave of a step, so none of them makes a step longer than the budget."""
+    """Prefill chunks take only the tokens that decodes leave, so no step exceeds its budget."""
     loaded, _ = tiny
     engine = make_engine(loaded, num_pages=400, max_num_batched_tokens=16)
     reply = []
@@ -58,11 +58,11 @@ def test_decodes_run_in_every_step_however_long_the_prompts_that_arrive(tiny):
         engine.step()
     assert len(reply) == before + 40
     assert max(sizes) == 16
-    assert sizes.count(16) > 30  # and the prompts do get on
+    assert sizes.count(16) > 30  # so the prefills make progress
 
 
 def test_nobody_is_overtaken_for_ever(tiny):
-    """A request with many branches and a long prompt, among short ones that keep coming: what came after it waits."""
+    """A large request among small ones that keep coming: later requests wait until it is admitted."""
     loaded, oracle = tiny
     engine = make_engine(loaded, num_pages=60, page_size=4, max_num_seqs=4, max_num_batched_tokens=16)
     ended, replies = [], {}
@@ -89,7 +89,7 @@ def test_nobody_is_overtaken_for_ever(tiny):
         engine.step()
         assert number < 60
     admitted_later = [name for name in ended[: ended.index("large")] if isinstance(name, int)]
-    assert len(admitted_later) <= 8 * engine.scheduler.max_num_seqs  # while it ran itself
+    assert len(admitted_later) <= 8 * engine.scheduler.max_num_seqs  # admitted while the large one ran
     assert replies["large"][0].token_ids
     judge(oracle, large, replies["large"])
     while engine.step():

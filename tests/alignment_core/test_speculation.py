@@ -1,4 +1,4 @@
-"""Prompt lookup: what it drafts, and that replies stay what they are without it."""
+"""Prompt lookup: what it drafts, and that drafts do not change replies."""
 
 from dataclasses import replace
 
@@ -61,16 +61,16 @@ def test_drafts_grow_while_they_are_right_and_pause_while_they_are_wrong():
 def test_a_promise_without_a_draft_is_a_miss():
     tokens = [1, 2, 3, 4, 9, 1, 2, 3]
     lookup = PromptLookup(tokens)
-    tokens.append(-1)  # being drawn
-    assert lookup.may_draft_next()  # 1 2 3 has stood before
-    tokens[-1] = 8  # after which nothing has
+    tokens.append(-1)  # placeholder of a token that is being drawn
+    assert lookup.may_draft_next()  # 1 2 3 has occurred before
+    tokens[-1] = 8  # 1 2 3 8 has not
     assert lookup.draft(8) == []
     tokens += [1, 2, -1]
     assert lookup.may_draft_next()
     tokens[-1] = 7
     assert lookup.draft(8) == []
     tokens += [1, 2]
-    assert not lookup.may_draft_next()  # it pauses
+    assert not lookup.may_draft_next()  # drafting pauses
 
 
 @pytest.mark.parametrize(

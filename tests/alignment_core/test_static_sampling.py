@@ -1,4 +1,4 @@
-"""The draw in fixed shapes against the one that looks at what it has."""
+"""The draw in fixed shapes against the dynamic draw."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ CASES = [
 
 
 def step(filters, lines, ties):
-    """Logits of two rows a sequence; with ties, of no more than some dozens of different values."""
+    """Logits of two rows per sequence, and settings. ties: Round the logits, so that many are equal."""
     logits = torch.randn(2 * lines, 3000) * 4
     if ties:
         logits = (logits * 2).round() / 2
@@ -46,21 +46,21 @@ def step(filters, lines, ties):
     return logits, settings(lines, mixing=mixing, **filters)
 
 
-def expected(logits, asked):
-    y = principled_logits(logits, asked.mixing)
-    decided = ~asked.aligned & (asked.temperature == 0)  # these have no candidates
-    return y.argmax(dim=-1) if decided.all() else choose(logits, y, asked)
+def expected(logits, draw_settings):
+    y = principled_logits(logits, draw_settings.mixing)
+    decided = ~draw_settings.aligned & (draw_settings.temperature == 0)  # plain greedy sequences have no candidates
+    return y.argmax(dim=-1) if decided.all() else choose(logits, y, draw_settings)
 
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("filters", CASES, ids=str)
 def test_it_draws_the_same_tokens(filters, ties):
     torch.manual_seed(5)
-    logits, asked = step(filters, 64, ties)
-    drawn = draw_from_logits(logits, asked, Filters.of(asked))
-    assert torch.equal(drawn, expected(logits, asked))
+    logits, draw_settings = step(filters, 64, ties)
+    drawn = draw_from_logits(logits, draw_settings, Filters.of(draw_settings))
+    assert torch.equal(drawn, expected(logits, draw_settings))
     assert len(set(drawn.tolist())) > 1
-    assert torch.equal(drawn, draw_from_logits(logits, asked, Filters.of(asked).prepared))
+    assert torch.equal(drawn, draw_from_logits(logits, draw_settings, Filters.of(draw_settings).prepared))
 
 
 def test_sequences_of_all_kinds_in_one_step():
@@ -77,12 +77,12 @@ def test_sequences_of_all_kinds_in_one_step():
     }
     mixing = Mixing.of([((1.0,), (2.0 * c.get("aligned", False),), True) for c in CASES])
     listed = {name: [c.get(name, value) for c in CASES] for name, value in values.items()}
-    asked = settings(len(CASES), mixing=mixing, **listed)
-    together = draw_from_logits(logits, asked, Filters.of(asked))
+    draw_settings = settings(len(CASES), mixing=mixing, **listed)
+    together = draw_from_logits(logits, draw_settings, Filters.of(draw_settings))
     for i, case in enumerate(CASES):
         index = torch.tensor([i])
-        alone = draw_from_logits(logits, asked[index], Filters.of(asked[index]))
-        assert alone == together[i] == expected(logits, asked[index]), case
+        alone = draw_from_logits(logits, draw_settings[index], Filters.of(draw_settings[index]))
+        assert alone == together[i] == expected(logits, draw_settings[index]), case
 
 
 def test_filters_that_nobody_asks_for_are_left_out():
@@ -92,8 +92,8 @@ def test_filters_that_nobody_asks_for_are_left_out():
 
 
 def test_usual_steps_never_leave_the_device(tiny, monkeypatch):
-    """What is drawn stays where the graph puts it: no index from the host, no general draw."""
-    monkeypatch.setattr(static_sampler, "Policy", None)  # the general draw
+    """Drawn tokens stay where the graph writes them: no index from the host, no dynamic draw."""
+    monkeypatch.setattr(static_sampler, "Policy", None)  # the dynamic draw
     engine = make_engine(tiny[0], num_pages=100, static=True)
     sampler, drawn = engine.loop.sampler, []
     draw = sampler.draw
@@ -105,7 +105,7 @@ def test_usual_steps_never_leave_the_device(tiny, monkeypatch):
 
 
 def test_no_request_waits_for_a_capture(tiny, monkeypatch):
-    """Whatever is run for requests was run when the engine was made, by the same names."""
+    """Every graph that requests need was captured when the engine was created, under the same name."""
     names, run = [], Graphs.run
     monkeypatch.setattr(Graphs, "run", lambda self, name, function: (names.append(name), run(self, name, function)))
     monkeypatch.setattr(ModelRunner, "captures", True)  # as if on a GPU
@@ -123,7 +123,7 @@ def test_no_request_waits_for_a_capture(tiny, monkeypatch):
 
 
 def test_it_compiles_once_for_each_set_of_filters(tiny):
-    """Beyond a few times torch would give up, and say so in a log only."""
+    """After a few recompilations torch would give up and only log it."""
     engine = make_engine(tiny[0], num_pages=100, static=True, max_num_seqs=70)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -136,7 +136,7 @@ def test_it_compiles_once_for_each_set_of_filters(tiny):
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_unusual_sequences_are_drawn_beside_usual_ones(tiny, batch_invariant):
-    """Edits and several principles, in a crowd whose other tokens come from fixed shapes."""
+    """Edits and several principles, in a batch whose other tokens are drawn in fixed shapes."""
     loaded, oracle = tiny
     one, two = (aligned(2.0, extra=extra).principled[0] for extra in (9, 4))
     several = Prompt((one, two), (0.5, 0.5), (2.0, 1.0), aligned(2.0).base)
@@ -158,8 +158,9 @@ def test_several_principles():
     torch.manual_seed(7)
     logits = torch.randn(5, 500) * 3
     mixing = Mixing.of([((0.25, 0.75), (1.0, 3.0), True), ((1.0,), (2.0,), True)])
-    asked = settings(2, mixing=mixing, aligned=True, nucleus_top_p=0.9)
-    assert torch.equal(draw_from_logits(logits, asked, Filters.of(asked)), expected(logits, asked))
+    draw_settings = settings(2, mixing=mixing, aligned=True, nucleus_top_p=0.9)
+    drawn = draw_from_logits(logits, draw_settings, Filters.of(draw_settings))
+    assert torch.equal(drawn, expected(logits, draw_settings))
 
 
 def test_leading_against_sorting():

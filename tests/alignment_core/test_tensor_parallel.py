@@ -1,4 +1,4 @@
-"""A model in two parts, two processes on gloo: the same replies as in one; failures end in errors, never in waiting."""
+"""A model in two processes (gloo): replies equal those of one process, and failures end in errors, never in a hang."""
 
 import ast
 import contextlib
@@ -35,7 +35,7 @@ from tests.serving import serving
 
 pytestmark = pytest.mark.slow
 
-# Followers need no time for imports either; they are no children of rank 0 then, so their ids are told.
+# Followers are forks too. They are then not children of rank 0, so their process id is written to a file.
 FORKED = """
 import os, pathlib, types
 from linalign.alignment_core.execution import followers
@@ -83,7 +83,10 @@ def checkpoint(tokenizer, tmp_path_factory):
 
 
 def run(checkpoint, *arguments, cold=LONG_RUN, **environment):
-    """What the script printed, line by line; it must end well unless it vanishes. cold: in fresh interpreters."""
+    """Run SCRIPT and return its first line (JSON) and its other lines. cold: Use fresh interpreters.
+
+    It must exit with status 0, or be killed if "vanish" is among the arguments.
+    """
     options = {"env": {**os.environ, **environment}, "timeout": 240}
     if cold:
         command = [sys.executable, "-c", SCRIPT, checkpoint, *arguments]
@@ -110,7 +113,7 @@ def is_gone(pid):
 def test_two_processes_equal_the_oracle(checkpoint, arguments):
     path, oracle = checkpoint
     seen, _ = run(path, *arguments)
-    assert seen["width"] == 1  # of two key heads
+    assert seen["width"] == 1  # one of two key heads
     assert seen["preemptions"] > 0
     for prompt, tokens in zip(prompts(), seen["replies"], strict=True):
         assert len(tokens) == 12
@@ -139,7 +142,7 @@ def test_what_can_not_be_split_is_refused():
         load("model", device="cuda:1", tensor_parallel_size=2)
 
 
-# Nobody beyond, and no pickle
+# Loopback only, and no pickle
 
 
 KINDS = {"Plan": Plan, "RunnerConfig": RunnerConfig}
@@ -151,13 +154,13 @@ def test_messages_arrive_as_they_were_sent():
     sent = [RunnerConfig(4, 512, 8, "fp8", True), 45, Plan.of([row], [(row, -1), (row, -2)], 4), empty, None]
     stream = io.BytesIO(b"".join(map(pack, sent)))
     for message in sent:
-        told = unpack(stream, KINDS)
-        assert type(told) is type(message)
+        received = unpack(stream, KINDS)
+        assert type(received) is type(message)
         if not isinstance(message, Plan):
-            assert told == message
+            assert received == message
             continue
         for name in Plan.__slots__:
-            value, expected = getattr(told, name), getattr(message, name)
+            value, expected = getattr(received, name), getattr(message, name)
             assert type(value) is type(expected)
             assert np.array_equal(value, expected)
             assert getattr(value, "dtype", None) == getattr(expected, "dtype", None)
@@ -184,13 +187,13 @@ sys.addaudithook(hook)
 
 
 def test_no_process_unpickles_anything(checkpoint, tmp_path):
-    """As Python itself tells: a pickle that can do more than hold numbers and strings looks for a class."""
+    """Python's audit hook reports it: a pickle that can do more than hold numbers and strings looks up a class."""
     log = tmp_path / "log"
     (tmp_path / "sitecustomize.py").write_text(WATCH.format(log=str(log)))
     path = os.pathsep.join([str(tmp_path), os.getcwd()])
     probe = "import pickle, datetime; pickle.loads(pickle.dumps(datetime.date(2000, 1, 1)))"
     subprocess.run([sys.executable, "-c", probe], env={**os.environ, "PYTHONPATH": path}, check=True)
-    assert "datetime" in log.read_text()  # it would be seen
+    assert "datetime" in log.read_text()  # the hook works
     log.unlink()
     seen, _ = run(checkpoint[0], "0", cold=True, PYTHONPATH=path)
     assert len(seen["replies"]) == len(prompts())
@@ -219,10 +222,10 @@ def test_no_module_of_ours_has_to_do_with_pickle():
 
 
 @pytest.fixture(scope="module")
-def speaking(tokenizer, tmp_path_factory):
-    """A checkpoint that has the tokens of any text."""
+def chatty_checkpoint(tokenizer, tmp_path_factory):
+    """A checkpoint whose vocabulary covers any text."""
     loaded, _ = tiny_pair(tokenizer, kernels=False)
-    path = tmp_path_factory.mktemp("speaking") / "smollm2"  # the name that `chat` asks for
+    path = tmp_path_factory.mktemp("speaking") / "smollm2"  # the model name that `chat` requests
     loaded.model.save_pretrained(path)
     loaded.tokenizer.save_pretrained(path)
     return path
@@ -230,7 +233,7 @@ def speaking(tokenizer, tmp_path_factory):
 
 @contextlib.contextmanager
 def in_two_parts(path, **options):
-    """Yields the URL, the process of rank 0 and the other's id."""
+    """Start a server of two processes; yield its URL, the process of rank 0 and the follower's process id."""
     args = (str(path), "--tensor-parallel-size", "2")
     if LONG_RUN:
         with serving(*args, **options) as (url, process):
@@ -239,25 +242,25 @@ def in_two_parts(path, **options):
             yield url, process, int(follower)
         return
     with (
-        tempfile.NamedTemporaryFile("r") as told,
-        serving(*args, patch=FORKED, env={"FOLLOWER": told.name}, **options) as (url, process),
+        tempfile.NamedTemporaryFile("r") as pid_file,
+        serving(*args, patch=FORKED, env={"FOLLOWER": pid_file.name}, **options) as (url, process),
     ):
-        yield url, process, int(told.read())
+        yield url, process, int(pid_file.read())
 
 
-def test_what_the_processes_listen_on_is_of_this_machine_alone(speaking):
-    with in_two_parts(speaking) as (_, process, follower):
+def test_what_the_processes_listen_on_is_of_this_machine_alone(chatty_checkpoint):
+    with in_two_parts(chatty_checkpoint) as (_, process, follower):
         sockets = subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True, check=True).stdout.splitlines()
-        ours = [line for line in sockets if f"pid={process.pid}," in line or f"pid={follower}," in line]
-        assert len(ours) > 3  # the server's own, the store's, the collective operations'
-        assert {line.split()[3].rpartition(":")[0] for line in ours} == {"127.0.0.1"}
+        sockets_of_server = [line for line in sockets if f"pid={process.pid}," in line or f"pid={follower}," in line]
+        assert len(sockets_of_server) > 3  # HTTP, the store, the collective operations
+        assert {line.split()[3].rpartition(":")[0] for line in sockets_of_server} == {"127.0.0.1"}
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("busy", [False, True])
-def test_no_follower_outlives_its_server(speaking, how, busy):
+def test_no_follower_outlives_its_server(chatty_checkpoint, how, busy):
     status = 0 if how == signal.SIGTERM else -signal.SIGKILL
-    with in_two_parts(speaking, status=status) as (url, process, follower):
+    with in_two_parts(chatty_checkpoint, status=status) as (url, process, follower):
         ended = []
 
         def ask():

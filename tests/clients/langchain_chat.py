@@ -1,4 +1,4 @@
-"""LangChain's ChatOpenAI: python langchain_chat.py URL"""
+"""A LangChain chat with a principle. Usage: python langchain_chat.py URL"""
 
 import asyncio
 import json

@@ -1,11 +1,11 @@
-"""LiteLLM: python litellm_chat.py URL"""
+"""A LiteLLM chat with a principle. Usage: python litellm_chat.py URL"""
 
 import json
 import sys
 
 import litellm
 
-ASKED = {
+REQUEST = {
     "model": "openai/smollm2",
     "api_base": sys.argv[1],
     "api_key": "none",
@@ -17,15 +17,15 @@ ASKED = {
 
 
 def main():
-    whole = litellm.completion(**ASKED)
+    whole = litellm.completion(**REQUEST)
     text = whole.choices[0].message.content
-    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in litellm.completion(**ASKED, stream=True))
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in litellm.completion(**REQUEST, stream=True))
     assert streamed == text
-    plain = litellm.completion(**{**ASKED, "extra_body": {}}).choices[0].message.content
+    plain = litellm.completion(**{**REQUEST, "extra_body": {}}).choices[0].message.content
     assert plain != text
-    several = litellm.completion(**{**ASKED, "temperature": 1, "n": 2, "seed": 3})
+    several = litellm.completion(**{**REQUEST, "temperature": 1, "n": 2, "seed": 3})
     assert len(several.choices) == 2
-    preset = litellm.completion(**{**ASKED, "model": "openai/smollm2:teacher", "extra_body": {}})
+    preset = litellm.completion(**{**REQUEST, "model": "openai/smollm2:teacher", "extra_body": {}})
     assert preset.choices[0].message.content not in (plain, text)
     print(json.dumps({"text": text}))
 

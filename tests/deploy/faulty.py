@@ -1,4 +1,4 @@
-"""The application with engines that break when told to, and a router that does not look at prompts."""
+"""The application with engines that fail on demand, and a router that ignores prompts."""
 
 import os
 import time
@@ -14,12 +14,12 @@ from linalign.ray import application
 from linalign.ray.remote_engine import StepOutputs
 from linalign.server.settings import Settings
 
-# Seeds of requests that do it, once each: as long as there is a file of that name in $FAULTS. An engine that stalls is
-# not known to hang.
+# Seeds of requests that make their engine fail, once each, while $FAULTS contains a file of that name. An engine that
+# stalls hangs too, but its watchdog does not notice.
 DIES, HANGS, STALLS = 13, 14, 15
-HOLD = "hold"  # while there is a file of this name in $FAULTS, requests begin, and then go on slowly
-NUM_FIRST_TOKENS = 3  # that a request gets at once then: enough for a piece of text
-PAUSE = 0.6  # seconds before each token that follows: often enough for stats of the replica
+HOLD = "hold"  # while $FAULTS contains a file of this name, requests start and then continue slowly
+NUM_FIRST_TOKENS = 3  # tokens that a request gets immediately then: enough for a piece of text
+PAUSE = 0.6  # seconds before each later token; short enough for the replica to answer stats calls
 
 
 def _raise(*_: object) -> None:
@@ -51,13 +51,13 @@ class Faulty(application.EngineReplica):
                 trigger.unlink()
                 self._engine.runner.forward = fault
                 if seed == STALLS:
-                    self._engine._longest_step = 10**6  # so one more that takes long is nothing to wonder at
+                    self._engine._longest_step = 10**6  # so the watchdog tolerates the step
         async for message in super().generate(prompt, params, n):
             yield message
 
 
 def build(args: dict[str, Any]) -> Application:
-    application.EngineReplica = Faulty  # in the process that only builds
+    application.EngineReplica = Faulty  # only in the process that builds the application
     return application.build(args)
 
 

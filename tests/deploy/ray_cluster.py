@@ -1,4 +1,4 @@
-"""A real Ray cluster on this machine: HTTP through Ray's proxy, engines in processes of their own."""
+"""A real Ray cluster on this machine: HTTP through Ray's proxy, each engine in its own process."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ from tests.deploy.faulty import HOLD
 from tests.serving import free_port
 
 ROOT = Path(__file__).parents[2]
-SEQS = 4  # at once on each replica, and as many may wait in front
+SEQS = 4  # most running sequences of each replica, and most queued requests
 LOGS = Path("/tmp/ray/session_latest/logs")
 PRINCIPLE = {"principle": "Mention the sea.", "alignment_ratio": 2}
 
@@ -38,7 +38,7 @@ PAIR = application("pair", args={"max_num_seqs": SEQS, "max_queued_requests": SE
 
 @contextlib.contextmanager
 def cluster_of(applications, folder):
-    """Yields the URL of a cluster that runs these; faults are triggered in the folder."""
+    """Start a cluster with these applications; yield its URL. Files in `folder` trigger faults."""
     port = free_port()
     config = folder / "config.yaml"
     http = {"host": "127.0.0.1", "port": port}
@@ -51,10 +51,10 @@ def cluster_of(applications, folder):
         "PYTHONPATH": str(ROOT),
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    # More CPUs than there are, so that all replicas find some.
-    started = "import ray; ray.init(num_cpus=16, namespace='serve', log_to_driver=False); "
-    started += "from ray.serve.scripts import cli; cli()"
-    command = [sys.executable, "-c", started, "run", str(config)]
+    # More CPUs than exist, so that all replicas are placed.
+    code = "import ray; ray.init(num_cpus=16, namespace='serve', log_to_driver=False); "
+    code += "from ray.serve.scripts import cli; cli()"
+    command = [sys.executable, "-c", code, "run", str(config)]
     with subprocess.Popen(command, env=environment, cwd=folder) as process:
         url = f"http://127.0.0.1:{port}"
         try:
@@ -67,7 +67,7 @@ def cluster_of(applications, folder):
 
 
 def wait(condition, process=None, seconds=300):
-    """Until it is true of what is known by then; what it is then."""
+    """Wait until the condition is true, and return its value. Connection errors count as false."""
     deadline = time.monotonic() + seconds
     while True:
         assert process is None or process.poll() is None, "the cluster has ended"
@@ -79,7 +79,7 @@ def wait(condition, process=None, seconds=300):
 
 
 def metric(url, name):
-    """By replica."""
+    """The metric's values, by replica."""
     text = httpx.get(url + "/metrics", timeout=60).text
     return {
         replica: float(value)
@@ -101,7 +101,10 @@ def sdk(url):
 
 
 class Stream(threading.Thread):
-    """A reply that is being read. text, num_tokens: so far. error: what ended it, if anything but its own end."""
+    """Reads a streamed reply in a thread.
+
+    text, num_tokens: Received so far. begun: Set at the first text or an error. error: The API error that ended it.
+    """
 
     def __init__(self, url, question, max_tokens, **fields):
         super().__init__(daemon=True)
@@ -132,7 +135,7 @@ class Stream(threading.Thread):
 
 
 def pid_of(replica):
-    """Of the process that writes the replica's log."""
+    """Process id of the replica, found by its open log file."""
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if any(f"EngineReplica_{replica}" in os.readlink(file) for file in (folder / "fd").iterdir()):
@@ -144,7 +147,7 @@ def pid_of(replica):
 
 @contextlib.contextmanager
 def held(folder):
-    """The engines of the cluster with this folder begin requests meanwhile, but hardly go on with them."""
+    """Hold the engines of the cluster with this folder: requests start, but hardly continue, inside the block."""
     (folder / HOLD).touch()
     try:
         yield
@@ -153,9 +156,9 @@ def held(folder):
 
 
 def fill(url, about, num_tokens):
-    """Streams that keep all seats of two replicas that are held, others that wait, and the error of one more."""
+    """Fill two held replicas. Returns the running streams, the waiting ones, and the error of one that was refused."""
     running = []
-    for number in range(2 * SEQS):  # one by one: those that Ray looks for a seat for wait, too
+    for number in range(2 * SEQS):  # one after the other, because a request without a replica counts as waiting
         running.append(Stream(url, f"Tell me about {number} {about}.", num_tokens))
         assert running[-1].begun.wait(60)
     others = [Stream(url, f"Tell me about {number} other {about}.", num_tokens) for number in range(SEQS + 1)]
@@ -166,12 +169,12 @@ def fill(url, about, num_tokens):
 
 
 def expect_replacement(cluster, fault):
-    """One engine of the pair fails before it has begun a request."""
+    """An engine of the pair fails before it has started a request: another replica serves it, and a new one starts."""
     url, trigger = cluster[0] + "/pair", cluster[1] / str(fault)
-    before = wait(lambda: len(found := replicas(url)) == 2 and found)
+    before = wait(lambda: len(names := replicas(url)) == 2 and names)
     expected = chat(url, "Tell me about hills.", max_tokens=12)
     trigger.touch()
     reply = chat(url, "Tell me about hills.", max_tokens=12, seed=fault)
-    assert not trigger.exists()  # the fault did happen
+    assert not trigger.exists()  # the fault was triggered
     assert reply.json()["choices"] == expected.json()["choices"]
     wait(lambda: len(now := replicas(url)) == 2 and len(now - before) == 1)

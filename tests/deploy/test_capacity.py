@@ -1,4 +1,4 @@
-"""docs/scaling.md says what its commands print, and the model of benchmarks/capacity counts as the engine does."""
+"""docs/scaling.md shows what its commands print, and the model in benchmarks/capacity counts as the engine does."""
 
 import dataclasses
 import json
@@ -58,9 +58,9 @@ def test_the_document_says_what_the_command_prints(command, printed):
 
 
 def test_the_engine_counts_as_it_did(embedded):
-    """And as the model does: pages at the end of replies, prompt tokens of second turns."""
+    """The engine's counts equal the recorded and the predicted ones: pages after replies, prefill of second turns."""
     recorded = capacity_check.read("capacity.json")["counts"]
-    small, _ = tiny_pair(embedded.tokenizer, max_position_embeddings=2048)  # counts are those of any model
+    small, _ = tiny_pair(embedded.tokenizer, max_position_embeddings=2048)  # counts do not depend on the model
     assert capacity_check.count(dataclasses.replace(embedded, model=small.model)) == recorded
     for case, unit, predicted, measured in capacity_check.counted():
         assert predicted == measured, (case, unit)
@@ -80,7 +80,7 @@ def test_sizes_are_the_models(model_type, changes):
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     counted = hardware.Model.of(json.loads(config.to_json_string(use_diff=False)) | {"dtype": "float32"})
     matrices = sum(parameter.nbytes for parameter in model.parameters() if parameter.dim() > 1)
-    assert counted.weight_bytes() == matrices  # norms are left out
+    assert counted.weight_bytes() == matrices  # the estimate ignores norms
     runner = ModelRunner(model, RunnerConfig(page_size=EngineConfig().page_size, max_model_len=64))
     assert counted.kv_bytes() * load.PAGE_SIZE == runner.page_bytes()
 
@@ -99,15 +99,15 @@ def test_a_directory_and_numbers_of_ones_own(tmp_path):
 
 @pytest.mark.parametrize(("spread", "turns"), [(1, 0), (2, 1), (3, 2), (7, 6)])
 def test_where_turns_go_to_any_a_replica_lacks_those_since_its_last(spread, turns):
-    """As many as there are others, on average, where histories are long enough to be told apart."""
+    """With long histories, on average as many turns are missing as there are other replicas."""
     long = load.Load(history=10**6, message=100, reply=100)
     assert crowd.missing(long, spread) * long.history == pytest.approx(turns * (200 + 2 * load.TEMPLATE))
-    short = load.Load(history=210, message=100, reply=100)  # one turn, which another has with this chance
+    short = load.Load(history=210, message=100, reply=100)  # one turn; another replica has it with this probability
     assert crowd.missing(short, spread) == pytest.approx(1 - 1 / spread)
 
 
 @pytest.mark.parametrize(
-    ("changes", "arguments", "said"),
+    ("changes", "arguments", "words"),
     [
         ({}, ["--reply", "0"], "0 is less than 1"),
         ({}, ["nowhere.json"], "nowhere.json"),
@@ -116,11 +116,11 @@ def test_where_turns_go_to_any_a_replica_lacks_those_since_its_last(spread, turn
         ({}, ["--tensor-parallel-size", "2", "--quantization", "fp8"], "fp8"),
     ],
 )
-def test_what_is_not_modelled_is_refused(tmp_path, changes, arguments, said):
+def test_what_is_not_modelled_is_refused(tmp_path, changes, arguments, words):
     (tmp_path / "config.json").write_text(json.dumps(SIZES | changes))
     done = run("-m", "benchmarks.capacity", str(tmp_path), *arguments)
     assert done.returncode == 2
-    assert said in done.stderr
+    assert words in done.stderr
 
 
 def test_a_model_that_does_not_fit(tmp_path):

@@ -1,5 +1,5 @@
-"""The Dockerfile without an engine for it: linted, its build context built, and its last lines obeyed by a real server
-in namespaces of its own, as a stranger, with nothing to write to but its cache.
+"""The Dockerfile, tested without a container engine: it is linted, its build context is built, and its final settings
+run a real server in its own namespaces, as an unprivileged user, with only its cache and /tmp writable.
 """
 
 import json
@@ -27,8 +27,8 @@ BIN = Path(sys.executable).parent
 STAGES = re.split(r"^FROM ", (ROOT / "Dockerfile").read_text().replace("\\\n", " "), flags=re.MULTILINE)
 CACHE = "/cache"
 
-# The first process of a container that has a loopback and no other network, and in which everything is read-only
-# but two directories. $1: the cache. $2: for temporary files. Then a user id and the command.
+# The first process of a container without a network except loopback. Everything is read-only except two directories.
+# $1: the cache. $2: the directory for temporary files. $3: the user id. The rest: the command.
 CONTAINER = """
 set -e
 cache=$1 scratch=$2 user=$3
@@ -50,7 +50,7 @@ body = {"model": "smollm2", "messages": [{"role": "user", "content": "a"}], "pri
 httpx.post("http://127.0.0.1:8000/v1/chat/completions", json=body).raise_for_status()
 """
 
-# A compiler that optimises nothing, which would take ten seconds.
+# Compiles without optimisation, which would take ten seconds.
 COMPILER = """#!/bin/sh
 for flag; do
     shift
@@ -59,16 +59,16 @@ done
 exec c++ "$@"
 """
 
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may make namespaces and become others in them")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can create namespaces and change the user id")
 
 
 def argument(instruction):
-    """What the image's last stage says, in exec form."""
+    """An instruction of the image's last stage in exec form, as a list."""
     return json.loads(re.search(rf"^\s*{instruction} .*?(\[.*\])$", STAGES[-1], re.MULTILINE)[1])
 
 
 def environment(cache):
-    """Of the cpu variant, where /cache is elsewhere."""
+    """Environment of the cpu image, with `cache` in place of /cache."""
     stages = [stage for stage in STAGES if re.match(r"base AS runtime-cpu|runtime-\$", stage)]
     assert len(stages) == 2
     lines = re.findall(r"^ENV (.*)$", "\n".join(stages), re.MULTILINE)
@@ -85,7 +85,7 @@ class Container:
 
     @property
     def first(self):
-        """Its first process, as this namespace calls it."""
+        """Process id of its first process, in this namespace."""
         return Path(f"/proc/{self.unshare.pid}/task/{self.unshare.pid}/children").read_text().strip()
 
     def run(self, *command):
@@ -93,7 +93,7 @@ class Container:
         return subprocess.run(inside, env=self.environment, capture_output=True, text=True, timeout=60)
 
     def stop(self):
-        """What `docker stop` does; its exit status."""
+        """Stop it like `docker stop`; returns its exit status."""
         subprocess.run(["kill", "-s", re.search(r"^STOPSIGNAL (\w+)$", STAGES[-1], re.MULTILINE)[1][3:], self.first])
         return self.unshare.wait(60)
 
@@ -107,7 +107,7 @@ class Container:
 
 @pytest.fixture
 def compiler():
-    with tempfile.TemporaryDirectory() as folder:  # that strangers may look into, as they may not into a tmp_path
+    with tempfile.TemporaryDirectory() as folder:  # other users may enter it, unlike a tmp_path
         Path(folder).chmod(0o755)
         file = Path(folder) / "compiler"
         file.write_text(COMPILER)
@@ -136,7 +136,7 @@ def container(package, compiler, tmp_path):
     ):
         container = Container(unshare, variables, log)
         yield container
-        if unshare.poll() is None:  # as the test has failed; --kill-child would forget a child with a new user id
+        if unshare.poll() is None:  # the test failed; --kill-child does not reach a child with another user id
             subprocess.run(["kill", "-s", "KILL", *container.first.split(), str(unshare.pid)], check=True)
     print(log.read_text())
 
@@ -144,10 +144,10 @@ def container(package, compiler, tmp_path):
 @needs_root
 def test_a_stranger_with_nothing_but_a_cache_serves_is_healthy_and_stops(container, tmp_path):
     check = argument("HEALTHCHECK")
-    assert container.run(*check).returncode == 1  # nobody listens yet
+    assert container.run(*check).returncode == 1  # the server does not listen yet
     container.wait_until(lambda: container.run(*check).returncode == 0)
-    asked = container.run(sys.executable, "-c", ASK)
-    assert asked.returncode == 0, asked.stderr
+    answer = container.run(sys.executable, "-c", ASK)
+    assert answer.returncode == 0, answer.stderr
     status = Path(f"/proc/{container.first}/status").read_text()
     assert re.search(r"^Uid:\s+54321\s+54321", status, re.MULTILINE)
     assert re.search(r"^NSpid:\s+\d+\s+1$", status, re.MULTILINE)
@@ -155,8 +155,8 @@ def test_a_stranger_with_nothing_but_a_cache_serves_is_healthy_and_stops(contain
     uppermost = {mount[4]: mount[5].split(",") for mount in mounts if not mount[4].startswith("/proc")}
     writable = {path for path, options in uppermost.items() if "rw" in options}
     assert writable == {f"{tmp_path}/cache", f"{tmp_path}/scratch"}
-    kept = sorted(path.name for path in (tmp_path / "cache" / "linalign").iterdir())
-    assert [name.split("-")[0] for name in kept] == ["kernels", "smollm2"]
+    cached = sorted(path.name for path in (tmp_path / "cache" / "linalign").iterdir())
+    assert [name.split("-")[0] for name in cached] == ["kernels", "smollm2"]
     assert "can't be kept" not in container.log.read_text()
     assert container.stop() == 0
 
@@ -197,8 +197,8 @@ def test_extras_that_an_image_can_not_have_are_refused(extras):
 
 def test_what_gets_into_the_build_is_enough_and_nothing_else_is_installed(tmp_path):
     context = tmp_path / "context"
-    let_in = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
-    for name in let_in:
+    included = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    for name in included:
         (context / name).parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, context / name, symlinks=True)
@@ -208,7 +208,7 @@ def test_what_gets_into_the_build_is_enough_and_nothing_else_is_installed(tmp_pa
     subprocess.run([sys.executable, "-m", "pip", "wheel", *options, context], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     installed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    packages = [name for name in let_in if (ROOT / name).is_dir()]
+    packages = [name for name in included if (ROOT / name).is_dir()]
     tracked = subprocess.run(["git", "ls-files", *packages], cwd=ROOT, capture_output=True, text=True, check=True)
     sources = {str((ROOT / name).resolve().relative_to(ROOT)) for name in installed}
     assert sources == {name for name in tracked.stdout.splitlines() if not (ROOT / name).is_symlink()}

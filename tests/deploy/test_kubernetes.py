@@ -1,4 +1,4 @@
-"""The manifests, against Kubernetes' own schemas and against what the server really has."""
+"""The Kubernetes manifests against Kubernetes' schemas and against the server's real settings and metrics."""
 
 import re
 from importlib.metadata import version
@@ -15,39 +15,39 @@ from linalign.server.metrics import ENGINE
 from linalign.server.settings import Settings, load_settings
 
 FOLDER = Path(__file__).parents[2] / "deploy/kubernetes"
-RELEASE = "1.34"  # of Kubernetes; a schema of it is in kubernetes-validate
+RELEASE = "1.34"  # of Kubernetes; kubernetes-validate includes its schema
 MANIFESTS = [
     manifest for file in ("linalign.yaml", "cache.yaml") for manifest in yaml.safe_load_all((FOLDER / file).read_text())
 ]
 SERVICE = yaml.safe_load((FOLDER / "rayservice.yaml").read_text())
 
-# Our own list of what KubeRay's RayService has, of what we use, read off its Go types (ray-operator/apis/ray/v1).
+# A schema of the parts of KubeRay's RayService that we use, written after its Go types (ray-operator/apis/ray/v1).
 COUNT = {"type": "integer", "minimum": 0}
 PARAMS = {"type": "object", "additionalProperties": {"type": "string"}}
 
 
-def thing(required, **properties):
+def object_schema(required, **properties):
     return {"type": "object", "additionalProperties": False, "required": required, "properties": properties}
 
 
-RAY_SERVICE = thing(
+RAY_SERVICE = object_schema(
     ["apiVersion", "kind", "metadata", "spec"],
     apiVersion={"const": "ray.io/v1"},
     kind={"const": "RayService"},
     metadata={"type": "object"},
-    spec=thing(
+    spec=object_schema(
         ["serveConfigV2", "rayClusterConfig"],
         serveConfigV2={"type": "string"},
-        rayClusterConfig=thing(
+        rayClusterConfig=object_schema(
             ["headGroupSpec"],
             rayVersion={"type": "string"},
-            authOptions=thing([], mode={"enum": ["disabled", "token"]}),
+            authOptions=object_schema([], mode={"enum": ["disabled", "token"]}),
             enableInTreeAutoscaling={"type": "boolean"},
-            autoscalerOptions=thing([], idleTimeoutSeconds=COUNT, upscalingMode={"type": "string"}),
-            headGroupSpec=thing(["template"], rayStartParams=PARAMS, template={"type": "object"}),
+            autoscalerOptions=object_schema([], idleTimeoutSeconds=COUNT, upscalingMode={"type": "string"}),
+            headGroupSpec=object_schema(["template"], rayStartParams=PARAMS, template={"type": "object"}),
             workerGroupSpecs={
                 "type": "array",
-                "items": thing(
+                "items": object_schema(
                     ["groupName", "minReplicas", "maxReplicas", "template"],
                     groupName={"type": "string"},
                     replicas=COUNT,
@@ -64,12 +64,12 @@ RAY_SERVICE = thing(
 
 
 def of_kind(kind):
-    (found,) = [manifest for manifest in MANIFESTS if manifest["kind"] == kind]
-    return found
+    (manifest,) = [manifest for manifest in MANIFESTS if manifest["kind"] == kind]
+    return manifest
 
 
 def pods():
-    """(name, template) of every pod that the manifests make."""
+    """(name, template) of every pod that the manifests create."""
     cluster = SERVICE["spec"]["rayClusterConfig"]
     workers = [(group["groupName"], group["template"]) for group in cluster["workerGroupSpecs"]]
     server = of_kind("Deployment")["spec"]["template"]
@@ -114,7 +114,7 @@ def test_a_manifest_tells_what_else_it_wants(file):
 
 
 def test_links_to_a_service_called_like_us_are_no_settings(monkeypatch):
-    """What Kubernetes sets in each pod, unless told not to, of a Service that is there."""
+    """Variables that Kubernetes sets in each pod for a Service named "linalign", unless enableServiceLinks is false."""
     for name, value in (("SERVICE_HOST", "10.0.0.1"), ("SERVICE_PORT", "80"), ("PORT", "tcp://10.0.0.1:80")):
         monkeypatch.setenv("LINALIGN_" + name, value)
     with pytest.raises(ValueError, match="enableServiceLinks: false"):
@@ -126,7 +126,7 @@ def test_links_to_a_service_called_like_us_are_no_settings(monkeypatch):
 def test_the_server_of_the_deployment_starts_with_its_settings(monkeypatch):
     (container,) = of_kind("Deployment")["spec"]["template"]["spec"]["containers"]
     for variable in container["env"]:
-        if variable["name"] != "LINALIGN_API_KEYS_FILE":  # a secret of the cluster
+        if variable["name"] != "LINALIGN_API_KEYS_FILE":  # comes from a secret in the cluster
             monkeypatch.setenv(variable["name"], variable["value"])
     monkeypatch.setenv("LINALIGN_API_KEYS", "key")
     command, *args = container["args"]
@@ -165,14 +165,14 @@ def test_the_autoscaler_looks_at_a_metric_that_there_is():
     (rule,) = yaml.safe_load((FOLDER / "prometheus-adapter.yaml").read_text())["rules"]["custom"]
     (metric,) = of_kind("HorizontalPodAutoscaler")["spec"]["metrics"]
     assert metric["pods"]["metric"]["name"] == rule["name"]["as"]
-    known = {f"linalign:{name}" for _, name, *_ in ENGINE}
+    metric_names = {f"linalign:{name}" for _, name, *_ in ENGINE}
     (pattern,) = re.findall(r'__name__=~"([^"]+)"', rule["metricsQuery"])
-    assert {name for name in known if re.fullmatch(pattern, name)} == {
+    assert {name for name in metric_names if re.fullmatch(pattern, name)} == {
         "linalign:num_requests_running",
         "linalign:num_requests_waiting",
     }
-    (asked,) = re.findall(r'__name__="([^"]+)"', rule["seriesQuery"])
-    assert asked in known
+    (series_name,) = re.findall(r'__name__="([^"]+)"', rule["seriesQuery"])
+    assert series_name in metric_names
 
 
 def test_the_ray_service_is_valid():
@@ -180,9 +180,9 @@ def test_the_ray_service_is_valid():
     cluster = SERVICE["spec"]["rayClusterConfig"]
     assert cluster["rayVersion"] == version("ray")
     (application,) = ServeDeploySchema.model_validate(yaml.safe_load(SERVICE["spec"]["serveConfigV2"])).applications
-    application.args.pop("api_keys_file")  # a secret of the cluster
+    application.args.pop("api_keys_file")  # comes from a secret in the cluster
     assert application.import_path == "linalign.ray.application:build"
     assert build({**application.args, "api_keys": "key"})
     (engines,) = [d for d in application.deployments if d.name == "EngineReplica"]
     (group,) = cluster["workerGroupSpecs"]
-    assert group["maxReplicas"] >= engines.autoscaling_config["max_replicas"]  # a GPU each
+    assert group["maxReplicas"] >= engines.autoscaling_config["max_replicas"]  # one GPU per replica

@@ -1,4 +1,4 @@
-"""compose.yaml and what it mounts: Prometheus's rules, Grafana's dashboard, and the queries of both."""
+"""compose.yaml and the files that it mounts: Prometheus's rules, Grafana's dashboard, and the queries of both."""
 
 import contextlib
 import importlib.util
@@ -24,10 +24,10 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
-_spec = importlib.util.spec_from_file_location("draw", DEPLOY / "grafana/draw.py")  # a script, in no package
+_spec = importlib.util.spec_from_file_location("draw", DEPLOY / "grafana/draw.py")  # a script outside any package
 draw = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(draw)
-NAME = r"\b(?:linalign:|process_)\w+"  # of a metric, in queries and documents
+NAME = r"\b(?:linalign:|process_)\w+"  # names of metrics in queries and documents
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def services():
 
 @pytest.fixture(scope="module")
 def exported(url):
-    """The names that /metrics offers to queries, by the metric they are of."""
+    """The series names of /metrics that queries can use, by metric."""
     families = text_string_to_metric_families(httpx.get(url + "/metrics").text)
     return {
         family.name: {family.name + suffix for suffix in SUFFIXES[family.type]}
@@ -61,18 +61,18 @@ def alerts():
 
 
 def test_queries_ask_for_metrics_that_the_server_has(panels, exported):
-    asked = set(re.findall(NAME, "\n".join([*expressions(panels), *alerts()])))
-    assert asked
-    assert asked <= set().union(*exported.values())
+    queried = set(re.findall(NAME, "\n".join([*expressions(panels), *alerts()])))
+    assert queried
+    assert queried <= set().union(*exported.values())
 
 
 def test_every_metric_of_the_server_is_on_the_dashboard_and_in_the_document(panels, exported):
-    ours = {name for name in exported if name.startswith("linalign:")}
+    names = {name for name in exported if name.startswith("linalign:")}
     shown = set(re.findall(NAME, "\n".join(expressions(panels))))
-    told = set(re.findall(NAME, (ROOT / "docs/monitoring.md").read_text()))
-    assert [name for name in ours if not exported[name] & shown] == []
-    assert [name for name in ours if not {name, *exported[name]} & told] == []
-    assert told <= set(exported).union(*exported.values())
+    documented = set(re.findall(NAME, (ROOT / "docs/monitoring.md").read_text()))
+    assert [name for name in names if not exported[name] & shown] == []
+    assert [name for name in names if not {name, *exported[name]} & documented] == []
+    assert documented <= set(exported).union(*exported.values())
 
 
 def test_panels_have_what_grafana_and_readers_need(panels):
@@ -127,28 +127,28 @@ def test_the_composition_fits_the_schema_of_compose(file, tmp_path):
 
 
 def test_alerts_come_when_they_should_and_only_then():
-    need("promtool")
+    skip_without("promtool")
     for command in ("check config prometheus.yml", "test rules alerts_test.yml"):
         done = subprocess.run(["promtool", *command.split()], cwd=DEPLOY / "prometheus", capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_query_of_the_dashboard_brings_something(url, tmp_path, panels):
-    with prometheus(url, tmp_path) as asking:
+    with prometheus(url, tmp_path) as client:
         deadline = time.monotonic() + 120
-        while value(asking, "count_over_time(linalign:num_requests_running[1h])") < 8 or not rules_are_known(asking):
+        while value(client, "count_over_time(linalign:num_requests_running[1h])") < 8 or not rules_are_known(client):
             assert time.monotonic() < deadline
             send_one_of_each(url)
-        command = [sys.executable, DEPLOY / "grafana/draw.py", asking.base_url, tmp_path / "dashboard.png"]
+        command = [sys.executable, DEPLOY / "grafana/draw.py", client.base_url, tmp_path / "dashboard.png"]
         options = ["--minutes", "1", "--scrape-interval", "1"]
         done = subprocess.run([*map(str, command), *options], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "dashboard.png").stat().st_size > 0
-        assert {rule["health"] for rule in rules(asking)} == {"ok"}
-        assert value(asking, "count(up)") == 2
-        assert {title: newest(panels, title, asking) for title in ("Servers up", "Uptime")} == {
+        assert {rule["health"] for rule in rules(client)} == {"ok"}
+        assert value(client, "count(up)") == 2
+        assert {title: newest(panels, title, client) for title in ("Servers up", "Uptime")} == {
             "Servers up": [1],
-            "Uptime": [pytest.approx(value(asking, 'time() - process_start_time_seconds{job="linalign"}'), abs=2)],
+            "Uptime": [pytest.approx(value(client, 'time() - process_start_time_seconds{job="linalign"}'), abs=2)],
         }
 
 
@@ -158,25 +158,25 @@ def test_a_server_with_keys_is_scraped_with_one(closed, tmp_path):
     def uncommented(config):
         return re.sub(r"# ( *(?:authorization|credentials_file):)", r"\1", config)
 
-    with prometheus(closed, tmp_path, uncommented) as asking:
+    with prometheus(closed, tmp_path, uncommented) as client:
         deadline = time.monotonic() + 60
-        while value(asking, 'up{job="linalign"}') != 1:
+        while value(client, 'up{job="linalign"}') != 1:
             assert time.monotonic() < deadline
 
 
-def need(program):
+def skip_without(program):
     if shutil.which(program) is None:
-        pytest.skip(f"the monitoring was not run: there is no {program} (Debian's package prometheus)")
+        pytest.skip(f"the monitoring was not run: {program} is not installed (Debian's package prometheus)")
 
 
 @contextlib.contextmanager
 def prometheus(url, folder, change=lambda text: text):
-    """A real Prometheus with our configuration, but for the address and the intervals. Yields a client of it."""
-    need("prometheus")
+    """Run Prometheus with our configuration, but another address and shorter intervals. Yields a client of it."""
+    skip_without("prometheus")
     config = (DEPLOY / "prometheus/prometheus.yml").read_text()
     config = config.replace("15s", "1s").replace("linalign:8000", url.removeprefix("http://"))
     address = f"127.0.0.1:{free_port()}"
-    config += f"  - job_name: prometheus\n    static_configs: [targets: ['{address}']]\n"  # as most scrape themselves
+    config += f"  - job_name: prometheus\n    static_configs: [targets: ['{address}']]\n"  # as is usual
     (folder / "prometheus.yml").write_text(change(config))
     shutil.copy(DEPLOY / "prometheus/alerts.yml", folder)
     command = [
@@ -205,14 +205,14 @@ def prometheus(url, folder, change=lambda text: text):
 
 
 def value(client, expression):
-    """What the expression's only series is now; 0 where there is none yet."""
+    """Current value of the expression's only series; 0 if there is none yet."""
     time.sleep(0.1)
-    found = client.get("/api/v1/query", params={"query": expression}).json()["data"]["result"]
-    return float(found[0]["value"][1]) if found else 0
+    result = client.get("/api/v1/query", params={"query": expression}).json()["data"]["result"]
+    return float(result[0]["value"][1]) if result else 0
 
 
 def newest(panels, title, client):
-    """What the panel's series are now, where all servers are chosen."""
+    """Current values of the panel's series, with all servers selected."""
     (panel,) = [panel for panel in panels if panel["title"] == title]
     span = (time.time() - 60, time.time(), 1)
     variables = {f"${label}": draw.all_of(client, label, span) for label in ("job", "instance")}
@@ -228,7 +228,7 @@ def rules_are_known(client):
 
 
 def send_one_of_each(url):
-    """A plain and an aligned reply, one with a trace, and a request that is refused."""
+    """Send requests for a plain reply, an aligned one with a trace, and one that is refused."""
     chat = {"model": "smollm2", "messages": [{"role": "user", "content": "How do I get to work?"}], "max_tokens": 8}
     aligned = {"principle": "Encourage cycling.", "alignment_trace": True}
     for extra, status in (({}, 200), (aligned, 200), ({"unknown": 1}, 400)):

@@ -1,4 +1,4 @@
-"""Where requests go, replica by replica; tests/deploy/test_ray.py has the real ones."""
+"""Which replica the router chooses. tests/deploy/test_ray.py tests real replicas."""
 
 import asyncio
 import gc
@@ -17,23 +17,26 @@ pytestmark = pytest.mark.anyio
 
 @dataclass
 class Replica:
-    """What the router sees of one. load: its requests, which it tells after `delay` seconds. num_asked: how often."""
+    """The router's view of a replica.
+
+    load: Its number of requests, reported after `delay` seconds. num_probes: How often the load was requested.
+    """
 
     replica_id: str
     load: int = 0
     delay: float = 0
-    num_asked: int = 0
+    num_probes: int = 0
     replica_metadata: dict = field(default_factory=lambda: {"num_pages": 100})
 
     async def get_queue_len(self, *, deadline_s):
         assert deadline_s == LOAD_TIMEOUT
-        self.num_asked += 1
+        self.num_probes += 1
         await asyncio.sleep(self.delay)
         return self.load
 
 
 class Router(PrefixRouter):
-    """Without a cluster, and with a clock of its own."""
+    """A router without a cluster, and with a manual clock."""
 
     def __init__(self, *replicas):
         self.now = 0.0
@@ -45,12 +48,12 @@ class Router(PrefixRouter):
     curr_replicas = property(lambda self: self.known)
 
     async def first(self, request):
-        """The replica's id."""
+        """Id of the replica that is ranked first."""
         ranks = await self.choose_replicas(list(self.known.values()), request)
         assert sorted(replica.replica_id for (replica,) in ranks) == sorted(self.known)
         return ranks[0][0].replica_id
 
-    def sent(self, request, to):
+    def route(self, request, to):
         self.on_request_routed(request, to, None)
 
 
@@ -63,7 +66,7 @@ def tokens(start, num_pages):
     return tuple(range(start, start + num_pages * PAGE_SIZE))
 
 
-def of(*branches, salt=b""):
+def pending(*branches, salt=b""):
     principled, *base = branches
     prompt = Prompt((principled,), ratios=(2.0 if base else 0.0,), base=base[0] if base else None, salt=salt)
     return PendingRequest(args=[prompt], kwargs={}, metadata=None)
@@ -72,8 +75,8 @@ def of(*branches, salt=b""):
 async def test_to_its_pages_until_those_who_wait_there_outweigh_them():
     a, b = Replica("a"), Replica("b")
     router = Router(a, b)
-    router.sent(of(tokens(0, 24)), "a")
-    again = of(tokens(0, 24) + (7,) * PAGE_SIZE)
+    router.route(pending(tokens(0, 24)), "a")
+    again = pending(tokens(0, 24) + (7,) * PAGE_SIZE)
     for a.load, expected in ((0, "a"), (1, "a"), (3, "b"), (4, "b")):
         router.loads.invalidate_key("a")
         assert await router.first(again) == expected
@@ -83,8 +86,8 @@ async def test_to_its_pages_until_those_who_wait_there_outweigh_them():
 async def test_pages_that_branches_share_count_once():
     router = Router(Replica("a", load=12), Replica("b"))
     shared = tokens(0, 80)
-    request = of(shared + tokens(5000, 1), shared + tokens(6000, 1))
-    router.sent(request, "a")  # 82 pages against 12 + 1 requests, worth 104: twice 81 would be more than these
+    request = pending(shared + tokens(5000, 1), shared + tokens(6000, 1))
+    router.route(request, "a")  # 82 pages against 12 + 1 requests, worth 104; counted twice, 162 would outweigh these
     assert await router.first(request) == "b"
     router.known["a"].load = 4
     router.loads.invalidate_key("a")
@@ -93,46 +96,46 @@ async def test_pages_that_branches_share_count_once():
 
 async def test_the_base_branch_and_the_salt_count():
     router = Router(Replica("a"), Replica("b"))
-    router.sent(of(tokens(0, 10)), "a")
-    router.sent(of(tokens(0, 10), salt=b"other"), "b")
-    router.sent(of(tokens(1000, 20)), "b")
-    router.sent(of(tokens(2000, 20)), "a")
-    assert await router.first(of(tokens(0, 10))) == "a"
-    assert await router.first(of(tokens(0, 10), salt=b"other")) == "b"
-    assert await router.first(of(tokens(0, 10), tokens(1000, 20))) == "b"
+    router.route(pending(tokens(0, 10)), "a")
+    router.route(pending(tokens(0, 10), salt=b"other"), "b")
+    router.route(pending(tokens(1000, 20)), "b")
+    router.route(pending(tokens(2000, 20)), "a")
+    assert await router.first(pending(tokens(0, 10))) == "a"
+    assert await router.first(pending(tokens(0, 10), salt=b"other")) == "b"
+    assert await router.first(pending(tokens(0, 10), tokens(1000, 20))) == "b"
 
 
 async def test_a_replica_that_was_not_heard_of_for_long_is_asked():
     a, b = Replica("a", load=60), Replica("b", load=1)
     router = Router(a, b)
     for number in range(20):
-        assert await router.first(of(tokens(number, 1))) == "b"
-    assert (a.num_asked, b.num_asked) == (1, 1)
+        assert await router.first(pending(tokens(number, 1))) == "b"
+    assert (a.num_probes, b.num_probes) == (1, 1)
     router.now += 3600
-    assert await router.first(of(tokens(0, 1))) == "b"
-    assert (a.num_asked, b.num_asked) == (2, 2)
+    assert await router.first(pending(tokens(0, 1))) == "b"
+    assert (a.num_probes, b.num_probes) == (2, 2)
 
 
 async def test_a_replica_that_does_not_say_comes_last():
     router = Router(Replica("a", delay=60), Replica("b", load=60))
-    router.sent(of(tokens(0, 24)), "a")
-    assert await router.first(of(tokens(0, 24))) == "b"
+    router.route(pending(tokens(0, 24)), "a")
+    assert await router.first(pending(tokens(0, 24))) == "b"
 
 
 async def test_no_more_pages_are_remembered_than_a_replica_has():
     router = Router(Replica("a"), Replica("b"))
-    first, second = of(tokens(0, 60)), of(tokens(5000, 60))
-    router.sent(first, "a")
-    router.sent(second, "a")
+    first, second = pending(tokens(0, 60)), pending(tokens(5000, 60))
+    router.route(first, "a")
+    router.route(second, "a")
     assert len(router._pages["a"]) == 100
-    kept = [hash for hash in router._branches_of(first)[0] if hash in router._pages["a"]]
-    assert kept == router._branches_of(first)[0][:40]  # the ends went first
+    remaining = [hash for hash in router._branches_of(first)[0] if hash in router._pages["a"]]
+    assert remaining == router._branches_of(first)[0][:40]  # the last pages were dropped first
     assert all(hash in router._pages["a"] for hash in router._branches_of(second)[0])
 
 
 async def test_of_a_request_that_is_gone_no_hashes_are_kept():
     router = Router(Replica("a"), Replica("b"))
-    request = of(tokens(0, 24))
+    request = pending(tokens(0, 24))
     await router.first(request)
     assert len(router._hashes) == 1
     del request

@@ -1,4 +1,4 @@
-"""Two replicas on a real Ray cluster: what they answer, and what is lost when one of them is."""
+"""Two replicas on a real Ray cluster: their replies, and what is lost when a replica is lost."""
 
 import asyncio
 import json
@@ -38,14 +38,14 @@ from tests.deploy.ray_cluster import (
     wait,
 )
 
-pytestmark = pytest.mark.alone  # seven processes that start at once, and clocks of Ray's own
-NUM_TOKENS = 80  # of streams that fill engines that are held: three quarters of a minute
-LONG = 2000  # tokens that nobody waits for
+pytestmark = pytest.mark.alone  # starts seven processes at once, and depends on Ray's timeouts
+NUM_TOKENS = 80  # of streams that fill held engines; takes about 45 seconds
+LONG = 2000  # tokens of replies that are cancelled
 
 
 @pytest.fixture(scope="module")
-def cluster(embedded, tmp_path_factory):  # noqa: ARG001 - loaded first, so that the replicas find the converted copy
-    """The URL of a cluster with two replicas, and the folder that faults are triggered in."""
+def cluster(embedded, tmp_path_factory):  # noqa: ARG001 - loads the model first, so that the replicas find its copy
+    """The URL of a cluster with two replicas, and the folder in which files trigger faults."""
     folder = tmp_path_factory.mktemp("cluster")
     with cluster_of([PAIR], folder) as url:
         yield url, folder
@@ -82,7 +82,7 @@ def test_the_sdk_streams(cluster, client):
 
     texts, num_tokens = pieces(sdk(cluster[0] + "/pair"))
     assert (texts, num_tokens) == pieces(client)
-    assert len(texts) > 10  # it came in pieces, not at the end
+    assert len(texts) > 10  # they arrived in pieces, not all at the end
 
 
 def test_the_log_has_a_line_for_every_request(cluster):
@@ -120,7 +120,7 @@ def test_a_client_that_leaves_takes_its_work_with_it(cluster):
         return sum(metric(url, "num_requests_running").values())
 
     with httpx.stream("POST", url + "/v1/chat/completions", json={**body, "stream": True}, timeout=60) as response:
-        pieces = response.iter_text()  # has a name, as httpx closes a connection whose iterator nobody holds
+        pieces = response.iter_text()  # keep a reference: httpx closes the connection with its iterator
         next(pieces)
         wait(lambda: num_running() == 2, seconds=30)
     wait(lambda: num_running() == 0, seconds=30)
@@ -140,19 +140,19 @@ def test_what_neither_replicas_nor_queue_can_hold_is_a_503(cluster):
         assert (refused.status_code, refused.body["code"]) == (503, "overloaded")
         assert int(refused.response.headers["retry-after"]) >= 1
         before = questions(replicas(url))
-        for _ in range(12):  # full engines are heard of without a question, which would wait for a seat of theirs
+        for _ in range(12):  # health uses known stats: a stats call would wait for a slot of the full engines
             assert httpx.get(url + "/health", timeout=30).status_code == 200
     for stream in running + waiting:
         stream.join()
         assert stream.error is None
         assert stream.num_tokens == NUM_TOKENS
-    # Now that there are seats, all are answered, and so logged: those of `replicas` itself, twice two at most.
+    # Now the pending stats calls are answered and logged: only those of `replicas` itself, at most twice two.
     assert questions(replicas(url)) <= before + 2 * 2
     assert chat(url, max_tokens=1).status_code == 200
 
 
 def questions(replicas):
-    """How often they were asked how they are, of which Ray writes a line each."""
+    """Number of stats calls that the replicas have received. Ray logs one line for each."""
     logs = [log for replica in replicas for log in LOGS.glob(f"serve/replica_*EngineReplica_{replica}.log")]
     assert len(logs) == len(replicas)
     return sum(log.read_text().count("CALL stats ") for log in logs)
@@ -175,8 +175,8 @@ def test_a_replica_that_is_killed_takes_only_what_it_had_begun(cluster):
     assert sum(stream.error is not None for stream in running) == SEQS
     assert not any(stream.error for stream in waiting)
     lost = [stream for stream in running if stream.error is not None]
-    for stream, again in [(stream, Stream(url, stream.question, NUM_TOKENS)) for stream in lost]:  # as a client would
-        assert stream.error.body["code"] == "engine_dead"  # an event of the stream
+    for stream, again in [(stream, Stream(url, stream.question, NUM_TOKENS)) for stream in lost]:  # clients retry
+        assert stream.error.body["code"] == "engine_dead"  # as an event of the stream
         again.join()
         assert (again.error, again.num_tokens) == (None, NUM_TOKENS)
         assert again.text.startswith(stream.text)
@@ -188,33 +188,33 @@ def test_health_says_when_no_replica_is_well(cluster):
     wait(lambda: len(replicas(url)) == 2)
     for replica in replicas(url):
         os.kill(pid_of(replica), signal.SIGKILL)
-    answer = wait(lambda: (found := httpx.get(url + "/health", timeout=30)).status_code != 200 and found)
+    answer = wait(lambda: (response := httpx.get(url + "/health", timeout=30)).status_code != 200 and response)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
     assert "linalign:http_responses_total" in httpx.get(url + "/metrics", timeout=30).raise_for_status().text
 
 
-# What needs no cluster
+# Tests without a cluster
 
 
 def test_a_replica_whose_step_does_not_come_back_is_not_well():
-    given_up = []
+    reported = []
     replica = object.__new__(EngineReplica)
-    replica._engine = types.SimpleNamespace(give_up=given_up.append, ensure_accepting=lambda: None, stop=lambda: None)
+    replica._engine = types.SimpleNamespace(give_up=reported.append, ensure_accepting=lambda: None, stop=lambda: None)
     for ago, is_well in ((STEP_TIMEOUT / 2, True), (STEP_TIMEOUT + 1, False)):
         replica._engine.pace = (time.monotonic() - ago, STEP_TIMEOUT / LONGEST_STEP_FACTOR)
         replica.check_health()
-        assert bool(given_up) != is_well
+        assert bool(reported) != is_well
 
 
 def test_replicas_that_were_heard_of_lately_are_not_asked(tokenizer, monkeypatch):
-    """As a question to a full one would wait for a seat."""
-    asked = []
+    """A stats call to a full replica would wait for a slot."""
+    calls = []
 
     async def answer(return_exceptions):
         return [("replica", "stats")] if return_exceptions else []
 
     def broadcast(name):
-        asked.append(name)
+        calls.append(name)
         return types.SimpleNamespace(results_async=answer)
 
     engine = RemoteEngine(types.SimpleNamespace(broadcast=broadcast), Description("x", tokenizer, 300, 100))
@@ -224,10 +224,10 @@ def test_replicas_that_were_heard_of_lately_are_not_asked(tokenizer, monkeypatch
             await engine.check_health()
 
     asyncio.run(look(12))
-    assert asked == ["stats"]
+    assert calls == ["stats"]
     monkeypatch.setattr(remote_engine, "HEALTHY_FOR", 0)
     asyncio.run(look(2))
-    assert asked == ["stats"] * 3
+    assert calls == ["stats"] * 3
 
 
 def test_an_engine_has_its_processes_on_one_machine_and_no_queue_of_its_own():
@@ -237,8 +237,8 @@ def test_an_engine_has_its_processes_on_one_machine_and_no_queue_of_its_own():
     assert engines._replica_config.placement_group_bundles == [{"CPU": 3}]
     assert engines._replica_config.placement_group_strategy == "STRICT_PACK"
     assert (engines.max_ongoing_requests, engines.max_queued_requests) == (4, 1)
-    assert engines.init_args[0].max_queued_requests == sys.maxsize  # choices that wait in an engine are no queue
-    assert ingress._deployment_config.graceful_shutdown_timeout_s > SHUTDOWN_TIMEOUT  # streams outlive Ray's 20 s
+    assert engines.init_args[0].max_queued_requests == sys.maxsize  # Ray queues requests, not the engine
+    assert ingress._deployment_config.graceful_shutdown_timeout_s > SHUTDOWN_TIMEOUT  # Ray's default is only 20 s
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "deploy/ray").glob("*.yaml")), ids=lambda file: file.name)
@@ -259,9 +259,9 @@ def test_settings_that_mean_nothing_on_ray_are_refused():
 
 
 def test_what_is_wrong_with_settings_is_told_without_their_values():
-    with pytest.raises(ValueError, match="api_keys") as told:
+    with pytest.raises(ValueError, match="api_keys") as error:
         build({"api_keys": [1, "sekret"]})
-    assert "sekret" not in str(told.value)
+    assert "sekret" not in str(error.value)
 
 
 def test_variables_that_are_no_settings_are_refused(monkeypatch):

@@ -1,4 +1,4 @@
-"""More of a real Ray cluster, in the long run: routers, scaling, engines of several processes, deployments, hangs."""
+"""More tests on a real Ray cluster, in the long run only: routing, scaling, tensor parallelism, redeployment, hangs."""
 
 import json
 import os
@@ -26,9 +26,9 @@ from tests.deploy.ray_cluster import (
     wait,
 )
 
-pytestmark = [pytest.mark.alone, pytest.mark.long]  # fourteen processes that start at once, and clocks of Ray's own
-RAYS_GRACE = 20  # seconds, of a deployment that doesn't say
-TOWNS = ["Bergen", "Cork", "Delft", "Evora", "Fano"]  # an odd number: in turn, each has another replica every time
+pytestmark = [pytest.mark.alone, pytest.mark.long]  # starts fourteen processes at once, and depends on Ray's timeouts
+RAYS_GRACE = 20  # seconds, Ray's default grace period of a deployment
+TOWNS = ["Bergen", "Cork", "Delft", "Evora", "Fano"]  # an odd number, so that round-robin alternates each one's replica
 APPLICATIONS = [
     PAIR,
     application(
@@ -53,15 +53,15 @@ APPLICATIONS = [
 
 
 @pytest.fixture(scope="module")
-def cluster(embedded, tmp_path_factory):  # noqa: ARG001 - loaded first, so that the replicas find the converted copy
-    """The URL of a cluster with APPLICATIONS, and the folder that faults are triggered in."""
+def cluster(embedded, tmp_path_factory):  # noqa: ARG001 - loads the model first, so that the replicas find its copy
+    """The URL of a cluster with APPLICATIONS, and the folder in which files trigger faults."""
     folder = tmp_path_factory.mktemp("cluster")
     with cluster_of(APPLICATIONS, folder) as url:
         yield url, folder
 
 
 def test_conversations_stay_where_their_pages_are(cluster):
-    """Five conversations of four turns: how much of the prompts the caches spare, by prefix and in turn."""
+    """Five conversations of four turns: the share of prompt tokens from the cache, routed by prefix and in turn."""
 
     def share_cached(url):
         before = [metric(url, name) for name in ("prefix_cache_hits_total", "prefix_cache_queries_total")]
@@ -77,16 +77,16 @@ def test_conversations_stay_where_their_pages_are(cluster):
 
     by_prefix, num_by_prefix = share_cached(cluster[0] + "/pair")
     in_turn, num_in_turn = share_cached(cluster[0] + "/in-turn")
-    assert num_by_prefix == num_in_turn == 2  # both had something to do
+    assert num_by_prefix == num_in_turn == 2  # both replicas had work
     assert by_prefix > in_turn + 0.2
     print(f"cached: {by_prefix:.0%} by prefix, {in_turn:.0%} in turn")
 
 
 def test_choices_that_wait_in_an_engine_are_no_queue(cluster):
-    """Ray counts requests, in front of the engines; a request has a seat for all its choices."""
+    """Ray queues requests in front of the engines. One slot serves all choices of a request."""
     url = cluster[0] + "/parallel"
     streams = []
-    for num_waiting in (0, 0, 2, 4):  # choices, once one more stream is there: two streams fill the engine
+    for num_waiting in (0, 0, 2, 4):  # waiting choices after each new stream; two streams fill the engine
         streams.append(Stream(url, f"Tell me about {len(streams)} moors.", 50, n=2))
         assert num_waiting or streams[-1].begun.wait(60)
         wait(lambda number=num_waiting: sum(metric(url, "num_requests_waiting").values()) == number)
@@ -99,13 +99,13 @@ def test_what_a_lost_replica_had_taken_in_but_not_begun_waits_for_a_seat_elsewhe
     url, trigger = cluster[0] + "/pair", cluster[1] / str(STALLS)
     wait(lambda: len(replicas(url)) == 2)
     trigger.touch()
-    streams = [Stream(url, "Tell me about seas.", 300, seed=STALLS)]  # its engine does nothing from now on
+    streams = [Stream(url, "Tell me about seas.", 300, seed=STALLS)]  # its engine makes no progress from now on
     (victim,) = wait(lambda: [name for name, number in metric(url, "num_requests_running").items() if number])
     assert not trigger.exists()
     while not (one := Stream(url, f"Tell me about {len(streams)} seas.", 300)).begun.wait(1) or one.error is None:
-        streams.append(one)  # one by one, as in `fill`
+        streams.append(one)  # one after the other, as in `fill`
     assert one.error.body["code"] == "overloaded"
-    assert len(streams) == 3 * SEQS  # all seats are taken, and the queue is full
+    assert len(streams) == 3 * SEQS  # all slots are taken, and the queue is full
     assert sum(stream.begun.is_set() for stream in streams) <= SEQS
     os.kill(pid_of(victim), signal.SIGKILL)
     for stream in streams:
@@ -124,10 +124,10 @@ def test_replicas_come_and_go_with_the_load(cluster):
     streams = [Stream(url, f"Tell me about {number} towns.", 300) for number in range(8)]
     wait(lambda: len(replicas(url)) == 2)
     more = [Stream(url, f"Tell me about {number} hills.", 50) for number in range(8)]
-    wait(lambda: all(metric(url, "num_requests_running").values()))  # the second one has work
+    wait(lambda: all(metric(url, "num_requests_running").values()))  # the second replica has work
     for stream in streams + more:
         stream.join()
-        assert stream.error is None  # also those of the replica that leaves
+        assert stream.error is None  # also on the replica that is removed
     wait(lambda: len(replicas(url)) == 1)
     assert chat(url, max_tokens=1).status_code == 200
 
@@ -135,12 +135,12 @@ def test_replicas_come_and_go_with_the_load(cluster):
 def test_the_processes_of_one_engine_are_one_placement_group(cluster, url):
     reply = chat(cluster[0] + "/parallel", max_tokens=16)
     assert reply.json()["choices"] == chat(url, max_tokens=16).json()["choices"]
-    asked = (
+    code = (
         "import json, ray; from ray.util import placement_group_table; ray.init('auto', log_to_driver=False); "
         "print(json.dumps([g for g in placement_group_table().values() if g['state'] == 'CREATED']))"
     )
-    told = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout
-    (group,) = json.loads(told.splitlines()[-1])
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    (group,) = json.loads(output.splitlines()[-1])
     assert group["strategy"] == "STRICT_PACK"
     assert list(group["bundles"].values()) == [{"CPU": 3.0}]
 
@@ -150,23 +150,23 @@ def test_health_says_when_no_replica_is_well(cluster):
     assert httpx.get(url + "/health", timeout=30).status_code == 200
     (only,) = replicas(url)
     os.kill(pid_of(only), signal.SIGKILL)
-    said = set()
+    errors = set()
 
     def is_well_again():
         answer = httpx.get(url + "/health", timeout=30)
         if answer.status_code == 200:
-            return said
-        said.add((answer.status_code, answer.json()["error"]["code"]))
+            return errors
+        errors.add((answer.status_code, answer.json()["error"]["code"]))
         assert "linalign:http_responses_total" in httpx.get(url + "/metrics", timeout=30).raise_for_status().text
         return False
 
-    wait(is_well_again)  # Ray has replaced it, all three processes
-    assert said == {(503, "engine_dead")}
+    wait(is_well_again)  # Ray has restarted all three processes
+    assert errors == {(503, "engine_dead")}
     assert chat(url, max_tokens=4).status_code == 200
 
 
 def test_replies_outlive_a_deployment_of_what_answers_them(cluster):
-    """The old ingress goes on for longer than Ray would let it."""
+    """The old ingress continues for longer than Ray's default grace period."""
     url = cluster[0] + "/parallel"
     args = {**APPLICATIONS[-1]["args"], "max_model_len": 1000}
     redeploy = (
@@ -180,7 +180,7 @@ def test_replies_outlive_a_deployment_of_what_answers_them(cluster):
         pieces = response.iter_text()
         next(pieces)
         before = replicas(url)
-        # It ends when the old ingress has.
+        # This process ends when the old ingress has ended.
         deploying = subprocess.Popen([sys.executable, "-c", redeploy], env=environment, cwd=cluster[1])
         wait(lambda: (now := replicas(url)) and not now & before, deploying)
         until = time.monotonic() + RAYS_GRACE + 5
@@ -188,4 +188,4 @@ def test_replies_outlive_a_deployment_of_what_answers_them(cluster):
             assert "data: {" in (piece := next(pieces)) or piece.startswith(": ping")
     assert deploying.wait(120) == 0
     assert chat(url, max_tokens=4).status_code == 200
-    assert chat(url, max_tokens=1000).status_code == 400  # the new one's context
+    assert chat(url, max_tokens=1000).status_code == 400  # exceeds the new deployment's context

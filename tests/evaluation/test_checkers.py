@@ -1,4 +1,4 @@
-"""Every checker on a text that follows its principle and on one that does not."""
+"""Every checker accepts a text that follows its principle and rejects one that does not."""
 
 import pytest
 

@@ -48,7 +48,7 @@ def test_intervals_hold_the_mean_and_follow_their_groups():
     mean, low, high = interval(values)
     assert (mean, low < mean < high) == (0.5, True)
     assert 0.05 < high - low < 0.3
-    assert interval(values) == (mean, low, high)  # seeded
-    by_group = interval(values, ["a", "b"] * 50)  # two groups of one value each tell nothing
+    assert interval(values) == (mean, low, high)  # the bootstrap is seeded
+    by_group = interval(values, ["a", "b"] * 50)  # all values of a group are equal: the interval spans both groups
     assert by_group[1:] == (0.0, 1.0)
     assert interval([1.0] * 10) == (1.0, 1.0, 1.0)

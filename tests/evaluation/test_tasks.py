@@ -1,4 +1,4 @@
-"""The tasks on a real server with the embedded model, a few questions each, and what they make of its replies."""
+"""The tasks on a real server with the embedded model, with a few questions each, and their results."""
 
 import json
 import os
@@ -33,14 +33,14 @@ def short_replies(monkeypatch):
 
 def run(task, folder, *args):
     main([task, "--output", str(folder), *map(str, args)])
-    found = json.loads((folder / "results.json").read_text())["summary"]
+    summary = json.loads((folder / "results.json").read_text())["summary"]
     report = (folder / "report.md").read_text()
     for line in report.splitlines():
         if line.startswith("!["):
             picture = folder / line.split("(")[1].rstrip(")")
             assert picture.read_bytes().startswith(b"\x89PNG")
             assert "<svg" in picture.with_suffix(".svg").read_text()
-    return found, report
+    return summary, report
 
 
 def test_the_questions_are_of_the_published_format():
@@ -51,7 +51,7 @@ def test_the_questions_are_of_the_published_format():
     assert len({row["domain"] for row in rows}) >= 8
     items = personal_preference.items(rows, 0)
     letters = Counter(item.target for item in items)
-    assert min(letters.values()) > len(items) / 4 * 0.75  # no letter is the answer much more often
+    assert min(letters.values()) > len(items) / 4 * 0.75  # correct answers are spread evenly over the letters
     assert items == personal_preference.items(rows, 0) != personal_preference.items(rows, 1)
     for item, row in zip(items[::4], rows, strict=True):
         assert item.answers["ABCD".index(item.target)] == row["answer_a"]
@@ -65,7 +65,7 @@ def test_a_list_is_read_too(tmp_path):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of a model hub as it takes to hand out one file."""
+    """The parts of a model hub's API that are needed to download one file."""
 
     PATH = f"/datasets/{personal_preference.PUBLISHED}/resolve/main/data.json"
     CONTENT = json.dumps(personal_preference.load(None)[:2]).encode()
@@ -110,8 +110,8 @@ def test_the_published_dataset_is_read_from_a_hub(tmp_path):
 
 
 def test_cells():
-    found = cells(["linear", "cfg"], [0.0, 2.0], [0.5])
-    assert [(cell.method, cell.ratio) for cell in found] == [
+    result = cells(["linear", "cfg"], [0.0, 2.0], [0.5])
+    assert [(cell.method, cell.ratio) for cell in result] == [
         ("plain", 0), ("prompting", 0), ("linear", 2), ("cfg", 2),
     ]  # fmt: skip
     wider = cells(["linear"], [2.0], [0.5], [0.9, 1.0])[2:]
@@ -120,13 +120,13 @@ def test_cells():
 
 
 def test_prompting_is_ratio_zero(client):
-    """A ratio too small to matter, so that there is a trace."""
+    """Ratio 0 has no trace, so the task uses a ratio that is too small to change the reply."""
     principle = "Speak of the sea."
-    asked = {"model": "smollm2", "messages": [{"role": "user", "content": "How are you?"}], "max_tokens": 16}
+    request = {"model": "smollm2", "messages": [{"role": "user", "content": "How are you?"}], "max_tokens": 16}
     fields = Cell("prompting", 0, 0.0).fields(principle)
     temperature = fields.pop("temperature")
     texts = [
-        client.chat.completions.create(**asked, temperature=temperature, extra_body=extra).choices[0].message.content
+        client.chat.completions.create(**request, temperature=temperature, extra_body=extra).choices[0].message.content
         for extra in (fields, {"principle": principle, "alignment_ratio": 0})
     ]
     assert texts[0] == texts[1]
@@ -135,22 +135,22 @@ def test_prompting_is_ratio_zero(client):
 def test_personal_preference(url, tmp_path):
     limit = counted(1, 2)
     args = ("--url", url, "--limit", limit, "--methods", "linear", "--ratios", "0,2", "--temperatures", "0,0.5")
-    found, report = run("personal-preference", tmp_path, *args)
+    rows, report = run("personal-preference", tmp_path, *args)
     lines = (tmp_path / "records.jsonl").read_text().splitlines()
     assert len(lines) == limit * 4 * 3 * 2  # questions, preferences, cells, temperatures
-    whole = [row for row in found if row["domain"] == "all"]
+    whole = [row for row in rows if row["domain"] == "all"]
     assert [(row["method"], row["ratio"]) for row in whole] == [("plain", 0), ("prompting", 0), ("linear", 2)] * 2
     greedy = [json.loads(line) for line in lines if "/2/0/" in line]
-    for record in greedy:  # at temperature 0 the letter that is drawn is the most probable one
+    for record in greedy:  # at temperature 0 the drawn letter is the most probable one
         assert record["drawn"] is None or record["drawn"] == max(
             record["probabilities"], key=record["probabilities"].get
         )
     assert "| linear | 2 |" in report
 
-    # Cut off in the middle of a line: what is missing is asked again, nothing else is.
+    # The file ends in the middle of a line: only missing records are requested again.
     (tmp_path / "records.jsonl").write_text("\n".join(lines[:10]) + "\n" + lines[10][:20])
     again, _ = run("personal-preference", tmp_path, *args)
-    assert again == found
+    assert again == rows
     keys = [
         json.loads(line)["key"] for line in (tmp_path / "records.jsonl").read_text().splitlines() if line.endswith("}")
     ]
@@ -160,15 +160,15 @@ def test_personal_preference(url, tmp_path):
 def test_follow(url, tmp_path, monkeypatch):
     monkeypatch.setattr(follow, "CHECKABLE", CHECKABLE[: counted(4, None)])
     args = ("--url", url, "--limit", 1, "--methods", "linear,cfg", "--ratios", "0,8", "--temperatures", "0.5")
-    found, report = run("follow", tmp_path, *args)
-    plain, prompting, linear, cfg = found
+    rows, report = run("follow", tmp_path, *args)
+    plain, prompting, linear, cfg = rows
     assert (plain["kl"], plain["method"]) == (0.0, "plain")
-    assert 0 < prompting["kl"] < linear["kl"] < cfg["kl"]  # which the plausible set holds back
+    assert 0 < prompting["kl"] < linear["kl"] < cfg["kl"]  # "cfg" has no plausible set that limits it
     assert plain["perplexity"] < linear["perplexity"] < cfg["perplexity"]
-    for row in found:
+    for row in rows:
         assert 0 <= row["adherence"][1] <= row["adherence"][0] <= row["adherence"][2] <= 1
     assert "| linear | none of these | none of these |" in report
-    assert "| cfg | none of these | 8 |" in report  # its text is absurd, though it neither loops nor ends at once
+    assert "| cfg | none of these | 8 |" in report  # its text is nonsense, but it neither loops nor ends at once
 
 
 HH = [
@@ -179,7 +179,7 @@ HH = [
 
 
 def test_hh(url, tmp_path):
-    """The model judges itself, which is no good judge, but one that answers."""
+    """The model judges itself: a poor judge, but enough for the test."""
     file = tmp_path / "hh.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in HH))
     first, second = hh.load(file)
@@ -214,8 +214,8 @@ def test_a_server_that_refuses_ends_the_run(url, tmp_path):
 
 
 def test_in_this_process(tmp_path):
-    found, _ = run("personal-preference", tmp_path, "--limit", 1, "--methods", "linear", "--ratios", "2")
-    assert [row["method"] for row in found if row["domain"] == "all"] == ["plain", "prompting", "linear"]
+    rows, _ = run("personal-preference", tmp_path, "--limit", 1, "--methods", "linear", "--ratios", "2")
+    assert [row["method"] for row in rows if row["domain"] == "all"] == ["plain", "prompting", "linear"]
     assert Path(personal_preference.SHIPPED).exists()
 
 
@@ -233,5 +233,5 @@ def test_the_environment_is_no_command_line(monkeypatch):
     monkeypatch.setenv("CONCURRENCY", "7")
     monkeypatch.setenv("MODEL", "another")
     for settings, args in ((EvalSettings, ["follow", "--output", "x"]), (BenchSettings, [])):
-        found = CliApp.run(settings, cli_args=args)
-        assert (found.concurrency, found.model) == (settings.model_fields["concurrency"].default, None)
+        values = CliApp.run(settings, cli_args=args)
+        assert (values.concurrency, values.model) == (settings.model_fields["concurrency"].default, None)

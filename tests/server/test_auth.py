@@ -1,4 +1,4 @@
-"""Servers with API keys: closed by default, on every route there is."""
+"""Servers with API keys: every route requires a key, except those that are meant to be open."""
 
 import gc
 import http.client
@@ -18,27 +18,27 @@ from tests.serving import KEY, serving
 
 
 def routes(embedded):
-    """Every (method, path) of the application, its parameters filled in."""
+    """Every (method, path) of the application, with its parameters filled in."""
     app = create_app(LocalEngine(make_engine(embedded, num_pages=8)), Settings())
-    found = []
+    result = []
 
     def walk(routes, prefix=""):
         for route in routes:
             if isinstance(route, Route):
                 path = prefix + route.path.replace("{id:path}", "smollm2")
-                found.extend((method, path) for method in route.methods)
+                result.extend((method, path) for method in route.methods)
             elif isinstance(route, Mount):
-                found.append(("GET", prefix + route.path + "/main.js"))
+                result.append(("GET", prefix + route.path + "/main.js"))
             else:
-                walk(route.original_router.routes, prefix)  # FastAPI's
+                walk(route.original_router.routes, prefix)  # a router that FastAPI includes
 
     walk(app.routes)
-    return found
+    return result
 
 
 def test_no_route_is_served_without_a_key(closed, embedded):
-    found = routes(embedded)
-    paths = {path for _, path in found}
+    app_routes = routes(embedded)
+    paths = {path for _, path in app_routes}
     assert {
         "/v1/chat/completions",
         "/v1/models",
@@ -50,7 +50,7 @@ def test_no_route_is_served_without_a_key(closed, embedded):
     } <= paths
     opened = set()
     others = [("GET", "/nowhere"), ("GET", "/v1/models/playground/x"), ("POST", "/v1/chat/completions/")]
-    for method, path in [*found, *others]:
+    for method, path in [*app_routes, *others]:
         for headers in (
             {},
             {"Authorization": "Bearer wrong"},
@@ -87,23 +87,23 @@ def test_each_key_is_served(closed):
 
 def test_the_sdk(closed):
     client = openai.OpenAI(base_url=closed + "/v1", api_key="other-key", max_retries=0)
-    asked = {"model": "smollm2", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
-    assert client.chat.completions.create(**asked).choices[0].message.content
+    fields = {"model": "smollm2", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+    assert client.chat.completions.create(**fields).choices[0].message.content
     with pytest.raises(openai.AuthenticationError):
-        openai.OpenAI(base_url=closed + "/v1", api_key="none", max_retries=0).chat.completions.create(**asked)
+        openai.OpenAI(base_url=closed + "/v1", api_key="none", max_retries=0).chat.completions.create(**fields)
 
 
 @pytest.fixture(scope="module")
-def filed(embedded, tmp_path_factory):  # noqa: ARG001 - loaded first, so that the server finds the converted copy
-    """A server whose keys are in a file, and whose metrics are open."""
+def server_with_key_file(embedded, tmp_path_factory):  # noqa: ARG001 - converts the model before the server starts
+    """A server with keys in a file and open metrics."""
     file = tmp_path_factory.mktemp("keys") / "keys"
     file.write_text(f"# for tests\n{KEY}\nother-key\n")
     with serving("--api-keys-file", str(file), "--metrics-without-key") as (url, process):
         yield url, process
 
 
-def test_keys_of_a_file_and_open_metrics(filed, embedded):
-    url, _ = filed
+def test_keys_of_a_file_and_open_metrics(server_with_key_file, embedded):
+    url, _ = server_with_key_file
     for key in (KEY, "other-key"):
         assert httpx.get(url + "/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
     assert httpx.get(url + "/v1/models", headers={"Authorization": "Bearer # for tests"}).status_code == 401
@@ -115,17 +115,17 @@ def test_keys_of_a_file_and_open_metrics(filed, embedded):
     assert opened == {"/", "/health", "/metrics", "/playground/main.js"}
 
 
-@pytest.mark.parametrize("way", ["flag", "variable", "config", "file"])
-def test_no_object_of_the_application_holds_a_key(tiny, tmp_path, monkeypatch, way):
+@pytest.mark.parametrize("source", ["flag", "variable", "config", "file"])
+def test_no_object_of_the_application_holds_a_key(tiny, tmp_path, monkeypatch, source):
     loaded, _ = tiny
-    secret = "-".join(["a", "very", "secret", way])  # so that it is no constant of this test
+    secret = "-".join(["a", "very", "secret", source])  # built at run time, so that it is not a constant of this test
     file = tmp_path / "file"
-    file.write_text(f"api_keys: [{secret}]" if way == "config" else secret)
-    monkeypatch.setenv("LINALIGN_API_KEYS", secret if way == "variable" else "another-key")
+    file.write_text(f"api_keys: [{secret}]" if source == "config" else secret)
+    monkeypatch.setenv("LINALIGN_API_KEYS", secret if source == "variable" else "another-key")
     args = {"flag": ["--api-keys", secret], "config": ["--config", str(file)], "file": ["--api-keys-file", str(file)]}
-    if way == "config":
+    if source == "config":
         monkeypatch.delenv("LINALIGN_API_KEYS")
-    settings = load_settings(args.get(way, []))
+    settings = load_settings(args.get(source, []))
     app = create_app(LocalEngine(make_engine(loaded, num_pages=8)), settings)
     monkeypatch.delenv("LINALIGN_API_KEYS", raising=False)
     client = TestClient(app)
@@ -133,17 +133,17 @@ def test_no_object_of_the_application_holds_a_key(tiny, tmp_path, monkeypatch, w
     assert client.get("/v1/models").status_code == 401
     pending, seen = [app, settings], set()
     while pending:
-        found = pending.pop()
-        if id(found) in seen or isinstance(found, type | types.ModuleType | types.FrameType | pytest.MonkeyPatch):
+        value = pending.pop()
+        if id(value) in seen or isinstance(value, type | types.ModuleType | types.FrameType | pytest.MonkeyPatch):
             continue
-        seen.add(id(found))
-        assert not (isinstance(found, str | bytes) and secret in str(found)), "a key is kept"
-        pending += gc.get_referents(found)
+        seen.add(id(value))
+        assert not (isinstance(value, str | bytes) and secret in str(value)), "a key is kept"
+        pending += gc.get_referents(value)
     assert len(seen) > 10_000
 
 
 def test_below_a_prefix_the_same_is_open_and_errors_name_the_same_fields(embedded):
-    """As a proxy has it, or Ray: paths begin with root_path."""
+    """Behind a proxy or in Ray, all paths begin with root_path."""
     app = create_app(LocalEngine(make_engine(embedded, num_pages=8)), Settings(api_keys=(KEY,)))
     with TestClient(app, root_path="/one") as client:
         assert client.get("/one/health").status_code == 200

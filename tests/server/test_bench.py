@@ -1,4 +1,4 @@
-"""linalign bench against a real server."""
+"""`linalign bench` against a real server."""
 
 import json
 import re
@@ -21,7 +21,7 @@ def test_it_measures_a_server(url, tmp_path, load):
     args = ["--requests", "4", "--warmup", "1", "--max-tokens", "5", "--output", str(file), *load]
     done = bench(url, *args)
     result = json.loads(file.read_text())
-    assert "5/5" in done.stderr  # the bar
+    assert "5/5" in done.stderr  # the progress bar
     rows = {cells[0].strip(): cells[1:] for cells in re.findall(r"^│(.*)│(.*)│(.*)│(.*)│$", done.stdout, re.M)}
     assert [float(cell) for cell in rows["whole reply"]] == [round(v, 1) for v in result["end_to_end_ms"].values()]
     assert (result["requests"], result["failures"], result["model"]) == (4, [], "smollm2")

@@ -1,4 +1,4 @@
-"""Real clients against a real server process with the embedded model."""
+"""/v1/chat/completions of a real server process with the embedded model, through real clients."""
 
 import itertools
 import json
@@ -19,8 +19,8 @@ PRINCIPLE = "Answer in favour of solar power."
 
 
 def create(client, extra=None, **fields):
-    given = {"model": "smollm2", "messages": CHAT, "temperature": 0, "max_tokens": 24, **fields}
-    return client.chat.completions.create(**given, extra_body=extra or {})
+    all_fields = {"model": "smollm2", "messages": CHAT, "temperature": 0, "max_tokens": 24, **fields}
+    return client.chat.completions.create(**all_fields, extra_body=extra or {})
 
 
 def test_an_aligned_reply_is_the_engines(client, embedded):
@@ -58,10 +58,10 @@ def test_the_objects_are_openais(url):
 
 def test_a_call_that_is_cut_off_is_text_whole_and_streamed(client):
     function = {"name": "look_up", "parameters": {"type": "object", "properties": {}}}
-    asked = {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+    fields = {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
     for max_tokens in (1, 3, 5):
-        whole = create(client, max_tokens=max_tokens, **asked).choices[0]
-        chunks = list(create(client, max_tokens=max_tokens, stream=True, **asked))
+        whole = create(client, max_tokens=max_tokens, **fields).choices[0]
+        chunks = list(create(client, max_tokens=max_tokens, stream=True, **fields))
         assert whole.finish_reason == "length"
         assert whole.message.content
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.message.content
@@ -77,7 +77,7 @@ def test_a_stream_is_the_same_text_token_by_token(client):
             arrivals.append(time.perf_counter() - started)
             texts.append(chunk.choices[0].delta.content)
     assert "".join(texts) == whole.choices[0].message.content
-    assert len(texts) >= whole.usage.completion_tokens - 1  # the end-of-sequence token has no text
+    assert len(texts) >= whole.usage.completion_tokens - 1  # all but the end-of-sequence token have text
     assert len(set(arrivals)) == len(arrivals)
 
 
@@ -108,7 +108,7 @@ def test_several_principles_and_placement(client):
     extra = {"principle": [{"text": PRINCIPLE, "weight": 2}, {"text": "Be brief.", "ratio": 1}]}
     assert create(client, extra, max_tokens=2).usage.alignment_details["branches"] == 3
     placed = create(client, {"principle": PRINCIPLE, "principle_placement": "user"}, max_tokens=2)
-    assert placed.usage.alignment_details["prefix_cached_tokens"] >= 32  # the branches share what comes before
+    assert placed.usage.alignment_details["prefix_cached_tokens"] >= 32  # the branches share the common prefix
 
 
 def test_models_and_version(client, url):
@@ -310,7 +310,7 @@ def test_a_dead_engine_shows_in_health_and_errors(own_server, monkeypatch):
 
 
 def test_cached_tokens_do_not_depend_on_which_choice_ends_first():
-    """The first to run computes the prompt, and the others find it in the cache."""
+    """The choice that runs first computes the prompt; the others reuse it."""
     usages = [Usage(30, cached, 5, 1, 30 - cached, 0, cached) for cached in (8, 24, 16)]
     objects = [usage_object(order) for order in itertools.permutations(usages)]
     assert objects == [objects[0]] * 6

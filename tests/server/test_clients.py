@@ -1,6 +1,6 @@
-"""Programs that users have, against a real server process; each uses a principle in whatever way it can.
+"""Third-party clients against a real server process. Each uses a principle in the way that it supports.
 
-They live in .venv/clients, which `make test` sets up.
+They are installed in .venv/clients by `make test`.
 """
 
 import asyncio
@@ -39,12 +39,12 @@ def api(url):
 def test_the_sdk_asynchronously(api, client):
     async def ask():
         async with openai.AsyncOpenAI(base_url=api, api_key="none", max_retries=0) as a_client:
-            asked = {"model": "smollm2", "messages": CHAT, "temperature": 0, "max_tokens": 24}
+            fields = {"model": "smollm2", "messages": CHAT, "temperature": 0, "max_tokens": 24}
             extra = {"principle": PRINCIPLE, "alignment_ratio": 2}
             wholes = await asyncio.gather(
-                *(a_client.chat.completions.create(**asked, extra_body=extra) for _ in range(4))
+                *(a_client.chat.completions.create(**fields, extra_body=extra) for _ in range(4))
             )
-            stream = await a_client.chat.completions.create(**asked, extra_body=extra, stream=True)
+            stream = await a_client.chat.completions.create(**fields, extra_body=extra, stream=True)
             streamed = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
             return [whole.choices[0].message.content for whole in wholes], streamed
 
@@ -54,26 +54,26 @@ def test_the_sdk_asynchronously(api, client):
 
 
 def test_the_sdk_on_node(api, client):
-    script = CLIENTS / "sdk.mjs"  # modules are looked for beside the script
+    script = CLIENTS / "sdk.mjs"  # Node looks for modules beside the script
     script.write_text((HERE / "sdk.mjs").read_text())
-    told = json.loads(run("node", script, api).splitlines()[-1])
+    output = json.loads(run("node", script, api).splitlines()[-1])
     extra = {"principle": PRINCIPLE, "alignment_ratio": 2}
-    assert told["text"] == create(client, extra).choices[0].message.content
+    assert output["text"] == create(client, extra).choices[0].message.content
 
 
 def test_langchain(api):
-    told = json.loads(run(CLIENTS / "bin/python", HERE / "langchain_chat.py", api).splitlines()[-1])
-    assert isinstance(told["call"]["hours"], int)
+    output = json.loads(run(CLIENTS / "bin/python", HERE / "langchain_chat.py", api).splitlines()[-1])
+    assert isinstance(output["call"]["hours"], int)
 
 
 def test_litellm(api, client):
-    told = json.loads(run(CLIENTS / "bin/python", HERE / "litellm_chat.py", api).splitlines()[-1])
+    output = json.loads(run(CLIENTS / "bin/python", HERE / "litellm_chat.py", api).splitlines()[-1])
     extra = {"principle": PRINCIPLE, "alignment_ratio": 2}
-    assert told["text"] == create(client, extra).choices[0].message.content
+    assert output["text"] == create(client, extra).choices[0].message.content
 
 
 def test_the_llm_command_line(api, client, tmp_path):
-    """It knows no fields but OpenAI's: a preset is its way."""
+    """This client sends OpenAI's fields only, so it uses a preset."""
     models = [{"model_id": name, "model_name": name, "api_base": api} for name in ("smollm2", "smollm2:teacher")]
     (tmp_path / "extra-openai-models.yaml").write_text(json.dumps(models))  # JSON is YAML
     question = "What is a volcano?"
@@ -90,8 +90,8 @@ def test_the_llm_command_line(api, client, tmp_path):
 
 
 def likelihood(client, model, context, text):
-    asked = {"model": model, "echo": True, "logprobs": 1, "max_tokens": 0, "temperature": 0}
-    whole, before = (client.completions.create(prompt=prompt, **asked) for prompt in (context + text, context))
+    fields = {"model": model, "echo": True, "logprobs": 1, "max_tokens": 0, "temperature": 0}
+    whole, before = (client.completions.create(prompt=prompt, **fields) for prompt in (context + text, context))
     return sum(whole.choices[0].logprobs.token_logprobs[len(before.choices[0].logprobs.tokens) :])
 
 
@@ -107,8 +107,8 @@ def test_lm_eval(api, client, embedded, tmp_path, model):
         "--tasks", "towns,opposites", "--include_path", tmp_path / "tasks", "--output_path", tmp_path / "out",
         HF_HOME=tmp_path, OPENAI_API_KEY="none",
     )  # fmt: skip
-    (found,) = (tmp_path / "out").rglob("results_*.json")
-    results = json.loads(found.read_text())["results"]
+    (result_file,) = (tmp_path / "out").rglob("results_*.json")
+    results = json.loads(result_file.read_text())["results"]
     right = []
     for line in (HERE / "lm_eval" / "towns.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -120,9 +120,9 @@ def test_lm_eval(api, client, embedded, tmp_path, model):
 
 
 def test_schemathesis_finds_nothing(tmp_path):
-    """Valid and invalid requests by the hundreds, from /openapi.json: no 5xx, nothing that breaks the schema.
+    """Hundreds of valid and invalid requests generated from /openapi.json: no 5xx, no response that breaks the schema.
 
-    positive_data_acceptance is left out: that messages fit the context, say, no schema can tell.
+    positive_data_acceptance is excluded: a schema can't say, for example, that messages must fit the context.
     """
     num_examples = counted(3, 20)
     phases = counted("examples,fuzzing,stateful", "examples,coverage,fuzzing,stateful")

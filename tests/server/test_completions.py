@@ -20,8 +20,8 @@ ALIGNED = {"principle": "This text is about towns.", "alignment_ratio": 1}
 
 
 def complete(client, extra=None, **fields):
-    given = {"model": "smollm2", "prompt": TEXT, "temperature": 0, "max_tokens": 6, **fields}
-    return client.completions.create(**given, extra_body=extra or {})
+    fields_with_defaults = {"model": "smollm2", "prompt": TEXT, "temperature": 0, "max_tokens": 6, **fields}
+    return client.completions.create(**fields_with_defaults, extra_body=extra or {})
 
 
 @pytest.mark.parametrize("extra", [{}, ALIGNED], ids=["plain", "aligned"])
@@ -60,36 +60,36 @@ def test_several_prompts_and_choices(client):
 @pytest.mark.parametrize("extra", [{}, ALIGNED], ids=["plain", "aligned"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_echo_with_log_probabilities(client, extra, stream):
-    """What lm-eval's loglikelihood asks for."""
+    """The request that lm-eval's loglikelihood sends."""
     drawn = complete(client, extra, logprobs=3).choices[0]
-    asked = {"prompt": TEXT + drawn.text, "echo": True, "logprobs": 3, "max_tokens": 0}
+    fields = {"prompt": TEXT + drawn.text, "echo": True, "logprobs": 3, "max_tokens": 0}
     if stream:
-        found = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for chunk in complete(client, extra, **asked, stream=True):
+        logprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for chunk in complete(client, extra, **fields, stream=True):
             if chunk.choices[0].logprobs:
-                for name, values in found.items():
+                for name, values in logprobs.items():
                     values.extend(getattr(chunk.choices[0].logprobs, name))
     else:
-        choice = complete(client, extra, **asked).choices[0]
+        choice = complete(client, extra, **fields).choices[0]
         assert choice.text == TEXT + drawn.text
         assert choice.finish_reason == "length"
-        found = choice.logprobs.model_dump()
-    assert "".join(found["tokens"]) == TEXT + drawn.text
-    assert found["token_logprobs"][0] is None
-    assert found["token_logprobs"][-6:] == pytest.approx(drawn.logprobs.token_logprobs, abs=1e-3)
-    assert found["text_offset"] == [len("".join(found["tokens"][:i])) for i in range(len(found["tokens"]))]
-    outside = [value for value in found["token_logprobs"][1:] if value == -9999.0]
+        logprobs = choice.logprobs.model_dump()
+    assert "".join(logprobs["tokens"]) == TEXT + drawn.text
+    assert logprobs["token_logprobs"][0] is None
+    assert logprobs["token_logprobs"][-6:] == pytest.approx(drawn.logprobs.token_logprobs, abs=1e-3)
+    assert logprobs["text_offset"] == [len("".join(logprobs["tokens"][:i])) for i in range(len(logprobs["tokens"]))]
+    outside = [value for value in logprobs["token_logprobs"][1:] if value == -9999.0]
     assert bool(outside) == bool(extra)
-    assert all(value > -9999.0 for top in found["top_logprobs"][1:] for value in top.values())
+    assert all(value > -9999.0 for top in logprobs["top_logprobs"][1:] for value in top.values())
 
 
 def test_a_scored_text_is_seen_by_every_policy(url):
-    """What rerankers need: the aligned, the principled and the base log-probability of each token, in one request."""
+    """Rerankers get the aligned, the principled and the base log-probability of each token in one request."""
     text = TEXT + " Paris, which is old."
-    asked = {"model": "smollm2", "prompt": text, "echo": True, "logprobs": 0, "max_tokens": 0, **ALIGNED}
+    fields = {"model": "smollm2", "prompt": text, "echo": True, "logprobs": 0, "max_tokens": 0, **ALIGNED}
 
     def ask(**change):
-        return httpx.post(url + "/v1/completions", json={**asked, **change}, timeout=60).json()["choices"][0]
+        return httpx.post(url + "/v1/completions", json={**fields, **change}, timeout=60).json()["choices"][0]
 
     choice = ask()
     first, *steps = choice["alignment"]
@@ -98,7 +98,7 @@ def test_a_scored_text_is_seen_by_every_policy(url):
     base, principled = ask(principle=None), ask(alignment_ratio=0)
     of_base = base["logprobs"]["token_logprobs"][1:]
     assert [step["base_logprob"] for step in steps] == pytest.approx(of_base, abs=1e-3)
-    principled = httpx.post(url + "/v1/completions", json={**asked, "alignment_ratio": 0}, timeout=60).json()[
+    principled = httpx.post(url + "/v1/completions", json={**fields, "alignment_ratio": 0}, timeout=60).json()[
         "choices"
     ][0]
     of_principled = principled["logprobs"]["token_logprobs"][1:]
@@ -127,7 +127,7 @@ def test_a_scored_text_is_seen_by_every_policy(url):
     ],
     ids=str,
 )
-def test_what_can_not_be(url, change, param, message):
+def test_invalid_requests_are_refused(url, change, param, message):
     body = {"model": "smollm2", "prompt": TEXT, "max_tokens": 1} | change
     response = httpx.post(url + "/v1/completions", json=body, timeout=60)
     assert response.status_code == 400, response.text
@@ -138,10 +138,10 @@ def test_what_can_not_be(url, change, param, message):
 
 def test_tokens_of_every_branch(client, url, embedded):
     body = {"model": "smollm2", "messages": CHAT, "principle": PRINCIPLE}
-    found = httpx.post(url + "/tokenize", json=body).json()
-    principled, base = found["branches"]
+    response = httpx.post(url + "/tokenize", json=body).json()
+    principled, base = response["branches"]
     assert (principled["branch"], principled["ratio"], base["branch"]) == ("principled", 2.0, "base")
-    assert found["count"] == create(client, {"principle": PRINCIPLE}, max_tokens=1).usage.prompt_tokens
+    assert response["count"] == create(client, {"principle": PRINCIPLE}, max_tokens=1).usage.prompt_tokens
     texts = [embedded.tokenizer.decode(branch["tokens"]) for branch in (principled, base)]
     assert texts[0].replace("\n" + PRINCIPLE, "") == texts[1]
     back = httpx.post(url + "/detokenize", json={"model": "smollm2", "tokens": base["tokens"]}).json()
@@ -176,8 +176,8 @@ def test_presets(client):
 @pytest.mark.parametrize("stream", [False, True])
 def test_parts_of_characters_have_names_and_places(client, stream):
     text = "The 🦄🎉漢 café 🦄🎉漢 café"
-    asked = {"prompt": text, "echo": True, "logprobs": 5, "max_tokens": 0}
-    chunks = complete(client, **asked, stream=True) if stream else [complete(client, **asked)]
+    fields = {"prompt": text, "echo": True, "logprobs": 5, "max_tokens": 0}
+    chunks = complete(client, **fields, stream=True) if stream else [complete(client, **fields)]
     parts = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]
     tokens, offsets, values, tops = (
         [value for part in parts for value in getattr(part, name)]
@@ -199,18 +199,18 @@ def test_parts_of_characters_have_names_and_places(client, stream):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_prompts_that_leave_nothing_to_do(client, stream):
-    """Beside one that is scored, a prompt of a single token; and an echo without any log-probability."""
-    for asked in ({"prompt": ["The sky is", "ab"], "logprobs": 1}, {"prompt": ["The sky is", "ab"]}):
+    """A prompt of a single token beside one that is scored, and an echo without log-probabilities."""
+    for fields in ({"prompt": ["The sky is", "ab"], "logprobs": 1}, {"prompt": ["The sky is", "ab"]}):
         texts, logprobs, reasons = {0: "", 1: ""}, {}, {}
-        asked = {**asked, "echo": True, "max_tokens": 0}
-        for chunk in complete(client, **asked, stream=True) if stream else [complete(client, **asked)]:
+        fields = {**fields, "echo": True, "max_tokens": 0}
+        for chunk in complete(client, **fields, stream=True) if stream else [complete(client, **fields)]:
             for choice in chunk.choices:
                 texts[choice.index] += choice.text
                 logprobs[choice.index] = choice.logprobs or logprobs.get(choice.index)
                 reasons[choice.index] = choice.finish_reason
         assert texts == {0: "The sky is", 1: "ab"}
         assert reasons == {0: "length", 1: "length"}
-        if "logprobs" in asked:
+        if "logprobs" in fields:
             assert (logprobs[1].tokens, logprobs[1].token_logprobs) == (["ab"], [None])
             assert logprobs[0].token_logprobs[-1] < 0
         else:
@@ -219,7 +219,7 @@ def test_prompts_that_leave_nothing_to_do(client, stream):
 
 @pytest.fixture(scope="module")
 def small_words():
-    """An engine whose tokenizer begins texts with a control token and whose decoder takes a space off, as Llama 2's."""
+    """An engine whose tokenizer adds a BOS and strips a leading space when it decodes, as Llama 2's does."""
     tokenizer = stripping()
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     bos = ("<s>", tokenizer.convert_tokens_to_ids("<s>"))
@@ -232,20 +232,20 @@ def small_words():
 
 @pytest.mark.parametrize("principle", [None, "hi i"])
 @pytest.mark.parametrize("echo", [False, True])
-@pytest.mark.parametrize("asked", ["hi hi", [262, 261, 261], "hi <s> hi"], ids=str)
-def test_a_reply_goes_on_with_its_prompt(small_words, asked, echo, principle):
-    """Its first space is there, and text_offset is where in the choice's text each token begins."""
+@pytest.mark.parametrize("given", ["hi hi", [262, 261, 261], "hi <s> hi"], ids=str)
+def test_a_reply_goes_on_with_its_prompt(small_words, given, echo, principle):
+    """The reply keeps its leading space, and text_offset is each token's position in the choice's text."""
     engine, tokenizer = small_words, small_words.tokenizer
     spaced = tokenizer.convert_tokens_to_ids("▁hi")
-    body = CompletionRequest(model="m", prompt=asked, echo=echo, logprobs=0, logit_bias={str(spaced): 100})
-    ids = engine.prompts.text_ids(asked)
+    body = CompletionRequest(model="m", prompt=given, echo=echo, logprobs=0, logit_bias={str(spaced): 100})
+    ids = engine.prompts.text_ids(given)
     assert ids[0] == tokenizer.bos_token_id
     prompt = engine.prompts.build_text(ids, [Principle(principle)] if principle else [], body.scores)
     params = replace(body.sampling_params(), max_tokens=3)
     (choice,) = TextCompletion(engine, "", body, [ids], [prompt]).whole(run_all(engine, [(prompt, params)]))["choices"]
     text, offsets = choice["text"], choice["logprobs"]["text_offset"]
-    told = (asked if isinstance(asked, str) else tokenizer.decode(asked)) if echo else ""
-    assert text == told + " hi hi hi"
+    shown_prompt = (given if isinstance(given, str) else tokenizer.decode(given)) if echo else ""
+    assert text == shown_prompt + " hi hi hi"
     tokens = [*ids, *[spaced] * 3] if echo else [spaced] * 3
     assert len(offsets) == len(tokens)
     shown = [text[begin:end] for begin, end in itertools.pairwise([*offsets, len(text)])]
@@ -257,5 +257,5 @@ def test_a_reply_goes_on_with_its_prompt(small_words, asked, echo, principle):
             "hi hi": ["", "hi", " hi"],
             "hi <s> hi": ["", "hi", " ", "<s>", " hi"],
             "[262, 261, 261]": ["<s>", " hi", " hi"],
-        }[str(asked)][: len(tokens) - 3]
+        }[str(given)][: len(tokens) - 3]
     )

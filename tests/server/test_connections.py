@@ -1,4 +1,4 @@
-"""Connections as a stranger may open them, without a key: floods of requests, names of other hosts, what is no HTTP."""
+"""Connections that need no key: floods of requests, foreign Host headers, invalid HTTP."""
 
 import contextlib
 import json
@@ -33,8 +33,8 @@ def connected(url):
         yield connection
 
 
-def received(connection):
-    """All that comes until the connection ends."""
+def receive_all(connection):
+    """All bytes until the connection ends."""
     parts = []
     with contextlib.suppress(ConnectionError):
         while part := connection.recv(65536):
@@ -48,7 +48,7 @@ def resident(url):
 
 
 def test_connections_that_send_thousands_of_requests_at_once_are_cut_off(small):
-    """228 KB each, and nobody reads what comes back."""
+    """Each connection sends 228 KB and reads no response until all have sent."""
     httpx.get(small + "/health")
     before = resident(small)
     with contextlib.ExitStack() as stack:
@@ -57,19 +57,19 @@ def test_connections_that_send_thousands_of_requests_at_once_are_cut_off(small):
             with contextlib.suppress(ConnectionError):
                 connection.sendall(b"GET /x HTTP/1.1\r\n\r\n" * 12_000)
         assert httpx.get(small + "/health", timeout=10).status_code == 200
-        answers = [received(connection) for connection in flooding]
+        answers = [receive_all(connection) for connection in flooding]
     assert max(answer.count(b"HTTP/1.1 ") for answer in answers) <= 1 + MAX_PIPELINED
     assert resident(small) - before < 50e6
 
 
 def test_a_few_requests_at_once_are_answered_in_order(small):
-    asked = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    asked += b"Content-Length: %d\r\n\r\n%s" % (len(HELLO), HELLO)
+    request = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    request += b"Content-Length: %d\r\n\r\n%s" % (len(HELLO), HELLO)
     with connected(small) as connection:
         connection.sendall(
-            asked + HEALTH * (MAX_PIPELINED - 1) + HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+            request + HEALTH * (MAX_PIPELINED - 1) + HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
         )
-        answer = received(connection)
+        answer = receive_all(connection)
     assert re.findall(rb"HTTP/1.1 (\d+)", answer) == [b"200"] * (1 + MAX_PIPELINED)
     assert answer.index(b"text_completion") < answer.rindex(b"HTTP/1.1")
 
@@ -83,7 +83,7 @@ def test_a_body_in_pieces_of_a_byte_is_a_body(small, extension):
     pieces = b"".join(b"1%s\r\n%c\r\n" % (extension, byte) for byte in body)
     with connected(small) as connection:
         connection.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n" + pieces + b"0\r\n\r\n")
-        answer = received(connection)
+        answer = receive_all(connection)
     assert answer.startswith(b"HTTP/1.1 200")
     assert b"text_completion" in answer
 
@@ -107,11 +107,11 @@ def test_what_is_no_http_is_told_so_in_openais_shape(small, junk, before):
             while not answer.endswith(b'{"status":"ok"}'):
                 answer += connection.recv(65536)
         connection.sendall(junk)
-        answer = received(connection)
+        answer = receive_all(connection)
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\n")
-    told = {"message": "this is no valid HTTP request", "type": "invalid_request_error", "param": None}
-    assert json.loads(body)["error"] == told | {"code": "invalid_http"}
+    error = {"message": "this is no valid HTTP request", "type": "invalid_request_error", "param": None}
+    assert json.loads(body)["error"] == error | {"code": "invalid_http"}
 
 
 @pytest.mark.parametrize("protocol", ["websocket", "h2c"])
@@ -130,28 +130,28 @@ def test_a_request_that_wishes_for_another_protocol_is_answered_and_logged(tmp_p
 
 @pytest.mark.parametrize("protocol", [b"websocket", b"h2c"])
 def test_a_body_behind_the_wish_for_another_protocol_is_never_a_request(small, protocol):
-    """httptools does not read it. A proxy that passes it on as a body must not get two answers."""
+    """httptools does not parse it. If a proxy forwards it as a body, the server must not answer twice."""
     for length in (3000, 4096, 9000):
         head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: " + protocol
         head += b"\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (length + len(HEALTH))
         body = HELLO + b" " * (4096 * (1 + length // 4096) - len(head) - len(HELLO)) + HEALTH
         with connected(small) as connection:
             connection.sendall(head + body.ljust(length + len(HEALTH)))
-            assert received(connection).count(b"HTTP/1.1 ") == 1
+            assert receive_all(connection).count(b"HTTP/1.1 ") == 1
 
 
 @pytest.mark.parametrize("length", [100, 5000, 100_000])
 def test_a_client_that_has_said_everything_is_answered(small, length):
-    """Half of the connection is closed, as `nc -N` does it."""
-    asked = b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % length + b"x" * length
+    """The client closes its sending half, as `nc -N` does."""
+    request = b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % length + b"x" * length
     for _ in range(5):
         with connected(small) as connection:
-            connection.sendall(asked)
+            connection.sendall(request)
             connection.shutdown(socket.SHUT_WR)
-            assert received(connection).startswith(b"HTTP/1.1 200")
+            assert receive_all(connection).startswith(b"HTTP/1.1 200")
 
 
-# Hosts
+# Host headers
 
 
 OF_THIS_MACHINE = (
@@ -184,7 +184,7 @@ def statuses(url, hosts, path="/v1/models", **headers):
 
 
 def test_a_server_on_loopback_without_keys_answers_for_this_machine_alone(small):
-    """Else a page whose name is resolved to 127.0.0.1 is of the server's own origin."""
+    """Otherwise a page whose name resolves to 127.0.0.1 would have the server's own origin (DNS rebinding)."""
     for path in ("/v1/models", "/health", "/", "/metrics", "/playground/main.js"):
         assert statuses(small, OF_THIS_MACHINE, path) == {200}
         assert statuses(small, OF_OTHERS, path) == {403}
@@ -192,9 +192,9 @@ def test_a_server_on_loopback_without_keys_answers_for_this_machine_alone(small)
     assert refusal.status_code == 403
     assert refusal.json()["error"]["code"] == "host_not_allowed"
     assert "--allowed-hosts" in refusal.json()["error"]["message"]
-    with connected(small) as connection:  # of no browser
+    with connected(small) as connection:  # HTTP/1.0 without a Host header, so not a browser
         connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")
-        assert received(connection).startswith(b"HTTP/1.1 200")
+        assert receive_all(connection).startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize(

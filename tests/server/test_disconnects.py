@@ -1,4 +1,4 @@
-"""A client that leaves at any moment takes its work with it, and nobody else notices."""
+"""A client that disconnects at any moment: its work is cancelled, and other clients are not affected."""
 
 import contextlib
 import gc
@@ -16,7 +16,7 @@ from tests.counts import counted
 
 pytestmark = pytest.mark.slow
 
-LONG = 4000  # tokens that nobody waits for: more than 20 seconds
+LONG = 4000  # tokens of replies that are cancelled; drawing all of them takes more than 20 seconds
 PATCH = """
 import asyncio, contextlib, pathlib, time
 from linalign.alignment_core.decoding import grammars
@@ -57,14 +57,14 @@ SEVERAL = {"n": 2, "max_tokens": LONG}
 numbers = itertools.count()
 
 
-def told(text):
+def messages(text):
     return [{"role": "user", "content": text}]
 
 
-# By name: the path, the body for a text, and how many sequences it makes.
+# By name: the path, a function from a text to the body, and the number of sequences.
 KINDS = {
-    "chat": ("/v1/chat/completions", lambda text: {"messages": told(text), "max_tokens": LONG, **PRINCIPLE}, 1),
-    "chat with n = 2": ("/v1/chat/completions", lambda text: {"messages": told(text), **SEVERAL, **PRINCIPLE}, 2),
+    "chat": ("/v1/chat/completions", lambda text: {"messages": messages(text), "max_tokens": LONG, **PRINCIPLE}, 1),
+    "chat with n = 2": ("/v1/chat/completions", lambda text: {"messages": messages(text), **SEVERAL, **PRINCIPLE}, 2),
     "completions of two prompts with n = 2": (
         "/v1/completions",
         lambda text: {"prompt": [text, "B" + text], **SEVERAL},
@@ -75,7 +75,7 @@ KINDS = {
 
 
 class Server:
-    """directory: where it marks how far it has come, and where a test marks that it may not go on."""
+    """A server. directory: Files in which it marks its progress, and in which a test marks that it must pause."""
 
     def __init__(self, url, directory, stderr):
         self.url, self.directory, self._stderr = url, directory, stderr
@@ -87,7 +87,7 @@ class Server:
         return [line for line in text.splitlines() if any(word in line for word in COMPLAINTS)]
 
     def counts(self):
-        """Sequences that run and that wait, and the share of pages that are held."""
+        """Numbers of running and of waiting sequences, and the share of pages in use."""
         values = {}
         for line in httpx.get(self.url + "/metrics").text.splitlines():
             if line.startswith("linalign:"):
@@ -95,9 +95,9 @@ class Server:
                 values[name.removeprefix("linalign:").partition("{")[0]] = float(value)
         return tuple(values[name] for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"))
 
-    def bystander(self, begun=None, max_tokens=60, n=1):
-        """The texts of a stream's choices. begun: an Event, set with its first token."""
-        body = {"model": "smollm2", "messages": told("Tell me about towns."), "temperature": 0, "stream": True}
+    def bystander(self, started=None, max_tokens=60, n=1):
+        """Stream a reply; returns the texts of its choices. started: An Event to set at the first token."""
+        body = {"model": "smollm2", "messages": messages("Tell me about towns."), "temperature": 0, "stream": True}
         body |= {"max_tokens": max_tokens, "n": n, **(PRINCIPLE if n == 1 else {})}
         texts = [""] * n
         with httpx.stream("POST", self.url + "/v1/chat/completions", json=body, timeout=120) as response:
@@ -106,29 +106,29 @@ class Server:
                 if line.startswith("data: {"):
                     (choice,) = json.loads(line[6:])["choices"]
                     texts[choice["index"]] += choice["delta"].get("content", "")
-                    if begun is not None and choice["delta"].get("content"):
-                        begun.set()
+                    if started is not None and choice["delta"].get("content"):
+                        started.set()
         assert line == "data: [DONE]"
         return texts
 
 
 @contextlib.contextmanager
 def disturbed(server, n=1, max_tokens=60, again=False):
-    """Somebody else's stream, within which something happens; afterwards nothing is left and nothing was lost.
+    """Run another client's stream around the block. It must be unchanged, and afterwards nothing may be left.
 
-    again: one stream after the other, until all has happened.
+    again: Repeat the stream until the block has ended.
     """
-    begun, over, texts = threading.Event(), threading.Event(), []
+    started, over, texts = threading.Event(), threading.Event(), []
 
     def follow():
-        texts.append(server.bystander(begun, max_tokens, n))
+        texts.append(server.bystander(started, max_tokens, n))
         while again and not over.is_set():
-            texts.append(server.bystander(begun, max_tokens, n))
+            texts.append(server.bystander(started, max_tokens, n))
 
     thread = threading.Thread(target=follow)
     thread.start()
     try:
-        until(lambda: begun.is_set() or not thread.is_alive())
+        until(lambda: started.is_set() or not thread.is_alive())
         yield
     finally:
         over.set()
@@ -142,7 +142,7 @@ def disturbed(server, n=1, max_tokens=60, again=False):
 
 
 def until(condition, seconds=20):
-    """A reply of LONG tokens takes longer than this."""
+    """Wait for the condition. The time limit is shorter than a reply of LONG tokens takes."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -151,7 +151,7 @@ def until(condition, seconds=20):
 
 @contextlib.contextmanager
 def client(server, path, body, part=1.0):
-    """The socket of a client that has sent its request, or a part of its body, and leaves at the end."""
+    """Send a request, or part of its body; yield the socket, and disconnect at the end."""
     host, port = server.url.removeprefix("http://").split(":")
     data = json.dumps({"model": "smollm2", "temperature": 0, **body}).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -175,7 +175,7 @@ def server(serving_small, marks):
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_marked(marks):
+def _clear_marks(marks):
     for name in ("held", "compiling", "compiled", "ending", "left", "ended"):
         (marks / name).unlink(missing_ok=True)
 
@@ -198,7 +198,7 @@ def test_in_the_queue(server, kind, stream):
 @whole_and_streamed
 def test_while_its_grammar_is_compiled(server, marks, kind, stream):
     path, body, _ = kind
-    name = f"word{next(numbers)}"  # no other has it: it is not compiled yet
+    name = f"word{next(numbers)}"  # unique, so that the grammar is not cached
     schema = {"type": "object", "properties": {name: {"type": "string"}}, "required": [name]}
     limits = {"structured_outputs": {"regex": f"{name}[a-z ]*"}}
     if "responses" in path:
@@ -214,7 +214,7 @@ def test_while_its_grammar_is_compiled(server, marks, kind, stream):
 @each_kind
 @whole_and_streamed
 def test_while_its_prompt_is_computed(server, kind, stream):
-    """Of more than a thousand tokens that nobody has computed before, 128 a step."""
+    """The prompt has more than a thousand new tokens, and a step computes 128."""
     path, body, _ = kind
     text = f"{next(numbers)} seas. " + " ".join(str(number) for number in range(counted(300, 800)))
     with disturbed(server):
@@ -246,7 +246,7 @@ def test_while_a_whole_reply_is_drawn(server, kind):
         with client(server, path, body("Tell me about seas.")):
             until(lambda: server.counts()[0] == min(4, 1 + num_sequences))
             usage = server.counts()[2]
-            until(lambda: server.counts()[2] > usage)  # it has begun another page
+            until(lambda: server.counts()[2] > usage)  # it has allocated another page
         until(lambda: server.counts()[0] <= 1)
 
 
@@ -278,7 +278,7 @@ def test_before_all_of_its_body_is_sent(server, kind, part):
 
 
 def test_clients_that_leave_at_any_moment(server):
-    """In the order of their numbers, from at once to after a third of a second."""
+    """Clients leave one after the other, the first at once and the last after a third of a second."""
     num_clients = counted(30, 100)
     with disturbed(server, again=True):
         for number in range(num_clients):
@@ -294,7 +294,7 @@ def test_clients_that_leave_at_any_moment(server):
 @whole_and_streamed
 def test_a_client_that_leaves_frees_its_pages_within_two_steps(own_server, stream, caplog):
     url, engine = own_server
-    body = {"model": "smollm2", "messages": told("Tell me about seas."), **PRINCIPLE}
+    body = {"model": "smollm2", "messages": messages("Tell me about seas."), **PRINCIPLE}
     steps_after_abort, abort = [], engine.abort
 
     def watch(request_id):
@@ -314,18 +314,18 @@ def test_a_client_that_leaves_frees_its_pages_within_two_steps(own_server, strea
     until(lambda: engine.pool.num_free == engine.pool.num_pages and steps_after_abort)
     assert engine.runner.num_forwards <= steps_after_abort[0] + 2
     assert httpx.post(url + "/v1/chat/completions", json={**body, "max_tokens": 4}, timeout=60).status_code == 200
-    gc.collect()  # an exception that nobody asked for is told of when it goes
+    gc.collect()  # an exception that was never retrieved is logged when it is deleted
     assert "never retrieved" not in caplog.text
 
 
 def test_with_another_request_behind_it_on_the_same_connection(server):
-    """Uvicorn tells only the latest that its client has gone."""
+    """uvicorn reports a disconnect only to the latest request of a connection."""
     host, port = server.url.removeprefix("http://").split(":")
     with disturbed(server), socket.create_connection((host, int(port)), timeout=60) as connection:
         running, _, _ = server.counts()
-        content = json.dumps({"model": "smollm2", "messages": told("Towns"), "max_tokens": LONG}).encode()
+        content = json.dumps({"model": "smollm2", "messages": messages("Towns"), "max_tokens": LONG}).encode()
         head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(content) + content)
         until(lambda: server.counts()[0] > running)
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        time.sleep(0.2)  # so that it has been read
+        time.sleep(0.2)  # so that the server has read it

@@ -1,4 +1,4 @@
-"""What happens when something breaks inside a real server process: who is told what, and who is not harmed."""
+"""Faults inside a real server process: which clients get which error, and that others are not affected."""
 
 import json
 import signal
@@ -16,7 +16,7 @@ from tests.serving import await_metric
 
 pytestmark = pytest.mark.slow
 
-# The engine fails in a chosen way as soon as a file is there.
+# The engine fails in a chosen way as soon as the file `trigger` exists.
 BREAK_A_STEP = """
 import ctypes, os, time
 from linalign.alignment_core.execution.model_runner import ModelRunner
@@ -27,7 +27,7 @@ def broken(self, step):
     return forward(self, step)
 ModelRunner.forward = broken
 """
-# One request fails in a chosen place: the one with this seed.
+# The request with this seed fails in a chosen place.
 BREAK_A_REQUEST = """
 from linalign.alignment_core.decoding import policy
 from linalign.alignment_core.loop import Loop
@@ -44,7 +44,7 @@ policy.edit, Loop._accept = broken_edit, broken_accept
 """
 
 
-# What takes ten seconds takes three here: a step that hangs is noticed then, and one that does not may take so long.
+# A step is taken for dead after three seconds instead of ten.
 STEP_TIMEOUT = 3.0
 IMPATIENT = f"""
 from linalign.server import shutdown
@@ -59,13 +59,13 @@ def chat(url, **fields):
 
 
 def events(url, **fields):
-    """The objects of a stream, [DONE] left out."""
+    """The events of a stream, parsed, without [DONE]."""
     response = chat(url, stream=True, **fields)
     return [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
 
 
 def at_once(*calls):
-    """Results of calls that run in threads."""
+    """Run calls in threads; returns their results in order."""
     results = [None] * len(calls)
 
     def run(index, call):
@@ -98,7 +98,7 @@ def test_an_exception_inside_one_sequence_ends_that_request_alone(serving_small,
 
 
 @pytest.mark.parametrize(
-    ("what", "last_words"),
+    ("code", "last_words"),
     [
         ("raise ValueError('injected')", "the engine failed: ValueError('injected')"),
         ("time.sleep(10**6)", "in broken"),
@@ -107,11 +107,11 @@ def test_an_exception_inside_one_sequence_ends_that_request_alone(serving_small,
     ids=["raises", "hangs", "hangs with the interpreter's lock"],
 )
 def test_a_step_that_fails_or_hangs_ends_the_process_with_an_error_for_everyone(
-    serving_small, tmp_path, what, last_words
+    serving_small, tmp_path, code, last_words
 ):
     trigger, stderr = tmp_path / "trigger", (tmp_path / "stderr").open("w+")
-    holds_lock = "PyDLL" in what
-    patch = IMPATIENT + BREAK_A_STEP.format(trigger=str(trigger), what=what)
+    holds_lock = "PyDLL" in code
+    patch = IMPATIENT + BREAK_A_STEP.format(trigger=str(trigger), what=code)
     with serving_small(patch=patch, status=1, stderr=stderr) as (url, process):
         chat(url)
 
@@ -121,21 +121,21 @@ def test_a_step_that_fails_or_hangs_ends_the_process_with_an_error_for_everyone(
             except httpx.TransportError as error:
                 return error
 
-        running = threading.Timer(2, trigger.touch)  # by then the watchdog knows how long a step takes
+        running = threading.Timer(2, trigger.touch)  # by then the watchdog has measured a step
         running.start()
         began = time.monotonic()
         replies = at_once(*[lambda n=n: outcome(max_tokens=3000 + n) for n in range(3)])
         assert process.wait(60) == 1
         assert time.monotonic() - began < STEP_TIMEOUT * (EVENT_LOOP_FACTOR if holds_lock else 1) + 15
-        if holds_lock:  # nobody can tell them anything any more
+        if holds_lock:  # the process can't send an error
             assert all(isinstance(reply, httpx.TransportError) for reply in replies)
         else:
             assert [reply.status_code for reply in replies] == [503] * 3
             assert all(reply.json()["error"]["code"] == "engine_dead" for reply in replies)
     stderr.seek(0)
-    told = stderr.read()
-    assert last_words in told
-    assert "Traceback" in told or "most recent call first" in told
+    log = stderr.read()
+    assert last_words in log
+    assert "Traceback" in log or "most recent call first" in log
 
 
 def test_health_is_503_as_soon_as_the_hang_is_noticed(serving_small, tmp_path):
@@ -153,7 +153,7 @@ def test_health_is_503_as_soon_as_the_hang_is_noticed(serving_small, tmp_path):
 
 
 def test_a_first_step_may_take_longer_than_a_hang_is_given(serving_small):
-    """It may compile things. The engine has turned before, with nothing to do."""
+    """The first step may compile. Before it, the engine's loop has already run idle turns."""
     patch = (
         BREAK_A_STEP.format(trigger="/", what=f"time.sleep(0 if self.num_forwards else {STEP_TIMEOUT + 1})") + IMPATIENT
     )
@@ -163,7 +163,7 @@ def test_a_first_step_may_take_longer_than_a_hang_is_given(serving_small):
 
 
 def test_a_process_that_was_stopped_in_the_middle_of_a_step_goes_on(serving_small):
-    """As by SIGSTOP, docker pause, or a laptop's lid: more than that has passed, but nothing has had its turn."""
+    """By SIGSTOP, docker pause or a closed laptop: more time than the timeout passes, but the loop had no turns."""
     with serving_small(patch=IMPATIENT) as (url, process):
         replies = []
         asking = threading.Thread(target=lambda: replies.append(chat(url, max_tokens=600)))
@@ -179,6 +179,6 @@ def test_a_process_that_was_stopped_in_the_middle_of_a_step_goes_on(serving_smal
 
 @pytest.mark.parametrize(("longest", "patience"), [(0.0, 300), (0.02, 10), (3.0, 30)])
 def test_slow_machines_are_not_taken_for_dead(longest, patience):
-    """Nor is one that has not finished its first step: a large model on a CPU may take a minute for it."""
+    """A machine that has not finished its first step counts as slow too: a large model on a CPU may need a minute."""
     engine = types.SimpleNamespace(pace=(None, longest))
     assert Server(uvicorn.Config(None), engine, 1.0)._step_timeout == patience

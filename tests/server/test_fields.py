@@ -1,4 +1,4 @@
-"""OpenAI's fields through its own SDK, aligned, on a real server process with the embedded model."""
+"""OpenAI's fields with a principle, through OpenAI's SDK, on a real server process with the embedded model."""
 
 import json
 import math
@@ -20,7 +20,7 @@ ALIGNED = {"principle": PRINCIPLE, "alignment_ratio": 2}
 
 
 def streamed(client, extra=None, **fields):
-    """A stream's chunks put together again: the text, the reason and the log-probabilities of each choice."""
+    """Collect a stream: the text, the finish reason and the log-probabilities of each choice."""
     texts, reasons, logprobs = {}, {}, {}
     for chunk in create(client, extra, stream=True, **fields):
         for choice in chunk.choices:
@@ -61,7 +61,7 @@ def test_logprobs_spell_the_text_and_are_the_engines(client, embedded):
     for token in content:
         assert token.top_logprobs[0].token == token.token  # greedy
         assert sum(math.exp(top.logprob) for top in token.top_logprobs) <= 1.0001
-    assert any(len(t.top_logprobs) < 5 for t in content)  # what is outside the plausible set is never listed
+    assert any(len(t.top_logprobs) < 5 for t in content)  # tokens outside the plausible set are not listed
 
 
 def test_biases_and_penalties(client, embedded):
@@ -210,7 +210,7 @@ def test_a_call_that_is_cut_off_is_text_as_it_was_written(client):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_structure_beyond_the_limits_fails_alone(client, stream):
-    """What the library only finds on the way is the request's own error; a choice of thousands is no such thing."""
+    """A limit that the grammar library hits while decoding fails that request. A choice of thousands stays below it."""
     many = {"structured_outputs": {"choice": [str(number) for number in range(5000)]}}
     assert 0 <= int(create(client, {**ALIGNED, **many}).choices[0].message.content) < 5000
     bomb = {"structured_outputs": {"regex": "(a{1000}){1000}"}}
@@ -221,7 +221,7 @@ def test_a_structure_beyond_the_limits_fails_alone(client, stream):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_methods(client, embedded, method):
-    """A field of any request; so are negative ratios."""
+    """Any request may choose a method, and may use negative ratios."""
     engine = make_engine(embedded, num_pages=200)
     for ratio in (1.5, -3):
         prompt = engine.prompts.build(CHAT, [Principle(PRINCIPLE, ratio=ratio)], method=method)
@@ -236,9 +236,9 @@ def test_a_trace_tells_of_every_token(client, stream):
     traced = {**ALIGNED, "alignment_trace": True}
     fields = {"logprobs": True, "top_logprobs": 2, "max_tokens": 6, "n": 2, "temperature": 1, "seed": 1}
     steps = {0: [], 1: []}
-    found = create(client, traced, stream=stream, **fields)
+    reply = create(client, traced, stream=stream, **fields)
     texts, logprobs = {0: "", 1: ""}, {0: [], 1: []}
-    for part in found if stream else [found]:
+    for part in reply if stream else [reply]:
         for choice in part.choices:
             steps[choice.index] += choice.alignment
             texts[choice.index] += (choice.delta if stream else choice.message).content or ""
@@ -275,11 +275,11 @@ def test_lines_end_as_openais_do(url):
 
 
 def test_tools_are_told_to_the_model_unless_they_may_not_be_called(client):
-    told, silent, none = (
+    with_tools, with_choice_none, without_tools = (
         create(client, ALIGNED, max_tokens=1, **fields).usage.prompt_tokens
         for fields in ({"tools": [WEATHER]}, {"tools": [WEATHER], "tool_choice": "none"}, {})
     )
-    assert told > silent == none
+    assert with_tools > with_choice_none == without_tools
 
 
 def test_openapi_knows_the_fields(url):

@@ -1,8 +1,7 @@
-"""Hundreds of broken requests, in the long run thousands, to every route there is: none breaks the server, and nobody
-else notices.
+"""Hundreds of broken requests (thousands in the long run) to every route: none breaks the server or delays a stream.
 
-Valid bodies are changed as JSON and then as bytes, by seeds, so that a failure can be had again; FUZZ_EXAMPLES sets how
-many there are.
+Valid bodies are changed as JSON and then as bytes. A seed per request makes failures reproducible. FUZZ_EXAMPLES sets
+the number of requests.
 """
 
 import contextlib
@@ -29,10 +28,10 @@ from tests.serving import serving
 
 NUM_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", counted(600, 12_000)))
 NUM_AT_ONCE, ROUND = 4, 1000
-MOST_BYTES = 200_000  # larger ones are test_bad_input's
-LONGEST_STALL = 1.0  # seconds, the issue's own bound, beside what requests without a flaw cost others here
-MOST_GROWTH = 150 << 20  # bytes: compiled structures, of which the cache holds 32, and what the allocator keeps
-# A KV cache that is full after some requests, so that its pages do not look like a leak.
+MAX_BYTES = 200_000  # test_bad_input.py has larger bodies
+MAX_STALL = 1.0  # seconds that a stream may pause longer than beside valid requests
+MAX_GROWTH = 150 << 20  # bytes: compiled structures (the cache holds 32), and memory that the allocator keeps
+# A small KV cache, which is full after some requests, so that its pages do not look like a leak.
 FEW_PAGES = "import linalign.alignment_core.engine as engine\nengine.pages_that_fit = lambda *_: 200"
 
 MESSAGES = [
@@ -120,7 +119,7 @@ TELLTALES = re.compile(
 
 
 def places(value):
-    """Every container in a JSON value, with every key."""
+    """Every (container, key) inside a JSON value."""
     for key in value if isinstance(value, dict) else range(len(value)):
         yield value, key
         if isinstance(value[key], dict | list) and value[key]:
@@ -128,43 +127,41 @@ def places(value):
 
 
 class Example:
-    """One request, by its seed."""
+    """One random request, determined by its seed."""
 
-    def __init__(self, seed, found):
-        self.seed, chance = seed, random.Random(seed)
-        self._chance = chance
-        with_body = [pair for pair in found if pair[0] == "POST"]
-        self.method, self.path = chance.choice(with_body if chance.random() < 0.9 else found)
+    def __init__(self, seed, app_routes):
+        self.seed, rng = seed, random.Random(seed)
+        self._chance = rng
+        with_body = [pair for pair in app_routes if pair[0] == "POST"]
+        self.method, self.path = rng.choice(with_body if rng.random() < 0.9 else app_routes)
         self.headers = {"Content-Type": "application/json"}
-        self.content = self._bytes() if self.method == "POST" or chance.random() < 0.1 else b""
-        if chance.random() < 0.03:
-            self.headers["Content-Type"] = chance.choice(
-                ["text/plain", "", "multipart/form-data", "application/x+json"]
-            )
-        if chance.random() < 0.05:
-            self.path += chance.choice(["?a=b", "/", "/../..", "%00", "?" + "q" * 5000, "%ff%fe", "//", ";a"])
+        self.content = self._bytes() if self.method == "POST" or rng.random() < 0.1 else b""
+        if rng.random() < 0.03:
+            self.headers["Content-Type"] = rng.choice(["text/plain", "", "multipart/form-data", "application/x+json"])
+        if rng.random() < 0.05:
+            self.path += rng.choice(["?a=b", "/", "/../..", "%00", "?" + "q" * 5000, "%ff%fe", "//", ";a"])
 
     def _bytes(self):
-        chance = self._chance
-        new = {field: value for body in BODIES.values() for field, value in body.items()}  # for routes to come
+        rng = self._chance
+        new = {field: value for body in BODIES.values() for field, value in body.items()}  # for routes not in BODIES
         body = {"model": "smollm2", **copy.deepcopy(BODIES.get(self.path, new))}
-        for field in chance.sample(list(body), chance.randint(0, len(body) // 2)):
+        for field in rng.sample(list(body), rng.randint(0, len(body) // 2)):
             if field not in ("model", "messages", "prompt", "input", "tokens"):
                 del body[field]
         if self.path != "/detokenize":
-            body |= copy.deepcopy({name: ALIGNMENT[name] for name in ALIGNMENT if chance.random() < 0.2})
-        if self.path in ("/v1/chat/completions", "/v1/completions") and chance.random() < 0.5:
-            body |= copy.deepcopy(chance.choice(RANDOM_FIELDS))
+            body |= copy.deepcopy({name: ALIGNMENT[name] for name in ALIGNMENT if rng.random() < 0.2})
+        if self.path in ("/v1/chat/completions", "/v1/completions") and rng.random() < 0.5:
+            body |= copy.deepcopy(rng.choice(RANDOM_FIELDS))
         if "stream" not in body:
             body.pop("stream_options", None)
         if "tools" in body:
             body.pop("text", None)
-        for _ in range(chance.choice([0, 1, 1, 1, 2, 4])):
+        for _ in range(rng.choice([0, 1, 1, 1, 2, 4])):
             self._change(body)
         if (name := LENGTHS.get(self.path)) and name not in body:
             body[name] = 2
-        text = json.dumps(body, ensure_ascii=chance.random() < 0.8 or not self._is_text(body))
-        return self._changed(text.encode()[:MOST_BYTES])
+        text = json.dumps(body, ensure_ascii=rng.random() < 0.8 or not self._is_text(body))
+        return self._changed(text.encode()[:MAX_BYTES])
 
     @staticmethod
     def _is_text(body):
@@ -173,60 +170,58 @@ class Example:
         return False
 
     def _change(self, body):
-        """Something in it, at a random place."""
-        chance = self._chance
-        place, key = chance.choice(list(places(body)) or [({"model": ""}, "model")])
+        """Change one random place of the body."""
+        rng = self._chance
+        place, key = rng.choice(list(places(body)) or [({"model": ""}, "model")])
         if key == "arguments":
-            place[key] = chance.choice(ARGUMENTS)
+            place[key] = rng.choice(ARGUMENTS)
             return
-        match chance.randint(0, 6):
+        match rng.randint(0, 6):
             case 0:
                 del place[key]
             case 1 | 2 | 3:
-                alike = [value for value in EVIL if type(value) is type(place[key])]
-                place[key] = copy.deepcopy(chance.choice(alike if alike and chance.random() < 0.7 else EVIL))
+                same_type = [value for value in EVIL if type(value) is type(place[key])]
+                place[key] = copy.deepcopy(rng.choice(same_type if same_type and rng.random() < 0.7 else EVIL))
             case 4:
-                for _ in range(chance.choice([1, 2, 110, 300])):
-                    place[key] = [place[key]] if chance.random() < 0.5 else {"a": place[key]}
+                for _ in range(rng.choice([1, 2, 110, 300])):
+                    place[key] = [place[key]] if rng.random() < 0.5 else {"a": place[key]}
             case 5 if isinstance(place, dict):
-                place[chance.choice([*NAMES, *SAMPLING, *ALIGNMENT])] = copy.deepcopy(
-                    chance.choice([place[key], *EVIL])
-                )
+                place[rng.choice([*NAMES, *SAMPLING, *ALIGNMENT])] = copy.deepcopy(rng.choice([place[key], *EVIL]))
             case _ if isinstance(place, list):
-                place *= chance.choice([2, 100])
+                place *= rng.choice([2, 100])
 
     def _changed(self, text):
-        """The bytes, damaged every fourth time."""
-        chance = self._chance
-        if chance.random() < 0.75:
+        """The bytes, damaged in one of four cases."""
+        rng = self._chance
+        if rng.random() < 0.75:
             return text
-        begin = chance.randrange(len(text))
-        end = min(len(text), begin + chance.choice([1, 1, 5, 40]))
-        match chance.randint(0, 6):
+        begin = rng.randrange(len(text))
+        end = min(len(text), begin + rng.choice([1, 1, 5, 40]))
+        match rng.randint(0, 6):
             case 0:
                 return text[:begin]
             case 1:
                 return text[:begin] + text[end:]
             case 2:
-                return text[:end] + text[begin:end] * chance.choice([1, 3, 1000]) + text[end:]
+                return text[:end] + text[begin:end] * rng.choice([1, 3, 1000]) + text[end:]
             case 3:
                 flipped = bytearray(text)
-                for _ in range(chance.choice([1, 1, 4])):
-                    flipped[chance.randrange(len(text))] ^= 1 << chance.randrange(8)
+                for _ in range(rng.choice([1, 1, 4])):
+                    flipped[rng.randrange(len(text))] ^= 1 << rng.randrange(8)
                 return bytes(flipped)
             case 4:
-                return text[:begin] + chance.randbytes(end - begin) + text[end:]
+                return text[:begin] + rng.randbytes(end - begin) + text[end:]
             case 5:
-                return text.decode().encode(chance.choice(["utf-16", "utf-8-sig", "utf-32-be"]))
+                return text.decode().encode(rng.choice(["utf-16", "utf-8-sig", "utf-32-be"]))
             case _:
-                middle = chance.choice(
+                middle = rng.choice(
                     [b"NaN", b"1e999", b"9" * 5000, b"[" * 9000, b'{"a":' * 9000, b"\\ud800", b"\\u0000"]
                 )
                 return text[:begin] + middle + text[end:]
 
 
 def complaint(response):
-    """What is wrong with an answer, if anything is."""
+    """What is wrong with a response; "" if nothing is."""
     if response.status_code >= 500:
         return "a server's error"
     if response.headers.get("content-type", "").startswith("text/event-stream"):
@@ -234,7 +229,7 @@ def complaint(response):
         if "server_error" in response.text and any('"error":{' in event for event in events):
             return "a server's error in a stream"
         return "" if events else "an empty stream"
-    if response.status_code < 400 or not response.content:  # HEAD has none
+    if response.status_code < 400 or not response.content:  # responses to HEAD have no content
         return ""
     try:
         error = response.json()["error"]
@@ -248,8 +243,10 @@ def complaint(response):
 
 
 class Bystander:
-    """Somebody who streams one reply after the other. gaps: seconds between chunks, longer ones alone; overruns: by how
-    much this process, or the machine, kept a sleeping thread waiting meanwhile, which no server can help.
+    """A client that streams one reply after the other.
+
+    gaps: Seconds between chunks, where more than 0.1.
+    overruns: Seconds by which this process or the machine delayed a sleeping thread; the server can't help these.
     """
 
     def __init__(self, url):
@@ -268,10 +265,10 @@ class Bystander:
             thread.join()
 
     def _listen(self):
-        asked = {"model": "smollm2", "prompt": "Once", "max_tokens": 200, "ignore_eos": True, "stream": True}
+        body = {"model": "smollm2", "prompt": "Once", "max_tokens": 200, "ignore_eos": True, "stream": True}
         with httpx.Client(timeout=60) as client:
             while not self._done.is_set():
-                with client.stream("POST", self._url + "/v1/completions", json=asked) as response:
+                with client.stream("POST", self._url + "/v1/completions", json=body) as response:
                     times = [(time.monotonic(), line) for line in response.iter_lines()]
                 if response.status_code != 200 or ("data: [DONE]" not in [line for _, line in times]):
                     self.failures.append(times[-1:])
@@ -286,7 +283,7 @@ class Bystander:
 
 
 def send_flawless(client, url, number):
-    """A request as long as the context, so its steps are as long as this machine's get; another each time."""
+    """Send a valid request that fills the context, so that its steps are as long as possible, with a unique text."""
     body = {"model": "smollm2", "prompt": f"{number}" + " na" * 200, "max_tokens": 8}
     client.post(url + "/v1/completions", json=body).raise_for_status()
 
@@ -295,11 +292,11 @@ def resident_bytes(process):
     return int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.alone  # how long others wait is measured
+@pytest.mark.alone  # measures stalls
 @pytest.mark.timeout(7200)
 def test_no_broken_request_breaks_anything(embedded):
-    found = sorted(routes(embedded))
-    assert set(BODIES) <= {path for _, path in found}
+    app_routes = sorted(routes(embedded))
+    assert set(BODIES) <= {path for _, path in app_routes}
     statuses, wrong, sizes, slowest = Counter(), [], [], [0.0]
     with serving("--max-model-len", "256", patch=FEW_PAGES) as (url, process), httpx.Client(timeout=60) as client:
 
@@ -315,9 +312,9 @@ def test_no_broken_request_breaks_anything(embedded):
                 return
             slowest.append(time.monotonic() - began)
             statuses[example.path.split("?")[0] if example.path in BODIES else "others", response.status_code] += 1
-            if told := complaint(response):
+            if problem := complaint(response):
                 wrong.append(
-                    (seed, example.path, example.content[:2000], response.status_code, told, response.text[:500])
+                    (seed, example.path, example.content[:2000], response.status_code, problem, response.text[:500])
                 )
             if seed % 20 == 0:
                 sizes.append((seed, resident_bytes(process)))
@@ -327,7 +324,7 @@ def test_no_broken_request_breaks_anything(embedded):
         gaps, overruns, num_chunks = [], [], 0
         for begin in range(0, NUM_EXAMPLES, ROUND):
             seeds = range(begin, min(begin + ROUND, NUM_EXAMPLES))
-            examples = [Example(seed, found) for seed in seeds]  # now, as it would hold up the bystander
+            examples = [Example(seed, app_routes) for seed in seeds]  # made now, as this would delay the bystander
             with Bystander(url) as bystander, ThreadPoolExecutor(NUM_AT_ONCE) as pool:
                 list(pool.map(send, examples))
             assert bystander.failures == []
@@ -347,8 +344,8 @@ def test_no_broken_request_breaks_anything(embedded):
     print(f"a bystander's {num_chunks} chunks, longest gaps {sorted(gaps)[-3:]}, usually {max(usual.gaps)}")
     print(f"this process waited {max(overruns):.2f} s at most; resident {warm >> 20} and {end >> 20} MiB")
     assert wrong == []
-    assert max(gaps) <= max(usual.gaps) + LONGEST_STALL + max(overruns)
-    assert end - warm <= MOST_GROWTH
+    assert max(gaps) <= max(usual.gaps) + MAX_STALL + max(overruns)
+    assert end - warm <= MAX_GROWTH
     for path in BODIES:
         assert statuses[path, 400], f"nothing was refused at {path}"
         assert statuses[path, 200], f"nothing was served at {path}"

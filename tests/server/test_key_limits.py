@@ -1,4 +1,4 @@
-"""What one API key may use, and that another's is not touched by it."""
+"""Limits per API key, and that one key's use does not affect another."""
 
 import asyncio
 import time
@@ -60,14 +60,14 @@ def test_a_key_has_so_many_requests_at_once_and_gets_a_place_when_one_ends(limit
 
 
 @pytest.mark.parametrize(
-    "asked", [{"prompt": ["Towns"] * 3}, {"prompt": "Towns", "n": 3}, {"prompt": ["a", "b"], "n": 2}]
+    "fields", [{"prompt": ["Towns"] * 3}, {"prompt": "Towns", "n": 3}, {"prompt": ["a", "b"], "n": 2}]
 )
-def test_choices_count_as_requests_do(limited, asked):
-    """One request may have hundreds of them, and take the whole engine. None of it is begun."""
+def test_choices_count_as_requests_do(limited, fields):
+    """One request may have hundreds of choices and fill the engine. If it is refused, none of them starts."""
     four = client_of(limited, "four")
-    many = {"model": "smollm2", "max_tokens": 2, **asked}
+    many = {"model": "smollm2", "max_tokens": 2, **fields}
     refused = four.post("/v1/completions", json=many)
-    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")  # however long it waits
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")  # waiting would not help
     long = BODY | {"max_tokens": 3000, "stream": True}
     with four.stream("POST", "/v1/chat/completions", json=long) as first:
         first_lines = first.iter_lines()
@@ -93,13 +93,13 @@ def test_a_choice_that_is_refused_later_takes_no_place(limited):
 
 def test_a_key_has_so_many_tokens_a_minute(limited):
     three, four = client_of(limited, "three"), client_of(limited, "four")
-    used = 0  # more than 300, as there are five more each second until the refusal
-    asked = BODY | {"max_tokens": 120, "principle": "Be brief."}
-    told = {name: asked[name] for name in ("model", "messages", "principle")}
-    base = four.post("/tokenize", json=told).json()["branches"][-1]["tokens"]
-    while (response := three.post("/v1/chat/completions", json=asked)).status_code == 200:
+    used = 0  # may exceed 300, because five more tokens are granted each second until the refusal
+    body = BODY | {"max_tokens": 120, "principle": "Be brief."}
+    prompt_fields = {name: body[name] for name in ("model", "messages", "principle")}
+    base = four.post("/tokenize", json=prompt_fields).json()["branches"][-1]["tokens"]
+    while (response := three.post("/v1/chat/completions", json=body)).status_code == 200:
         usage = response.json()["usage"]
-        used += usage["total_tokens"] + usage["completion_tokens"] + len(base)  # of both branches
+        used += usage["total_tokens"] + usage["completion_tokens"] + len(base)  # tokens of both branches
         assert used < 3000
     code, seconds = refusal(response)
     assert code == "key_tokens"
@@ -153,7 +153,7 @@ def test_what_every_branch_computes_is_charged():
 
 
 def test_a_request_that_is_refused_is_not_charged(serving_small):
-    """Nor is any of its prompts, though the first had its place already; and tokenizing takes nothing of the model."""
+    """None of its prompts is charged, even if the first was accepted. Tokenizing is not charged either."""
     limits = ("--max-tokens-per-minute-per-key", "300")
     with serving_small("--api-keys", "one", *limits) as (url, _):
         one = client_of(url, "one")
@@ -166,17 +166,17 @@ def test_a_request_that_is_refused_is_not_charged(serving_small):
 
 
 def test_a_request_that_is_cancelled_gives_its_places_back_once():
-    """An engine tells the end of a choice whose submission was cancelled; of those that it never saw, nobody does."""
+    """The engine reports the end of a choice whose submission was cancelled, but not of choices that it never got."""
     assert asyncio.run(places_given_back_by_a_cancelled_request(3)) == 3
 
 
 async def places_given_back_by_a_cancelled_request(num_prompts):
-    left, told = [], []
+    places_freed, submitted = [], []
 
     class Engine:
         async def submit(self, prompt, _, on_output, n):
-            if not told:
-                told.append(prompt)
+            if not submitted:
+                submitted.append(prompt)
                 on_output(terminal_output(prompt, 0, "length"))
                 return 1
             try:
@@ -196,11 +196,11 @@ async def places_given_back_by_a_cancelled_request(num_prompts):
         measures=SimpleNamespace(of=lambda *_: lambda _: None),
     )
     request = Request({"type": "http", "app": SimpleNamespace(state=SimpleNamespace(server=state)), "state": {}})
-    exchange_of(request.scope).leave = left.append
+    exchange_of(request.scope).leave = places_freed.append
     body = CompletionRequest(model="m", prompt="a")
     prompts = [Prompt(((5, 6, 7),))] * num_prompts
     submitting = asyncio.ensure_future(Replies.of(request, body, prompts, SamplingParams(max_tokens=1)))
-    while not told:
+    while not submitted:
         assert not submitting.done()
         await asyncio.sleep(0)
     await asyncio.sleep(0.01)
@@ -208,4 +208,4 @@ async def places_given_back_by_a_cancelled_request(num_prompts):
     with pytest.raises(asyncio.CancelledError):
         await submitting
     await asyncio.sleep(0.01)
-    return sum(left)
+    return sum(places_freed)

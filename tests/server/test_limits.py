@@ -1,4 +1,4 @@
-"""Bounds of a server: the queue's, a body's, a header's."""
+"""Limits of a server: of its queue, of bodies, of headers."""
 
 import contextlib
 import http.client
@@ -36,7 +36,7 @@ def test_the_queue_is_bounded_by_choices(tiny):
         with pytest.raises(EngineBusy) as error:
             engine.submit(prompt(), PARAMS, lambda _: None, n=more)
     assert error.value.retry_after == 2
-    engine.step()  # two run now, one waits
+    engine.step()  # two run, one waits
     engine.submit(prompt(), PARAMS, lambda _: None, n=2)
     with pytest.raises(EngineBusy):
         engine.refuse_early()
@@ -49,14 +49,14 @@ def test_the_queue_is_bounded_by_choices(tiny):
 def test_the_queue_is_bounded_by_tokens_of_all_branches(tiny):
     loaded, _ = tiny
     engine = make_engine(loaded, num_pages=100, max_queued_tokens=50)
-    aligned = Prompt((tuple(range(5, 25)),), (1.0,), (2.0,), tuple(range(5, 20)))  # 35
+    aligned = Prompt((tuple(range(5, 25)),), (1.0,), (2.0,), tuple(range(5, 20)))  # 35 tokens
     engine.submit(aligned, PARAMS, lambda _: None)
     with pytest.raises(EngineBusy):
         engine.submit(prompt(16), PARAMS, lambda _: None)
     engine.submit(prompt(15), PARAMS, lambda _: None)
     while engine.step():
         pass
-    engine.submit(prompt(200), PARAMS, lambda _: None)  # one is always let in, however long it is
+    engine.submit(prompt(200), PARAMS, lambda _: None)  # an empty queue accepts any length
     with pytest.raises(EngineBusy):
         engine.submit(prompt(1), PARAMS, lambda _: None)
 
@@ -108,56 +108,56 @@ def test_beyond_the_queue_requests_are_refused_at_once_and_the_others_are_served
     served = [response for response, _ in replies if response.status_code == 200]
     refused = [(response, seconds) for response, seconds in replies if response.status_code == 429]
     assert len(served) + len(refused) == 12
-    assert len(served) >= 3  # as many as may wait, as all do at first
+    assert len(served) >= 3  # the queue holds 3
     assert refused
     slowest = max(seconds for response, seconds in replies if response.status_code == 200)
     for response, seconds in refused:
         assert response.json()["error"]["code"] == "queue_full"
         assert response.json()["error"]["type"] == "rate_limit_error"
         assert 1 <= int(response.headers["Retry-After"]) <= 60
-        assert seconds < slowest  # not after a wait
+        assert seconds < slowest  # refused at once
     texts = {response.json()["choices"][0]["message"]["content"] for response in served}
     assert len(texts) == 1
     assert metric(small, "num_requests_waiting") == 0
 
 
 def test_short_bodies_do_not_wait_behind_long_ones(own_server, monkeypatch):
-    """However many of the latter, and however long each takes: here until it is told to go on."""
+    """With any number of long bodies, and with any time for each: here they take until `release` is set."""
     url, engine = own_server
-    original, begun, go_on, statuses = engine.prompts.build, [], threading.Event(), []
+    original, builds, release, statuses = engine.prompts.build, [], threading.Event(), []
 
     def build(messages, *more):
         if len(messages[0]["content"]) > LONG:
-            begun.append(threading.current_thread())
-            assert go_on.wait(60)
+            builds.append(threading.current_thread())
+            assert release.wait(60)
         return original(messages, *more)
 
     def ask(content):
-        asked = body(messages=[{"role": "user", "content": content}], max_tokens=1)
-        return httpx.post(f"{url}/v1/chat/completions", json=asked, timeout=120).status_code
+        request_body = body(messages=[{"role": "user", "content": content}], max_tokens=1)
+        return httpx.post(f"{url}/v1/chat/completions", json=request_body, timeout=120).status_code
 
     monkeypatch.setattr(engine.prompts, "build", build)
     threads = [threading.Thread(target=lambda: statuses.append(ask("na " * LONG))) for _ in range(40)]
     for thread in threads:
         thread.start()
     try:
-        while not begun:
+        while not builds:
             assert not statuses
             time.sleep(0.01)
         assert [ask(f"{number} towns") for number in range(5)] == [200] * 5
-        assert len(begun) == 1
+        assert len(builds) == 1
     finally:
-        go_on.set()
+        release.set()
         for thread in threads:
             thread.join()
-    assert statuses == [400] * 40  # the context's bound
-    assert len(begun) == 40
-    assert len(set(begun)) == 1
+    assert statuses == [400] * 40  # longer than the context
+    assert len(builds) == 40
+    assert len(set(builds)) == 1
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
 def test_every_endpoint_refuses(small, path):
-    """While five long replies fill the server, none of the endpoints lets another in."""
+    """While five long replies fill the server, no endpoint accepts another."""
     client = httpx.Client(timeout=60, limits=httpx.Limits(max_connections=None))
     streams = []
     try:
@@ -166,10 +166,10 @@ def test_every_endpoint_refuses(small, path):
             streams.append(client.send(fill, stream=True))
             while metric(small, "num_requests_running") < min(number + 1, 2):
                 time.sleep(0.05)
-        asked = {"/v1/completions": {"prompt": "Towns"}, "/v1/responses": {"input": "Towns"}}.get(
+        fields = {"/v1/completions": {"prompt": "Towns"}, "/v1/responses": {"input": "Towns"}}.get(
             path, {"messages": MESSAGES}
         )
-        response = httpx.post(small + path, json={"model": "smollm2", **asked}, timeout=30)
+        response = httpx.post(small + path, json={"model": "smollm2", **fields}, timeout=30)
         assert response.status_code == 429
         assert response.headers["Retry-After"]
     finally:
@@ -180,7 +180,7 @@ def test_every_endpoint_refuses(small, path):
 
 
 def test_a_body_that_is_too_long_is_refused_by_its_length_alone(small):
-    """Nothing of it is read: the answer is there before it is sent."""
+    """The body is not read: the response arrives before the body is sent."""
     host = small.removeprefix("http://")
     connection = http.client.HTTPConnection(host, timeout=10)
     connection.putrequest("POST", "/v1/chat/completions")
@@ -213,10 +213,10 @@ def test_a_body_within_the_limit_is_served(small):
 
 
 def answer_to(url, data):
-    """What the server says to bytes on a connection of their own, b"" where it hung up without a word."""
+    """The response to bytes on their own connection; b"" if the server closed it without a response."""
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=20) as connection:
-        with contextlib.suppress(ConnectionError):  # it does not wait for the end of all that
+        with contextlib.suppress(ConnectionError):  # the server may close before everything is sent
             connection.sendall(data)
         answer = b""
         with contextlib.suppress(ConnectionError):
@@ -231,24 +231,24 @@ def answer_to(url, data):
 def test_headers_of_4_megabytes_are_refused(small, start):
     answer = answer_to(small, start + b"y" * (4 << 20) + b" HTTP/1.1\r\n\r\n")
     assert answer == b"" or answer.startswith(b"HTTP/1.1 431 ")
-    slowly = answer_to(small, start + b"y" * (65 << 10))  # and its end never comes
+    slowly = answer_to(small, start + b"y" * (65 << 10))  # without the end of the headers
     assert slowly.startswith(b"HTTP/1.1 431 ")
     assert json.loads(slowly.split(b"\r\n\r\n")[1])["error"]["code"] == "headers_too_large"
 
 
 @pytest.mark.parametrize("trailer", [b"a", b"X: y\r\n"], ids=["one without end", "many"])
 def test_trailers_behind_a_body_are_bounded_too(small, trailer):
-    """Also behind one that has been answered long before: the connection is cut off, and nobody has waited."""
+    """Also after the request has been answered: the connection is closed, and other clients are not delayed."""
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    begun = head + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n" + (b"X: " if trailer == b"a" else b"")
+    request_bytes = head + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n" + (b"X: " if trailer == b"a" else b"")
     host, port = small.removeprefix("http://").split(":")
     sent = 0
     with socket.create_connection((host, int(port)), timeout=20) as connection, contextlib.suppress(ConnectionError):
-        connection.sendall(begun)
+        connection.sendall(request_bytes)
         while sent < 64 << 20:
             connection.sendall(trailer * 10_000)
             sent += len(trailer) * 10_000
-    assert sent < 16 << 20  # what the kernels' buffers hold
+    assert sent < 16 << 20  # buffers of the kernel
     assert httpx.get(small + "/health").status_code == 200
 
 
@@ -256,13 +256,13 @@ def test_trailers_behind_a_body_are_bounded_too(small, trailer):
 def test_lengths_of_any_length_are_understood(small, length):
     head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
     answer = answer_to(small, head + b"Content-Length: " + length + b"\r\n\r\n{}")
-    assert answer.startswith(b"HTTP/1.1 4")  # 413, or 400 of what holds no model or no such number
+    assert answer.startswith(b"HTTP/1.1 4")  # 413, or 400 for the missing model or the invalid number
     assert b"Traceback" not in answer
 
 
 def test_headers_within_the_limit_are_read_and_connections_kept(small):
     with httpx.Client(base_url=small) as client:
-        for _ in range(3):  # together more than the limit, and with bodies between them
+        for _ in range(3):  # together more than the limit, with bodies in between
             assert client.get("/health", headers={"X-Long": "y" * 30_000}).status_code == 200
             fits = body(max_tokens=1, stop=["x" * 18_000])
             assert client.post("/v1/chat/completions", json=fits, timeout=60).status_code == 200

@@ -1,4 +1,4 @@
-"""Many clients at once: nothing is lost, mixed up or told twice, and nobody waits for ever."""
+"""Many clients at once: every reply arrives complete, once, and at the right client."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ PRINCIPLES = ("Be brief.", "Be poetic.", "Mention the sea.", "Speak to a child."
 
 
 def case(number):
-    """One of 125 different requests: (messages, principle, ratio, seed)."""
+    """(messages, principle, ratio, seed) of one of 125 different requests."""
     number %= 125
     place, topic, principle = PLACES[number % 5], TOPICS[number // 5 % 5], PRINCIPLES[number // 25]
     return [{"role": "user", "content": f"Tell me about a {place} and {topic}."}], principle, 1 + number % 3, number
@@ -29,7 +29,7 @@ def case(number):
 
 @pytest.fixture(scope="module")
 def expected(embedded):
-    """What each of the 125 says when it is alone."""
+    """The text of each request's reply when it runs alone."""
     texts = []
     for number in range(min(125, NUM_STREAMS)):
         messages, principle, ratio, seed = case(number)
@@ -38,7 +38,7 @@ def expected(embedded):
         params = SamplingParams(temperature=0.8, seed=seed, max_tokens=NUM_TOKENS, ignore_eos=True)
         (outputs,) = run_all(engine, [(prompt, params)])
         texts.append("".join(output.text for output in outputs))
-    assert len(set(texts)) > 0.8 * len(texts)  # so that a mix-up shows
+    assert len(set(texts)) > 0.8 * len(texts)  # so that mixed-up replies would be noticed
     return texts
 
 

@@ -1,4 +1,4 @@
-"""The log: a line for every request, with its id; what never is in it."""
+"""The log: one line for every request, with its id, and no secrets."""
 
 import json
 import re
@@ -28,8 +28,8 @@ tokens.preset_of = broken
 
 
 @pytest.fixture(scope="module")
-def logged(embedded, tmp_path_factory):  # noqa: ARG001 - loaded first, so that the server finds the converted copy
-    """A server that logs JSON to a file; yields its URL and what reads the lines."""
+def logged(embedded, tmp_path_factory):  # noqa: ARG001 - loads the model first, so that the server finds its copy
+    """A server that logs JSON to a file; yields its URL and a function that returns the parsed lines."""
     file = tmp_path_factory.mktemp("log") / "stderr"
     with (
         file.open("w") as stderr,
@@ -43,12 +43,12 @@ def post(url, path="/v1/chat/completions", body=BODY, **headers):
 
 
 def request_lines(lines, id):
-    """They are written once the response has been sent, so they may come after it."""
+    """The log lines of a request. Waits for them, because they are written after the response was sent."""
     deadline = time.monotonic() + 10
-    while not (found := [line for line in lines() if line["request_id"] == id and "request" in line]):
+    while not (result := [line for line in lines() if line["request_id"] == id and "request" in line]):
         assert time.monotonic() < deadline, f"there is no line about {id}"
         time.sleep(0.01)
-    return found
+    return result
 
 
 def test_every_request_is_a_line_with_its_id(logged):
@@ -69,9 +69,9 @@ def test_requests_have_nothing_of_each_other(logged):
     url, lines = logged
     for number in range(3):
         post(url, **{"X-Request-Id": f"apart-{number}"})
-    found = [request_lines(lines, f"apart-{number}")[0]["request"] for number in range(3)]
-    assert len({facts["prompt_tokens"] for facts in found}) == 1
-    assert [facts["completion_tokens"] for facts in found] == [3, 3, 3]
+    requests = [request_lines(lines, f"apart-{number}")[0]["request"] for number in range(3)]
+    assert len({facts["prompt_tokens"] for facts in requests}) == 1
+    assert [facts["completion_tokens"] for facts in requests] == [3, 3, 3]
 
 
 def test_a_stream_is_told_of_when_it_has_ended(logged):
@@ -84,9 +84,9 @@ def test_a_stream_is_told_of_when_it_has_ended(logged):
 
 def test_a_client_that_left_is_told_of(logged):
     url, lines = logged
-    asked = BODY | {"stream": True, "max_tokens": 3000, "ignore_eos": True}
+    body = BODY | {"stream": True, "max_tokens": 3000, "ignore_eos": True}
     headers = {"Authorization": f"Bearer {KEY}", "X-Request-Id": "left"}
-    with httpx.stream("POST", url + "/v1/chat/completions", json=asked, headers=headers, timeout=60) as response:
+    with httpx.stream("POST", url + "/v1/chat/completions", json=body, headers=headers, timeout=60) as response:
         next(response.iter_lines())
     (line,) = request_lines(lines, "left")
     assert line["request"]["client_left"] is True
@@ -97,9 +97,9 @@ def test_a_client_that_left_is_told_of(logged):
 @pytest.mark.parametrize("id", ["", "with space", "x" * 129, 'quote"', "<script>"])
 def test_ids_that_are_not_fit_are_replaced(logged, id):
     url, lines = logged
-    given = post(url, **{"X-Request-Id": id}).headers["X-Request-Id"]
-    assert re.fullmatch("[0-9a-f]{32}", given)
-    assert request_lines(lines, given)
+    new_id = post(url, **{"X-Request-Id": id}).headers["X-Request-Id"]
+    assert re.fullmatch("[0-9a-f]{32}", new_id)
+    assert request_lines(lines, new_id)
 
 
 @pytest.mark.parametrize(

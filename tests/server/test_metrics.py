@@ -1,4 +1,4 @@
-"""GET /metrics, as Prometheus reads it."""
+"""GET /metrics, parsed as Prometheus does."""
 
 import resource
 import time
@@ -14,10 +14,10 @@ def scrape(url):
     response = httpx.get(url + "/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=")
     families = text_string_to_metric_families(response.text)
-    return {named(sample): sample.value for family in families for sample in family.samples}
+    return {full_name(sample): sample.value for family in families for sample in family.samples}
 
 
-def named(sample):
+def full_name(sample):
     labels = ",".join(f"{name}={value}" for name, value in sample.labels.items())
     return sample.name + (f"{{{labels}}}" if labels else "")
 
@@ -40,19 +40,19 @@ def test_a_second_turn_hits_the_first_ones_prefix_in_both_branches(own_server):
     hits = after["linalign:prefix_cache_hits_total"] - before["linalign:prefix_cache_hits_total"]
     queries = after["linalign:prefix_cache_queries_total"] - before["linalign:prefix_cache_queries_total"]
     assert hits == second["usage"]["alignment_details"]["prefix_cached_tokens"]
-    assert hits > 1.5 * first["usage"]["prompt_tokens"]  # most of both branches
-    decoded = 2 * (second["usage"]["completion_tokens"] - 1)  # the last token is never computed
+    assert hits > 1.5 * first["usage"]["prompt_tokens"]  # most of the prompt in both branches
+    decoded = 2 * (second["usage"]["completion_tokens"] - 1)  # the last token is drawn but never computed
     assert hits + second["usage"]["alignment_details"]["branch_tokens_computed"] == queries + decoded
-    drawn = [reply["usage"]["completion_tokens"] for reply in (first, second)]
+    num_generated = [reply["usage"]["completion_tokens"] for reply in (first, second)]
     assert (before["linalign:generation_tokens_total"], after["linalign:generation_tokens_total"]) == (
-        drawn[0],
-        sum(drawn),
+        num_generated[0],
+        sum(num_generated),
     )
     assert after["linalign:num_requests_running"] == after["linalign:kv_cache_usage_perc"] == 0
 
 
 def test_what_alerts_look_at_is_there_before_it_happens(own_server):
-    """As rate() does not see a series that begins above 0."""
+    """Series that alerts use exist with value 0, because rate() ignores a series that begins above 0."""
     url, _ = own_server
     seen = scrape(url)
     for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
@@ -67,8 +67,8 @@ def test_running_requests_show_while_they_run(own_server):
     url, _ = own_server
     body = {"model": "smollm2", "messages": HISTORY, "max_tokens": 400, "stream": True}
     with httpx.stream("POST", url + "/v1/chat/completions", json=body, timeout=60) as response:
-        lines = response.iter_lines()  # has a name, as httpx closes a connection whose iterator nobody holds
-        # Not the first chunk: its content is empty, and the request may still wait then.
+        lines = response.iter_lines()  # keep a reference: httpx closes the connection with its iterator
+        # Not the first chunk: its content is empty, and the request may still be in the queue.
         assert any('"content":"' in line and '"content":""' not in line for line in lines)
         seen = scrape(url)
     assert seen["linalign:num_requests_running"] == 1
@@ -93,34 +93,34 @@ def test_times_are_measured_and_add_up(url):
     began = time.monotonic()
     reply = chat(url, HISTORY, n=2, max_tokens=5, ignore_eos=True)
     seconds = time.monotonic() - began
-    told = change(before, scrape(url))
+    delta = change(before, scrape(url))
     assert len(reply["choices"]) == 2
     for name in HISTOGRAMS:
-        assert told(f"{name}_count") == 2, name
-        assert 0 < told(f"{name}_sum") < 2 * seconds, name
-        assert told(f"{name}_bucket{{le=+Inf}}") == 2
-    assert told("inter_token_latency_seconds_count") == 2 * 4
-    parts = sum(told(f"request_{name}_time_seconds_sum") for name in ("queue", "prefill", "decode"))
-    assert parts <= told("e2e_request_latency_seconds_sum")
-    assert told("time_to_first_token_seconds_sum") + told("inter_token_latency_seconds_sum") == pytest.approx(
-        told("e2e_request_latency_seconds_sum"), abs=0.01
+        assert delta(f"{name}_count") == 2, name
+        assert 0 < delta(f"{name}_sum") < 2 * seconds, name
+        assert delta(f"{name}_bucket{{le=+Inf}}") == 2
+    assert delta("inter_token_latency_seconds_count") == 2 * 4
+    parts = sum(delta(f"request_{name}_time_seconds_sum") for name in ("queue", "prefill", "decode"))
+    assert parts <= delta("e2e_request_latency_seconds_sum")
+    assert delta("time_to_first_token_seconds_sum") + delta("inter_token_latency_seconds_sum") == pytest.approx(
+        delta("e2e_request_latency_seconds_sum"), abs=0.01
     )
-    assert told("prompt_tokens_total") == reply["usage"]["prompt_tokens"]
-    assert told("generation_tokens_total") == reply["usage"]["completion_tokens"] == 10
+    assert delta("prompt_tokens_total") == reply["usage"]["prompt_tokens"]
+    assert delta("generation_tokens_total") == reply["usage"]["completion_tokens"] == 10
 
 
 def test_alignment_is_counted(url):
     before = scrape(url)
     aligned = [chat(url, HISTORY, alignment_ratio=ratio, alignment_trace=True) for ratio in (-1, 4)]
     httpx.post(url + "/v1/completions", json={"model": "smollm2", "prompt": "Once", "max_tokens": 2}, timeout=60)
-    told = change(before, scrape(url))
-    assert told("aligned_requests_total") == told("request_alignment_ratio_count") == 2
-    assert told("request_alignment_ratio_sum") == 5
+    delta = change(before, scrape(url))
+    assert delta("aligned_requests_total") == delta("request_alignment_ratio_count") == 2
+    assert delta("request_alignment_ratio_sum") == 5
     traces = [token["kl"] for reply in aligned for token in reply["choices"][0]["alignment"]]
-    assert told("alignment_kl_nats_count") == len(traces) > 0
-    assert told("alignment_kl_nats_sum") == pytest.approx(sum(traces))
+    assert delta("alignment_kl_nats_count") == len(traces) > 0
+    assert delta("alignment_kl_nats_sum") == pytest.approx(sum(traces))
     computed = sum(reply["usage"]["alignment_details"]["branch_tokens_computed"] for reply in aligned)
-    assert told("branch_tokens_computed_total") > computed > 0
+    assert delta("branch_tokens_computed_total") > computed > 0
 
 
 def test_tokens_of_all_branches_but_the_first_are_counted_apart(own_server):
@@ -129,11 +129,11 @@ def test_tokens_of_all_branches_but_the_first_are_counted_apart(own_server):
     assert scrape(url)["linalign:extra_tokens_computed_total"] == 0
     before = scrape(url)
     aligned = chat(url, [{"role": "user", "content": "Elsewhere, " + HISTORY[0]["content"]}])["usage"]
-    told = change(before, scrape(url))
-    extra = told("extra_tokens_computed_total")
+    delta = change(before, scrape(url))
+    extra = delta("extra_tokens_computed_total")
     assert plain > 0
-    assert aligned["completion_tokens"] <= extra < told("branch_tokens_computed_total")
-    assert told("branch_tokens_computed_total") == aligned["alignment_details"]["branch_tokens_computed"]
+    assert aligned["completion_tokens"] <= extra < delta("branch_tokens_computed_total")
+    assert delta("branch_tokens_computed_total") == aligned["alignment_details"]["branch_tokens_computed"]
 
 
 def test_ends_and_refusals_are_counted_by_what_they_were(url):
@@ -142,22 +142,22 @@ def test_ends_and_refusals_are_counted_by_what_they_were(url):
     chat(url, HISTORY, max_tokens=40, stop=["e"])
     chat(url, HISTORY, max_tokens=100_000)
     chat(url, HISTORY, unknown=1)
-    left = {"model": "smollm2", "messages": HISTORY, "stream": True, "ignore_eos": True}
-    with httpx.stream("POST", url + "/v1/chat/completions", json=left) as response:
+    abandoned = {"model": "smollm2", "messages": HISTORY, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", url + "/v1/chat/completions", json=abandoned) as response:
         next(response.iter_lines())
     httpx.get(url + "/a-stranger's/" + "x" * 50)
     deadline = time.monotonic() + 30
     while change(before, scrape(url))("request_success_total{finished_reason=abort}") < 1:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    told = change(before, scrape(url))
-    assert told("request_success_total{finished_reason=length}") == 1
-    assert told("request_success_total{finished_reason=stop}") == 1
-    assert told("request_success_total{finished_reason=abort}") == 1
-    assert told("requests_rejected_total{code=context_length_exceeded}") == 1
-    assert told("requests_rejected_total{code=unknown_field}") == 1
-    assert told("http_responses_total{path=/v1/chat/completions,status=400}") == 2
-    assert told("http_responses_total{path=other,status=404}") == 1  # whatever strangers ask for, one series
+    delta = change(before, scrape(url))
+    assert delta("request_success_total{finished_reason=length}") == 1
+    assert delta("request_success_total{finished_reason=stop}") == 1
+    assert delta("request_success_total{finished_reason=abort}") == 1
+    assert delta("requests_rejected_total{code=context_length_exceeded}") == 1
+    assert delta("requests_rejected_total{code=unknown_field}") == 1
+    assert delta("http_responses_total{path=/v1/chat/completions,status=400}") == 2
+    assert delta("http_responses_total{path=other,status=404}") == 1  # all unknown paths share one series
 
 
 def test_given_tokens_are_no_tokens_that_somebody_waited_for(url):
@@ -170,9 +170,9 @@ def test_given_tokens_are_no_tokens_that_somebody_waited_for(url):
         "max_tokens": 1,
     }
     assert httpx.post(url + "/v1/completions", json=text, timeout=60).status_code == 200
-    told = change(before, scrape(url))
-    assert told("time_to_first_token_seconds_count") == 1
-    assert told("inter_token_latency_seconds_count") == 0
+    delta = change(before, scrape(url))
+    assert delta("time_to_first_token_seconds_count") == 1
+    assert delta("inter_token_latency_seconds_count") == 0
 
 
 def test_what_waits_is_sequences_not_news_of_those_that_left(own_server):
@@ -186,4 +186,4 @@ def test_what_waits_is_sequences_not_news_of_those_that_left(own_server):
 def test_the_process_is_measured_too(url):
     assert scrape(url)["process_open_fds"] > 3
     assert scrape(url)["process_resident_memory_bytes"] > 1e8
-    assert scrape(url)["process_max_fds"] == resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # as many as there may be
+    assert scrape(url)["process_max_fds"] == resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # raised to the hard limit

@@ -17,8 +17,8 @@ TOOL = {"type": "function", **WEATHER["function"]}
 
 
 def respond(client, extra=None, **fields):
-    given = {"model": "smollm2", "input": CHAT[0]["content"], "temperature": 0, "max_output_tokens": 24, **fields}
-    return client.responses.create(**given, extra_body=extra or {})
+    all_fields = {"model": "smollm2", "input": CHAT[0]["content"], "temperature": 0, "max_output_tokens": 24, **fields}
+    return client.responses.create(**all_fields, extra_body=extra or {})
 
 
 def test_it_is_the_chat_completion(client):
@@ -65,8 +65,8 @@ def test_events_are_those_of_the_sdk(client):
             "input_tokens_details": last.usage.input_tokens_details,
         }
     )
-    found = [token.token for token in last.output[0].content[0].logprobs]
-    assert "".join(found) == whole.output_text
+    tokens = [token.token for token in last.output[0].content[0].logprobs]
+    assert "".join(tokens) == whole.output_text
     with client.responses.stream(model="smollm2", input="Say yes.", max_output_tokens=8) as stream:
         assert stream.until_done() is stream
 
@@ -85,8 +85,8 @@ def test_structured_output(client):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_tool_loop(client, stream):
-    asked = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False, "max_output_tokens": 100}
-    first = respond(client, ALIGNED, stream=stream, **asked)
+    fields = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False, "max_output_tokens": 100}
+    first = respond(client, ALIGNED, stream=stream, **fields)
     if stream:
         events = list(first)
         deltas = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
@@ -117,7 +117,7 @@ def test_a_tool_loop(client, stream):
     ],
     ids=str,
 )
-def test_what_can_not_be(client, change, message):
+def test_invalid_requests_are_refused(client, change, message):
     with pytest.raises(openai.BadRequestError, match=message):
         respond(client, **change)
 
@@ -139,17 +139,17 @@ def test_errors_name_the_field_by_its_name_here(url):
 
 
 def test_what_comes_back_goes_in_again(client):
-    """The SDK's objects as dictionaries, empty fields included; results in parts; a thought that led nowhere."""
-    asked = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False, "max_output_tokens": 100}
-    call = respond(client, ALIGNED, **asked).output[0].model_dump()
-    said = respond(client, ALIGNED).output[0].model_dump()
+    """Output items as the SDK dumps them, empty fields included; a result in parts; reasoning without a message."""
+    fields = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False, "max_output_tokens": 100}
+    call = respond(client, ALIGNED, **fields).output[0].model_dump()
+    message = respond(client, ALIGNED).output[0].model_dump()
     result = {
         "type": "function_call_output",
         "call_id": call["call_id"],
         "output": [{"type": "input_text", "text": "7"}],
     }
-    thought = {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]}
-    assert respond(client, ALIGNED, input=[*CHAT, said, call, result, thought], tools=[TOOL]).output_text
+    reasoning = {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]}
+    assert respond(client, ALIGNED, input=[*CHAT, message, call, result, reasoning], tools=[TOOL]).output_text
 
 
 def test_text_and_its_calls_are_one_message():
@@ -166,20 +166,20 @@ def test_text_and_its_calls_are_one_message():
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_every_token_has_its_log_probability(client, stream):
-    """Those without a character of their own too."""
+    """Also a token that is only a part of a character."""
     text = "é漢🎉🦄"
     schema = {"type": "json_schema", "name": "x", "schema": {"const": text}}
-    asked = {
+    fields = {
         "text": {"format": schema},
         "top_logprobs": 2,
         "include": ["message.output_text.logprobs"],
         "stream": stream,
     }
-    response = respond(client, ALIGNED, **asked)
+    response = respond(client, ALIGNED, **fields)
     if stream:
         response = list(response)[-1].response
-    found = response.output[0].content[0].logprobs
-    assert bytes(byte for token in found for byte in token.bytes).decode() == response.output_text == f'"{text}"'
+    tokens = response.output[0].content[0].logprobs
+    assert bytes(byte for token in tokens for byte in token.bytes).decode() == response.output_text == f'"{text}"'
 
 
 @pytest.mark.parametrize("path", ["/v1/responses", "/v1/chat/completions"])
@@ -187,10 +187,11 @@ def test_every_token_has_its_log_probability(client, stream):
     "metadata", [{f"k{i}": "v" for i in range(17)}, {"k" * 65: "v"}, {"k": "v" * 513}], ids=["many", "name", "value"]
 )
 def test_metadata_is_as_bounded_as_openais(url, path, metadata):
-    asked = {"input": "Hello"} if path == "/v1/responses" else {"messages": [{"role": "user", "content": "Hello"}]}
-    refused = httpx.post(url + path, json={"model": "smollm2", "metadata": metadata, **asked})
+    fields = {"input": "Hello"} if path == "/v1/responses" else {"messages": [{"role": "user", "content": "Hello"}]}
+    refused = httpx.post(url + path, json={"model": "smollm2", "metadata": metadata, **fields})
     assert refused.status_code == 400
     assert refused.json()["error"]["param"].startswith("metadata")
     most = {f"{i:064}": "v" * 512 for i in range(16)}
-    taken = httpx.post(url + path, json={"model": "smollm2", "metadata": most, "temperature": 0, **asked}, timeout=60)
-    assert taken.status_code == 200
+    largest = {"model": "smollm2", "metadata": most, "temperature": 0, **fields}
+    accepted = httpx.post(url + path, json=largest, timeout=60)
+    assert accepted.status_code == 200

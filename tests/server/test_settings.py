@@ -83,9 +83,9 @@ def test_the_engine_gets_what_it_knows():
     }
     flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in changed.items()]
     config = engine_config(load_settings(flags))
-    ours = {field.name for field in fields(EngineConfig)} - set(changed)
+    unchanged = {field.name for field in fields(EngineConfig)} - set(changed)
     assert all(getattr(config, name) == value for name, value in changed.items())
-    assert all(getattr(config, name) == getattr(EngineConfig(), name) for name in ours)
+    assert all(getattr(config, name) == getattr(EngineConfig(), name) for name in unchanged)
 
 
 @pytest.mark.parametrize(
@@ -147,12 +147,12 @@ def test_settings_that_can_not_be(flags, words):
         load_settings(flags)
 
 
-@pytest.mark.parametrize("way", ["variable", "flag", "file"])
-def test_api_keys(tmp_path, monkeypatch, way):
+@pytest.mark.parametrize("source", ["variable", "flag", "file"])
+def test_api_keys(tmp_path, monkeypatch, source):
     file = tmp_path / "server.yaml"
-    file.write_text("api_keys: [first-key, second-key]\n" if way == "file" else "")
-    args = ["--config", str(file)] + (["--api-keys", "first-key,second-key"] if way == "flag" else [])
-    if way == "variable":
+    file.write_text("api_keys: [first-key, second-key]\n" if source == "file" else "")
+    args = ["--config", str(file)] + (["--api-keys", "first-key,second-key"] if source == "flag" else [])
+    if source == "variable":
         monkeypatch.setenv("LINALIGN_API_KEYS", "first-key, second-key")
     settings = load_settings(args)
     assert settings.api_keys == tuple(sha256(key).digest() for key in (b"first-key", b"second-key"))
@@ -173,7 +173,7 @@ def test_every_option_says_what_it_is_and_what_it_is_by_default(command):
         what, mark, _ = action.help.partition(" (required)" if required else " (default: ")
         assert len(what) > 5, name
         assert mark, name
-        assert action.nargs == 0 or re.fullmatch(r"[A-Z]+|\{[a-z0-9,]+\}", action.metavar), name  # no Python types
+        assert action.nargs == 0 or re.fullmatch(r"[A-Z]+|\{[a-z0-9,]+\}", action.metavar), name  # no Python type names
 
 
 def test_sections_begin_with_settings_that_are_there():
@@ -245,6 +245,6 @@ def test_command_lines_that_can_not_be(args, status, words, tmp_path, monkeypatc
     monkeypatch.setattr(sys, "argv", ["linalign", *args])
     with pytest.raises(SystemExit) as exit:
         cli.main()
-    said = capsys.readouterr().err if isinstance(exit.value.code, int) else exit.value.code
+    message = capsys.readouterr().err if isinstance(exit.value.code, int) else exit.value.code
     assert (exit.value.code if isinstance(exit.value.code, int) else 1) == status
-    assert words in said
+    assert words in message

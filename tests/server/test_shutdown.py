@@ -1,4 +1,4 @@
-"""How a server ends when it is asked to: in order, or at once when it is asked again."""
+"""How a server stops: gracefully at the first signal, at once at the second."""
 
 import json
 import signal
@@ -35,7 +35,7 @@ def test_a_reply_that_takes_longer_than_the_shutdown_is_told_so(serving_small, s
 
 
 def test_a_stream_ends_in_order_on_sigterm(serving_small):
-    """Within the shutdown timeout, as any reply."""
+    """A reply that fits in the shutdown timeout is complete."""
     body = {**BASE, "max_tokens": 150, "stream": True, "ignore_eos": True}
     with serving_small() as (url, process):
         with httpx.stream("POST", url + "/v1/chat/completions", json=body, timeout=60) as response:
@@ -96,24 +96,24 @@ def test_a_second_sigterm_stops_at_once(serving_small):
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
         thread.join()
-        assert ends in ([None], [500])  # cut off: nothing that looks like a reply
+        assert ends in ([None], [500])  # cut off, never a status that looks like success
 
 
 def test_while_replies_end_new_requests_are_told_to_go_elsewhere(serving_small, tmp_path):
     with (tmp_path / "stderr").open("w") as stderr, serving_small(stderr=stderr) as (url, process):
         alone = events(url, max_tokens=400)
-        kept = httpx.Client(base_url=url)
-        assert kept.get("/health").status_code == 200
+        kept_alive = httpx.Client(base_url=url)
+        assert kept_alive.get("/health").status_code == 200
         streamed = []
         running = threading.Thread(target=lambda: streamed.extend(events(url, max_tokens=400)))
         running.start()
         await_metric(url, "num_requests_running 1.0")
         process.send_signal(signal.SIGTERM)
-        while kept.get("/health").status_code != 503:
+        while kept_alive.get("/health").status_code != 503:
             assert running.is_alive()
-        for client in (kept, httpx.Client(base_url=url)):  # on a new connection, too
-            for path, asked in (("/v1/chat/completions", BASE), ("/v1/responses", {"model": "smollm2", "input": "x"})):
-                refused = client.post(path, json=asked)
+        for client in (kept_alive, httpx.Client(base_url=url)):  # on the open connection and on a new one
+            for path, body in (("/v1/chat/completions", BASE), ("/v1/responses", {"model": "smollm2", "input": "x"})):
+                refused = client.post(path, json=body)
                 assert refused.status_code == 503
                 assert refused.json()["error"]["code"] == "engine_dead"
                 assert "stopping" in refused.json()["error"]["message"]
@@ -142,7 +142,7 @@ def test_requests_that_wait_are_ended_like_those_that_run(serving_small):
 
 
 def test_an_engine_that_hangs_while_the_server_stops_does_not_keep_it(serving_small, tmp_path):
-    """Nobody looks at its steps any more, so there is a last deadline."""
+    """The watchdog of steps has ended by then, so a last deadline ends the process."""
     trigger = tmp_path / "trigger"
     patch = BREAK_A_STEP.format(trigger=str(trigger), what="time.sleep(10**6)")
     patch += "\nfrom linalign.server import shutdown; shutdown.CLOSE_TIMEOUT = 1; shutdown.STEP_TIMEOUT = 1.0"

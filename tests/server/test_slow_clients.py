@@ -1,4 +1,4 @@
-"""Clients that read slowly, or not at all, or don't go on: they are cut off, and hold nobody back meanwhile."""
+"""Clients that read slowly, do not read, or stop sending: they are disconnected and do not delay others."""
 
 import contextlib
 import json
@@ -11,8 +11,8 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-SHORT = 3.0  # seconds, in place of a minute
-# Small buffers of the kernel, so that a reply need not be megabytes long before somebody notices that it is not read.
+SHORT = 3.0  # IDLE_TIMEOUT here, in seconds, instead of a minute
+# Small kernel buffers, so that the server notices unread data long before megabytes are sent.
 IMPATIENT = f"""
 import socket
 import linalign.server.http_protocol as http_protocol
@@ -24,7 +24,7 @@ def made(self, transport):
 http_protocol.BoundedProtocol.connection_made = made
 """
 BODY = {"model": "smollm2", "messages": [{"role": "user", "content": "Tell me about towns."}], "ignore_eos": True}
-# Some 3 kB a token.
+# About 3 kB per token.
 WORDY = {"stream": True, "max_tokens": 2000, "logprobs": True, "top_logprobs": 20}
 
 
@@ -35,7 +35,7 @@ def impatient(serving_small):
 
 
 def connect(url):
-    """A connection whose client has next to no room for what it has not read."""
+    """A connection with a tiny receive buffer."""
     host, port = url.removeprefix("http://").split(":")
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -45,7 +45,7 @@ def connect(url):
 
 
 def request(body):
-    """The bytes of a chat."""
+    """The bytes of a chat request."""
     content = json.dumps(body).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
@@ -64,7 +64,7 @@ def wait_until(condition):
 
 
 def is_cut_off(connection):
-    """Whether the server has ended the connection, however much of a reply it has sent before."""
+    """Read until the server closes the connection. Returns True then; recv raises a timeout otherwise."""
     with contextlib.suppress(ConnectionError):
         while connection.recv(65536):
             pass
@@ -76,14 +76,14 @@ def ended_by_abort(url):
 
 
 def test_a_client_that_does_not_read_is_cut_off_and_its_sequence_ends(impatient):
-    before, asked = ended_by_abort(impatient), {"max_tokens": 60, "temperature": 0, "principle": "Be brief."}
-    alone = httpx.post(impatient + "/v1/chat/completions", json=BODY | asked, timeout=60).json()
+    before, fields = ended_by_abort(impatient), {"max_tokens": 60, "temperature": 0, "principle": "Be brief."}
+    alone = httpx.post(impatient + "/v1/chat/completions", json=BODY | fields, timeout=60).json()
     connection = connect(impatient)
     connection.sendall(request(BODY | WORDY))
     wait_until(lambda: metric(impatient, "linalign:num_requests_running") == 1)
-    beside = httpx.post(impatient + "/v1/chat/completions", json=BODY | asked, timeout=60).json()
+    beside = httpx.post(impatient + "/v1/chat/completions", json=BODY | fields, timeout=60).json()
     assert beside["choices"] == alone["choices"]
-    wait_until(lambda: ended_by_abort(impatient) == before + 1)  # long before its 2000 tokens
+    wait_until(lambda: ended_by_abort(impatient) == before + 1)  # long before its 2,000 tokens are drawn
     wait_until(lambda: metric(impatient, "linalign:kv_cache_usage_perc") == 0)
     assert is_cut_off(connection)
 
@@ -132,16 +132,16 @@ def test_clients_that_do_not_go_on_are_cut_off(impatient):
     line = b"POST /v1/chat/completions HTTP/1.1\r\n"
     headers = line + b"Host: localhost\r\nContent-Length: 100\r\n\r\n"
     connections = [connect(impatient) for _ in range(4)]
-    for connection, begun in zip(connections, (b"", line[:-10], headers[:-20], headers + b"{"), strict=True):
-        connection.sendall(begun)
+    for connection, first_bytes in zip(connections, (b"", line[:-10], headers[:-20], headers + b"{"), strict=True):
+        connection.sendall(first_bytes)
     assert all(is_cut_off(connection) for connection in connections)
 
 
 def test_a_request_behind_a_long_reply_on_the_same_connection_is_not_silence(impatient):
-    """Pipelined: the server itself does not read on while the first reply takes longer than its patience."""
+    """The server itself pauses reading while the first reply takes longer than the idle timeout."""
     connection = connect(impatient)
     connection.sendall(request(BODY | {"stream": True, "max_tokens": 600}))
-    more = request(BODY | {"max_tokens": 1, "stop": ["x" * 100_000]})  # more than it takes in meanwhile
+    more = request(BODY | {"max_tokens": 1, "stop": ["x" * 100_000]})  # more than the server buffers meanwhile
     sender = threading.Thread(target=connection.sendall, args=[more])
     sender.start()
     began, received = time.monotonic(), b""
@@ -154,7 +154,7 @@ def test_a_request_behind_a_long_reply_on_the_same_connection_is_not_silence(imp
 
 
 def test_a_chat_that_takes_its_time_between_tokens_is_not_silence(impatient):
-    """A client that has said everything waits as long as its reply takes."""
+    """A client that has sent its whole request may wait as long as the reply takes."""
     began = time.monotonic()
     reply = httpx.post(impatient + "/v1/chat/completions", json=BODY | {"max_tokens": 600}, timeout=120)
     assert reply.json()["usage"]["completion_tokens"] == 600

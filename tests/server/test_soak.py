@@ -1,4 +1,4 @@
-"""A short run of benchmarks/soak.py, whose long runs docs/reliability.md tells of."""
+"""A short run of benchmarks/soak.py. docs/reliability.md reports its long runs."""
 
 import os
 
@@ -8,15 +8,15 @@ from benchmarks.soak import DONE, LEFT, NUM_PAGES, REFUSED, soak
 from tests.counts import counted
 
 pytestmark = pytest.mark.slow
-POOL = min(32, (os.cpu_count() or 1) + 4)  # threads of asyncio's own, which come as they are needed
-GROWTH_MB = 40  # caches that are still filling up: compiled grammars, chat templates, malloc's own
+POOL = min(32, (os.cpu_count() or 1) + 4)  # most threads of asyncio's default executor, started on demand
+GROWTH_MB = 40  # caches that are still filling: compiled grammars, chat templates, malloc's own
 
 
 def test_random_traffic_with_aborts_leaves_nothing_behind():
-    told = soak(counted(20, 1200), warm_up=counted(0.5, 0.2))
-    before, after = told["after_warm_up"], told["at_the_end"]
-    assert set(told["requests"]) == {DONE, LEFT, REFUSED}
-    assert min(told["requests"].values()) >= counted(3, 10)
+    report = soak(counted(20, 1200), warm_up=counted(0.5, 0.2))
+    before, after = report["after_warm_up"], report["at_the_end"]
+    assert set(report["requests"]) == {DONE, LEFT, REFUSED}
+    assert min(report["requests"].values()) >= counted(3, 10)
     assert after["free_pages"] == before["free_pages"] == NUM_PAGES
     assert after["open_files"] <= before["open_files"]
     assert after["tasks"] <= before["tasks"]

@@ -1,4 +1,4 @@
-"""Starts of a fresh interpreter: what they don't import, and what is refused before anything that takes time."""
+"""Cold starts: which modules are not imported, and what is refused before slow imports."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from tests.serving import serving
 pytestmark = pytest.mark.slow
 
 HEAVY = {"torch", "transformers", "numpy", "fastapi", "uvicorn", "jinja2", "matplotlib"}
-# What transformers imports wherever it is, and the embedded model never uses.
+# Packages that transformers imports if they are installed, and that the embedded model does not use.
 UNUSED = {
     "gguf",
     "llguidance",
@@ -41,7 +41,7 @@ atexit.register(lambda: open({file!r}, "w").write(json.dumps(sorted(sys.modules)
 
 
 def command_line(tmp_path, *args):
-    """What a fresh interpreter says to it, and the modules that it has imported."""
+    """Run a command line in a fresh interpreter; returns the completed process and the names of imported modules."""
     code = MODULES.format(file=str(tmp_path / "modules")) + "from linalign.server.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=tmp_path)
     return done, set(json.loads((tmp_path / "modules").read_text()))
@@ -60,7 +60,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required"
 TOOL = {"type": "function", "function": {"name": "look_up", "parameters": SCHEMA}}
 MESSAGES = {"messages": [{"role": "user", "content": "How do I get to work?"}]}
 SEVERAL = {"principle": [{"text": "Encourage cycling."}, {"text": "Be brief.", "ratio": 0.5}], "alignment_trace": True}
-ASKED = [
+REQUESTS = [
     ("/v1/chat/completions", MESSAGES | SEVERAL | {"logprobs": True, "top_logprobs": 2}),
     ("/v1/chat/completions", MESSAGES | {"response_format": {"type": "json_object"}, "alignment_method": "adaptive"}),
     ("/v1/chat/completions", MESSAGES | {"tools": [TOOL], "tool_choice": "required", "principle": "Be brief."}),
@@ -74,12 +74,12 @@ def test_replies_do_not_depend_on_what_a_start_has_left_out(embedded, args):  # 
     replies = []
     for cold in (True, False):
         with serving(*args, cold=cold) as (url, _):
-            for path, fields in ASKED:
+            for path, fields in REQUESTS:
                 body = {"model": "smollm2", "max_tokens": 12, "temperature": 0.8, "seed": 5, **fields}
                 answer = httpx.post(url + path, json=body, timeout=60).raise_for_status().json()
                 text = json.dumps(answer["choices"])
-                replies.append(re.sub(r'"id": "[^"]+"', "", text))  # of tool calls
-    assert replies[: len(ASKED)] == replies[len(ASKED) :]
+                replies.append(re.sub(r'"id": "[^"]+"', "", text))  # ids of tool calls are random
+    assert replies[: len(REQUESTS)] == replies[len(REQUESTS) :]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_help_and_wrong_flags_import_nothing_heavy(tmp_path, args, status):
 
 
 def test_nothing_is_left_out_for_a_transformers_that_has_looked_for_it(monkeypatch):
-    """As it remembers which packages there are."""
+    """Because transformers remembers which packages are installed."""
     monkeypatch.setitem(sys.modules, "transformers", types.ModuleType("transformers"))
     monkeypatch.delitem(sys.modules, "transformers.modeling_utils", raising=False)
     before = dict(sys.modules)
@@ -133,7 +133,7 @@ def write_gguf(file, heads):
 
 @pytest.fixture
 def files(tmp_path):
-    """Models to be looked at, which have no weights."""
+    """Models without weights, for the checks before loading."""
     write_config(tmp_path / "plain")
     write_config(tmp_path / "nested", text_config={"max_position_embeddings": 256, "num_attention_heads": 6})
     (tmp_path / "adapter").mkdir()
@@ -190,7 +190,7 @@ def test_what_can_not_be_served_is_refused_before_torch_is_imported(files, args,
     assert done.returncode == (3 if "listen" in words else 1)
     assert done.stderr.startswith("linalign serve: ")
     assert words in done.stderr
-    assert len(done.stderr.splitlines()) == 1 or "presets" in words  # where each wrong field has lines
+    assert len(done.stderr.splitlines()) == 1 or "presets" in words  # errors in presets have lines for each field
     assert not imported & {"torch", "transformers"}
 
 

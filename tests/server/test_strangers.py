@@ -1,4 +1,4 @@
-"""What people and pages that nobody knows can do: next to nothing."""
+"""What unknown people and web pages can do with a server: next to nothing."""
 
 import contextlib
 import re
@@ -27,15 +27,15 @@ PREFLIGHT = {
 
 
 @pytest.fixture(scope="module")
-def shared(embedded, tmp_path_factory):  # noqa: ARG001 - loaded first, so that the server finds the converted copy
-    """A server for several tenants, behind a proxy, that lets the pages of one origin in; and its log."""
+def shared(embedded, tmp_path_factory):  # noqa: ARG001 - loads the model first, so that the server finds its copy
+    """A server with two keys, behind a proxy, that allows the pages of one origin. Yields its URL and its log file."""
     file = tmp_path_factory.mktemp("log") / "stderr"
     args = ("--api-keys", "one,two", "--cors-origins", PAGE)
     with file.open("w") as stderr, serving(*args, "--forwarded-allow-ips", "127.0.0.1", stderr=stderr) as (url, _):
         yield url, file
 
 
-# Pages
+# Web pages
 
 
 def test_pages_of_other_origins_are_not_let_in_by_default(url):
@@ -54,29 +54,29 @@ def test_what_a_page_may_send_without_asking_is_not_understood(url):
 
 def test_pages_of_the_origins_that_are_named_are_let_in_and_no_others(shared):
     url, _ = shared
-    asked = httpx.options(url + "/v1/chat/completions", headers=PREFLIGHT)
-    assert asked.status_code == 200
-    assert asked.headers["Access-Control-Allow-Origin"] == PAGE
-    assert "access-control-allow-credentials" not in asked.headers
+    response = httpx.options(url + "/v1/chat/completions", headers=PREFLIGHT)
+    assert response.status_code == 200
+    assert response.headers["Access-Control-Allow-Origin"] == PAGE
+    assert "access-control-allow-credentials" not in response.headers
     for key, status in (("one", 200), ("x", 401)):
         response = httpx.get(url + "/v1/models", headers={"Origin": PAGE, "Authorization": f"Bearer {key}"})
         assert response.status_code == status
-        assert response.headers["Access-Control-Allow-Origin"] == PAGE  # so that the page can read why
+        assert response.headers["Access-Control-Allow-Origin"] == PAGE  # so that the page can read the error
         assert "X-Request-Id" in response.headers["Access-Control-Expose-Headers"]
     other = httpx.options(url + "/v1/chat/completions", headers=PREFLIGHT | {"Origin": "https://evil.example.org"})
     assert other.status_code == 400
     assert "access-control-allow-origin" not in other.headers
 
 
-# Addresses
+# Client addresses
 
 
 def logged_client(file, id):
     deadline = time.monotonic() + 10
-    while not (found := re.search(rf"\[{id}\]: .* client=(\S+)", file.read_text())):
+    while not (match := re.search(rf"\[{id}\]: .* client=(\S+)", file.read_text())):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    return found[1]
+    return match[1]
 
 
 def test_forwarded_addresses_are_believed_of_proxies_that_are_named(shared):
@@ -113,7 +113,7 @@ def test_a_server_that_is_open_to_everyone_says_so_loudly(tmp_path, args, warns)
     assert ("*** Anyone who can reach 0.0.0.0 may use this server" in (tmp_path / "stderr").read_text()) is warns
 
 
-# What others have asked
+# Prefixes of other keys
 
 
 def cached_tokens(url, key=None, path="/v1/chat/completions", **fields):
@@ -129,7 +129,7 @@ def test_a_key_does_not_find_what_another_has_asked(shared):
     url, _ = shared
     first = cached_tokens(url, "one")
     assert cached_tokens(url, "one") > first + 50
-    assert cached_tokens(url, "two") == first  # what its own branches share
+    assert cached_tokens(url, "two") == first  # only what its own branches share
     assert cached_tokens(url, "two") > first + 50
 
 
@@ -140,16 +140,16 @@ def test_a_salt_shares_prefixes_with_the_same_salt_alone(url, path):
     def cached(**salt):
         return cached_tokens(url, path=path, messages=messages, **salt)
 
-    first = cached()  # it may find the beginning that all prompts have, of other tests
-    assert cached(cache_salt=f"a{path}") == cached(cache_salt=f"b{path}") <= first  # what their own branches share
+    first = cached()  # other tests may have cached the common beginning of prompts
+    assert cached(cache_salt=f"a{path}") == cached(cache_salt=f"b{path}") <= first  # only what own branches share
     for salt in ({"cache_salt": f"a{path}"}, {"cache_salt": f"b{path}"}, {}):
         assert cached(**salt) > first + 50
 
 
 def test_a_salt_changes_no_reply(url):
-    asked = BODY | {"max_tokens": 24, "temperature": 0, "principle": "Be brief."}
+    body = BODY | {"max_tokens": 24, "temperature": 0, "principle": "Be brief."}
     replies = [
-        httpx.post(url + "/v1/chat/completions", json=asked | salt, timeout=60).json()["choices"][0]["message"]
+        httpx.post(url + "/v1/chat/completions", json=body | salt, timeout=60).json()["choices"][0]["message"]
         for salt in ({}, {"cache_salt": "a"}, {"cache_salt": "a"})
     ]
     assert replies[0]["content"]
@@ -163,16 +163,16 @@ def test_salts_of_no_or_too_great_length_are_refused(url):
         assert response.json()["error"]["param"] == "cache_salt"
 
 
-# What clients point at
+# URLs in requests
 
 
 def test_nothing_is_fetched_that_a_client_points_at(url):
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        there = f"http://127.0.0.1:{listener.getsockname()[1]}/x.json"
-        schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": there}}}
-        image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": there}}]}]
-        for asked in ({"response_format": schema}, {"messages": image}):
-            assert httpx.post(url + "/v1/chat/completions", json=BODY | asked, timeout=60).status_code == 400
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}/x.json"
+        schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": address}}}
+        image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": address}}]}]
+        for fields in ({"response_format": schema}, {"messages": image}):
+            assert httpx.post(url + "/v1/chat/completions", json=BODY | fields, timeout=60).status_code == 400
         listener.setblocking(False)
         with pytest.raises(BlockingIOError):
             listener.accept()
@@ -220,14 +220,14 @@ def test_what_is_no_http_is_refused_and_harms_nobody(url, junk):
 
 
 def test_no_salt_gives_a_page_the_name_of_another():
-    """A client that knows a page's tokens can send their bytes, or its digest's, as a salt."""
-    tokens, more = list(range(10, 26)), list(range(40, 56))
-    victim = hash_pages(Branch([*tokens, *more], salt=_salt(None, None)), 2, 16)
+    """An attacker who knows a page's tokens may send their bytes, or the page's digest, as a salt."""
+    tokens, others = list(range(10, 26)), list(range(40, 56))
+    victim = hash_pages(Branch([*tokens, *others], salt=_salt(None, None)), 2, 16)
     forged = [b"".join(array("i", tokens)[i : i + 1].tobytes() for i in range(16)).decode(), victim[0].hex()]
     salts = [
         _salt(None, text) for text in (*forged, *(f"{mark}{text}" for mark in ("page", "salt") for text in forged))
     ]
     salts += [_salt(bytes(range(32)), None), _salt(None, bytes(range(32)).decode()), victim[0], b""]
-    names = [name for salt in salts for name in hash_pages(Branch([*more, *tokens], salt=salt), 2, 16)]
+    names = [name for salt in salts for name in hash_pages(Branch([*others, *tokens], salt=salt), 2, 16)]
     assert len(set(names)) == len(names)
     assert not set(victim) & set(names)

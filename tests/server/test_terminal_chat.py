@@ -1,4 +1,4 @@
-"""linalign chat in a real terminal (a pty), against a real server."""
+"""`linalign chat` in a real terminal (a pty), against a real server."""
 
 import contextlib
 import http.server
@@ -26,13 +26,13 @@ QUESTION = CHAT[0]["content"]
 
 
 class Terminal:
-    """A terminal, 100 columns wide and high enough for everything, with `linalign chat` in it."""
+    """A terminal with `linalign chat` in it, 100 columns wide and tall enough for all output."""
 
     def __init__(self, *args):
         self._screen = pyte.Screen(100, 400)
         self._stream = pyte.Stream(self._screen)
         self._from = 0
-        self.views = set()  # what was to be seen on the way
+        self.views = set()  # all texts that were visible since the last typing
         env = {**os.environ, "TERM": "xterm"}
         command, *before = COMMAND
         self.process = pexpect.spawn(
@@ -41,8 +41,8 @@ class Terminal:
 
     @property
     def text(self):
-        """What is to be seen from the line on that was typed last."""
-        buffer = self._screen.buffer  # of the lines that have been written on; `display` has 400
+        """The visible text, from the line that was typed last."""
+        buffer = self._screen.buffer  # only lines that were written; `display` has all 400
         written = range(self._from, 1 + max(buffer, default=0))
         lines = ("".join(buffer[y][x].data for x in range(self._screen.columns)) for y in written)
         return "\n".join(line.rstrip() for line in lines).rstrip("\n")
@@ -62,7 +62,7 @@ class Terminal:
         return self.text
 
     def ask(self, line):
-        """What is to be seen when the next line can be typed."""
+        """Type a line; returns the visible text when the next line can be typed."""
         self.type(line + "\n")
         return self.until(r"\n>$")
 
@@ -73,18 +73,18 @@ class Terminal:
 
 
 @pytest.fixture
-def begin(url):
-    """Starts chats that are ended after the test."""
-    begun = []
+def start_chat(url):
+    """A function that starts chats. They are ended after the test."""
+    terminals = []
 
-    def begin(*args):
+    def start_chat(*args):
         terminal = Terminal(url, *args)
-        begun.append(terminal)
+        terminals.append(terminal)
         assert "smollm2 at " in terminal.until(r"\n>$")
         return terminal
 
-    yield begin
-    for terminal in begun:
+    yield start_chat
+    for terminal in terminals:
         terminal.process.close(force=True)
 
 
@@ -92,8 +92,8 @@ def words(text):
     return " ".join(re.findall(r"\w+", text))
 
 
-def test_a_chat_with_a_principle(begin, client):
-    terminal = begin("--temperature", "0", "--max-tokens", "24")
+def test_a_chat_with_a_principle(start_chat, client):
+    terminal = start_chat("--temperature", "0", "--max-tokens", "24")
     extra = {"principle": PRINCIPLE, "alignment_ratio": 5}
     assert f"Principle: {PRINCIPLE}" in terminal.ask(f"/principle {PRINCIPLE}")
     assert "Ratio: 5" in terminal.ask("/ratio 5")
@@ -116,8 +116,8 @@ def test_a_chat_with_a_principle(begin, client):
     assert terminal.ends() == 0
 
 
-def test_compare_is_side_by_side(begin, client):
-    terminal = begin("--temperature", "0", "--max-tokens", "24")
+def test_compare_is_side_by_side(start_chat, client):
+    terminal = start_chat("--temperature", "0", "--max-tokens", "24")
     assert "a principle before it" in terminal.ask(f"/compare {QUESTION}")
     terminal.ask(f"/principle {PRINCIPLE}")
     terminal.ask("/ratio 3")
@@ -130,13 +130,13 @@ def test_compare_is_side_by_side(begin, client):
         words(" ".join(line[left + 1 : right] for line in lines))
         for left, right in zip(borders[::2], borders[1::2], strict=True)
     ]
-    asked = [None, {"principle": PRINCIPLE, "alignment_ratio": 0}, {"principle": PRINCIPLE, "alignment_ratio": 3}]
-    assert columns == [words(create(client, extra).choices[0].message.content) for extra in asked]
-    assert words(terminal.ask("/history")) == "history"  # looked at, not kept
+    extras = [None, {"principle": PRINCIPLE, "alignment_ratio": 0}, {"principle": PRINCIPLE, "alignment_ratio": 3}]
+    assert columns == [words(create(client, extra).choices[0].message.content) for extra in extras]
+    assert words(terminal.ask("/history")) == "history"  # comparisons are not part of the conversation
 
 
-def test_control_c_stops_a_reply_and_keeps_what_is_there(begin):
-    terminal = begin("--temperature", "1.9")  # which hardly ever comes to an end
+def test_control_c_stops_a_reply_and_keeps_what_is_there(start_chat):
+    terminal = start_chat("--temperature", "1.9")  # such a reply hardly ever ends by itself
     terminal.type("Tell me a very long story about a town.\n")
     terminal.until(r"town\.\n\n?.*\w+ \w+ \w+")
     terminal.process.send("\x03")
@@ -166,8 +166,8 @@ def test_a_reply_taller_than_the_terminal_is_there_once(url, client):
             stream.feed(console.read_nonblocking(4096, timeout=1))
     console.close(force=True)
     lines = ["".join(line[x].data for x in range(40)).strip() for line in screen.history.top] + screen.display
-    asked = {"messages": [{"role": "user", "content": question}], "max_tokens": 200}
-    reply = create(client, **asked).choices[0].message.content
+    fields = {"messages": [{"role": "user", "content": question}], "max_tokens": 200}
+    reply = create(client, **fields).choices[0].message.content
     assert words(" ".join(lines)) == words(question + " " + reply), "\n".join(lines)
     assert len(lines) > 3 * 8
 
@@ -180,7 +180,7 @@ def test_keys_and_flags(closed, client):
     assert "smollm2 at " in terminal.until(r"\n>$")
     text = create(client, {"principle": PRINCIPLE, "alignment_ratio": 3}).choices[0].message.content
     assert words(terminal.ask(QUESTION)) == words(QUESTION + text)
-    terminal.type("\x1b[A")  # the arrow brings it back
+    terminal.type("\x1b[A")  # the up arrow recalls the question
     terminal.until(re.escape(QUESTION))
     terminal.process.close(force=True)
     environment = {**os.environ, "LINALIGN_API_KEY": "other-key"}
@@ -190,8 +190,8 @@ def test_keys_and_flags(closed, client):
         assert ("an API key is needed" in done.stderr) == bool(status)
 
 
-def test_errors_are_told_and_the_chat_goes_on(begin):
-    terminal = begin("--max-tokens", "100000")
+def test_errors_are_told_and_the_chat_goes_on(start_chat):
+    terminal = start_chat("--max-tokens", "100000")
     assert "the context holds" in terminal.ask("Hello")
     assert re.search("There is no /ratoi.*/ratio NUMBER", terminal.ask("/ratoi 3"), re.DOTALL)
     for wrong in ("x", "nan", "inf", "21"):
@@ -225,7 +225,7 @@ def test_replies_do_not_command_the_terminal():
 
 
 class Hostile(http.server.BaseHTTPRequestHandler):
-    """A server whose every word would move the cursor, set the window's title and change colours."""
+    """A server that puts control sequences into all its texts: cursor, window title, colours."""
 
     EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e[bold red]evil"
 

@@ -1,4 +1,4 @@
-"""Marks in replies, found however the text is cut."""
+"""Tool calls and reasoning in replies, recognised however the text is cut into pieces."""
 
 import json
 import statistics
@@ -114,11 +114,11 @@ REPLIES = [
 
 
 @pytest.mark.parametrize(
-    ("family", "begun", "text", "fields", "calls"), REPLIES, ids=[f"{r[0]}-{r[2][:40]}" for r in REPLIES]
+    ("family", "generation_prompt", "text", "fields", "calls"), REPLIES, ids=[f"{r[0]}-{r[2][:40]}" for r in REPLIES]
 )
 @pytest.mark.parametrize("size", [1, 3, 1000])
-def test_marks_are_found_however_the_text_is_cut(family, begun, text, fields, calls, size):
-    parser = ReplyParser(tokenizer_of(family), begun, TOOLS)
+def test_marks_are_found_however_the_text_is_cut(family, generation_prompt, text, fields, calls, size):
+    parser = ReplyParser(tokenizer_of(family), generation_prompt, TOOLS)
     deltas = [delta for i in range(0, len(text), size) for delta in parser.feed(text[i : i + size])]
     message = message_of(deltas + parser.finish())
     found = [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in message.pop("tool_calls", [])]
@@ -177,14 +177,14 @@ def wide(tokenizer):
 @pytest.mark.parametrize("parallel", [False, True])
 @pytest.mark.parametrize("family", ["qwen", "llama", "mistral", "none"])
 def test_a_demanded_call_keeps_to_its_schema(wide, family, parallel):
-    """A random model calls what it has to, in the family's own form, and its reply parses back."""
+    """A random model must call a function in the form of its family, and its reply must parse."""
     engine = make_engine(wide, num_pages=400)
     structure = demanded(tokenizer_of(family), TOOLS, parallel)
     params = [SamplingParams(structure=structure, max_tokens=120, seed=i, temperature=1.0) for i in range(4)]
     seen = set()
     for outputs in run_all(engine, [(aligned(2.0, 20, i), p) for i, p in enumerate(params)]):
         if outputs[-1].finish_reason == "length":
-            assert parallel  # it may go on for ever
+            assert parallel  # it may add calls without end
             continue
         parser = ReplyParser(tokenizer_of(family), "", TOOLS)
         message = message_of(parser.feed("".join(output.text for output in outputs)) + parser.finish())
@@ -230,7 +230,7 @@ def test_calls_of_strict_tools_keep_to_their_schemas(family, grammars, tokenizer
     second = {"qwen": f"\n{call}", "llama": f"; {call}", "mistral": call.removeprefix("[TOOL_CALLS][")}[family]
     both = f"{call[:-1]}, {second}" if family == "mistral" else call + second
     assert accepts(grammars, tokenizer, structure, both), both
-    assert accepts(grammars, tokenizer, alone, both) == (family == "qwen")  # whose second call the parser drops
+    assert accepts(grammars, tokenizer, alone, both) == (family == "qwen")  # whose parser drops the second call
 
 
 def test_a_model_that_calls_in_a_way_of_its_own_is_not_kept_to_a_schema():
@@ -258,7 +258,7 @@ def test_a_structure_begins_where_the_reasoning_ends(grammars, tokenizer):
     assert mark == "</think>"
     assert end_of_thinking("<|im_start|>assistant\n<think>\n\n</think>\n\n") == end_of_thinking("assistant\n") == ""
     after = json.dumps(mark)
-    asked = [
+    structures = [
         (Structure("json_schema", '{"type": "integer"}', after=after), "7"),
         (Structure("regex", "a+b", after=after), "aab"),
         (Structure("choice", '["yes", "n.o"]', after=after), "n.o"),
@@ -268,7 +268,7 @@ def test_a_structure_begins_where_the_reasoning_ends(grammars, tokenizer):
             FREE["qwen"][2].removeprefix("Well.\n").removesuffix("\nSo."),
         ),
     ]
-    for structure, text in asked:
+    for structure, text in structures:
         assert accepts(grammars, tokenizer, structure, f"Hm {{1}}\n</think>\n\n{text}"), structure
         assert not accepts(grammars, tokenizer, structure, text)
         assert not accepts(grammars, tokenizer, structure, f"Hm\n</think>\n\n{text}!")
@@ -295,7 +295,7 @@ ADVERSARIES = {
 @pytest.mark.parametrize("family", TEMPLATES)
 @pytest.mark.parametrize("name", ADVERSARIES)
 def test_the_time_of_a_reply_is_linear(family, name):
-    """By the ratio of a text's and a longer one's. Whoever demands a structure chooses what the parser is to read."""
+    """Compares a text with a longer one. A client that demands a structure chooses what the parser must read."""
     adversary = ADVERSARIES[name]
     head, piece = adversary if isinstance(adversary, tuple) else ("", adversary)
 
@@ -303,7 +303,7 @@ def test_the_time_of_a_reply_is_linear(family, name):
         text = head + (piece * num)[:num]
         parser = ReplyParser(tokenizer_of(family), "", TOOLS)
         began = time.process_time()
-        for start in range(0, len(text), 6):  # as of tokens
+        for start in range(0, len(text), 6):  # like tokens of six characters
             parser.feed(text[start : start + 6])
         parser.finish()
         return time.process_time() - began

@@ -1,4 +1,4 @@
-"""OpenTelemetry traces, as a collector gets them over OTLP/HTTP."""
+"""OpenTelemetry traces, as a collector receives them over OTLP/HTTP."""
 
 import gzip
 import http.server
@@ -26,7 +26,7 @@ TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 
 
 class Collector(http.server.BaseHTTPRequestHandler):
-    """Keeps what it gets in its server's `received`."""
+    """Appends each request's (path, body) to its server's `received`."""
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -42,8 +42,8 @@ class Collector(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def spans(embedded):  # noqa: ARG001 - loaded first, so that the server finds the converted copy
-    """What a server has told its collector by its end."""
+def spans(embedded):  # noqa: ARG001 - loads the model first, so that the server finds the converted copy
+    """All spans that a server exported until it ended."""
     collector = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector)
     collector.received = []
     threading.Thread(target=collector.serve_forever, daemon=True).start()
@@ -68,9 +68,9 @@ def spans(embedded):  # noqa: ARG001 - loaded first, so that the server finds th
     return [span for resource in resources for scope in resource.scope_spans for span in scope.spans]
 
 
-def value(given):
-    kind = given.WhichOneof("value")
-    content = getattr(given, kind)
+def value(any_value):
+    kind = any_value.WhichOneof("value")
+    content = getattr(any_value, kind)
     return [value(item) for item in content.values] if kind == "array_value" else content
 
 
@@ -79,23 +79,23 @@ def attributes(span):
 
 
 def test_a_request_is_a_span_in_its_callers_trace_and_its_generation_one_in_that(spans):
-    mine = [span for span in spans if span.trace_id.hex() == TRACE]
-    generation = next(span for span in mine if span.name == "chat smollm2")
-    http_span = next(span for span in mine if span.span_id == generation.parent_span_id)
+    spans_of_trace = [span for span in spans if span.trace_id.hex() == TRACE]
+    generation = next(span for span in spans_of_trace if span.name == "chat smollm2")
+    http_span = next(span for span in spans_of_trace if span.span_id == generation.parent_span_id)
     assert http_span.parent_span_id.hex() == "00f067aa0ba902b7"
     assert http_span.name == "POST /v1/chat/completions"
     assert attributes(http_span)["http.response.status_code"] == 200
-    told = attributes(generation)
-    assert told["gen_ai.operation.name"] == "chat"
-    assert told["gen_ai.request.model"] == "smollm2"
-    assert (told["gen_ai.request.max_tokens"], told["gen_ai.request.temperature"]) == (3, 0.5)
-    assert told["gen_ai.request.choice.count"] == 2
-    assert told["gen_ai.response.finish_reasons"] == ["length", "length"]
-    assert told["gen_ai.usage.output_tokens"] == 6
-    assert told["gen_ai.usage.input_tokens"] > 20
-    assert told["linalign.alignment.ratios"] == [1.5]
-    assert told["linalign.alignment.branches"] == 2
-    assert told["linalign.alignment.branch_tokens_computed"] > told["gen_ai.usage.input_tokens"]
+    values = attributes(generation)
+    assert values["gen_ai.operation.name"] == "chat"
+    assert values["gen_ai.request.model"] == "smollm2"
+    assert (values["gen_ai.request.max_tokens"], values["gen_ai.request.temperature"]) == (3, 0.5)
+    assert values["gen_ai.request.choice.count"] == 2
+    assert values["gen_ai.response.finish_reasons"] == ["length", "length"]
+    assert values["gen_ai.usage.output_tokens"] == 6
+    assert values["gen_ai.usage.input_tokens"] > 20
+    assert values["linalign.alignment.ratios"] == [1.5]
+    assert values["linalign.alignment.branches"] == 2
+    assert values["linalign.alignment.branch_tokens_computed"] > values["gen_ai.usage.input_tokens"]
     events = [event.name for event in generation.events]
     assert sorted(events) == ["first step", "first step", "first token", "first token"]
     assert all(generation.start_time_unix_nano <= event.time_unix_nano for event in generation.events)
@@ -114,7 +114,7 @@ def test_streams_texts_and_refusals_have_spans_too_and_health_has_none(spans):
 
 
 def test_without_an_endpoint_nothing_is_traced_whatever_the_environment_says(monkeypatch):
-    """FastAPI would send the bodies of invalid requests where variables of the environment point."""
+    """Otherwise FastAPI would send bodies of invalid requests to the endpoint in the environment's variables."""
     collector = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector)
     collector.received = []
     threading.Thread(target=collector.serve_forever, daemon=True).start()

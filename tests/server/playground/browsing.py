@@ -1,4 +1,4 @@
-"""What the tests of the playground do to a page, and know of it."""
+"""Helpers for tests of the playground: they open pages, act on them and read from them."""
 
 import json
 import re
@@ -25,14 +25,16 @@ expect.set_options(timeout=MINUTE)
 
 @contextmanager
 def opened(browser, url, view="compare", has_key=False, **options):
-    """A page in a browser profile of its own; nothing may go wrong on its console, or leave for another host."""
+    """Open a page in a new browser profile. At the end, checks that there were no console errors and no requests to
+    other hosts.
+    """
     context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
     page = context.new_page()
     page.set_default_timeout(MINUTE)
-    trouble, asked = [], []
-    page.on("console", lambda message: message.type in ("error", "warning") and trouble.append(message.text))
-    page.on("pageerror", lambda error: trouble.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
+    problems, urls = [], []
+    page.on("console", lambda message: message.type in ("error", "warning") and problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda request: urls.append(request.url))
     try:
         page.goto(f"{url}/#{view}")
         if not has_key:
@@ -40,8 +42,8 @@ def opened(browser, url, view="compare", has_key=False, **options):
         yield page
     finally:
         context.close()
-    assert [text for text in trouble if not re.search("responded with a status of [45]", text)] == []
-    assert all(address.startswith((url, "blob:")) for address in asked), asked
+    assert [text for text in problems if not re.search("responded with a status of [45]", text)] == []
+    assert all(address.startswith((url, "blob:")) for address in urls), urls
 
 
 def set_tokens(page, number, **others):
@@ -64,7 +66,7 @@ def text_of(url, ratio, **fields):
 
 
 def plain(markdown):
-    """Its words alone, as rendering takes marks away."""
+    """The words of a markdown text; rendering removes its marks."""
     return re.findall(r"\w+", markdown)
 
 
@@ -82,19 +84,19 @@ def slide(page, ratio):
 
 def serious_findings(page):
     page.evaluate(AXE())
-    found = page.evaluate("axe.run()")["violations"]
-    serious = [each for each in found if each["impact"] in ("serious", "critical")]
+    violations = page.evaluate("axe.run()")["violations"]
+    serious = [each for each in violations if each["impact"] in ("serious", "critical")]
     return [(each["id"], [node["html"] for node in each["nodes"]]) for each in serious]
 
 
-def say(page, text):
+def send_message(page, text):
     with answered(page):
         page.get_by_label("Message", exact=True).fill(text)
         page.get_by_label("Message", exact=True).press("Enter")
 
 
 def limit(page, max_tokens, **fields):
-    """What the page sends gets these fields besides."""
+    """Set these fields in all chat requests of the page."""
 
     def change(route):
         route.continue_(post_data=json.dumps(route.request.post_data_json | {"max_tokens": max_tokens} | fields))
@@ -104,7 +106,7 @@ def limit(page, max_tokens, **fields):
 
 @contextmanager
 def answered(page):
-    """Until the reply to what is done in the block is there."""
+    """Wait at the end of the block until the reply to what was done in it is complete."""
     page.evaluate(
         """() => {
           const status = document.querySelector(".status");
@@ -119,7 +121,7 @@ def answered(page):
 
 
 def bodies(page):
-    """What the page sends from now on."""
+    """A list of the JSON bodies that the page sends from now on."""
     sent = []
     page.on("request", lambda request: request.method == "POST" and sent.append(request.post_data_json))
     return sent
@@ -130,5 +132,5 @@ def fact(page, name):
 
 
 def force(page, structure):
-    """The model says this and nothing else: a structure is added to what the page sends."""
+    """Make the model reply within this structure, by adding it to the page's requests."""
     limit(page, 600, structured_outputs=structure)

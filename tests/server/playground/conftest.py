@@ -9,8 +9,8 @@ from tests.server.playground.browsing import CHROMIUM, QUIET, opened
 @pytest.fixture(scope="module")
 def browser():
     if not CHROMIUM:
-        assert "CI" not in os.environ, "CI has to have Chromium"
-        pytest.skip("the playground was not tested: there is no chromium (Debian's package of that name)")
+        assert "CI" not in os.environ, "CI must have Chromium"
+        pytest.skip("the playground was not tested: chromium is not installed (Debian's package chromium)")
     with sync_playwright() as playwright:
         yield playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
 

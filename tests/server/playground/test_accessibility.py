@@ -1,18 +1,18 @@
-"""For everyone: screen readers, keyboards, small screens."""
+"""Accessibility: screen readers, keyboards, small screens."""
 
 import pytest
 from playwright.sync_api import expect
 
-from tests.server.playground.browsing import AXE, VIEWS, fact, limit, opened, say, set_tokens
+from tests.server.playground.browsing import AXE, VIEWS, fact, limit, opened, send_message, set_tokens
 
 pytestmark = pytest.mark.slow
 
 
 def fill(page, view):
-    """Put something to see into the view."""
+    """Fill the view with content."""
     if view == "chat":
         limit(page, 8)
-        say(page, "Hello")
+        send_message(page, "Hello")
     elif view == "serving":
         expect(fact(page, "Sequences running")).to_be_visible()
     else:
@@ -30,10 +30,10 @@ def test_axe_finds_nothing_serious_and_a_phone_is_wide_enough(browser, url, view
         if view == "why":
             page.locator("#token-2").hover()
         page.evaluate(AXE())
-        found = page.evaluate("axe.run()")["violations"]
+        violations = page.evaluate("axe.run()")["violations"]
         serious = [
             (each["id"], [node["html"] for node in each["nodes"]])
-            for each in found
+            for each in violations
             if each["impact"] in ("serious", "critical")
         ]
         assert serious == []
@@ -47,7 +47,7 @@ NAME_OF_FOCUS = """() => {
 
 
 def test_a_keyboard_is_enough(page):
-    """Every control can be reached with Tab, none holds the focus."""
+    """Tab reaches every control and leaves each again."""
     page.keyboard.press("Tab")
     seen = []
     for _ in range(40):

@@ -1,11 +1,21 @@
-"""Chat: conversations that are kept in the browser."""
+"""Chat: conversations, which the browser stores."""
 
 import json
 
 import pytest
 from playwright.sync_api import expect
 
-from tests.server.playground.browsing import answered, bodies, column, fact, limit, opened, say, serious_findings, slide
+from tests.server.playground.browsing import (
+    answered,
+    bodies,
+    column,
+    fact,
+    limit,
+    opened,
+    send_message,
+    serious_findings,
+    slide,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +30,7 @@ def test_a_chat_of_many_turns(browser, url):
         sent = bodies(page)
         page.get_by_label("Principle").fill("Speak of the sea.")
         slide(page, 3)
-        say(page, "Hello, <b>who</b> are you?")
+        send_message(page, "Hello, <b>who</b> are you?")
         first = turns(page)
         assert first[0] == "Hello, <b>who</b> are you?"
         with answered(page):
@@ -42,18 +52,18 @@ def test_a_chat_of_many_turns(browser, url):
             page.get_by_role("button", name="Send again").click()
         assert sent[3]["messages"] == [{"role": "user", "content": "What is a whale?"}]
         assert len(turns(page)) == 2
-        kept = turns(page)
+        stored = turns(page)
 
         messages = page.locator(".messages > li")
         page.get_by_role("button", name="New").click()
         expect(messages).to_have_count(0)
         expect(page.get_by_label("Principle")).to_have_value("")
-        say(page, "Another one")
+        send_message(page, "Another one")
         page.reload()
         expect(messages).to_have_count(2)
         page.locator("select").first.select_option("1")
         expect(messages.first).to_contain_text("What is a whale?")
-        assert turns(page) == kept
+        assert turns(page) == stored
         expect(page.get_by_label("Principle")).to_have_value("Speak of the sea.")
         expect(page.locator(".ratio span")).to_have_text("3")
         page.get_by_role("button", name="Delete").click()
@@ -83,7 +93,7 @@ COLLAPSED = ["> " * 5000, "- " * 2460, "1. " * 1500, "_a*" * 4000, "**" * 3000, 
 
 
 def stub(page, text, end="data: [DONE]\n\n", status=200, **delta):
-    """The server's part, for what no model says on demand: one chunk with this text."""
+    """Replace the server's reply by one chunk with this text, for replies that a model can't be made to give."""
     chunk = {"choices": [{"index": 0, "delta": {"content": text, **delta}, "finish_reason": None}]}
     chunk["usage"] = {"completion_tokens": 3}
     body = f"data: {json.dumps(chunk)}\n\n{end}"
@@ -96,10 +106,10 @@ def stub(page, text, end="data: [DONE]\n\n", status=200, **delta):
 
 @pytest.mark.parametrize("text", COLLAPSED, ids=[text[:3] for text in COLLAPSED])
 def test_collapsed_text_harms_nothing(browser, url, text):
-    """Deeper than the markdown parser's stack, or slow in it."""
+    """Text that is nested deeper than the markdown parser's stack allows, or slow to parse."""
     with opened(browser, url, "chat") as page:
         stub(page, text)
-        say(page, "Collapse")
+        send_message(page, "Collapse")
         page.reload()
         expect(page.locator(".messages > li")).to_have_count(2)
         page.get_by_role("link", name="Serving").click()
@@ -111,14 +121,14 @@ def test_collapsed_text_harms_nothing(browser, url, text):
 def test_a_chat_survives_failures(browser, url):
     with opened(browser, url, "chat") as page:
         stub(page, "An old reply.")
-        say(page, "Hello")
+        send_message(page, "Hello")
         stub(page, "There is no room.", status=429)
         page.get_by_role("button", name="Regenerate").click()
         expect(page.get_by_role("alert")).to_have_text("There is no room.")
         expect(page.locator(".status")).to_have_text("A reply failed.")
         page.reload()
         expect(page.locator(".messages > li")).to_have_count(2)
-        assert turns(page) == ["Hello", "An old reply."]  # what was there stays
+        assert turns(page) == ["Hello", "An old reply."]  # the failed request changed nothing
         stub(page, "Half a rep", end="")
         page.get_by_role("button", name="Regenerate").click()
         expect(page.get_by_role("alert")).to_have_text("The connection was cut off.")
@@ -164,7 +174,7 @@ def test_two_tabs_keep_each_others_conversations(browser, url):
         expect(other.locator(".model")).to_be_visible()
         for page, text in ((one, "Tab one"), (other, "Tab two")):
             stub(page, "A reply.")
-            say(page, text)
+            send_message(page, text)
         for page in (one, other):
             options = page.locator("select").first.locator("option")
             expect(options.filter(has_text="Tab one")).to_have_count(1)
@@ -174,11 +184,11 @@ def test_two_tabs_keep_each_others_conversations(browser, url):
 
 
 @pytest.mark.parametrize(
-    "kept", ['"x"', "[]", "{}", '{"id": "1", "ratio": 2, "principles": [{}], "messages": [{}]}', "{", "null"]
+    "value", ['"x"', "[]", "{}", '{"id": "1", "ratio": 2, "principles": [{}], "messages": [{}]}', "{", "null"]
 )
-def test_what_is_in_storage_may_be_anything(browser, url, kept):
+def test_what_is_in_storage_may_be_anything(browser, url, value):
     with opened(browser, url, "chat") as page:
-        page.evaluate("(kept) => localStorage.setItem('linalign.conversation.1', kept)", kept)
+        page.evaluate("(kept) => localStorage.setItem('linalign.conversation.1', kept)", value)
         page.reload()
         expect(page.get_by_label("Message", exact=True)).to_be_visible()
         expect(page.locator(".messages > li")).to_have_count(0)
@@ -201,4 +211,4 @@ def test_reasoning_is_shown(page):
     expect(page.locator(".status")).to_have_text("All replies are complete.")
     column(page, "Aligned").get_by_text("Reasoning").click()
     expect(column(page, "Aligned")).to_contain_text("Two and two, so")
-    expect(column(page, "Aligned").locator(".speed")).not_to_contain_text("tokens/s")  # all came at once
+    expect(column(page, "Aligned").locator(".speed")).not_to_contain_text("tokens/s")  # everything came at once

@@ -1,4 +1,4 @@
-"""Compare: three replies side by side, a slider that is live."""
+"""Compare: three replies side by side, and a slider with immediate effect."""
 
 import json
 import re
@@ -43,7 +43,7 @@ def test_compare_shows_three_replies_of_the_public_api(page, url):
 
 
 def test_replies_stream(page):
-    """Each column is there in parts before it is whole."""
+    """Each column shows parts of its reply before the reply is complete."""
     page.evaluate(
         """() => {
           window.seen = new Set();
@@ -76,7 +76,7 @@ def test_the_slider_is_live_while_replies_stream_and_stop_stops_it(page):
     limit(page, 3000, ignore_eos=True)
     page.get_by_role("button", name="Run").click()
     expect(column(page, "Aligned").locator(".speed")).to_contain_text("tokens/s")
-    page.get_by_label("Prompt", exact=True).fill("Another prompt")  # is for the next run
+    page.get_by_label("Prompt", exact=True).fill("Another prompt")  # applies to the next run
     slide(page, 7)
     expect(column(page, "Aligned").get_by_role("heading").first).to_have_text("Aligned, ratio 7")
     expect(column(page, "Aligned").locator(".speed")).to_contain_text("tokens/s")
@@ -85,7 +85,7 @@ def test_the_slider_is_live_while_replies_stream_and_stop_stops_it(page):
     slide(page, 9)
     page.get_by_role("button", name="Stop").click()
     expect(page.locator(".status")).to_have_text("Stopped.")
-    page.wait_for_timeout(600)  # longer than a slider is waited for
+    page.wait_for_timeout(600)  # longer than the slider's debounce time
     assert len(sent) == 4
 
 
@@ -99,7 +99,7 @@ def test_weights_stay_with_their_principles(page):
     expect(page.get_by_label("Weight of principle 1")).to_have_value("1")
 
 
-def test_what_can_not_be_is_not_sent(page):
+def test_invalid_input_is_not_sent(page):
     sent = bodies(page)
     page.get_by_label("Prompt", exact=True).fill("")
     page.get_by_label("Prompt", exact=True).press("Control+Enter")
@@ -107,7 +107,7 @@ def test_what_can_not_be_is_not_sent(page):
     set_tokens(page, 4, Temperature=77)
     page.get_by_text("Sampling", exact=True).click()
     page.get_by_role("button", name="Run").click()
-    expect(page.get_by_label("Temperature")).to_be_focused()  # opened again, to show what is wrong
+    expect(page.get_by_label("Temperature")).to_be_focused()  # in the section that was reopened to show the error
     assert sent == []
 
 
@@ -136,8 +136,8 @@ def test_several_principles_with_weights(page):
     page.get_by_label("Weight of principle 2").fill("3")
     page.get_by_role("button", name="Run").click()
     expect(page.locator(".status")).to_have_text("All replies are complete.")
-    told = [{"text": PRINCIPLE, "weight": 1}, {"text": "Mention the weather.", "weight": 3}]
-    assert [body.get("principle") for body in sent] == [None, told, told]
+    principles = [{"text": PRINCIPLE, "weight": 1}, {"text": "Mention the weather.", "weight": 3}]
+    assert [body.get("principle") for body in sent] == [None, principles, principles]
     page.get_by_role("button", name="Remove principle 1").click()
     page.get_by_role("button", name="Run").click()
     expect(page.locator(".status")).to_have_text("All replies are complete.")
@@ -154,14 +154,14 @@ def test_presets_and_sampling(page, url):
     page.get_by_label("Method").select_option("cfg")
     page.get_by_label("Prompt", exact=True).press("Control+Enter")
     expect(page.locator(".status")).to_have_text("All replies are complete.")
-    asked = {"temperature": 0.5, "top_p": 0.9, "max_tokens": 2, "model": "smollm2"}
+    sampling = {"temperature": 0.5, "top_p": 0.9, "max_tokens": 2, "model": "smollm2"}
     options = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-    common = {**asked, **options, "messages": [{"role": "user", "content": PROMPT}]}
-    told = {"principle": preset["principle"], "alignment_ratio": 0}
+    common = {**sampling, **options, "messages": [{"role": "user", "content": PROMPT}]}
+    prompted = {"principle": preset["principle"], "alignment_ratio": 0}
     assert sent == [
         common,
-        common | told,
-        common | told | {"alignment_ratio": 1.5, "alignment_method": "cfg", "alignment_top_p": 0.95},
+        common | prompted,
+        common | prompted | {"alignment_ratio": 1.5, "alignment_method": "cfg", "alignment_top_p": 0.95},
     ]
 
 

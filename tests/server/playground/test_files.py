@@ -1,4 +1,4 @@
-"""What is shipped, and what the README shows of it."""
+"""Files that are shipped, and the README's pictures."""
 
 import json
 import os
@@ -18,22 +18,22 @@ pytestmark = pytest.mark.slow
 
 
 def test_vendored_files_are_those_of_the_packages():
-    """`make vendor` brings them up to date."""
+    """`make vendor` updates them."""
     vendor, packages = FOLDER / "vendor", ROOT / ".venv/playground/node_modules"
-    named = json.loads((FOLDER / "package.json").read_text())["dependencies"]
+    dependencies = json.loads((FOLDER / "package.json").read_text())["dependencies"]
     files = [file.relative_to(vendor) for file in vendor.rglob("*") if file.is_file()]
-    assert {file.parts[0] for file in files} == set(named)
+    assert {file.parts[0] for file in files} == set(dependencies)
     for file in files:
         assert (vendor / file).read_bytes() == (packages / file).read_bytes(), file
-    for name, version in named.items():
+    for name, version in dependencies.items():
         assert json.loads((packages / name / "package.json").read_text())["version"] == version
         assert (vendor / name / "LICENSE").is_file()
 
 
 def test_the_wheel_has_the_page(tmp_path):
-    clean = tmp_path / "clean"  # of what earlier builds have left
-    left = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, clean, symlinks=True, ignore=left)
+    clean = tmp_path / "clean"  # without the results of earlier builds
+    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, clean, symlinks=True, ignore=ignored)
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, clean]
     subprocess.run(build, check=True, capture_output=True, timeout=300)
     (wheel,) = tmp_path.glob("*.whl")
@@ -42,7 +42,7 @@ def test_the_wheel_has_the_page(tmp_path):
     assert {f"linalign/server/playground/{file.relative_to(FOLDER)}" for file in files} <= inside
 
 
-# The README's pictures: `make pictures` puts them into docs/images
+# The README's pictures: `make pictures` writes them to docs/images
 
 
 @pytest.mark.long

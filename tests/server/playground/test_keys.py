@@ -1,4 +1,4 @@
-"""A server that wants a key."""
+"""A server that requires an API key."""
 
 import os
 import subprocess
@@ -38,8 +38,8 @@ def test_the_page_asks_for_the_key_and_keeps_it_in_memory(browser, embedded):  #
             env = {**os.environ, "LINALIGN_API_KEY": "open-sesame"}
             done = subprocess.run([*run, code], env=env, capture_output=True, text=True, timeout=60, check=True)
             assert "invalid_api_key" not in done.stdout
-        kept = page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie])")
-        assert "open-sesame" not in kept
+        stored = page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie])")
+        assert "open-sesame" not in stored
         assert "open-sesame" not in page.content()
         page.reload()
         expect(page.get_by_role("dialog")).to_be_visible()
@@ -47,11 +47,11 @@ def test_the_page_asks_for_the_key_and_keeps_it_in_memory(browser, embedded):  #
         expect(page.locator(".status")).to_have_text("The server needs an API key.")
         page.get_by_role("link", name="Serving").click()
         page.wait_for_timeout(1500)
-        expect(page.get_by_role("dialog")).to_be_hidden()  # it does not insist
+        expect(page.get_by_role("dialog")).to_be_hidden()  # no second dialog after a cancel
         page.get_by_role("button", name="Connect").click()
         page.get_by_label("API key", exact=True).fill("schlüssel")
         page.get_by_role("button", name="Use it").click()
-        expect(page.get_by_role("dialog")).to_be_visible()  # no header holds that
+        expect(page.get_by_role("dialog")).to_be_visible()  # a header can't contain that key
         page.get_by_label("API key", exact=True).fill("open-sesame")
         page.get_by_label("API key", exact=True).press("Enter")
         expect(page.locator(".model")).to_have_text("smollm2")

@@ -1,4 +1,4 @@
-"""Serving: what the server does, from its metrics."""
+"""Serving: the view of the server's metrics."""
 
 import re
 
@@ -27,7 +27,7 @@ def test_serving_shows_what_runs(browser, url):
         expect(fact(page, "Prompt tokens spared by prefix reuse")).to_have_text(re.compile(r"^\d+\.\d %$"))
         page.get_by_role("link", name="Compare").click()
         page.wait_for_timeout(1500)
-        asked = []
-        page.on("request", lambda request: asked.append(request.url))
+        urls = []
+        page.on("request", lambda request: urls.append(request.url))
         page.wait_for_timeout(1500)
-        assert asked == []  # nobody looks any more
+        assert urls == []  # the view that polled is closed

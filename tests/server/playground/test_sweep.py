@@ -1,4 +1,4 @@
-"""Sweep: a ratio after the other, measured as `linalign eval` does."""
+"""Sweep: one ratio after the other, measured as `linalign eval` does."""
 
 import json
 
@@ -50,7 +50,7 @@ def test_numbers_of_hard_texts_are_the_evaluations(page):
         "Ünïcödé 日本 ½ x2 _y_",
         "one two one two one two one",
     ]
-    found = page.evaluate(
+    values = page.evaluate(
         """async (texts) => {
           const s = await import("/playground/statistics.js");
           return texts.map((t) => [s.wordsOf(t), s.distinct(t, 2), s.longestRepetition(t)]);
@@ -58,4 +58,4 @@ def test_numbers_of_hard_texts_are_the_evaluations(page):
         texts,
     )
     expected = [[statistics.words_of(t), statistics.distinct([t], 2), statistics.longest_repetition(t)] for t in texts]
-    assert found == expected
+    assert values == expected

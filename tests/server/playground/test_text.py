@@ -1,4 +1,4 @@
-"""What models and people write is text, and never runs."""
+"""Text of models and users is shown as text and never runs as code."""
 
 import re
 
@@ -7,7 +7,7 @@ import pytest
 from playwright.sync_api import expect
 
 from linalign.server.routes.playground import POLICY
-from tests.server.playground.browsing import force, limit, opened, say
+from tests.server.playground.browsing import force, limit, opened, send_message
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +29,7 @@ def test_replies_with_scripts_are_harmless(browser, url, view):
     with opened(browser, url, view) as page:
         force(page, {"choice": [HOSTILE]})
         if view == "chat":
-            say(page, HOSTILE)
+            send_message(page, HOSTILE)
             replies = page.locator(".messages > li").nth(1).locator(".reply")
             expect(page.locator(".typed")).to_have_text(HOSTILE)
         else:
@@ -46,7 +46,7 @@ def test_replies_with_scripts_are_harmless(browser, url, view):
             assert set(tags) <= {"h1", "p", "a", "br", "strong", "code"}
             attributes = reply.evaluate("(e) => [...e.querySelectorAll('*')].flatMap((x) => x.getAttributeNames())")
             assert set(attributes) <= {"href", "target", "rel"}
-            expect(reply).to_contain_text("<img src=x onerror")  # what was written, as text
+            expect(reply).to_contain_text("<img src=x onerror")  # the tag, shown as text
             expect(reply).to_contain_text("<script>window.hacked = 1</script>Title")
         assert page.evaluate("window.hacked") is None
 
@@ -54,7 +54,7 @@ def test_replies_with_scripts_are_harmless(browser, url, view):
 def test_titles_of_conversations_are_text(browser, url):
     with opened(browser, url, "chat") as page:
         limit(page, 2)
-        say(page, "<img src=x onerror='window.hacked=1'>")
+        send_message(page, "<img src=x onerror='window.hacked=1'>")
         page.reload()
         expect(page.get_by_label("Conversation").first).to_contain_text("<img src=x")
         assert page.evaluate("window.hacked") is None

@@ -1,4 +1,4 @@
-"""Why this word: what each policy would have said, token by token."""
+"""Why this word: the tokens that each policy would have drawn, token by token."""
 
 import pytest
 from playwright.sync_api import expect
@@ -26,7 +26,7 @@ def test_every_token_is_tinted_by_its_kl(page, url):
 
 
 def candidates(page, index):
-    """[policy][rank]: token and share, as the table has them of the token that is looked at."""
+    """Candidates in the table of the selected token, by policy and rank: token and share."""
     expect(page.locator(f"#token-{index}")).to_have_attribute("aria-selected", "true")
     rows = page.locator(".token-details tbody tr").all()
     cells = [[cell.inner_text() for cell in row.locator("td").all()] for row in rows]
@@ -40,7 +40,7 @@ def test_pointing_at_a_token_shows_what_each_policy_would_have_said(page, url):
     expect(page.locator(".status")).to_have_text("The reply is complete.")
     trace = ask(url, 2, alignment_trace=True, logprobs=True, top_logprobs=5)["alignment"]
 
-    def told(token):
+    def expected_candidates(token):
         def share(logprob):
             percent = 100 * 2.718281828459045**logprob
             return "< 0.1 %" if 0 < percent < 0.1 else f"{percent:.1f} %"
@@ -51,7 +51,7 @@ def test_pointing_at_a_token_shows_what_each_policy_would_have_said(page, url):
         ]
 
     page.locator("#token-6").hover()
-    assert candidates(page, 6) == told(trace[6])
+    assert candidates(page, 6) == expected_candidates(trace[6])
     number = trace[6]["plausible_tokens"]
     expect(page.locator(".token-details")).to_contain_text(
         f"{trace[6]['kl']:.2f} nats from the base policy; {number} token"
@@ -59,11 +59,11 @@ def test_pointing_at_a_token_shows_what_each_policy_would_have_said(page, url):
     page.mouse.move(0, 0)
     page.get_by_role("listbox").focus()
     page.keyboard.press("ArrowRight")
-    assert candidates(page, 7) == told(trace[7])
+    assert candidates(page, 7) == expected_candidates(trace[7])
     page.keyboard.press("End")
-    assert candidates(page, 11) == told(trace[11])
+    assert candidates(page, 11) == expected_candidates(trace[11])
     page.keyboard.press("Home")
-    assert candidates(page, 0) == told(trace[0])
+    assert candidates(page, 0) == expected_candidates(trace[0])
     assert page.get_by_role("listbox").get_attribute("aria-activedescendant") == "token-0"
 
 
