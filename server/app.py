@@ -35,13 +35,13 @@ REQUEST_ID = "X-Request-Id"
 
 
 def _fingerprint(engine: EngineClient, settings: Settings) -> str:
-    """The same for servers whose seeded replies are the same."""
+    """Equal for servers that give equal replies to requests with a seed."""
     parts = (version("linalign"), engine.model_id, settings.dtype, settings.quantization, settings.kv_cache_dtype)
     return "fp_" + hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
 def create_app(engine: EngineClient, settings: Settings) -> FastAPI:
-    """The application; the engine's loop runs while the application does."""
+    """The application. Its lifespan starts and stops the engine."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -50,7 +50,7 @@ def create_app(engine: EngineClient, settings: Settings) -> FastAPI:
         await asyncio.to_thread(state.long_bodies.shutdown, cancel_futures=True)
         await asyncio.to_thread(tracing.close)
 
-    AppStatus.enable_automatic_graceful_drain = False  # streams have as much time to end as other replies
+    AppStatus.enable_automatic_graceful_drain = False  # streams may finish like other replies
     measures, tracing = Measures(), Tracing(settings.otlp_traces_endpoint)
     state = ServerState(
         engine=engine,
@@ -82,36 +82,36 @@ def create_app(engine: EngineClient, settings: Settings) -> FastAPI:
     for path in app.openapi()["paths"]:
         if path.startswith("/v1/"):
             measures.expect(path)
-    _name_models(app.openapi(), [engine.model_id, *(f"{engine.model_id}:{name}" for name in state.presets)])
+    _list_models(app.openapi(), [engine.model_id, *(f"{engine.model_id}:{name}" for name in state.presets)])
     return app
 
 
 def _middleware(settings: Settings, measures: Measures) -> list[Middleware]:
-    """What a request passes on its way, in this order: strangers are sent away before their bodies are even counted."""
-    way = [
+    """The middleware, outermost first. Requests without a valid key are refused before their bodies are read."""
+    layers = [
         Middleware(CorrelationIdMiddleware, header_name=REQUEST_ID, validator=_is_request_id),
         Middleware(AccessLog, measures=measures),
     ]
-    if settings.answers_for is not None:
-        way.append(Middleware(AllowedHosts, settings.answers_for))
+    if settings.allowed_names is not None:
+        layers.append(Middleware(AllowedHosts, settings.allowed_names))
     if settings.cors_origins:
         headers = [REQUEST_ID, "Retry-After"]
         origins = list(settings.cors_origins)
-        way.append(Middleware(CORSMiddleware, origins, ["GET", "POST"], ["*"], expose_headers=headers))
+        layers.append(Middleware(CORSMiddleware, origins, ["GET", "POST"], ["*"], expose_headers=headers))
     if settings.api_keys:
         open = (*auth.OPEN, "/metrics") if settings.metrics_without_key else auth.OPEN
         limits = (settings.max_requests_per_key, settings.max_tokens_per_minute_per_key)
-        way += [Middleware(auth.KeyRequired, settings.api_keys, open), Middleware(KeyLimits, *limits)]
-    return [*way, Middleware(BodyLimit, max_bytes=settings.max_body_bytes)]
+        layers += [Middleware(auth.KeyRequired, settings.api_keys, open), Middleware(KeyLimits, *limits)]
+    return [*layers, Middleware(BodyLimit, max_bytes=settings.max_body_bytes)]
 
 
 def _is_request_id(id: str) -> bool:
-    """Whether it is fit for logs and headers; for others there is an id of our own."""
+    """Whether a client's request id is safe in logs and headers. Others are replaced by a new id."""
     return re.fullmatch(r"[A-Za-z0-9._:/+=@-]{1,128}", id) is not None
 
 
-def _name_models(schema: dict[str, Any], names: list[str]) -> None:
-    """Tell in the OpenAPI schema which models there are."""
+def _list_models(schema: dict[str, Any], names: list[str]) -> None:
+    """List the model names in the OpenAPI schema."""
     for component in schema["components"]["schemas"].values():
         if "model" in component.get("properties", {}):
             component["properties"]["model"]["enum"] = names

@@ -1,4 +1,4 @@
-"""linalign bench: load against any OpenAI-compatible server, and how it answers."""
+"""linalign bench: sends load to an OpenAI-compatible server and measures its replies."""
 
 import asyncio
 import json
@@ -28,24 +28,24 @@ WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life"
 
 
 class BenchSettings(Arguments):
-    """Send chats of random words to an OpenAI-compatible server, and print latencies and tokens a second."""
+    """Send chats of random words to an OpenAI-compatible server, and print latencies and tokens per second."""
 
     EPILOG: ClassVar[str] = """
-The table goes to stdout, a progress bar to stderr. Percentiles are over the requests that were answered; others are
+The table is written to stdout, a progress bar to stderr. Percentiles are of successful requests. Failed requests are
 counted, and their errors listed below the table.
 
 examples:
   linalign bench --concurrency 16
   linalign bench --principle "Be brief." --requests 64 --output aligned.json
-  linalign bench --request-rate 2 --requests 100     # whether or not others end
-  linalign bench --prompt-words 2000 --max-tokens 1  # prefill alone
+  linalign bench --request-rate 2 --requests 100     # regardless of running requests
+  linalign bench --prompt-words 2000 --max-tokens 1  # only prefill
   linalign bench http://127.0.0.1:8123 --model smollm2:teacher
   LINALIGN_API_KEY=key-1 linalign bench https://models.example.org
 
 exit status:
-  0  done, also where requests have failed
-  1  there is no such server, or an option's value can't be
-  2  an unknown option
+  0  done, even if requests failed
+  1  the server can't be reached, or an option has an invalid value
+  2  unknown option
 """
 
     model_config = SettingsConfigDict(cli_prog_name="linalign bench")
@@ -53,33 +53,33 @@ exit status:
     url: CliPositionalArg[str] = Field("http://127.0.0.1:8000", description="the server, without /v1")
     model: str | None = Field(None, title="NAME", description=FIRST_MODEL)
     api_key: str = Field(default_factory=client_key, title="KEY", description=API_KEY)
-    requests: int = Field(16, ge=1, title="N", description="requests that count")
-    warmup: int = Field(2, ge=0, title="N", description="requests before them that do not")
-    concurrency: int = Field(1, ge=1, title="N", description="requests at once")
+    requests: int = Field(16, ge=1, title="N", description="number of measured requests")
+    warmup: int = Field(2, ge=0, title="N", description="number of requests before the measured ones")
+    concurrency: int = Field(1, ge=1, title="N", description="number of simultaneous requests")
     request_rate: float | None = Field(
         None,
         gt=0,
         title="RATE",
-        description="arrivals a second (Poisson), in place of a fixed concurrency (default: none)",
+        description="arrivals per second (Poisson process), instead of a fixed concurrency (default: none)",
     )
-    prompt_words: int = Field(40, ge=1, title="N", description="random words a prompt, a token each or nearly")
+    prompt_words: int = Field(40, ge=1, title="N", description="random words per prompt, of about one token each")
     max_tokens: int = Field(128, ge=1, title="TOKENS", description="longest reply")
     temperature: float = Field(0.0, ge=0, title="T", description="0 is greedy")
     principle: str | None = Field(
-        None, title="TEXT", description="align the replies; for linalign servers (default: none)"
+        None, title="TEXT", description="principle for the replies; needs a linalign server (default: none)"
     )
     alignment_ratio: float | None = Field(
-        None, title="RATIO", description="how far to follow the principle (default: the server's own)"
+        None, title="RATIO", description="how strongly replies follow the principle (default: the server's)"
     )
-    seed: int = Field(0, title="N", description="decides words and arrivals")
+    seed: int = Field(0, title="N", description="seed of words and arrivals")
     output: Path | None = Field(
-        None, title="FILE", description="write the result, settings included, as JSON here too (default: nowhere)"
+        None, title="FILE", description="JSON file for the result and the settings (default: none)"
     )
 
 
 @dataclass(slots=True)
 class Measured:
-    """One request, times in seconds since it was sent."""
+    """Measurements of one request. Times are in seconds since it was sent."""
 
     arrivals: list[float] = field(default_factory=list)
     total: float = 0.0
@@ -105,18 +105,20 @@ def main(args: list[str]) -> None:
 
 
 async def bench(settings: BenchSettings, advance: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Run the load; raises httpx.HTTPError when there is no server. advance: called after every request."""
+    """Run the load. Raises httpx.HTTPError if there is no server. advance: Called after every request."""
     headers = {"Authorization": f"Bearer {settings.api_key}"}
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=settings.url, headers=headers, timeout=600, limits=limits) as client:
         model = settings.model or await _first_model(client)
         bodies = chats(settings, model)
-        await _all_at(client, bodies[: settings.warmup], settings.concurrency, advance)
+        await _run_concurrently(client, bodies[: settings.warmup], settings.concurrency, advance)
         started = time.perf_counter()
         if settings.request_rate is None:
-            measured = await _all_at(client, bodies[settings.warmup :], settings.concurrency, advance)
+            measured = await _run_concurrently(client, bodies[settings.warmup :], settings.concurrency, advance)
         else:
-            measured = await _arriving(client, bodies[settings.warmup :], settings.request_rate, settings.seed, advance)
+            measured = await _run_at_rate(
+                client, bodies[settings.warmup :], settings.request_rate, settings.seed, advance
+            )
         wall = time.perf_counter() - started
     return {
         "settings": settings.model_dump(mode="json", exclude={"api_key"}),
@@ -126,29 +128,29 @@ async def bench(settings: BenchSettings, advance: Callable[[], None] = lambda: N
 
 
 def summary(measured: list[Measured], wall: float) -> dict[str, Any]:
-    """Percentiles in milliseconds, throughput in tokens a second; failures are counted, not averaged."""
-    good = [m for m in measured if m.error is None]
-    gaps = [later - earlier for m in good for earlier, later in zip(m.arrivals, m.arrivals[1:], strict=False)]
+    """Percentiles in milliseconds and throughput in tokens per second, of successful requests."""
+    succeeded = [m for m in measured if m.error is None]
+    gaps = [later - earlier for m in succeeded for earlier, later in zip(m.arrivals, m.arrivals[1:], strict=False)]
     return {
-        "requests": len(good),
+        "requests": len(succeeded),
         "failures": [m.error for m in measured if m.error is not None],
         "wall_s": round(wall, 3),
-        "prompt_tokens": sum(m.prompt_tokens for m in good),
-        "completion_tokens": sum(m.completion_tokens for m in good),
-        "tokens_per_s": round(sum(m.completion_tokens for m in good) / wall, 2),
-        "time_to_first_token_ms": _percentiles([m.arrivals[0] for m in good if m.arrivals]),
+        "prompt_tokens": sum(m.prompt_tokens for m in succeeded),
+        "completion_tokens": sum(m.completion_tokens for m in succeeded),
+        "tokens_per_s": round(sum(m.completion_tokens for m in succeeded) / wall, 2),
+        "time_to_first_token_ms": _percentiles([m.arrivals[0] for m in succeeded if m.arrivals]),
         "inter_token_ms": _percentiles(gaps),
-        "end_to_end_ms": _percentiles([m.total for m in good]),
+        "end_to_end_ms": _percentiles([m.total for m in succeeded]),
     }
 
 
 def table_of(result: dict[str, Any]) -> Table:
-    """The result as a person reads it."""
+    """The result as a table."""
     title = (
         f"{printable(result['model'])}: {result['requests']} requests, {len(result['failures'])} failures, "
         f"{result['wall_s']} s"
     )
-    caption = f"{result['completion_tokens']} tokens, {result['tokens_per_s']} a second"
+    caption = f"{result['completion_tokens']} tokens, {result['tokens_per_s']} per second"
     table = Table(title=escape(title), caption=caption)
     table.add_column("ms")
     for name in ("p50", "p90", "p99"):
@@ -170,12 +172,12 @@ def _percentiles(seconds: list[float]) -> dict[str, float] | None:
 
 
 def chats(settings: BenchSettings, model: str) -> list[dict[str, Any]]:
-    chance = random.Random(settings.seed)
+    rng = random.Random(settings.seed)
     extra = {"principle": settings.principle, "alignment_ratio": settings.alignment_ratio}
     return [
         {
             "model": model,
-            "messages": [{"role": "user", "content": " ".join(chance.choices(WORDS, k=settings.prompt_words))}],
+            "messages": [{"role": "user", "content": " ".join(rng.choices(WORDS, k=settings.prompt_words))}],
             "max_tokens": settings.max_tokens,
             "temperature": settings.temperature,
             "stream": True,
@@ -193,26 +195,26 @@ async def _first_model(client: httpx.AsyncClient) -> str:
     return model
 
 
-async def _all_at(
+async def _run_concurrently(
     client: httpx.AsyncClient, bodies: list[dict[str, Any]], concurrency: int, advance: Callable[[], None]
 ) -> list[Measured]:
-    turn = asyncio.Semaphore(concurrency)
+    semaphore = asyncio.Semaphore(concurrency)
 
     async def one(body: dict[str, Any]) -> Measured:
-        async with turn:
+        async with semaphore:
             return await _request(client, body, advance)
 
     return list(await asyncio.gather(*map(one, bodies)))
 
 
-async def _arriving(
+async def _run_at_rate(
     client: httpx.AsyncClient, bodies: list[dict[str, Any]], rate: float, seed: int, advance: Callable[[], None]
 ) -> list[Measured]:
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     tasks = []
     for body in bodies:
         tasks.append(asyncio.create_task(_request(client, body, advance)))
-        await asyncio.sleep(chance.expovariate(rate))
+        await asyncio.sleep(rng.expovariate(rate))
     return list(await asyncio.gather(*tasks))
 
 
@@ -226,7 +228,7 @@ async def _request(client: httpx.AsyncClient, body: dict[str, Any], advance: Cal
                 return measured
             async for event in source.aiter_sse():
                 if event.data != "[DONE]":
-                    _take(json.loads(event.data), measured, time.perf_counter() - started)
+                    _record(json.loads(event.data), measured, time.perf_counter() - started)
     except (httpx.HTTPError, SSEError) as error:
         measured.error = repr(error)
     finally:
@@ -235,7 +237,7 @@ async def _request(client: httpx.AsyncClient, body: dict[str, Any], advance: Cal
     return measured
 
 
-def _take(chunk: dict[str, Any], measured: Measured, now: float) -> None:
+def _record(chunk: dict[str, Any], measured: Measured, now: float) -> None:
     if "error" in chunk:
         measured.error = str(chunk["error"])
     if any(choice.get("delta", {}).get("content") for choice in chunk.get("choices", ())):

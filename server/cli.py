@@ -1,4 +1,4 @@
-"""The command line: linalign serve, linalign chat, linalign bench, linalign eval."""
+"""The commands linalign serve, chat, bench and eval."""
 
 import argparse
 import contextlib
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "serve": "an OpenAI-compatible server, with a playground",
-    "chat": "talk with the model of such a server in the terminal",
-    "bench": "a load test of such a server",
-    "eval": "what principles and ratios do to a model's replies",
+    "chat": "chat in the terminal with the model of a running server",
+    "bench": "measure the latency and throughput of a running server",
+    "eval": "measure the effect of principles and ratios on replies",
 }
 DESCRIPTION = """
-Inference whose replies follow a principle in plain words, such as "Encourage cycling.", as far as a ratio says: Linear
-Alignment, at decoding time, without training.
+An inference server whose requests may have a principle, such as "Encourage cycling.", and a ratio that says how
+strongly replies follow it. It uses Linear Alignment, which works during decoding and needs no training.
 """
 EPILOG = """
-Begin with `linalign serve`, which needs no model of yours, then open http://127.0.0.1:8000 or ask `linalign chat`.
+Start with `linalign serve`, which has a small model, then open http://127.0.0.1:8000 or run `linalign chat`.
 
 examples:
   linalign serve
@@ -45,38 +45,38 @@ examples:
       "principle": "Encourage cycling.", "alignment_ratio": 2}'
 
 environment:
-  LINALIGN_NAME         any setting of serve, see `linalign serve --help`
+  LINALIGN_*            settings of serve, see `linalign serve --help`
   LINALIGN_API_KEY      the key that chat, bench and eval send
-  HF_HUB_OFFLINE=1      no model hub is asked; HF_TOKEN and others hold as well
-  CUDA_VISIBLE_DEVICES  the GPUs that may be used
-  OMP_NUM_THREADS       threads that compute on a CPU
-  CXX                   compiler of the CPU kernels, c++ where it is not set
+  HF_HUB_OFFLINE=1      never use the model hub; HF_TOKEN and others work, too
+  CUDA_VISIBLE_DEVICES  GPUs to use
+  OMP_NUM_THREADS       number of computing threads on a CPU
+  CXX                   compiler for the CPU kernels (default: c++)
 
 files:
-  ~/.cache/linalign         what the first start makes: kernels and the
-                            embedded model, converted ($XDG_CACHE_HOME)
+  ~/.cache/linalign         compiled kernels and the converted embedded model,
+                            written by the first start ($XDG_CACHE_HOME)
   ~/.cache/huggingface/hub  models from the hub ($HF_HOME)
 
 exit status:
   0    done, or stopped by SIGTERM
-  1    it can't be done: the last line on stderr says why
-  2    the command line is wrong
+  1    error: the last line on stderr has the reason
+  2    invalid command line
   130  stopped by SIGINT
 """
 
 
 OPEN_TO_EVERYONE = """
-*** Anyone who can reach %s may use this server: it has no API keys.
+*** Anyone who can reach %s can use this server, because it has no API keys.
 *** Set LINALIGN_API_KEYS or --api-keys-file, or bind to 127.0.0.1."""
 
 EXIT_TIMEOUT = 5.0  # seconds
-ADDRESS_TAKEN = 3  # the exit status, uvicorn's own too
+ADDRESS_TAKEN = 3  # exit status, the same as uvicorn's
 
 log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    from linalign.server.command_line import Page
+    from linalign.server.command_line import HelpPage
 
     commands = "commands:\n" + "\n".join(f"  {name:8}{what}" for name, what in COMMANDS.items())
     parser = argparse.ArgumentParser(
@@ -84,18 +84,18 @@ def main() -> None:
         usage="linalign COMMAND [OPTION ...]",
         description=f"{DESCRIPTION}\n{commands}",
         epilog=EPILOG,
-        formatter_class=Page,
+        formatter_class=HelpPage,
     )
     parser.add_argument("--version", action="store_true", help="show the version and exit")
     parser.add_argument("command", nargs="?", choices=COMMANDS, help=argparse.SUPPRESS)
-    asked, args = parser.parse_args(sys.argv[1:2]), sys.argv[2:]
-    if asked.version:
+    options, args = parser.parse_args(sys.argv[1:2]), sys.argv[2:]
+    if options.version:
         print(f"linalign {importlib.metadata.version('linalign')}")
         return
-    if not asked.command:
+    if not options.command:
         parser.error(f"which command? {', '.join(COMMANDS)}")
     try:
-        run(asked.command, args)
+        run(options.command, args)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -118,7 +118,7 @@ def run(command: str, args: list[str]) -> None:
 
 
 def engine_config(settings: "Settings") -> "EngineConfig":
-    """Every setting that the engine knows by the same name."""
+    """The engine's configuration: settings of the same names."""
     from linalign import EngineConfig
 
     names = [field.name for field in fields(EngineConfig)]
@@ -127,7 +127,7 @@ def engine_config(settings: "Settings") -> "EngineConfig":
 
 
 def build_engine(settings: "Settings") -> "Engine":
-    """Not started yet. Raises LoadingError, ValueError."""
+    """Load the model. The engine is not started. Raises LoadingError, ValueError."""
     from linalign import Engine, load
 
     loaded = load(
@@ -142,11 +142,11 @@ def build_engine(settings: "Settings") -> "Engine":
 
 
 def checked_settings(args: list[str]) -> "Settings":
-    """Those that serve is asked for. What can't be ends the process, before anything is loaded."""
+    """The settings of serve. Ends the process if they are invalid, before a model is loaded."""
     from linalign import LoadingError
     from linalign.alignment_core.loading import preflight
     from linalign.server.address import AddressTaken, check_address
-    from linalign.server.command_line import complaints
+    from linalign.server.command_line import describe_errors
     from linalign.server.presets import load_presets
     from linalign.server.settings import load_settings
 
@@ -164,7 +164,7 @@ def checked_settings(args: list[str]) -> "Settings":
         )
         check_address(settings.host, settings.port)
     except ValidationError as error:
-        sys.exit("linalign serve: " + complaints(error))
+        sys.exit("linalign serve: " + describe_errors(error))
     except (ValueError, LoadingError) as error:
         sys.exit(f"linalign serve: {error}")
     except AddressTaken as error:
@@ -176,15 +176,15 @@ def checked_settings(args: list[str]) -> "Settings":
 
 
 def runs_embedded_model(settings: "Settings") -> bool:
-    """Whether it is the embedded model, on a CPU, in this process alone."""
+    """Whether the model is the embedded one, on a CPU, in this process only."""
     from linalign.alignment_core.loading import checkpoint, preflight
 
-    alone = checkpoint.is_embedded(settings.model) and settings.tensor_parallel_size == 1
-    return alone and (settings.device == "cpu" or not preflight.may_have_cuda())
+    is_embedded = checkpoint.is_embedded(settings.model) and settings.tensor_parallel_size == 1
+    return is_embedded and (settings.device == "cpu" or not preflight.may_have_cuda())
 
 
 def stop_loading(*_: object) -> None:
-    """A signal handler. If a destructor is running, its SystemExit is lost; then a timer ends the process."""
+    """A signal handler that exits. Its SystemExit is lost inside a destructor; then a timer ends the process."""
     end = threading.Timer(EXIT_TIMEOUT, os._exit, [0])
     end.daemon = True
     end.start()
@@ -192,23 +192,25 @@ def stop_loading(*_: object) -> None:
 
 
 def serve(args: list[str]) -> None:
-    # Until uvicorn has its own: the first process of a container is not ended by a signal that it does not handle.
+    # Needed until uvicorn sets its handler: signals without a handler do not end the first process of a container.
     signal.signal(signal.SIGTERM, stop_loading)
     from linalign.server import logs
     from linalign.server.keys import is_open_to_everyone
     from linalign.server.settings import PREFIX
 
     settings = checked_settings(args)
-    logs.begin(settings.log_format)
+    logs.configure(settings.log_format)
     if settings.is_reachable and not settings.api_keys:
         log.warning(OPEN_TO_EVERYONE, settings.host)
     if settings.api_keys_file and is_open_to_everyone(settings.api_keys_file):
         log.warning("All users of this machine can read the API keys in %s", settings.api_keys_file)
     for name in [name for name in os.environ if name.upper() == PREFIX + "API_KEYS"]:
-        del os.environ[name]  # no child needs them
+        del os.environ[name]  # child processes do not need them
     _allow_many_connections()
-    sys.setswitchinterval(0.0005)  # s: a step asks for the GIL many times, beside a thread that reads a long body
-    gc.disable()  # a start makes a million objects that stay: looking for garbage among them takes a second
+    sys.setswitchinterval(
+        0.0005
+    )  # seconds; short, because a step takes the GIL often while another thread may read a long body
+    gc.disable()  # the start creates a million lasting objects; collections among them would take a second
     from linalign import LoadingError
     from linalign.server.lean_imports import lean_imports
 
@@ -225,9 +227,9 @@ def serve(args: list[str]) -> None:
         app = create_app(LocalEngine(engine), settings)
     except (LoadingError, ValueError) as error:
         sys.exit(f"linalign serve: {error}")
-    gc.freeze()  # so that no later collection, of 0.2 s, looks at them again; hardly any of them is garbage
+    gc.freeze()  # later collections skip these objects, which saves 0.2 s each
     gc.enable()
-    # uvicorn raises the signal again once it has shut down in order; that is no failure.
+    # uvicorn raises the signal again after an orderly shutdown. That is not a failure.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(_failure_message(engine)))
     options = uvicorn.Config(
         app,
@@ -250,12 +252,12 @@ def _failure_message(engine: "Engine") -> str | None:
 
 
 def _allow_many_connections() -> None:
-    """As many open files as the system lets a process have: every stream is one."""
-    with contextlib.suppress(ImportError, ValueError):  # systems without such limits, or with one that is infinite
+    """Raise the limit of open files to the system's maximum, because every stream is one."""
+    with contextlib.suppress(ImportError, ValueError):  # systems without such limits, or with an infinite one
         import resource
 
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        _, maximum = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (maximum, maximum))
 
 
 if __name__ == "__main__":

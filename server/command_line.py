@@ -1,4 +1,4 @@
-"""Command lines of settings classes, and help for them that is documentation."""
+"""Command-line parsers and help pages for settings classes."""
 
 import argparse
 import inspect
@@ -11,16 +11,16 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource
 
-WIDEST = 100  # columns: longer lines are hard to read
+MAX_WIDTH = 100  # columns, because longer lines are hard to read
 
 T = TypeVar("T", bound=BaseSettings)
 
 
-class Page(argparse.HelpFormatter):
-    """As wide as the terminal, up to WIDEST. Paragraphs are filled, those with an indented line stay as they are."""
+class HelpPage(argparse.HelpFormatter):
+    """A help page of the terminal's width, up to MAX_WIDTH. Wraps paragraphs, except those with indented lines."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=28, width=min(shutil.get_terminal_size().columns, WIDEST) - 2)
+        super().__init__(prog, max_help_position=28, width=min(shutil.get_terminal_size().columns, MAX_WIDTH) - 2)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         del indent
@@ -31,17 +31,17 @@ class Page(argparse.HelpFormatter):
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False, break_long_words=False)
 
 
-def page(cls: type[T]) -> CliSettingsSource[argparse.ArgumentParser]:
-    """The command line of a settings class, whose `--help` is its docstring; its fields under the titles of SECTIONS,
-    which has the first field of each; and its EPILOG.
+def help_source(cls: type[T]) -> CliSettingsSource[argparse.ArgumentParser]:
+    """A source of settings from the command line. `--help` shows the class's docstring, its fields and its EPILOG.
 
-    The title of a field is what its value is called; where the field has no default to show, its description says it.
+    SECTIONS maps the first field of each section to the section's title. A field's title is the name of its value. If
+    the default of a field is None, its description names the default.
     """
     parser = argparse.ArgumentParser(
         prog=cls.model_config["cli_prog_name"],
         description=inspect.getdoc(cls),
         epilog=getattr(cls, "EPILOG", None),
-        formatter_class=Page,
+        formatter_class=HelpPage,
         allow_abbrev=False,
         add_help=False,
     )
@@ -73,7 +73,7 @@ def page(cls: type[T]) -> CliSettingsSource[argparse.ArgumentParser]:
 
 
 def _described(field: FieldInfo) -> str:
-    """With its default, where that is a value."""
+    """The field's description, with its default unless that is None."""
     description, default = field.description or "", field.default
     if field.is_required():
         return f"{description} (required)"
@@ -85,14 +85,14 @@ def _described(field: FieldInfo) -> str:
     return f"{description} (default: {shown})"
 
 
-def complaints(error: ValidationError) -> str:
-    """What is wrong with which settings, in one line."""
+def describe_errors(error: ValidationError) -> str:
+    """All invalid settings and their errors, in one line."""
     return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
 
 
 def parse(cls: type[T], args: list[str]) -> T:
-    """The settings of a command line. Ends the process where they can't be, and after `--help`."""
+    """The settings of a command line. Ends the process if they are invalid, and after `--help`."""
     try:
-        return CliApp.run(cls, cli_args=args, cli_settings_source=page(cls))
+        return CliApp.run(cls, cli_args=args, cli_settings_source=help_source(cls))
     except ValidationError as error:
-        sys.exit(f"{cls.model_config['cli_prog_name']}: {complaints(error)}")
+        sys.exit(f"{cls.model_config['cli_prog_name']}: {describe_errors(error)}")

@@ -1,9 +1,9 @@
-"""A shorter start for the embedded model: torch and transformers without what this model never uses.
+"""Imports torch and transformers without the parts that the embedded model does not use, for a shorter start.
 
-transformers imports, wherever they are installed, packages and parts of torch that are for training, other models and
-several machines; they take two seconds of a start (docs/decisions/0020). Here it finds what it would find on a
-machine that lacks them: a torch without `torch.distributed`, and no package of ABSENT. `torch._dynamo`, which it
-asks nothing but marks of, is a stand-in that marks nothing, until the model is loaded.
+If they are installed, transformers imports packages and parts of torch for training, other models and several
+machines, which takes two seconds (docs/decisions/0020). `lean_imports` hides them: the packages of ABSENT and
+`torch.distributed`. transformers uses only decorators of `torch._dynamo`, which a stand-in replaces until the model is
+loaded.
 """
 
 import contextlib
@@ -12,45 +12,45 @@ from collections.abc import Iterator
 from typing import Any
 
 ABSENT = ("PIL", "scipy", "sklearn", "torchao", "triton")
-MARKS = ("torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op")
+REPLACED = ("torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op")
 
 
-class _Mark(type):
-    """Of a class that is a module, a decorator and what makes one, and has such classes as attributes; nothing is an
-    instance of it, and what it decorates is left as it is.
+class _StandInType(type):
+    """Metaclass of a stand-in for modules, decorators and decorator factories. All its attributes are the stand-in
+    itself. It has no instances, and returns decorated objects unchanged.
     """
 
-    __path__: tuple[str, ...] = ()  # it has submodules
+    __path__: tuple[str, ...] = ()  # importable as a package
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         return cls
 
-    def __call__(cls, marked: Any = None, *_: object, **__: object) -> Any:
-        return cls if marked is None else marked
+    def __call__(cls, decorated: Any = None, *_: object, **__: object) -> Any:
+        return cls if decorated is None else decorated
 
 
-class _Marks(metaclass=_Mark):
+class _StandIn(metaclass=_StandInType):
     pass
 
 
 @contextlib.contextmanager
 def lean_imports() -> Iterator[None]:
-    """While this holds, alignment_core is imported and the embedded model is loaded, on a CPU. Another model can't be
-    counted on in this process.
+    """Import alignment_core and load the embedded model, on a CPU, within this context. Other models may fail to load
+    in this process afterwards.
     """
-    if "transformers" in sys.modules:  # it has looked for these packages, and remembers them
+    if "transformers" in sys.modules:  # it has already looked for these packages
         yield
         return
     import torch
 
     modules: dict[str, Any] = dict.fromkeys(ABSENT)
-    modules |= dict.fromkeys(MARKS, _Marks)
+    modules |= dict.fromkeys(REPLACED, _StandIn)
     disable: Any = torch.compiler.disable
     torch.distributed.is_available = lambda: False
-    torch.compiler.disable = _Marks  # type: ignore[assignment]
-    torch._dynamo = _Marks
+    torch.compiler.disable = _StandIn  # type: ignore[assignment]
+    torch._dynamo = _StandIn
     before = {name: sys.modules[name] for name in modules if name in sys.modules}
     sys.modules.update(modules)
     try:

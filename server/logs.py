@@ -12,7 +12,7 @@ NAMES = {"asctime": "time", "levelname": "level", "name": "logger", "correlation
 RESERVED = [*RESERVED_ATTRS, "color_message"]  # uvicorn's, for terminals
 
 
-def begin(format: Literal["text", "json"]) -> None:
+def configure(format: Literal["text", "json"]) -> None:
     """Log to stderr from INFO on."""
     handler = logging.StreamHandler()
     handler.addFilter(CorrelationIdFilter(default_value="-"))

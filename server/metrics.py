@@ -19,15 +19,35 @@ from linalign import Output, Prompt
 from linalign.alignment_core.output import FinishReason, Stats
 
 # Upper bounds of buckets, in seconds: from the times of an idle GPU to those of a busy CPU.
-SOON = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
-GAP = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 10)
-WHOLE = (0.1, 0.25, 0.5, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 60, 120, 240, 480, 960)
+SHORT_TIMES = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+TOKEN_GAPS = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.015,
+    0.02,
+    0.025,
+    0.03,
+    0.04,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.5,
+    1,
+    2.5,
+    10,
+)
+LONG_TIMES = (0.1, 0.25, 0.5, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 60, 120, 240, 480, 960)
 RATIOS = (0, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 15, 20)
 NATS = (0.001, 0.01, 0.03, 0.1, 0.3, 1, 2, 3, 5, 10, 20)
 
 
 GAUGE, COUNTER = GaugeMetricFamily, CounterMetricFamily
-ENGINE: tuple[tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, Callable[[Stats], float]], ...] = (
+ENGINE_METRICS: tuple[tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str, Callable[[Stats], float]], ...] = (
     (GAUGE, "num_requests_running", "Sequences in the running batch", lambda s: s.num_running),
     (GAUGE, "num_requests_waiting", "Sequences that wait for admission", lambda s: s.num_waiting),
     (GAUGE, "kv_cache_usage_perc", "Share of the KV cache's pages that are held, 0 to 1", lambda s: s.kv_cache_usage),
@@ -48,7 +68,7 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         labels = ["replica"] if any(self.stats) else []
-        for kind, name, text, count in ENGINE:
+        for kind, name, text, count in ENGINE_METRICS:
             family = kind(f"linalign:{name}", text, labels=labels)
             for replica, stats in self.stats.items():
                 family.add_metric([replica] if labels else [], count(stats))
@@ -56,7 +76,7 @@ class EngineCollector(Collector):
 
 
 class Measures:
-    """Measures every request."""
+    """Updates the metrics for every request."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -70,12 +90,16 @@ class Measures:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"linalign:{name}", text, labels, registry=self.registry)
 
-        self._first = histogram("time_to_first_token_seconds", "From the request's arrival to its first token", SOON)
-        self._gap = histogram("inter_token_latency_seconds", "Between one token of a choice and its next", GAP)
-        self._whole = histogram("e2e_request_latency_seconds", "From the request's arrival to a choice's end", WHOLE)
-        self._queued = histogram("request_queue_time_seconds", "From submission to the first step", SOON)
-        self._prefill = histogram("request_prefill_time_seconds", "From the first step to the first token", SOON)
-        self._decode = histogram("request_decode_time_seconds", "From the first token to the last", WHOLE)
+        self._first = histogram(
+            "time_to_first_token_seconds", "From the request's arrival to its first token", SHORT_TIMES
+        )
+        self._gap = histogram("inter_token_latency_seconds", "Between one token of a choice and its next", TOKEN_GAPS)
+        self._whole = histogram(
+            "e2e_request_latency_seconds", "From the request's arrival to a choice's end", LONG_TIMES
+        )
+        self._queued = histogram("request_queue_time_seconds", "From submission to the first step", SHORT_TIMES)
+        self._prefill = histogram("request_prefill_time_seconds", "From the first step to the first token", SHORT_TIMES)
+        self._decode = histogram("request_decode_time_seconds", "From the first token to the last", LONG_TIMES)
         self._prompts = counter("prompt_tokens", "Tokens of prompts, the user's view")
         self._ends = counter("request_success", "Choices that have ended, by their finish_reason", "finished_reason")
         self._aligned = counter("aligned_requests", "Choices with a principle that changes the logits")
@@ -95,12 +119,11 @@ class Measures:
         for status in (200, 500, 503):
             self.responses.labels(path, status)
 
-    def of(self, prompt: Prompt, began: float) -> Callable[[Output], None]:
+    def listener(self, prompt: Prompt, began: float) -> Callable[[Output], None]:
         """A listener for outputs of one request, called in the engine's thread. began: time.monotonic() at arrival."""
-        newest: dict[int, float] = {}  # by choice: the time of its last token
-        num_given: dict[int, int] = defaultdict(
-            lambda: len(prompt.given)
-        )  # given tokens of each choice that are still to come
+        newest: dict[int, float] = {}  # the time of each choice's last token
+        # Remaining given tokens of each choice: their outputs are not new tokens.
+        num_given: dict[int, int] = defaultdict(lambda: len(prompt.given))
 
         def observe(output: Output) -> None:
             now = time.monotonic()

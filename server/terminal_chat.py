@@ -1,4 +1,4 @@
-"""linalign chat: talk with a server's model in a terminal, under a principle."""
+"""linalign chat: chats with the model of a server in a terminal, with a principle."""
 
 import asyncio
 import contextlib
@@ -36,21 +36,21 @@ with contextlib.suppress(ImportError):
 ENTITY = re.compile(r"&#?\w+;")
 PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
 HELP = """\
-/principle TEXT   prefer this from now on; without a text: no principle
-/ratio NUMBER     how far to go with it; without a number: the server's own
-/compare TEXT     three replies side by side: without it, prompted, aligned
-/history          the conversation so far
-/new              begin another conversation
-/quit             leave (or Ctrl-D); Ctrl-C stops a reply"""
+/principle TEXT   set the principle; without a text: no principle
+/ratio NUMBER     set the ratio; without a number: the server's default
+/compare TEXT     three replies side by side: plain, prompted, aligned
+/history          show the conversation
+/new              start a new conversation
+/quit             quit (or Ctrl-D); Ctrl-C stops a reply"""
 
 
 class ChatSettings(Arguments):
-    """Chat with the model of a running server, under a principle. URL is any OpenAI-compatible server; principles and
-    ratios are for those of linalign.
+    """Chat with the model of a running server, with a principle. URL is any OpenAI-compatible server; principles and
+    ratios need a linalign server.
     """
 
     EPILOG: ClassVar[str] = f"""
-to be typed beside messages:
+commands in the chat:
 {textwrap.indent(HELP, "  ")}
 
 examples:
@@ -60,9 +60,10 @@ examples:
   LINALIGN_API_KEY=key-1 linalign chat https://models.example.org
 
 exit status:
-  0  the input has ended
-  1  there is no such server, it refuses, or an option's value can't be
-  2  an unknown option
+  0  end of the input
+  1  the server can't be reached, it returned an error, or an option has an
+     invalid value
+  2  unknown option
 """
 
     model_config = SettingsConfigDict(cli_prog_name="linalign chat")
@@ -70,24 +71,25 @@ exit status:
     url: CliPositionalArg[str] = Field("http://127.0.0.1:8000", description="the server, without /v1")
     model: str | None = Field(None, title="NAME", description=FIRST_MODEL)
     api_key: str = Field(default_factory=client_key, title="KEY", description=API_KEY)
-    principle: str = Field("", title="TEXT", description="a preference, in plain words (default: none)")
+    principle: str = Field("", title="TEXT", description="a preference in plain words (default: none)")
     alignment_ratio: float | None = Field(
         None,
         ge=MIN_RATIO,
         le=MAX_RATIO,
         title="RATIO",
-        description=f"from {MIN_RATIO:g} to {MAX_RATIO:g}, how far to follow the principle (default: the server's own)",
+        description=f"from {MIN_RATIO:g} to {MAX_RATIO:g}, how strongly replies follow the principle (default: the "
+        "server's)",
     )
     temperature: float | None = Field(
-        None, ge=0, le=2, title="T", description="from 0, always the likeliest word, to 2 (default: the server's own)"
+        None, ge=0, le=2, title="T", description="from 0, always the most likely token, to 2 (default: the server's)"
     )
     max_tokens: int | None = Field(
-        None, ge=1, title="TOKENS", description="longest reply (default: as long as the context allows)"
+        None, ge=1, title="TOKENS", description="longest reply (default: up to the context limit)"
     )
 
 
-class Refused(Exception):
-    """What the server said instead of a reply."""
+class ErrorReply(Exception):
+    """An error response of the server. The message is the server's."""
 
 
 @dataclass(slots=True)
@@ -103,9 +105,14 @@ def main(args: list[str]) -> None:
     try:
         with httpx.Client(base_url=settings.url, headers=_headers(settings)) as client:
             model = settings.model or _first_model(client)
-    except (httpx.HTTPError, httpx.InvalidURL, Refused, ValueError) as error:  # what answers may be no such server
+    except (
+        httpx.HTTPError,
+        httpx.InvalidURL,
+        ErrorReply,
+        ValueError,
+    ) as error:  # ValueError: an answer of another kind of server
         sys.exit(f"linalign chat: {printable(str(error))} (`linalign serve` starts a server)")
-    console.print(f"{printable(model)} at {settings.url}. /help says what there is.", markup=False)
+    console.print(f"{printable(model)} at {settings.url}. /help lists commands.", markup=False)
     Chat(settings, model, console).run()
 
 
@@ -133,14 +140,14 @@ class Chat:
             "/ratio": self._set_ratio,
             "/compare": self._compare,
             "/history": self._show_history,
-            "/new": self._begin,
+            "/new": self._start_new,
             "/help": lambda _: self._console.print(HELP, markup=False),
         }
 
     def run(self) -> None:
         while True:
             try:
-                line = input("> ").strip()  # readline has to know the prompt
+                line = input("> ").strip()  # input, because readline must know the prompt
             except (EOFError, KeyboardInterrupt):
                 self._console.print()
                 return
@@ -148,11 +155,11 @@ class Chat:
             if name == "/quit":
                 return
             if not name.startswith("/"):
-                self._say(line)
+                self._send(line)
             elif name in self._commands:
                 self._commands[name](rest.strip())
             else:
-                self._console.print(f"There is no {name}.\n{HELP}", markup=False)
+                self._console.print(f"Unknown command {name}.\n{HELP}", markup=False)
 
     def _set_principle(self, text: str) -> None:
         self._conversation.principle = text
@@ -164,10 +171,10 @@ class Chat:
         except ValueError:
             ratio = math.nan
         if ratio is not None and not MIN_RATIO <= ratio <= MAX_RATIO:
-            self._console.print(f"{text} is no number from {MIN_RATIO:g} to {MAX_RATIO:g}.", markup=False)
+            self._console.print(f"{text} is not a number from {MIN_RATIO:g} to {MAX_RATIO:g}.", markup=False)
             return
         self._conversation.ratio = ratio
-        self._console.print("Ratio: the server's own." if ratio is None else f"Ratio: {ratio:g}")
+        self._console.print("Ratio: the server's default." if ratio is None else f"Ratio: {ratio:g}")
 
     def _show_history(self, _: str) -> None:
         for message in self._conversation.messages:
@@ -176,11 +183,11 @@ class Chat:
                 shown(message["content"]) if message["role"] == "assistant" else message["content"], markup=False
             )
 
-    def _begin(self, _: str) -> None:
+    def _start_new(self, _: str) -> None:
         self._conversation.messages.clear()
         self._console.print("A new conversation.")
 
-    def _say(self, text: str) -> None:
+    def _send(self, text: str) -> None:
         if not text:
             return
         messages = [*self._conversation.messages, {"role": "user", "content": text}]
@@ -190,9 +197,9 @@ class Chat:
             self._conversation.messages = [*messages, {"role": "assistant", "content": reply.text}]
 
     def _compare(self, text: str) -> None:
-        """The replies are looked at, not kept."""
+        """Show three replies. They do not become part of the conversation."""
         if not text or not self._conversation.principle:
-            self._console.print("/compare wants a text, and a principle before it.")
+            self._console.print("/compare needs a text, and a principle that was set before.")
             return
         messages = [*self._conversation.messages, {"role": "user", "content": text}]
         ratio = self._conversation.ratio
@@ -226,7 +233,7 @@ class Chat:
         return {"model": self._model, "messages": messages, "stream": True, **given}
 
     def _show(self, replies: "list[Reply]", rendered: Callable[[], Any]) -> None:
-        """Stream them at once. Ctrl-C ends them, what is there stays."""
+        """Stream the replies simultaneously. Ctrl-C stops them; their text so far stays."""
 
         async def stream() -> None:
             settings = self._settings
@@ -243,7 +250,7 @@ class Chat:
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """As much of the end of something as the terminal has lines for."""
+    """The last lines of an output, as many as the terminal has."""
 
     whole: RenderableType
 
@@ -256,7 +263,7 @@ class Tail:
 
 @dataclass(slots=True)
 class Reply:
-    """One that is on its way. error: why it is not whole."""
+    """A reply that is being streamed. error: Why it is incomplete, or ""."""
 
     title: str
     body: dict[str, Any]
@@ -278,12 +285,12 @@ class Reply:
             async for delta in deltas(client, self.body):
                 self.reasoning += delta.get("reasoning_content") or ""
                 self.text += delta.get("content") or ""
-        except (httpx.HTTPError, Refused) as error:
+        except (httpx.HTTPError, ErrorReply) as error:
             self.error = str(error) or repr(error)
 
 
 def shown(text: str) -> Markdown:
-    """Markdown in which HTML is shown as it is written."""
+    """Rendered Markdown, in which HTML is shown as text."""
     text = ENTITY.sub(lambda entity: entity[0] if _is_printable(html.unescape(entity[0])) else " ", printable(text))
     markdown = Markdown(text)
     markdown.parsed = PARSER.parse(text)
@@ -295,7 +302,7 @@ def _is_printable(text: str) -> bool:
 
 
 async def deltas(client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-    """The deltas of a streamed chat completion as they arrive. Raises httpx.HTTPError, Refused."""
+    """The deltas of a streamed chat completion as they arrive. Raises httpx.HTTPError, ErrorReply."""
     async with aconnect_sse(client, "POST", "/v1/chat/completions", json=body) as source:
         if source.response.is_error:
             await source.response.aread()
@@ -305,15 +312,15 @@ async def deltas(client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncIterat
                 return
             chunk = json.loads(event.data)
             if "error" in chunk:
-                raise Refused(chunk["error"]["message"])
+                raise ErrorReply(chunk["error"]["message"])
             for choice in chunk["choices"]:
                 yield choice["delta"]
-    raise Refused("the connection was cut off")
+    raise ErrorReply("the connection was closed before the end of the reply")
 
 
 def _raise_for_error(response: httpx.Response) -> None:
-    """With what the server says, in OpenAI's shape or another."""
+    """Raises ErrorReply for an error response, with the message of OpenAI's error object if there is one."""
     if response.is_error:
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            raise Refused(response.json()["error"]["message"])
-        raise Refused(f"the server answered {response.status_code}")
+            raise ErrorReply(response.json()["error"]["message"])
+        raise ErrorReply(f"the server answered {response.status_code}")

@@ -60,24 +60,26 @@ BROKEN = (ValueError, RecursionError)
 class ReplyParser:
     """Parses the text of one reply to the deltas of its message.
 
-    begun: The beginning of the reply that the template has written. tools: The callable tools. most_calls: Calls
-    beyond this number are dropped.
+    generation_prompt: The part of the reply that the template has already written. tools: The callable tools.
+    max_calls: Further calls are dropped.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        begun: str,
+        generation_prompt: str,
         tools: Sequence[Mapping[str, Any]],
-        most_calls: float = math.inf,
+        max_calls: float = math.inf,
     ) -> None:
         self._format = call_format(tokenizer)
         own = getattr(tokenizer, "response_template", None)
         self._is_own = own is not None
         if not self._is_own:
-            begun = begun[_thinking_begins(begun) :]
-        self._parser = ResponseParser(own or _template(tokenizer, self._format, bool(tools)), begun, tools=list(tools))
-        self._num_calls, self._most_calls = 0, most_calls
+            generation_prompt = generation_prompt[_thinking_start(generation_prompt) :]
+        self._parser = ResponseParser(
+            own or _template(tokenizer, self._format, bool(tools)), generation_prompt, tools=list(tools)
+        )
+        self._num_calls, self._max_calls = 0, max_calls
         self._ended = self._is_broken = False
         self._scanner: _CallScanner | None = None
         self._raw: list[str] = []
@@ -109,7 +111,7 @@ class ReplyParser:
 
     def _deltas(self, events: list[dict[str, Any]]) -> list[Delta]:
         deltas = [delta for event in events for delta in self._of(event)]
-        return [delta for delta in deltas if all(c["index"] < self._most_calls for c in delta.get("tool_calls", ()))]
+        return [delta for delta in deltas if all(c["index"] < self._max_calls for c in delta.get("tool_calls", ()))]
 
     def _of(self, event: dict[str, Any]) -> list[Delta]:
         field, kind = event["field"], event["type"]
@@ -150,19 +152,23 @@ class ReplyParser:
             if isinstance(function, dict) and isinstance(function.get("name"), str):
                 arguments = _whole(json.dumps(function.get("arguments") or {}, ensure_ascii=False))
                 name = _whole(function["name"])
-                deltas += [_begin(self._num_calls, name, self._format), _more(self._num_calls, arguments)]
+                deltas += [
+                    _call_start(self._num_calls, name, self._format),
+                    _arguments_delta(self._num_calls, arguments),
+                ]
                 self._num_calls += 1
         return deltas
 
 
-def _thinking_begins(begun: str) -> int:
-    """The place of the last mark of reasoning in a template's text; the end of the text if there is none."""
-    return min((place for mark in THINKING if (place := begun.rfind(mark)) >= 0), default=len(begun))
+def _thinking_start(generation_prompt: str) -> int:
+    """The index of the last mark of reasoning in a template's text; the end of the text if there is none."""
+    places = (generation_prompt.rfind(mark) for mark in THINKING)
+    return min((place for place in places if place >= 0), default=len(generation_prompt))
 
 
-def end_of_thinking(begun: str) -> str:
+def end_of_thinking(generation_prompt: str) -> str:
     """The mark that ends the reasoning that the template has begun; "" if it has begun none."""
-    thoughts = begun[_thinking_begins(begun) :]
+    thoughts = generation_prompt[_thinking_start(generation_prompt) :]
     return next((end for mark, end in THINKING.items() if thoughts.startswith(mark) and end not in thoughts), "")
 
 
@@ -180,7 +186,7 @@ class _CallScanner:
     """Finds the name and the arguments of calls in JSON text while it arrives."""
 
     def __init__(self, form: CallFormat, num_calls: int) -> None:
-        self.num_calls = num_calls  # begun so far, those of other regions included
+        self.num_calls = num_calls  # calls so far, including those of other regions
         self._format = form
         self._depth = 0
         self._reset()
@@ -245,14 +251,14 @@ class _CallScanner:
         if self._name is None or not self._held:
             return []
         held, self._held = "".join(self._held), []
-        return [_more(self.num_calls - 1, held)]
+        return [_arguments_delta(self.num_calls - 1, held)]
 
     def _end_member(self) -> list[Delta]:
         key, value, self._key = self._key, "".join(self._value).strip(), None
         if key == "name" and self._name is None and (name := _unquoted(value)):
             self._name = name
             self.num_calls += 1
-            return [_begin(self.num_calls - 1, name, self._format), *self._flush()]
+            return [_call_start(self.num_calls - 1, name, self._format), *self._flush()]
         if key in ("arguments", "parameters") and value.startswith('"'):
             self._has_arguments = True
             self._held.append(_unquoted(value) or "")
@@ -260,7 +266,7 @@ class _CallScanner:
         return []
 
     def _end_call(self) -> list[Delta]:
-        return [] if self._name is None or self._has_arguments else [_more(self.num_calls - 1, "{}")]
+        return [] if self._name is None or self._has_arguments else [_arguments_delta(self.num_calls - 1, "{}")]
 
 
 def _unquoted(text: str) -> str | None:
@@ -276,13 +282,13 @@ def _whole(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _begin(index: int, name: str, form: CallFormat) -> Delta:
+def _call_start(index: int, name: str, form: CallFormat) -> Delta:
     id = secrets.token_hex(12)[: form.id_length] if form.id_length < 24 else f"call_{secrets.token_hex(12)}"
     function = {"name": name, "arguments": ""}
     return {"tool_calls": [{"index": index, "id": id, "type": "function", "function": function}]}
 
 
-def _more(index: int, arguments: str) -> Delta:
+def _arguments_delta(index: int, arguments: str) -> Delta:
     return {"tool_calls": [{"index": index, "function": {"arguments": arguments}}]}
 
 

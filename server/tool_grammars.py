@@ -17,17 +17,17 @@ NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 Tools = Sequence[Mapping[str, Any]]
 
 
-def demanded(tokenizer: PreTrainedTokenizerBase, tools: Tools, parallel: bool, after: str = "") -> Structure:
-    """Replies that consist of at least one call. after: See `Structure`."""
-    form = _known_format(tokenizer, "can't be demanded; use 'auto'", "tool_choice")
+def required_calls(tokenizer: PreTrainedTokenizerBase, tools: Tools, parallel: bool, after: str = "") -> Structure:
+    """The structure of replies that consist of at least one call. after: See `Structure`."""
+    form = _known_format(tokenizer, "can't be required; use 'auto'", "tool_choice")
     parts = [literal(form.begin, tokenizer), _calls(form, tools, parallel), json.dumps(form.end) if form.end else ""]
     rules = [f"start: {' '.join(filter(None, parts))}", *_rules(form, tools, [True] * len(tools))]
     return Structure("lark", "\n".join(rules), "tools", after)
 
 
-def kept_to(tokenizer: PreTrainedTokenizerBase, tools: Tools, parallel: bool, after: str = "") -> Structure:
-    """Replies with text and calls; calls of strict tools follow their schemas. after: See `Structure`."""
-    form = _known_format(tokenizer, "can't be kept to a schema; leave strict out", "tools")
+def strict_calls(tokenizer: PreTrainedTokenizerBase, tools: Tools, parallel: bool, after: str = "") -> Structure:
+    """The structure of replies with text and calls, of which calls of strict tools follow their schemas."""
+    form = _known_format(tokenizer, "can't be constrained to a schema; leave strict out", "tools")
     calls, end = _calls(form, tools, parallel and form is not HERMES), json.dumps(form.end) if form.end else ""
     if form is LLAMA:  # a reply is either calls or text
         rules = [f"start: {calls} | TEXT", r"TEXT: /([^{ \n](.|\n)*)?/"]
@@ -69,7 +69,7 @@ def _rules(form: CallFormat, tools: Tools, strict: Sequence[bool]) -> list[str]:
 
 
 def literal(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Lark for a text in which control tokens are matched as tokens."""
+    """A text in Lark's syntax, in which control tokens are matched as tokens."""
     added = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     pattern = "|".join(map(re.escape, added)) or "(?!)"
     pieces = re.split(f"({pattern})", text)

@@ -17,7 +17,7 @@ from linalign.ray.remote_engine import ClusterBusy, Description, RemoteEngine, S
 from linalign.server import logs
 from linalign.server.app import create_app
 from linalign.server.cli import build_engine
-from linalign.server.command_line import complaints
+from linalign.server.command_line import describe_errors
 from linalign.server.local_engine import LocalEngine
 from linalign.server.presets import load_presets
 from linalign.server.protocol.errors import error_response
@@ -46,7 +46,7 @@ class EngineReplica:
     """One engine with all of its GPUs. Raises LoadingError, ValueError."""
 
     def __init__(self, settings: Settings) -> None:
-        logs.begin(settings.log_format)
+        logs.configure(settings.log_format)
         self._engine = build_engine(settings).start()
         self._client = LocalEngine(self._engine)
         self._id = serve.get_replica_context().replica_id.unique_id
@@ -114,7 +114,7 @@ class Ingress:
     """The HTTP server, without a model."""
 
     def __init__(self, engines: "DeploymentHandle[EngineReplica]", settings: Settings) -> None:
-        logs.begin(settings.log_format)
+        logs.configure(settings.log_format)
         self._engines, self._settings = engines, settings
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
@@ -143,7 +143,7 @@ def build(args: dict[str, Any]) -> Application:
     try:
         settings = Settings(**args)
     except ValidationError as error:
-        raise ValueError(complaints(error)) from None  # pydantic's own message shows the input, keys included
+        raise ValueError(describe_errors(error)) from None  # pydantic's own message shows the input, keys included
     load_presets(settings.presets)  # raises early
     engines = serve.deployment(
         name="EngineReplica",

@@ -1,4 +1,4 @@
-"""The schema of /v1/chat/completions. Unknown fields are an error."""
+"""The request schema of /v1/chat/completions. Unknown fields are an error."""
 
 import json
 from typing import Annotated, Any, Literal, Self
@@ -8,7 +8,14 @@ from pydantic import Field, model_validator
 from linalign import SamplingParams
 from linalign.alignment_core.request import MAX_LOGPROBS
 from linalign.alignment_core.text.chat_template import Rendering
-from linalign.server.protocol.generation import FIRST, AlignmentFields, GenerationRequest, Metadata, Schema, refused
+from linalign.server.protocol.generation import (
+    FAIL_FAST,
+    AlignmentFields,
+    GenerationRequest,
+    Metadata,
+    Schema,
+    field_error,
+)
 from linalign.server.strict_json import InvalidBody, refuse_too_many_values, strict
 
 MAX_TOOLS = 1024
@@ -19,7 +26,7 @@ class TextPart(Schema):
     text: str
 
 
-Content = str | Annotated[list[TextPart], Field(min_length=1), FIRST]
+Content = str | Annotated[list[TextPart], Field(min_length=1), FAIL_FAST]
 
 
 class FunctionCall(Schema):
@@ -38,7 +45,7 @@ class ToolCall(Schema):
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
-    index: int | None = Field(None, description="left over from a stream; no effect")
+    index: int | None = Field(None, description="no effect; streamed calls have it")
 
 
 class _Message(Schema):
@@ -46,11 +53,11 @@ class _Message(Schema):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_what_is_empty(cls, message: Any) -> Any:
-        """Message objects of the SDKs that a client sends back have further fields, all of them empty."""
+    def _drop_empty_fields(cls, message: Any) -> Any:
+        """Drop empty fields of reply messages, because SDKs send them back with the conversation."""
         if not isinstance(message, dict):
             return message
-        return {key: value for key, value in message.items() if key not in EMPTY or value not in (None, [])}
+        return {key: value for key, value in message.items() if key not in MAY_BE_EMPTY or value not in (None, [])}
 
     def rendered(self) -> dict[str, Any]:
         """The message in the form that chat templates expect."""
@@ -58,7 +65,7 @@ class _Message(Schema):
         return message if self.name is None else {**message, "name": self.name}
 
 
-EMPTY = ("refusal", "audio", "function_call", "annotations", "tool_calls", "reasoning_content")
+MAY_BE_EMPTY = ("refusal", "audio", "function_call", "annotations", "tool_calls", "reasoning_content")
 
 
 class SystemMessage(_Message):
@@ -78,10 +85,10 @@ class AssistantMessage(_Message):
     role: Literal["assistant"]
     content: Content | None = None
     reasoning_content: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(min_length=1), FIRST] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(min_length=1), FAIL_FAST] | None = None
 
     @model_validator(mode="after")
-    def _says_something(self) -> "AssistantMessage":
+    def _has_content_or_calls(self) -> "AssistantMessage":
         if self.content is None and self.tool_calls is None:
             raise ValueError("an assistant message needs content or tool_calls")
         return self
@@ -119,10 +126,10 @@ class Function(Schema):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = Field(None, description="calls keep to the schema; those that tool_choice demands always do")
+    strict: bool | None = Field(None, description="calls follow the schema; calls that tool_choice requires always do")
 
     @model_validator(mode="after")
-    def _takes_an_object(self) -> Self:
+    def _has_object_schema(self) -> Self:
         if self.parameters is not None and self.parameters.get("type", "object") != "object":
             raise ValueError("parameters must be the schema of an object")
         return self
@@ -143,33 +150,35 @@ class NamedTool(Schema):
 
 
 class ChatFields(AlignmentFields):
-    """The fields that make a prompt by the chat template."""
+    """The fields from which the chat template renders a prompt."""
 
-    messages: Annotated[list[Message], Field(min_length=1), FIRST] | None = None
+    messages: Annotated[list[Message], Field(min_length=1), FAIL_FAST] | None = None
     principle_placement: Literal["system", "user"] | None = None
     chat_template_kwargs: dict[str, str | bool | int | float] | None = Field(
-        None, description="variables of the model's chat template, those that it knows"
+        None, description="variables for the model's chat template, which must use them"
     )
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
-        None, description="passed on to templates that know it"
+        None, description="passed to chat templates that use it"
     )
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS), FIRST] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS), FAIL_FAST] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    continue_final_message: bool | None = Field(None, description="go on with the last, the assistant's message")
-    add_generation_prompt: bool | None = Field(None, description="false goes with continue_final_message alone")
+    continue_final_message: bool | None = Field(
+        None, description="continue the last message, which must be the assistant's"
+    )
+    add_generation_prompt: bool | None = Field(None, description="false requires continue_final_message")
 
     def check(self) -> None:
         super().check()
         self._check_arguments()
         if self.add_generation_prompt is not None and self.add_generation_prompt == bool(self.continue_final_message):
-            raise refused(
-                "add_generation_prompt", "add_generation_prompt must be the contrary of continue_final_message"
+            raise field_error(
+                "add_generation_prompt", "add_generation_prompt must be the opposite of continue_final_message"
             )
-        if self.demands_call and not self.callable_tools():
-            raise refused("tool_choice", "tool_choice demands a call, but tools has no such function")
+        if self.requires_call and not self.callable_tools():
+            raise field_error("tool_choice", "tool_choice requires a call, but tools has no such function")
 
     def _check_arguments(self) -> None:
-        """All calls together may have as many values as a body."""
+        """The arguments of all calls together may have as many JSON values as a body."""
         calls = {
             f"messages.{i}.tool_calls.{j}.function.arguments": call.function.arguments or "{}"
             for i, message in enumerate(self.messages or ())
@@ -179,13 +188,13 @@ class ChatFields(AlignmentFields):
         try:
             refuse_too_many_values(",".join(calls.values()))
         except ValueError as error:
-            raise refused("messages", f"the arguments of calls are too long: {error}") from error
+            raise field_error("messages", f"the arguments of calls are too long: {error}") from error
         for param, arguments in calls.items():
             if not _is_object(arguments):
-                raise refused(param, f"{param}: arguments must be a JSON object, as a string")
+                raise field_error(param, f"{param}: arguments must be a JSON object, as a string")
 
     @property
-    def demands_call(self) -> bool:
+    def requires_call(self) -> bool:
         return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
     def callable_tools(self) -> list[dict[str, Any]]:
@@ -203,19 +212,19 @@ class ChatFields(AlignmentFields):
             variables["reasoning_effort"] = self.reasoning_effort
         tools = self.callable_tools()
         for tool in tools:
-            tool["function"].pop("strict", None)  # the model has no part in it
+            tool["function"].pop("strict", None)  # an option of the server, not for the model
         return Rendering(tools, variables, bool(self.continue_final_message))
 
 
 class ChatCompletionRequest(GenerationRequest, ChatFields):
-    """OpenAI's request with the alignment fields flat at the top level (`extra_body` in the SDKs)."""
+    """OpenAI's request, with the alignment fields at the top level (`extra_body` in the SDKs)."""
 
-    messages: Annotated[list[Message], Field(min_length=1), FIRST]
+    messages: Annotated[list[Message], Field(min_length=1), FAIL_FAST]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    metadata: Metadata | None = Field(None, description="the client's own notes; no effect on the reply")
-    parallel_tool_calls: bool | None = Field(None, description="false keeps the first call alone")
+    metadata: Metadata | None = Field(None, description="any data of the client; no effect on the reply")
+    parallel_tool_calls: bool | None = Field(None, description="false keeps only the first call")
 
     @classmethod
     def unsupported(cls) -> dict[str, Any]:
@@ -224,12 +233,12 @@ class ChatCompletionRequest(GenerationRequest, ChatFields):
     def check(self) -> None:
         super().check()
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise refused("max_tokens", "max_tokens and max_completion_tokens are the same thing: give one")
+            raise field_error("max_tokens", "max_tokens and max_completion_tokens mean the same: give one of them")
         if self.top_logprobs is not None and not self.logprobs:
-            raise refused("top_logprobs", "top_logprobs needs logprobs: true")
+            raise field_error("top_logprobs", "top_logprobs needs logprobs: true")
         if self.callable_tools() and self.structure():
             name = "structured_outputs" if self.structured_outputs else "response_format"
-            raise refused(name, f"tools exclude {name}, unless tool_choice is 'none'")
+            raise field_error(name, f"tools and {name} exclude each other, unless tool_choice is 'none'")
 
     def sampling_params(self, **more: Any) -> SamplingParams:
         most = (self.top_logprobs or 0) if self.logprobs else None

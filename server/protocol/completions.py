@@ -1,4 +1,4 @@
-"""The schema of /v1/completions: text goes on, without any chat template."""
+"""The request schema of /v1/completions: the reply continues a text, without a chat template."""
 
 from typing import Annotated, Any
 
@@ -6,7 +6,7 @@ from pydantic import Discriminator, Field, Tag
 
 from linalign import SamplingParams
 from linalign.alignment_core.request import MAX_LOGPROBS
-from linalign.server.protocol.generation import FIRST, GenerationRequest, TokenId, refused
+from linalign.server.protocol.generation import FAIL_FAST, GenerationRequest, TokenId, field_error
 
 MAX_PROMPTS = 256
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -18,22 +18,24 @@ def _kind(prompt: Any) -> str:
     return "one text"
 
 
-Ids = Annotated[list[TokenId], Field(min_length=1), FIRST]
+Ids = Annotated[list[TokenId], Field(min_length=1), FAIL_FAST]
 Prompts = Annotated[
     Annotated[str, Tag("one text")]
-    | Annotated[list[TokenId], FIRST, Tag("token ids")]
-    | Annotated[list[str], Field(max_length=MAX_PROMPTS), FIRST, Tag("several texts")]
-    | Annotated[list[Ids], Field(max_length=MAX_PROMPTS), FIRST, Tag("lists of token ids")],
+    | Annotated[list[TokenId], FAIL_FAST, Tag("token ids")]
+    | Annotated[list[str], Field(max_length=MAX_PROMPTS), FAIL_FAST, Tag("several texts")]
+    | Annotated[list[Ids], Field(max_length=MAX_PROMPTS), FAIL_FAST, Tag("lists of token ids")],
     Discriminator(_kind),
 ]
 
 
 class CompletionRequest(GenerationRequest):
-    """OpenAI's request with the alignment fields. A principle stands before the prompt, as text of its own line."""
+    """OpenAI's request, with the alignment fields. A principle is a line of text before the prompt."""
 
     prompt: Prompts
-    max_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="0 with echo and logprobs: nothing new")
-    echo: bool | None = Field(None, description="begin with the prompt; with logprobs, with its log-probabilities")
+    max_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="0 needs echo: no new tokens")
+    echo: bool | None = Field(
+        None, description="the reply starts with the prompt; with logprobs, also with its log-probabilities"
+    )
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @classmethod
@@ -43,15 +45,15 @@ class CompletionRequest(GenerationRequest):
     def check(self) -> None:
         super().check()
         if self.max_tokens == 0 and not self.echo:
-            raise refused("max_tokens", "max_tokens 0 needs echo: true")
+            raise field_error("max_tokens", "max_tokens 0 needs echo: true")
 
     @property
     def scores(self) -> bool:
-        """Whether the prompt's own log-probabilities are asked for."""
+        """Whether the prompt's log-probabilities are requested."""
         return bool(self.echo) and self.logprobs is not None
 
     def prompts(self) -> list[str | list[int]]:
-        """One or several, each as text or as token ids."""
+        """All prompts, each as text or as token ids."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(self.prompt)
@@ -62,5 +64,5 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def traces(self) -> bool:
-        """A text that is scored has a trace unless none is wanted."""
+        """Whether replies have a trace. By default, only scored texts do."""
         return self.scores if self.alignment_trace is None else self.alignment_trace

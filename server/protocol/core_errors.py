@@ -1,11 +1,11 @@
-"""How errors of the library look in OpenAI's shape: tables of codes and of fields."""
+"""Converts errors of the library to OpenAI's codes and field names."""
 
 from collections.abc import Mapping
 
 from linalign import EngineDead, InvalidRequest, RequestFailed
 
 CODES = {"invalid": "invalid_value", "too_long": "context_length_exceeded"}
-# Fields of the library by their names in the HTTP API, on every endpoint.
+# Names of the library's fields in the HTTP API, on every endpoint.
 FIELDS = {
     "continues": "continue_final_message",
     "placement": "principle_placement",
@@ -14,7 +14,7 @@ FIELDS = {
     "text": "prompt",
 }
 CHAT_FIELDS = {"logprobs": "top_logprobs", "prompt": "messages", "variables.reasoning_effort": "reasoning_effort"}
-# Fields of a chat completion by their names in /v1/responses.
+# Names of a chat completion's fields in /v1/responses.
 RESPONSE_FIELDS = {
     "messages": "input",
     "max_tokens": "max_output_tokens",
@@ -30,14 +30,14 @@ FIELDS_OF: Mapping[str, Mapping[str, str]] = {
 
 
 def code_of(error: InvalidRequest | RequestFailed | EngineDead | None) -> str:
-    """The code of an error that ends a reply. None stands for an engine that has failed."""
+    """The code of an error that ends a reply. None means that the engine has failed."""
     if isinstance(error, InvalidRequest):
         return CODES[error.code]
     return "internal_error" if isinstance(error, RequestFailed) else "engine_dead"
 
 
 def described(error: InvalidRequest, path: str) -> tuple[str, str | None]:
-    """The error's message and the field at fault, by the field's name on the endpoint at this path."""
+    """The error's message, and the invalid field's name on the endpoint with this path."""
     field = error.field
     if field is None:
         return str(error), None

@@ -1,4 +1,4 @@
-"""Error responses in OpenAI's shape, and the handlers that make them."""
+"""Error responses in OpenAI's shape, and the exception handlers that create them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,10 @@ from linalign import EngineBusy, EngineDead, InvalidRequest, RequestFailed
 from linalign.server.exchange import KeyBusy, exchange_of
 from linalign.server.protocol.core_errors import CODES, described
 from linalign.server.protocol.generation import Schema
-from linalign.server.settings import nearest
+from linalign.server.settings import did_you_mean
 from linalign.server.strict_json import InvalidBody
 
-MAX_MESSAGE = 1000  # characters; longer quotes of the client's input are cut
+MAX_MESSAGE = 1000  # characters; messages may quote the client's input
 
 
 class ErrorObject(BaseModel):
@@ -49,7 +49,7 @@ class Refusal(JSONResponse):
 def error_response(
     status: int, message: str, param: str | None = None, code: str | None = None, kind: str = "invalid_request_error"
 ) -> Refusal:
-    """An error response. Long messages and names are cut."""
+    """An error response. Long messages and field names are truncated."""
     text = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}…"
     return Refusal(status, {"message": text, "type": kind, "param": param and param[:MAX_MESSAGE], "code": code})
 
@@ -62,7 +62,7 @@ class ModelNotFound(Exception):
 async def on_validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = max(error.errors(), key=_rank)
-    if "param" in first.get("ctx", {}):  # see `refused`
+    if "param" in first.get("ctx", {}):  # made by `field_error`
         return error_response(400, first["msg"], first["ctx"]["param"], first["type"])
     if first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type", "dict_type"):
         text = "the body must be a JSON object, sent as Content-Type: application/json"
@@ -79,15 +79,17 @@ async def on_validation_error(request: Request, error: Exception) -> JSONRespons
     if first["type"] == "extra_forbidden":
         known = _known_fields()
         where = ".".join(map(str, path[:-1])) or request.url.path
-        hint = f": {where} has no such field" if name in known else nearest(str(name)[:MAX_MESSAGE], known)
+        hint = f": {where} has no such field" if name in known else did_you_mean(str(name)[:MAX_MESSAGE], known)
         return error_response(400, f"unknown field {name!r}{hint}", param, "unknown_field")
     message = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
     return error_response(400, f"{param}: {message}" if param else message, param, "invalid_value")
 
 
 def _rank(problem: Mapping[str, Any]) -> tuple[bool, bool, int, bool]:
-    """Sort key for the errors of a union; the greatest is reported: a wrong type, then a misspelt field, then the
-    deepest error, and last one that says that the value is no string or list.
+    """Sort key for the validation errors of a body; the error with the greatest key is reported.
+
+    A wrong `type` comes first, then an unknown field, then the most deeply nested error. Errors that only say that a
+    value is not a string or list come last: they are of the union's other members.
     """
     place, kind = problem["loc"], problem["type"]
     is_wrong_type = kind == "literal_error" and place[-1] == "type"
@@ -95,7 +97,7 @@ def _rank(problem: Mapping[str, Any]) -> tuple[bool, bool, int, bool]:
 
 
 def _fields(location: Sequence[str | int]) -> list[str | int]:
-    """The path of a field, without pydantic's names of union members."""
+    """The path of a field in the body. Pydantic's locations also hold names of union members; these are left out."""
     path: list[str | int] = []
     follows_tagged_union = False
     for part in location:
@@ -109,7 +111,7 @@ def _fields(location: Sequence[str | int]) -> list[str | int]:
 
 
 def _known_fields() -> list[str]:
-    """Field names of all requests, because a misspelt field may also be in the wrong place."""
+    """Field names of all requests, because a misspelt field may also be at the wrong level."""
     schemas = [Schema]
     for schema in schemas:
         schemas += schema.__subclasses__()

@@ -1,4 +1,4 @@
-"""Fields that requests for text share: sampling, alignment, ends, delivery."""
+"""Request fields that the endpoints share: sampling, alignment, stop conditions, streaming."""
 
 import json
 from collections.abc import Callable
@@ -24,22 +24,22 @@ from linalign.alignment_core.request import (
 )
 
 
-def refused(param: str, message: str, kind: str = "invalid_value") -> PydanticCustomError:
-    """The error that a validator of a whole body raises. param: The field at fault."""
+def field_error(param: str, message: str, kind: str = "invalid_value") -> PydanticCustomError:
+    """An error for one field, to be raised by validators of the whole body. param: The field's name."""
     return PydanticCustomError(kind, "{message}", {"message": message, "param": param})
 
 
-FIRST = Field(fail_fast=True)  # report the first error of a list: there may be millions
+FAIL_FAST = Field(fail_fast=True)  # report only the first error of a list, because there may be millions
 Ratio = Annotated[float, Field(ge=MIN_RATIO, le=MAX_RATIO)]
 TokenId = Annotated[int, Field(ge=0)]
 Penalty = Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)]
 Seed = Annotated[int, Field(ge=MIN_SEED, le=MAX_SEED)]
-# OpenAI's bounds. Metadata is returned with every state of a response.
+# OpenAI's bounds, because metadata is returned with every event of a response.
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
 ]
 CacheSalt = Annotated[
-    str, Field(min_length=1, max_length=256, description="prefixes are shared with requests of the same salt alone")
+    str, Field(min_length=1, max_length=256, description="prefixes are shared only with requests of the same salt")
 ]
 
 
@@ -56,7 +56,7 @@ class PrincipleItem(Schema):
 class StreamOptions(Schema):
     include_usage: bool = False
     continuous_usage_stats: bool = Field(False, description="usage in every chunk; needs include_usage")
-    include_obfuscation: Literal[False] | None = Field(None, description="there is none")
+    include_obfuscation: Literal[False] | None = Field(None, description="never added to chunks")
 
 
 class TextFormat(Schema):
@@ -70,7 +70,7 @@ class JsonObjectFormat(Schema):
 class JsonSchema(Schema):
     name: str
     schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = Field(None, description="schemas are always kept to the letter")
+    strict: bool | None = Field(None, description="no effect: replies always follow the schema")
     description: str | None = None
 
 
@@ -80,14 +80,14 @@ class JsonSchemaFormat(Schema):
 
 
 class StructuredOutputs(Schema):
-    """Exactly one of these fields."""
+    """A constraint on the reply. Exactly one of these fields is set."""
 
     regex: str | None = None
-    choice: Annotated[list[str], Field(min_length=1), FIRST] | None = None
+    choice: Annotated[list[str], Field(min_length=1), FAIL_FAST] | None = None
     grammar: str | None = Field(None, description="Lark or GBNF")
 
     @model_validator(mode="after")
-    def _just_one(self) -> "StructuredOutputs":
+    def _has_exactly_one(self) -> "StructuredOutputs":
         if sum(value is not None for value in (self.regex, self.choice, self.grammar)) != 1:
             raise ValueError("give exactly one of regex, choice and grammar")
         return self
@@ -104,17 +104,19 @@ ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Fie
 
 
 class Alignment(Schema):
-    """The alignment fields."""
+    """The fields that a principle needs, shared by requests and presets."""
 
     principle: str | Annotated[list[PrincipleItem], Field(min_length=1, max_length=MAX_PRINCIPLES)] | None = None
-    alignment_method: Annotated[Method | None, Field(description="how the policies are mixed: docs/methods.md")] = None
+    alignment_method: Annotated[
+        Method | None, Field(description="how the policies are combined, see docs/methods.md")
+    ] = None
     alignment_ratio: Ratio | None = None
     alignment_top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     alignment_temperature: Annotated[float, Field(gt=0)] | None = None
 
 
 class Preset(Alignment):
-    """The fields that a preset sets."""
+    """A preset of a YAML file: defaults for these fields of a request."""
 
     description: str | None = None
     principle_placement: Literal["system", "user"] | None = None
@@ -127,20 +129,20 @@ class AlignmentFields(Alignment):
 
     @model_validator(mode="before")
     @classmethod
-    def _neutral_values_of_unsupported_fields(cls, body: Any) -> Any:
-        """Clients send defaults of unsupported fields. These are accepted; other values are an error."""
+    def _drop_neutral_values_of_unsupported_fields(cls, body: Any) -> Any:
+        """Drop unsupported fields that clients send with their default value. Other values are an error."""
         if not isinstance(body, dict):
             return body
         for name, neutral in cls.unsupported().items():
             if name in body:
                 if body[name] is not None and not _equal(body[name], neutral):
-                    raise refused(name, f"{name} is not supported", "unsupported_field")
+                    raise field_error(name, f"{name} is not supported", "unsupported_field")
                 body = {key: value for key, value in body.items() if key != name}
         return body
 
     @classmethod
     def unsupported(cls) -> dict[str, Any]:
-        """Fields that are known but not supported, with the value that has no effect."""
+        """Unsupported fields of OpenAI's API, with their values that have no effect."""
         return {}
 
     @model_validator(mode="after")
@@ -149,7 +151,7 @@ class AlignmentFields(Alignment):
         return self
 
     def check(self) -> None:
-        """Check fields against each other. Raises what `refused` returns."""
+        """Check combinations of fields. Raises PydanticCustomError, made by `field_error`."""
 
     def principles(self, default_ratio: float) -> list[Principle]:
         ratio = default_ratio if self.alignment_ratio is None else self.alignment_ratio
@@ -162,26 +164,30 @@ class AlignmentFields(Alignment):
 
 
 class GenerationRequest(AlignmentFields):
-    """Fields of /v1/chat/completions and /v1/completions. Ours are flat at the top level (`extra_body` in the SDKs)."""
+    """Fields of /v1/chat/completions and /v1/completions. Fields that OpenAI does not have are also at the top level
+    (`extra_body` in the SDKs).
+    """
 
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = Field(None, description="0 or -1 switches it off")
+    top_k: Annotated[int, Field(ge=-1)] | None = Field(None, description="0 or -1: no limit")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Seed | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="a structure that is complete ends sooner")
+    min_tokens: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="a complete structured reply may be shorter"
+    )
     stop: str | Annotated[list[str], Field(max_length=MAX_STOP_STRINGS)] | None = None
-    stop_token_ids: Annotated[list[TokenId], FIRST] | None = None
+    stop_token_ids: Annotated[list[TokenId], FAIL_FAST] | None = None
     ignore_eos: bool | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION, le=MAX_REPETITION)] | None = None
     logit_bias: (
         dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]] | None
-    ) = Field(None, description="token ids to what is added to their logits")
-    alignment_trace: bool | None = Field(None, description="tell of every token what the policies made of it")
+    ) = Field(None, description="maps token ids to numbers that are added to their logits")
+    alignment_trace: bool | None = Field(None, description="report each token's log-probabilities under all policies")
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     stream: bool | None = None
@@ -192,15 +198,17 @@ class GenerationRequest(AlignmentFields):
     def check(self) -> None:
         super().check()
         if self.stream_options is not None and not self.stream:
-            raise refused("stream_options", "stream_options needs stream: true")
+            raise field_error("stream_options", "stream_options needs stream: true")
         if self.stream_options and self.stream_options.continuous_usage_stats and not self.stream_options.include_usage:
             name = "stream_options.continuous_usage_stats"
-            raise refused(name, f"{name} needs include_usage: true")
+            raise field_error(name, f"{name} needs include_usage: true")
         if self.structured_outputs is not None and not isinstance(self.response_format, TextFormat | None):
-            raise refused("structured_outputs", "structured_outputs and response_format exclude each other")
+            raise field_error("structured_outputs", "structured_outputs and response_format exclude each other")
 
     def sampling_params(self, **more: Any) -> SamplingParams:
-        """The parameters of the draw. more: Fields with other names on the endpoint. Raises InvalidRequest."""
+        """The sampling parameters. more: Values of parameters that the endpoint names differently. Raises
+        InvalidRequest.
+        """
         given: dict[str, Any] = {
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -230,8 +238,8 @@ class GenerationRequest(AlignmentFields):
         match self.response_format:
             case JsonObjectFormat():
                 return Structure("json_schema", '{"type": "object"}', "response_format")
-            case JsonSchemaFormat(json_schema=asked):
-                return Structure("json_schema", json.dumps(asked.schema_), "response_format")
+            case JsonSchemaFormat(json_schema=json_schema):
+                return Structure("json_schema", json.dumps(json_schema.schema_), "response_format")
         return None
 
 

@@ -1,4 +1,4 @@
-"""The schema of /v1/responses. A request becomes a chat completion."""
+"""The request schema of /v1/responses, and its conversion to a chat completion."""
 
 from typing import Annotated, Any, Literal
 
@@ -23,7 +23,7 @@ from linalign.server.protocol.chat_request import (
 )
 from linalign.server.protocol.core_errors import RESPONSE_FIELDS
 from linalign.server.protocol.generation import (
-    FIRST,
+    FAIL_FAST,
     AlignmentFields,
     CacheSalt,
     JsonObjectFormat,
@@ -34,18 +34,18 @@ from linalign.server.protocol.generation import (
     Schema,
     Seed,
     TextFormat,
-    refused,
+    field_error,
 )
 
 
 class _Item(Schema):
-    id: str | None = Field(None, description="of an output that comes back, as is status")
+    id: str | None = Field(None, description="output items that are sent back have it, and status")
     status: str | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _without_what_is_empty(cls, item: Any) -> Any:
-        """Objects of the SDKs that a client sends back have further fields, all of them empty."""
+    def _drop_empty_fields(cls, item: Any) -> Any:
+        """Drop empty fields of output items, because SDKs send them back with the input."""
         if not isinstance(item, dict):
             return item
         return {key: value for key, value in item.items() if key in cls.model_fields or value is not None}
@@ -55,10 +55,10 @@ class InputText(Schema):
     type: Literal["input_text", "output_text", "text"]
     text: str
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    logprobs: list[Any] | None = Field(None, description="of an output that comes back; not looked at")
+    logprobs: list[Any] | None = Field(None, description="no effect; output items that are sent back have it")
 
 
-Content = str | Annotated[list[InputText], Field(min_length=1), FIRST]
+Content = str | Annotated[list[InputText], Field(min_length=1), FAIL_FAST]
 
 
 class InputMessage(_Item):
@@ -104,7 +104,7 @@ class ReasoningText(Schema):
 class ReasoningItem(_Item):
     type: Literal["reasoning"]
     summary: Annotated[list[Any], Field(max_length=0)] | None = None
-    content: Annotated[list[ReasoningText], FIRST] | None = None
+    content: Annotated[list[ReasoningText], FAIL_FAST] | None = None
 
     def as_chat(self) -> AnyMessage:
         text = "".join(part.text for part in self.content or ())
@@ -160,22 +160,22 @@ class Reasoning(Schema):
 
 
 class ResponsesRequest(AlignmentFields):
-    """OpenAI's request with the alignment fields flat at the top level. Nothing is stored."""
+    """OpenAI's request, with the alignment fields at the top level. The server stores no responses."""
 
-    input: str | Annotated[list[Item], Field(min_length=1), FIRST]
+    input: str | Annotated[list[Item], Field(min_length=1), FAIL_FAST]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     text: TextOptions | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS), FIRST] | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS), FAIL_FAST] | None = None
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
     stream: bool | None = None
-    store: bool | None = Field(None, description="nothing is stored, which the response says")
-    metadata: Metadata | None = Field(None, description="returned as it came")
+    store: bool | None = Field(None, description="no effect: nothing is stored, and the response has store: false")
+    metadata: Metadata | None = Field(None, description="returned unchanged")
     user: str | None = None
     cache_salt: CacheSalt | None = None
     previous_response_id: str | None = None
@@ -191,25 +191,25 @@ class ResponsesRequest(AlignmentFields):
     def check(self) -> None:
         super().check()
         if self.previous_response_id is not None:
-            raise refused("previous_response_id", "this server stores no responses; send the whole input")
+            raise field_error("previous_response_id", "this server stores no responses; send the whole input")
         messages = self._messages()
         if not messages:
-            raise refused("input", "input has no message")
+            raise field_error("input", "input has no message")
         self._chat = ChatCompletionRequest.model_construct(messages=messages, **self._chat_fields())
         try:
             self._chat.check()
         except PydanticCustomError as error:
             param = (error.context or {})["param"]
-            param = "messages" if param.startswith("messages.") else param  # the client has sent no messages
-            raise refused(RESPONSE_FIELDS.get(param, param), error.message()) from error
+            param = "messages" if param.startswith("messages.") else param  # a client of this endpoint has no messages
+            raise field_error(RESPONSE_FIELDS.get(param, param), error.message()) from error
 
     @property
     def chat(self) -> ChatCompletionRequest:
-        """The same request as a chat completion, made of parts that are validated already."""
+        """The request as a chat completion. Its parts are already validated."""
         return self._chat
 
     def _chat_fields(self) -> dict[str, Any]:
-        """Fields of the chat completion beside its messages."""
+        """Fields of the chat completion, without messages."""
         fields: dict[str, Any] = {
             name: getattr(self, name)
             for name in (*AlignmentFields.model_fields, *SAME_IN_CHAT)
@@ -249,12 +249,12 @@ class ResponsesRequest(AlignmentFields):
                 _merge(last, message)
             else:
                 messages.append(message)
-        # A reply that consists of reasoning alone says nothing.
+        # Leave out replies that have only reasoning.
         return [m for m in messages if m.content is not None or (isinstance(m, AssistantMessage) and m.tool_calls)]
 
 
 def _merge(message: AssistantMessage, part: AssistantMessage) -> None:
-    """Add a part of the same reply to a message: reasoning, text, or calls."""
+    """Add another part of the same reply to a message: reasoning, text, or calls."""
     if part.content is not None:
         message.content = part.content
     if part.reasoning_content is not None:

@@ -17,7 +17,7 @@ PATH = "/v1/chat/completions"
 
 
 class ChatCompletion:
-    """OpenAI's objects of one chat completion."""
+    """Creates the reply of one chat completion: `whole` for a single object, `events` for a stream."""
 
     def __init__(
         self,
@@ -25,11 +25,11 @@ class ChatCompletion:
         body: ChatCompletionRequest,
         fingerprint: str,
         prompt: Prompt,
-        parser: Callable[[], ReplyParser],
+        new_parser: Callable[[], ReplyParser],
     ) -> None:
-        """parser: makes one for each choice."""
+        """new_parser: Creates the parser of one choice."""
         self._body = body
-        self._parser = parser
+        self._new_parser = new_parser
         self._token_bytes = engine.token_bytes
         self._num_prompt_tokens = len(prompt.principled[0])
         self._head = {
@@ -45,7 +45,7 @@ class ChatCompletion:
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage}
 
     def _choice(self, outputs: Sequence[Output]) -> dict[str, Any]:
-        last, parser = outputs[-1], self._parser()
+        last, parser = outputs[-1], self._new_parser()
         deltas = parser.feed("".join(output.text for output in outputs)) + parser.finish()
         return {
             "index": last.choice,
@@ -56,7 +56,7 @@ class ChatCompletion:
         }
 
     async def events(self, replies: Replies, include_usage: bool, continuous: bool) -> AsyncIterator[Event]:
-        parsers = [self._parser() for _ in range(replies.n)]
+        parsers = [self._new_parser() for _ in range(replies.n)]
         calls = [False] * replies.n
         usages: list[Usage] = []
         num_drawn = 0

@@ -12,12 +12,12 @@ from linalign.server.protocol.core_errors import code_of, described
 from linalign.server.replies.submission import Replies
 
 STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The whole reply, or its events", "content": {"text/event-stream": {}}}
+    200: {"description": "The complete reply, or a stream of events", "content": {"text/event-stream": {}}}
 }
 
 
 class Event(ServerSentEvent):
-    """A server-sent event with OpenAI's line ends."""
+    """A server-sent event with OpenAI's line ends. data: Text, or a value that is written as JSON."""
 
     def __init__(self, data: Any, event: str | None = None) -> None:
         text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
@@ -40,7 +40,7 @@ def event_stream(events: AsyncIterator[Event], replies: Sequence[Replies]) -> Ev
 
 
 def failure(error: Failure, path: str) -> Event:
-    """The last event of a stream that fails. path: Of the endpoint."""
+    """The last event of a failed stream. path: The endpoint's."""
     message, param, kind = str(error), None, "server_error"
     if isinstance(error, InvalidRequest):
         message, param = described(error, path)

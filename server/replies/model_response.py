@@ -19,15 +19,15 @@ ResponseEvent = dict[str, Any]
 
 
 class ModelResponse:
-    """One response object, and the events of its coming about."""
+    """Creates the reply of one request: `whole` for a single object, `events` for a stream."""
 
     def __init__(self, engine: EngineClient, body: ResponsesRequest, parser: ReplyParser) -> None:
         self._token_bytes, self._parser = engine.token_bytes, parser
         self._items = _Items()
-        self._pending: list[dict[str, Any]] = []  # log-probabilities of tokens whose text is still to come
+        self._pending: list[dict[str, Any]] = []  # log-probabilities of tokens whose text has not been emitted
         tools = [tool.model_dump(exclude_none=True) | {"strict": tool.strict} for tool in body.tools or ()]
         choice = body.tool_choice or "auto"
-        self._num_reasoned = 0
+        self._num_reasoning_tokens = 0
         self._response: dict[str, Any] = {
             "id": f"resp_{uuid.uuid4().hex}",
             "object": "response",
@@ -56,40 +56,40 @@ class ModelResponse:
 
     def whole(self, outputs: Sequence[Output]) -> dict[str, Any]:
         for output in outputs:
-            self._take(output)
+            self._process(output)
         return self._response
 
     async def events(self, replies: Replies) -> AsyncIterator[Event]:
         number = 0
 
-        def sent(event: ResponseEvent) -> Event:
+        def numbered(event: ResponseEvent) -> Event:
             nonlocal number
             number += 1
             return Event({**event, "sequence_number": number - 1}, event["type"])
 
         try:
             for kind in ("response.created", "response.in_progress"):
-                yield sent({"type": kind, "response": self._response})
+                yield numbered({"type": kind, "response": self._response})
             async for output in replies:
-                for event in self._take(output):
-                    yield sent(event)
+                for event in self._process(output):
+                    yield numbered(event)
             status = self._response["status"]
-            yield sent({"type": f"response.{status}", "response": self._response})
+            yield numbered({"type": f"response.{status}", "response": self._response})
         except FAILURES as error:
             code, message = "server_error", str(error)
             if isinstance(error, InvalidRequest):
                 code, (message, _) = "invalid_prompt", described(error, PATH)
             failed = {"status": "failed", "error": {"code": code, "message": message}}
-            yield sent({"type": "response.failed", "response": self._response | failed})
+            yield numbered({"type": "response.failed", "response": self._response | failed})
         finally:
             replies.abort()
 
-    def _take(self, output: Output) -> list[ResponseEvent]:
+    def _process(self, output: Output) -> list[ResponseEvent]:
         self._pending += [logprob_object(report, self._token_bytes) for report in output.logprobs]
         events = []
         deltas = self._parser.feed(output.text) + (self._parser.finish() if output.finish_reason else [])
         if any("reasoning_content" in delta for delta in deltas):
-            self._num_reasoned += len(output.token_ids)
+            self._num_reasoning_tokens += len(output.token_ids)
         for delta in deltas:
             events += self._items.take(delta, self._pending if "content" in delta else [])
             self._pending = []
@@ -110,7 +110,7 @@ class ModelResponse:
                     "cache_write_tokens": usage["prompt_tokens"] - cached,
                 },
                 "output_tokens": usage["completion_tokens"],
-                "output_tokens_details": {"reasoning_tokens": self._num_reasoned},
+                "output_tokens_details": {"reasoning_tokens": self._num_reasoning_tokens},
                 "total_tokens": usage["total_tokens"],
                 "alignment_details": usage["alignment_details"],
             }
@@ -118,9 +118,9 @@ class ModelResponse:
 
 
 class _Items:
-    """The output items so far: reasoning, messages, function calls; the last one may be open.
+    """The output items so far: reasoning, messages, function calls. The last one may be incomplete.
 
-    done: those that are complete.
+    done: The complete items.
     """
 
     def __init__(self) -> None:
@@ -131,19 +131,19 @@ class _Items:
         if "tool_calls" in delta:
             (call,) = delta["tool_calls"]
             events = self._open_call(call) if "id" in call else []
-            return events + self._call_grows(call["function"]["arguments"])
+            return events + self._extend_call(call["function"]["arguments"])
         kind = "message" if "content" in delta else "reasoning"
         text = delta["content"] if kind == "message" else delta["reasoning_content"]
         events = [] if self._open is not None and self._open["type"] == kind else self._open_text(kind)
-        return events + self._text_grows(text, logprobs)
+        return events + self._extend_text(text, logprobs)
 
     def close(self, status: str = "completed", logprobs: Sequence[dict[str, Any]] = ()) -> list[ResponseEvent]:
-        """End the open item, if there is any. logprobs: of tokens at its end that have no text."""
+        """End the incomplete item, if there is one. logprobs: Of last tokens that have no text."""
         item, self._open = self._open, None
         if item is None:
             return []
         item["status"] = status
-        place = self._place(item)
+        place = self._position(item)
         if item["type"] == "function_call":
             ends = [{"type": "response.function_call_arguments.done", **place, "arguments": item["arguments"]}]
         else:
@@ -157,10 +157,10 @@ class _Items:
         self.done.append(item)
         return ends
 
-    def _place(self, item: dict[str, Any]) -> dict[str, Any]:
+    def _position(self, item: dict[str, Any]) -> dict[str, Any]:
         return {"item_id": item["id"], "output_index": len(self.done)}
 
-    def _begin(self, item: dict[str, Any]) -> list[ResponseEvent]:
+    def _add(self, item: dict[str, Any]) -> list[ResponseEvent]:
         events = self.close()
         self._open = item
         shown = {**item, "content": []} if "content" in item else dict(item)
@@ -175,13 +175,13 @@ class _Items:
             "arguments": "",
             "status": "in_progress",
         }
-        return self._begin(item)
+        return self._add(item)
 
-    def _call_grows(self, text: str) -> list[ResponseEvent]:
+    def _extend_call(self, text: str) -> list[ResponseEvent]:
         if not text or self._open is None:
             return []
         self._open["arguments"] += text
-        return [{"type": "response.function_call_arguments.delta", **self._place(self._open), "delta": text}]
+        return [{"type": "response.function_call_arguments.delta", **self._position(self._open), "delta": text}]
 
     def _open_text(self, kind: str) -> list[ResponseEvent]:
         item: dict[str, Any]
@@ -192,15 +192,20 @@ class _Items:
             part = {"type": "reasoning_text", "text": ""}
             item = {"id": f"rs_{uuid.uuid4().hex}", "type": "reasoning", "summary": [], "status": "in_progress"}
         item["content"] = [part]
-        events = self._begin(item)
-        added = {"type": "response.content_part.added", **self._place(item), "content_index": 0, "part": dict(part)}
+        events = self._add(item)
+        added = {"type": "response.content_part.added", **self._position(item), "content_index": 0, "part": dict(part)}
         return [*events, added]
 
-    def _text_grows(self, text: str, logprobs: list[dict[str, Any]]) -> list[ResponseEvent]:
+    def _extend_text(self, text: str, logprobs: list[dict[str, Any]]) -> list[ResponseEvent]:
         assert self._open is not None
         (part,) = self._open["content"]
         part["text"] += text
-        event = {"type": f"response.{part['type']}.delta", **self._place(self._open), "content_index": 0, "delta": text}
+        event = {
+            "type": f"response.{part['type']}.delta",
+            **self._position(self._open),
+            "content_index": 0,
+            "delta": text,
+        }
         if part["type"] == "output_text":
             part["logprobs"] = part["logprobs"] + logprobs
             event["logprobs"] = logprobs

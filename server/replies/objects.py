@@ -1,4 +1,4 @@
-"""Parts that OpenAI's objects of all endpoints have in common: log-probabilities, traces, usage."""
+"""Parts of OpenAI's objects that several endpoints share: log-probabilities, traces, usage."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,14 +22,14 @@ def logprob_object(report: TokenLogprob, token_bytes: Callable[[int], bytes]) ->
 
 
 def trace_object(report: TokenLogprob, token_bytes: Callable[[int], bytes]) -> dict[str, Any]:
-    """The log-probability of a token under each policy, and the best tokens of each where the request wants
-    alternatives. Without a base branch there is one policy.
+    """The log-probability of a token under each policy and, if the request has top_logprobs, each policy's best tokens.
+    Without a base branch there is only one policy.
     """
     aligned, trace = logprob_object(report, token_bytes), report.trace
     fields = {"token": aligned["token"], "bytes": aligned["bytes"], "logprob": aligned["logprob"]}
     if trace is None:
-        nothing = {"base_logprob": None, "plausible_tokens": None, "kl": None}
-        return {**fields, "principled_logprob": aligned["logprob"], **nothing}
+        missing = {"base_logprob": None, "plausible_tokens": None, "kl": None}
+        return {**fields, "principled_logprob": aligned["logprob"], **missing}
     principled, base = logprob_object(trace.principled, token_bytes), logprob_object(trace.base, token_bytes)
     fields |= {"principled_logprob": principled["logprob"], "base_logprob": base["logprob"]}
     fields |= {"plausible_tokens": trace.num_plausible, "kl": trace.kl}
@@ -43,7 +43,7 @@ def usage_object(usages: Sequence[Usage]) -> dict[str, Any]:
     """The usage of all choices together. OpenAI's fields count the prompt once, alignment_details all branches."""
     return {
         **token_counts(usages[0].prompt_tokens, sum(usage.completion_tokens for usage in usages)),
-        # of the choice that ran first: the others find what it has computed
+        # That of the choice that ran first, because the others reuse its prompt.
         "prompt_tokens_details": {"cached_tokens": min(usage.prompt_cached_tokens for usage in usages)},
         "alignment_details": {
             "branches": usages[0].branches,

@@ -1,4 +1,4 @@
-"""Requests on their way: from the engine's thread to the event loop."""
+"""Submits requests to the engine and brings their outputs from its thread to the event loop."""
 
 import asyncio
 import hashlib
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class Replies:
-    """A submitted request. Iterate over the outputs of its choices; call `abort` if the client has gone.
+    """A submitted prompt. Iterate over the outputs of its choices; call `abort` if the client disconnects.
 
     Iteration raises EngineDead, RequestFailed, and InvalidRequest for errors after submission.
     """
@@ -33,7 +33,7 @@ class Replies:
         self._request_id: int | None = None
 
     @classmethod
-    async def of(
+    async def submit(
         cls, request: Request, body: GenerationRequest, prompts: Sequence[Prompt], params: SamplingParams
     ) -> list["Replies"]:
         """Submit all prompts of a request, or none. Raises InvalidRequest, EngineDead, EngineBusy, KeyBusy."""
@@ -41,11 +41,12 @@ class Replies:
         exchange.admit(n * len(prompts))
         try:
             for prompt in prompts:
-                replies.append(await cls._submitted(request, body, prompt, params))
+                replies.append(await cls._submit_one(request, body, prompt, params))
         except BaseException as error:
             exchange.charge = lambda _: None  # a refused request costs no tokens
-            num_told = len(replies) + isinstance(error, asyncio.CancelledError)  # submitted choices leave when they end
-            exchange.leave(n * (len(prompts) - num_told))
+            # The choices of submitted prompts leave when they end.
+            num_submitted = len(replies) + isinstance(error, asyncio.CancelledError)
+            exchange.leave(n * (len(prompts) - num_submitted))
             for one in replies:
                 one.abort()
             raise
@@ -54,12 +55,12 @@ class Replies:
         return replies
 
     @classmethod
-    async def _submitted(
+    async def _submit_one(
         cls, request: Request, body: GenerationRequest, prompt: Prompt, params: SamplingParams
     ) -> "Replies":
         state, exchange, n = state_of(request), exchange_of(request.scope), body.n or 1
         loop, replies = asyncio.get_running_loop(), cls(state.engine, n)
-        measure = state.measures.of(prompt, exchange.began)
+        measure = state.measures.listener(prompt, exchange.began)
         operation = "chat" if isinstance(body, ChatCompletionRequest) else "text_completion"
         span = Generation(state.tracer, operation, body.model, prompt, params, n)
         key = exchange.key if state.settings.separates_keys else None
@@ -83,16 +84,16 @@ class Replies:
         return replies
 
     @classmethod
-    def of_nothing(cls, engine: EngineClient, prompt: Prompt, n: int) -> "Replies":
-        """Replies without any token, for a request that needs none."""
+    def empty(cls, engine: EngineClient, prompt: Prompt, n: int) -> "Replies":
+        """Replies without tokens, for a prompt that the engine need not see."""
         replies = cls(engine, n)
         for choice in range(n):
             replies._queue.put_nowait(terminal_output(prompt, choice, "length"))
         return replies
 
     async def __aiter__(self) -> AsyncIterator[Output]:
-        left = self.n
-        while left:
+        num_unfinished = self.n
+        while num_unfinished:
             output = await self._queue.get()
             if output.error is not None:
                 if isinstance(output.error, RequestFailed):  # the engine's log has the stack, but not the request id
@@ -100,7 +101,7 @@ class Replies:
                 raise output.error
             if output.finish_reason == "error":
                 raise EngineDead("the engine failed during this request")
-            left -= output.finish_reason is not None
+            num_unfinished -= output.finish_reason is not None
             yield output
 
     def abort(self) -> None:
@@ -109,7 +110,7 @@ class Replies:
 
 
 def _salt(key: bytes | None, cache_salt: str | None) -> bytes:
-    """The salt of a prompt. key: The hash of an API key that shares prefixes with no other key."""
+    """The salt of a prompt. key: The hash of the API key, if keys do not share prefixes."""
     if key is None and cache_salt is None:
         return b""
     owner = b"anyone" if key is None else b"key" + key
@@ -117,7 +118,7 @@ def _salt(key: bytes | None, cache_salt: str | None) -> bytes:
 
 
 async def gather(replies: Sequence[Replies], request: Request) -> list[list[Output]] | None:
-    """All outputs of several requests, or None if the client disconnects. No request is left running."""
+    """All outputs of several prompts, or None if the client disconnects. All replies have then ended."""
 
     async def outputs_of(one: Replies) -> list[Output]:
         return [output async for output in one]

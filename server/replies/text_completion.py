@@ -22,7 +22,10 @@ PATH = "/v1/completions"
 
 
 class TextCompletion:
-    """OpenAI's objects of one text completion. Choices are numbered through all prompts."""
+    """Creates the reply of one text completion: `whole` for a single object, `events` for a stream.
+
+    The choices of all prompts are numbered consecutively.
+    """
 
     def __init__(
         self,
@@ -32,7 +35,7 @@ class TextCompletion:
         texts: Sequence[tuple[int, ...]],
         prompts: Sequence[Prompt],
     ) -> None:
-        """texts: the token ids of what came, without any principle."""
+        """texts: The token ids of the request's prompts, without principles."""
         self._engine, self._body, self._texts, self._prompts, self._n = engine, body, texts, prompts, body.n or 1
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
@@ -46,10 +49,10 @@ class TextCompletion:
         choices = []
         for number, of_prompt in enumerate(outputs):
             for index in range(self._n):
-                mine = [output for output in of_prompt if output.choice == index]
-                text = self._echoed(number) + "".join(output.text for output in mine)
-                reported = self._token_reports(number).of(mine)
-                choices.append(self._choice(number * self._n + index, text, mine[-1].finish_reason, reported))
+                of_choice = [output for output in of_prompt if output.choice == index]
+                text = self._echoed(number) + "".join(output.text for output in of_choice)
+                reported = self._token_reports(number).of(of_choice)
+                choices.append(self._choice(number * self._n + index, text, of_choice[-1].finish_reason, reported))
         usages = [[output.usage for output in of_prompt if output.usage] for of_prompt in outputs]
         return {**self._head, "choices": choices, "usage": _sum(usages)}
 
@@ -114,10 +117,9 @@ class TextCompletion:
 
 
 class _TokenReports:
-    """A choice's log-probabilities, in OpenAI's older form, and its trace, as far as they are asked for: lists beside
-    each other.
+    """A choice's log-probabilities, in the form of OpenAI's completions, and its trace, if they are requested.
 
-    first: a token in front, of which nothing is known.
+    first: The first token of a scored text, which has no log-probability; None for other texts.
     """
 
     def __init__(
@@ -127,17 +129,17 @@ class _TokenReports:
         self._body, self._offsets, self._first = body, offsets, first
 
     def of(self, outputs: Sequence[Output]) -> dict[str, Any]:
-        """What came with these outputs."""
+        """The fields of a choice for these outputs. Call this for all outputs in order."""
         reports: list[TokenLogprob | None] = [report for output in outputs for report in output.logprobs]
         ids = [report.token_id for report in reports if report]
         if self._first is not None:
             ids, reports, self._first = [self._first, *ids], [None, *reports], None
-        found: dict[str, Any] = {}
+        fields: dict[str, Any] = {}
         if reports and self._offsets:
-            found["logprobs"] = self._logprobs(ids, reports, self._offsets)
+            fields["logprobs"] = self._logprobs(ids, reports, self._offsets)
         if self._body.traces:
-            found["alignment"] = [report and trace_object(report, self._token_bytes) for report in reports]
-        return found
+            fields["alignment"] = [report and trace_object(report, self._token_bytes) for report in reports]
+        return fields
 
     def _logprobs(
         self, ids: Sequence[int], reports: Sequence[TokenLogprob | None], offsets: "_Offsets"
@@ -150,12 +152,12 @@ class _TokenReports:
         }
 
     def _top(self, report: TokenLogprob) -> dict[str, float]:
-        """The drawn token is there too, unless it could not be drawn."""
+        """The requested alternatives and the drawn token, without tokens that cannot be drawn."""
         pairs = [(report.token_id, report.logprob)] if report.logprob > IMPOSSIBLE else []
         return {self._name(id): value for id, value in (*report.top, *pairs)}
 
     def _name(self, id: int) -> str:
-        """A token's text; part of a character as OpenAI writes it."""
+        """A token's text, or its bytes in OpenAI's notation if it is part of a character."""
         content = self._token_bytes(id)
         try:
             return content.decode()
@@ -164,9 +166,10 @@ class _TokenReports:
 
 
 class _Offsets:
-    """Where in a choice's text its tokens begin: the first tokens are the prompt's, if it is scored.
+    """Character offsets of tokens in a choice's text. If the prompt is scored, its tokens are the first.
 
-    text: the prompt, if it came as one; ids: its tokens. A token in front that the tokenizer has added is no text.
+    text: The prompt, if the request has it as text. ids: Its tokens. A first token that the tokenizer has added has no
+    text.
     """
 
     def __init__(
@@ -178,19 +181,19 @@ class _Offsets:
         self._prompt = TextStream(decode)
         self._reply = TextStream(decode, before=ids, skipped=special_ids(tokenizer))
         self._num_added, self._num_prompt = int(is_scored and bool(is_added)), len(ids) if is_scored else 0
-        self._num_told = self._offset = 0
+        self._num_returned = self._offset = 0
 
     def next(self, id: int) -> int:
-        """That of the next token."""
-        begin, place = self._offset, self._num_told
-        self._num_told += 1
+        """The offset of the next token, which is `id`."""
+        begin, place = self._offset, self._num_returned
+        self._num_returned += 1
         if place >= self._num_added:
             self._offset += len((self._prompt if place < self._num_prompt else self._reply).add(id))
         return begin
 
 
 async def _merged(replies: Sequence[Replies]) -> AsyncIterator[tuple[int, Output]]:
-    """The outputs of several requests as they come, with the number of the request."""
+    """The outputs of several prompts as they arrive, each with the number of its prompt."""
     queue: asyncio.Queue[tuple[int, Output | BaseException | None]] = asyncio.Queue()
 
     async def forward(number: int, one: Replies) -> None:
@@ -203,12 +206,12 @@ async def _merged(replies: Sequence[Replies]) -> AsyncIterator[tuple[int, Output
 
     tasks = [asyncio.ensure_future(forward(number, one)) for number, one in enumerate(replies)]
     try:
-        left = len(replies)
-        while left:
+        num_unfinished = len(replies)
+        while num_unfinished:
             number, output = await queue.get()
             if isinstance(output, BaseException):
                 raise output
-            left -= output is None
+            num_unfinished -= output is None
             if output is not None:
                 yield number, output
     finally:
@@ -217,16 +220,16 @@ async def _merged(replies: Sequence[Replies]) -> AsyncIterator[tuple[int, Output
 
 
 def _sum(usages: Sequence[Sequence[Usage]]) -> dict[str, Any]:
-    """The usage of all prompts."""
+    """The usage of all prompts together."""
     objects = [usage_object(of_prompt) for of_prompt in usages]
-    total = {name: sum(found[name] for found in objects) for name in objects[0] if name.endswith("_tokens")}
-    cached = sum(found["prompt_tokens_details"]["cached_tokens"] for found in objects)
-    details = [found["alignment_details"] for found in objects]
+    total = {name: sum(usage[name] for usage in objects) for name in objects[0] if name.endswith("_tokens")}
+    cached = sum(usage["prompt_tokens_details"]["cached_tokens"] for usage in objects)
+    details = [usage["alignment_details"] for usage in objects]
     return {
         **total,
         "prompt_tokens_details": {"cached_tokens": cached},
         "alignment_details": {
-            **{name: sum(found[name] for found in details) for name in details[0]},
-            "branches": max(found["branches"] for found in details),
+            **{name: sum(detail[name] for detail in details) for name in details[0]},
+            "branches": max(detail["branches"] for detail in details),
         },
     }

@@ -18,7 +18,7 @@ from linalign.server.state import state_of
 from linalign.server.strict_json import StrictJSON
 from linalign.server.threads import in_thread
 from linalign.server.tool_calls import ReplyParser, end_of_thinking, marks_are_special
-from linalign.server.tool_grammars import demanded, kept_to, literal
+from linalign.server.tool_grammars import literal, required_calls, strict_calls
 
 router = APIRouter(route_class=StrictJSON)
 
@@ -27,8 +27,8 @@ router = APIRouter(route_class=StrictJSON)
 async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response | dict[str, Any]:
     state = state_of(request)
     body = with_preset(body, state)
-    replies, prompt, parser = await begin(body, request)
-    completion = ChatCompletion(state.engine, body, state.fingerprint, prompt, parser)
+    replies, prompt, new_parser = await submit_chat(body, request)
+    completion = ChatCompletion(state.engine, body, state.fingerprint, prompt, new_parser)
     if body.stream:
         options = body.stream_options
         usage, continuous = (options.include_usage, options.continuous_usage_stats) if options else (False, False)
@@ -37,10 +37,12 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     return completion.whole(outputs[0], replies.n) if outputs else Response(status_code=499)
 
 
-async def begin(body: ChatCompletionRequest, request: Request) -> tuple[Replies, Prompt, Callable[[], ReplyParser]]:
-    """Submit a chat. Its replies, its prompt, and what makes a parser for each reply.
+async def submit_chat(
+    body: ChatCompletionRequest, request: Request
+) -> tuple[Replies, Prompt, Callable[[], ReplyParser]]:
+    """Submit a chat. Returns its replies, its prompt, and a function that creates a parser for one choice.
 
-    Raises InvalidRequest, EngineDead, EngineBusy.
+    Raises InvalidRequest, EngineDead, EngineBusy, KeyBusy.
     """
     state = state_of(request)
     engine = state.engine
@@ -55,22 +57,22 @@ async def begin(body: ChatCompletionRequest, request: Request) -> tuple[Replies,
         prompt = engine.prompts.build(messages, principles, placement, rendering, method)
         return prompt, "" if rendering.continues else engine.prompts.generation_prompt(rendering)
 
-    prompt, begun = await in_thread(request, build)
-    params = body.sampling_params(**_for_tools(body, engine, end_of_thinking(begun)))
-    most_calls = 1 if body.parallel_tool_calls is False else math.inf
-    (replies,) = await Replies.of(request, body, [prompt], params)
-    return replies, prompt, lambda: ReplyParser(engine.tokenizer, begun, rendering.tools, most_calls)
+    prompt, generation_prompt = await in_thread(request, build)
+    params = body.sampling_params(**_for_tools(body, engine, end_of_thinking(generation_prompt)))
+    max_calls = 1 if body.parallel_tool_calls is False else math.inf
+    (replies,) = await Replies.submit(request, body, [prompt], params)
+    return replies, prompt, lambda: ReplyParser(engine.tokenizer, generation_prompt, rendering.tools, max_calls)
 
 
 def _for_tools(body: ChatCompletionRequest, engine: EngineClient, mark: str) -> dict[str, Any]:
-    """What tools and reasoning change in how a reply is drawn. mark: ends the reasoning that has begun, if any."""
+    """Sampling parameters for tools and reasoning. mark: The end of reasoning that the prompt has begun, or ""."""
     after = mark and literal(mark, engine.tokenizer)
     tools, parallel = body.callable_tools(), body.parallel_tool_calls is not False
     more: dict[str, Any] = {}
-    if body.demands_call:
-        more["structure"] = demanded(engine.tokenizer, tools, parallel and body.tool_choice == "required", after)
+    if body.requires_call:
+        more["structure"] = required_calls(engine.tokenizer, tools, parallel and body.tool_choice == "required", after)
     elif any(tool["function"].get("strict") for tool in tools):
-        more["structure"] = kept_to(engine.tokenizer, tools, parallel, after)
+        more["structure"] = strict_calls(engine.tokenizer, tools, parallel, after)
     elif after and (structure := body.structure()):
         more["structure"] = replace(structure, after=after)
     if tools and marks_are_special(engine.tokenizer):

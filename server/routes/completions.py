@@ -33,11 +33,11 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
 
     texts, prompts = await in_thread(request, build)
     params = body.sampling_params()
-    asks = [bool(params.max_tokens or prompt.given) for prompt in prompts]  # for a token at all
-    submitted = iter(await Replies.of(request, body, list(itertools.compress(prompts, asks)), params))
+    needs_engine = [bool(params.max_tokens or prompt.given) for prompt in prompts]
+    submitted = iter(await Replies.submit(request, body, list(itertools.compress(prompts, needs_engine)), params))
     replies = [
-        next(submitted) if is_asked else Replies.of_nothing(engine, prompt, body.n or 1)
-        for prompt, is_asked in zip(prompts, asks, strict=True)
+        next(submitted) if needed else Replies.empty(engine, prompt, body.n or 1)
+        for prompt, needed in zip(prompts, needs_engine, strict=True)
     ]
     completion = TextCompletion(engine, state.fingerprint, body, texts, prompts)
     if body.stream:

@@ -1,4 +1,4 @@
-"""GET /: the playground, a page of static files that talks to the same API as everyone else."""
+"""GET /: the playground, a page of static files that uses the public API."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from fastapi.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 
 FOLDER = Path(__file__).parent.parent / "playground"
-# No script, style or connection but our own, no inline code, no HTML from strings but through the sanitiser.
+# Scripts, styles and connections only from this server, no inline code, and HTML from strings only through DOMPurify.
 POLICY = "; ".join(
     (
         "default-src 'none'",
@@ -32,7 +32,7 @@ HEADERS = {
 
 
 class Files(StaticFiles):
-    """The page's own: asked for anew at every load, so that no browser mixes two versions."""
+    """The page's files. Browsers revalidate them at every load and so never mix two versions."""
 
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
         response = super().file_response(*args, **kwargs)

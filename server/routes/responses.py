@@ -1,4 +1,4 @@
-"""POST /v1/responses: a chat completion as OpenAI's items and events."""
+"""POST /v1/responses: a chat completion in the form of OpenAI's items and events."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from linalign.server.protocol.responses import ResponsesRequest
 from linalign.server.replies.events import STREAMED, event_stream
 from linalign.server.replies.model_response import PATH, ModelResponse
 from linalign.server.replies.submission import gather
-from linalign.server.routes.chat_completions import begin
+from linalign.server.routes.chat_completions import submit_chat
 from linalign.server.state import state_of
 from linalign.server.strict_json import StrictJSON
 
@@ -21,8 +21,8 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response 
     state = state_of(request)
     engine = state.engine
     chat = with_preset(body.chat, state)
-    replies, _, parser = await begin(chat, request)
-    response = ModelResponse(engine, body, parser())
+    replies, _, new_parser = await submit_chat(chat, request)
+    response = ModelResponse(engine, body, new_parser())
     if body.stream:
         return event_stream(response.events(replies), [replies])
     outputs = await gather([replies], request)

@@ -16,7 +16,7 @@ router = APIRouter(route_class=StrictJSON)
 
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
-    """The token ids of the prompt as it is counted, and of every branch: the principled ones, then the base."""
+    """The token ids of the first branch, which usage counts, and of all branches: principled ones, then the base."""
     engine = state_of(request).engine
     body = with_preset(body, state_of(request))
     principles = body.principles(state_of(request).settings.default_alignment_ratio)

@@ -11,7 +11,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from linalign.ray.application import build
-from linalign.server.metrics import ENGINE
+from linalign.server.metrics import ENGINE_METRICS
 from linalign.server.settings import Settings, load_settings
 
 FOLDER = Path(__file__).parents[2] / "deploy/kubernetes"
@@ -165,7 +165,7 @@ def test_the_autoscaler_looks_at_a_metric_that_there_is():
     (rule,) = yaml.safe_load((FOLDER / "prometheus-adapter.yaml").read_text())["rules"]["custom"]
     (metric,) = of_kind("HorizontalPodAutoscaler")["spec"]["metrics"]
     assert metric["pods"]["metric"]["name"] == rule["name"]["as"]
-    metric_names = {f"linalign:{name}" for _, name, *_ in ENGINE}
+    metric_names = {f"linalign:{name}" for _, name, *_ in ENGINE_METRICS}
     (pattern,) = re.findall(r'__name__=~"([^"]+)"', rule["metricsQuery"])
     assert {name for name in metric_names if re.fullmatch(pattern, name)} == {
         "linalign:num_requests_running",

@@ -198,7 +198,7 @@ def test_a_server_on_loopback_without_keys_answers_for_this_machine_alone(small)
 
 
 @pytest.mark.parametrize(
-    ("args", "answers_for"),
+    ("args", "allowed_names"),
     [
         ([], ()),
         (["--allowed-hosts", "chat.example.org,10.0.0.1"], ("chat.example.org", "10.0.0.1")),
@@ -210,8 +210,8 @@ def test_a_server_on_loopback_without_keys_answers_for_this_machine_alone(small)
         (["--api-keys", "x", "--allowed-hosts", "chat.example.org"], ("chat.example.org",)),
     ],
 )
-def test_whom_a_server_answers_for(args, answers_for):
-    assert load_settings(args).answers_for == answers_for
+def test_whom_a_server_answers_for(args, allowed_names):
+    assert load_settings(args).allowed_names == allowed_names
 
 
 @pytest.mark.parametrize("host", ["https://chat.example.org", "chat.example.org:80", "Chat.example.org", "a/b", ""])

@@ -199,7 +199,7 @@ async def places_given_back_by_a_cancelled_request(num_prompts):
     exchange_of(request.scope).leave = places_freed.append
     body = CompletionRequest(model="m", prompt="a")
     prompts = [Prompt(((5, 6, 7),))] * num_prompts
-    submitting = asyncio.ensure_future(Replies.of(request, body, prompts, SamplingParams(max_tokens=1)))
+    submitting = asyncio.ensure_future(Replies.submit(request, body, prompts, SamplingParams(max_tokens=1)))
     while not submitted:
         assert not submitting.done()
         await asyncio.sleep(0)

@@ -12,7 +12,7 @@ from linalign.evaluation.command import EvalSettings
 from linalign.server import cli
 from linalign.server.bench import BenchSettings
 from linalign.server.cli import engine_config
-from linalign.server.command_line import page, parse
+from linalign.server.command_line import help_source, parse
 from linalign.server.settings import Settings, load_settings
 from linalign.server.terminal_chat import ChatSettings
 
@@ -166,7 +166,9 @@ EXAMPLES = re.findall(
 
 @pytest.mark.parametrize("command", PAGES)
 def test_every_option_says_what_it_is_and_what_it_is_by_default(command):
-    options = {action.dest: action for action in page(PAGES[command]).root_parser._actions if action.dest != "help"}
+    options = {
+        action.dest: action for action in help_source(PAGES[command]).root_parser._actions if action.dest != "help"
+    }
     assert set(options) == set(PAGES[command].model_fields)
     for name, action in options.items():
         required = PAGES[command].model_fields[name].is_required()

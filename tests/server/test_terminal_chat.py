@@ -193,9 +193,9 @@ def test_keys_and_flags(closed, client):
 def test_errors_are_told_and_the_chat_goes_on(start_chat):
     terminal = start_chat("--max-tokens", "100000")
     assert "the context holds" in terminal.ask("Hello")
-    assert re.search("There is no /ratoi.*/ratio NUMBER", terminal.ask("/ratoi 3"), re.DOTALL)
+    assert re.search("Unknown command /ratoi.*/ratio NUMBER", terminal.ask("/ratoi 3"), re.DOTALL)
     for wrong in ("x", "nan", "inf", "21"):
-        assert f"{wrong} is no number from -10 to 20" in terminal.ask(f"/ratio {wrong}")
+        assert f"{wrong} is not a number from -10 to 20" in terminal.ask(f"/ratio {wrong}")
     assert "/compare TEXT" in terminal.ask("/help")
     terminal.type("/quit\n")
     assert terminal.ends() == 0

@@ -11,7 +11,7 @@ from linalign import InvalidRequest, SamplingParams
 from linalign.alignment_core.decoding.grammars import Grammars
 from linalign.alignment_core.request import Structure
 from linalign.server.tool_calls import HERMES, LLAMA, MISTRAL, ReplyParser, call_format, end_of_thinking, message_of
-from linalign.server.tool_grammars import demanded, kept_to
+from linalign.server.tool_grammars import required_calls, strict_calls
 from tests.engines import aligned, make_engine, run_all, tiny_pair
 
 TOOLS = [
@@ -179,7 +179,7 @@ def wide(tokenizer):
 def test_a_demanded_call_keeps_to_its_schema(wide, family, parallel):
     """A random model must call a function in the form of its family, and its reply must parse."""
     engine = make_engine(wide, num_pages=400)
-    structure = demanded(tokenizer_of(family), TOOLS, parallel)
+    structure = required_calls(tokenizer_of(family), TOOLS, parallel)
     params = [SamplingParams(structure=structure, max_tokens=120, seed=i, temperature=1.0) for i in range(4)]
     seen = set()
     for outputs in run_all(engine, [(aligned(2.0, 20, i), p) for i, p in enumerate(params)]):
@@ -219,13 +219,13 @@ def test_calls_of_strict_tools_keep_to_their_schemas(family, grammars, tokenizer
         {**tool, "function": {**tool["function"], "strict": name}}
         for tool, name in zip(TOOLS, (True, False), strict=True)
     ]
-    structure = kept_to(tokenizer_of(family), tools, True)
+    structure = strict_calls(tokenizer_of(family), tools, True)
     *texts, call = FREE[family]
     for text in (*texts, call, call.replace("weather", "flights").replace("Rome", "Paris")):
         assert accepts(grammars, tokenizer, structure, text), text
     for text in (call.replace("Rome", "Paris"), call.replace("weather", "rain")):
         assert not accepts(grammars, tokenizer, structure, text), text
-    alone = kept_to(tokenizer_of(family), tools, False)
+    alone = strict_calls(tokenizer_of(family), tools, False)
     assert accepts(grammars, tokenizer, alone, call)
     second = {"qwen": f"\n{call}", "llama": f"; {call}", "mistral": call.removeprefix("[TOOL_CALLS][")}[family]
     both = f"{call[:-1]}, {second}" if family == "mistral" else call + second
@@ -235,7 +235,7 @@ def test_calls_of_strict_tools_keep_to_their_schemas(family, grammars, tokenizer
 
 def test_a_model_that_calls_in_a_way_of_its_own_is_not_kept_to_a_schema():
     own = tokenizer_of("none", response_template={"fields": {}})
-    for make in (demanded, kept_to):
+    for make in (required_calls, strict_calls):
         with pytest.raises(InvalidRequest, match="writes calls in a way"):
             make(own, TOOLS, True)
 
@@ -264,7 +264,7 @@ def test_a_structure_begins_where_the_reasoning_ends(grammars, tokenizer):
         (Structure("choice", '["yes", "n.o"]', after=after), "n.o"),
         (Structure("grammar", 'start: "x" "y"', after=after), "xy"),
         (
-            demanded(tokenizer_of("qwen"), TOOLS, False, after),
+            required_calls(tokenizer_of("qwen"), TOOLS, False, after),
             FREE["qwen"][2].removeprefix("Well.\n").removesuffix("\nSo."),
         ),
     ]
