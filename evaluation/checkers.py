@@ -1,4 +1,4 @@
-"""Principles whose following a program can check, each with the check."""
+"""Principles that a program can check, each with its check."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from linalign.evaluation.statistics import words_of
 
 @dataclass(frozen=True, slots=True)
 class Checkable:
-    """passes: whether a text does what the principle asks. to_the_end: only a reply that was not cut off can tell."""
+    """passes: Whether a text follows the principle. to_the_end: Whether the check needs a complete reply."""
 
     id: str
     principle: str

@@ -1,4 +1,4 @@
-"""Do replies follow principles that a program can check, and what does it cost them?"""
+"""Measures how often replies follow principles that a program can check, and the quality of their text."""
 
 import math
 import zlib
@@ -25,7 +25,7 @@ async def run(target: Target, records: Records, cells: Sequence[Cell], num_promp
 
 
 def _key(cell: Cell, checkable: Checkable, number: int) -> str:
-    """A plain reply is the same for all principles."""
+    """The key of a reply. Plain replies are the same for all principles."""
     principle = "-" if cell.method == "plain" else checkable.id
     return f"follow/{cell.key}/{principle}/{number}"
 
@@ -49,8 +49,8 @@ async def _ask(target: Target, cell: Cell, checkable: Checkable, number: int) ->
 
 
 def summary(records: Records, cells: Sequence[Cell], num_prompts: int) -> list[Record]:
-    """One of each cell: adherence, and what became of the texts."""
-    found = []
+    """One record for each cell: adherence, and measures of text quality."""
+    rows_of_summary = []
     for cell in cells:
         pairs = [(checkable, number) for checkable in CHECKABLE for number in range(num_prompts)]
         rows = [records[_key(cell, *pair)] for pair in pairs]
@@ -59,13 +59,13 @@ def summary(records: Records, cells: Sequence[Cell], num_prompts: int) -> list[R
             float(checkable.follows(row["text"], row["finish_reason"] != "length"))
             for (checkable, _), row in zip(pairs, rows, strict=True)
         ]
-        groups = [texts[i : i + num_prompts] for i in range(0, len(texts), num_prompts)]  # of one principle
+        groups = [texts[i : i + num_prompts] for i in range(0, len(texts), num_prompts)]  # the texts of each principle
         num_tokens = max(sum(row["tokens"] for row in rows), 1)
         by_principle = {
             checkable.id: fmean(followed[i * num_prompts : (i + 1) * num_prompts])
             for i, checkable in enumerate(CHECKABLE)
         }
-        found.append(
+        rows_of_summary.append(
             {
                 "method": cell.label,
                 "ratio": cell.ratio,
@@ -82,4 +82,4 @@ def summary(records: Records, cells: Sequence[Cell], num_prompts: int) -> list[R
                 "perplexity": math.exp(-sum(row["base_logprob"] for row in rows) / num_tokens),
             }
         )
-    return found
+    return rows_of_summary

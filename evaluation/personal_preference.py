@@ -1,7 +1,7 @@
-"""The paper's multiple-choice protocol: which of four answers does the model take under one of four preferences?
+"""The paper's multiple-choice protocol (Gao et al., ICML 2024, Figures 4 and 5).
 
-Gao et al., ICML 2024, Figures 4 and 5. Every question is asked once for each of its preferences, as the principle; the
-answer that belongs to it is the target. Chance is a quarter.
+A question has four answers and four preferences. It is asked once for each preference, with the preference as the
+principle and its answer as the target. A random choice is right in a quarter of the cases.
 """
 
 import json
@@ -29,7 +29,7 @@ Which of these answers suits me best? Answer with one letter: A, B, C or D."""
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One question under one preference. answers: in the order in which they are shown."""
+    """One question with one preference. answers: In the order in which the model sees them."""
 
     id: str
     domain: str
@@ -44,13 +44,13 @@ class Item:
         return [{"role": "user", "content": text}, {"role": "assistant", "content": "Answer:"}]
 
 
-def items(rows: Sequence[dict[str, str]], seed: int) -> list[Item]:
-    """Four of every row of the published format; what letter an answer gets depends on the seed and the row."""
-    found = []
+def make_items(rows: Sequence[dict[str, str]], seed: int) -> list[Item]:
+    """Four items for each row of the published format. The order of answers depends on the seed and the row."""
+    result = []
     for number, row in enumerate(rows):
         for kind in "abcd":
             order = random.Random(f"{seed}/{number}/{kind}").sample("abcd", 4)
-            found.append(
+            result.append(
                 Item(
                     id=f"{number}{kind}",
                     domain=row["domain"],
@@ -60,11 +60,14 @@ def items(rows: Sequence[dict[str, str]], seed: int) -> list[Item]:
                     target=LETTERS[order.index(kind)],
                 )
             )
-    return found
+    return result
 
 
 def load(source: str | None) -> list[dict[str, str]]:
-    """Rows of a file of JSON lines or a JSON list, or of the published dataset where a hub is reachable."""
+    """Rows of a JSON Lines file or a JSON list, or of the published dataset, which needs the model hub.
+
+    source: A path, PUBLISHED, or None for the included data.
+    """
     if source == PUBLISHED:
         from huggingface_hub import HfApi, hf_hub_download
 
@@ -77,17 +80,17 @@ def load(source: str | None) -> list[dict[str, str]]:
     return [json.loads(line) for line in text.splitlines() if line.strip()]
 
 
-async def run(target: Target, records: Records, cells: Sequence[Cell], asked: Sequence[Item]) -> None:
+async def run(target: Target, records: Records, cells: Sequence[Cell], items: Sequence[Item]) -> None:
     jobs: dict[str, Job] = {
         f"personal-preference/{cell.key}/{item.id}": partial(_ask, target, cell, item)
-        for item in asked
+        for item in items
         for cell in cells
     }
     await records.collect(jobs, "personal-preference")
 
 
 async def _ask(target: Target, cell: Cell, item: Item) -> Record:
-    """By the letter that is drawn, and by the most probable letter of the aligned policy; None where there is none."""
+    """The drawn letter, None for other tokens, and the letters' probabilities under the aligned policy."""
     choice = await target.chat(
         item.messages(),
         **cell.fields(item.preference),
@@ -97,8 +100,8 @@ async def _ask(target: Target, cell: Cell, item: Item) -> Record:
         top_logprobs=20,
         seed=0,
     )
-    nothing: dict[str, Any] = {"token": "", "top_logprobs": []}  # the reply ended at once
-    first = choice["logprobs"]["content"][0] if choice["logprobs"] else nothing
+    empty: dict[str, Any] = {"token": "", "top_logprobs": []}  # for a reply without tokens
+    first = choice["logprobs"]["content"][0] if choice["logprobs"] else empty
     return {
         "target": item.target,
         "drawn": _letter(first["token"]),
@@ -112,25 +115,27 @@ def _letter(token: str) -> str | None:
 
 
 def _probabilities(top: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Of the letters, as far as they are among the best twenty; with and without a space in front together."""
-    found: dict[str, float] = {}
+    """The probabilities of the letters among the given tokens. Tokens that differ only in white space are added."""
+    probabilities: dict[str, float] = {}
     for entry in top:
         if letter := _letter(entry["token"]):
-            found[letter] = found.get(letter, 0.0) + math.exp(entry["logprob"])
-    return found
+            probabilities[letter] = probabilities.get(letter, 0.0) + math.exp(entry["logprob"])
+    return probabilities
 
 
-def summary(records: Records, cells: Sequence[Cell], asked: Sequence[Item]) -> list[Record]:
-    """Accuracy by domain ("all" too) and cell, by drawn letter and by probability, with intervals over questions."""
-    found = []
+def summary(records: Records, cells: Sequence[Cell], items: Sequence[Item]) -> list[Record]:
+    """Accuracy of each cell by domain and for "all" domains: by drawn letter and by probability. Intervals are over
+    questions.
+    """
+    result = []
     for cell in cells:
-        rows = [(item, records[f"personal-preference/{cell.key}/{item.id}"]) for item in asked]
-        for domain in ("all", *sorted({item.domain for item in asked})):
-            mine = [(item, record) for item, record in rows if domain in ("all", item.domain)]
-            questions = [item.id[:-1] for item, _ in mine]
-            drawn = [float(record["drawn"] == record["target"]) for _, record in mine]
-            best = [float(_best(record["probabilities"]) == record["target"]) for _, record in mine]
-            found.append(
+        rows = [(item, records[f"personal-preference/{cell.key}/{item.id}"]) for item in items]
+        for domain in ("all", *sorted({item.domain for item in items})):
+            of_domain = [(item, record) for item, record in rows if domain in ("all", item.domain)]
+            questions = [item.id[:-1] for item, _ in of_domain]
+            drawn = [float(record["drawn"] == record["target"]) for _, record in of_domain]
+            best = [float(_best(record["probabilities"]) == record["target"]) for _, record in of_domain]
+            result.append(
                 {
                     "method": cell.label,
                     "ratio": cell.ratio,
@@ -138,10 +143,10 @@ def summary(records: Records, cells: Sequence[Cell], asked: Sequence[Item]) -> l
                     "domain": domain,
                     "drawn": interval(drawn, questions),
                     "probability": interval(best, questions),
-                    "unanswered": sum(record["drawn"] is None for _, record in mine) / len(mine),
+                    "unanswered": sum(record["drawn"] is None for _, record in of_domain) / len(of_domain),
                 }
             )
-    return found
+    return result
 
 
 def _best(probabilities: dict[str, float]) -> str | None:

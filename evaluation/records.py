@@ -1,4 +1,4 @@
-"""Results as they come, in a file of JSON lines: a run that was cut off goes on where it was."""
+"""Stores results in a JSON Lines file as they arrive, so that an interrupted run can continue."""
 
 import asyncio
 import json
@@ -16,8 +16,10 @@ CLOSE_TO_ZERO = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One way of decoding. method: one of alignment_core's, or "plain" without the principle, or "prompting" with it
-    and without extrapolation. top_p: the plausible set's mass, None for the method's own.
+    """One way of decoding.
+
+    method: An alignment method, "plain" (no principle), or "prompting" (the principle without extrapolation). top_p:
+    The mass of the plausible set; None for the method's default.
     """
 
     method: str
@@ -34,7 +36,9 @@ class Cell:
         return f"{self.label}/{self.ratio:g}/{self.temperature:g}"
 
     def fields(self, principle: str) -> dict[str, Any]:
-        """The request's. Prompting has a ratio too small to change anything: so its trace knows the base policy."""
+        """Fields of the request. Prompting has a ratio that is too small for any effect, so that its trace has the base
+        policy.
+        """
         fields: dict[str, Any] = {"temperature": self.temperature, "alignment_trace": True}
         if self.method == "plain":
             return fields
@@ -51,47 +55,47 @@ def cells(
     temperatures: Sequence[float],
     top_ps: Sequence[float | None] = (None,),
 ) -> list[Cell]:
-    """Every method at every ratio with every plausible set; ratio 0 is prompting, whatever the method."""
-    found = []
+    """All combinations. Ratio 0 is the same for all methods and becomes one cell, "prompting"."""
+    result = []
     for temperature in temperatures:
-        found += [Cell("plain", 0, temperature), Cell("prompting", 0, temperature)]
-        found += [
+        result += [Cell("plain", 0, temperature), Cell("prompting", 0, temperature)]
+        result += [
             Cell(method, ratio, temperature, top_p)
             for method in methods
             for top_p in top_ps
             for ratio in ratios
             if ratio
         ]
-    return found
+    return result
 
 
 class Records:
-    """Results by key. A last line that was half written is left out."""
+    """Records by key. An incomplete last line of the file is removed."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._found: dict[str, Record] = {}
+        self._records: dict[str, Record] = {}
         if path.exists():
-            *lines, half = path.read_text().split("\n")
-            if half:
+            *lines, incomplete = path.read_text().split("\n")
+            if incomplete:
                 path.write_text("".join(line + "\n" for line in lines))
-            self._found = {record["key"]: record for record in map(json.loads, lines)}
+            self._records = {record["key"]: record for record in map(json.loads, lines)}
 
     def __getitem__(self, key: str) -> Record:
-        return self._found[key]
+        return self._records[key]
 
     def __contains__(self, key: str) -> bool:
-        return key in self._found
+        return key in self._records
 
     async def collect(self, jobs: Mapping[str, Job], title: str) -> None:
-        """Do what has not been done yet. The first failure ends the run; what is there stays."""
+        """Run the jobs that have no record. The first failure ends the run; existing records stay."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns) as progress, self._path.open("a") as file:
             bar = progress.add_task(title, total=len(jobs), completed=sum(key in self for key in jobs))
 
-            async def do(key: str, job: Job) -> None:
+            async def run(key: str, job: Job) -> None:
                 record = {"key": key, **await job()}
-                self._found[key] = record
+                self._records[key] = record
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 file.flush()
                 progress.advance(bar)
@@ -100,6 +104,6 @@ class Records:
                 async with asyncio.TaskGroup() as tasks:
                     for key, job in jobs.items():
                         if key not in self:
-                            tasks.create_task(do(key, job))
+                            tasks.create_task(run(key, job))
             except ExceptionGroup as group:
-                raise group.exceptions[0] from None  # the others end with it
+                raise group.exceptions[0] from None  # the other tasks are cancelled

@@ -1,4 +1,4 @@
-"""A summary as Markdown with figures beside it, PNG and SVG."""
+"""Writes a summary as Markdown, with figures in PNG and SVG."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,13 +9,13 @@ from matplotlib.figure import Figure
 
 from linalign.evaluation.records import Record
 
-mpl.rcParams["svg.hashsalt"] = "linalign"  # the same figure is the same file
-COLLAPSED = 0.2  # share of replies that loop or are empty, above which a setting is useless
-ABSURD = 10  # times the perplexity of prompted replies: the model itself would hardly say that
+mpl.rcParams["svg.hashsalt"] = "linalign"  # makes figures reproducible
+COLLAPSED = 0.2  # share of replies that loop or are empty from which a setting counts as useless
+IMPLAUSIBLE = 10  # times the perplexity of prompted replies from which text counts as implausible
 
 
 def write(folder: Path, title: str, summary: Sequence[Record], task: str) -> None:
-    """report.md and its figures. Raises KeyError for a task that there is none of."""
+    """Write report.md and its figures. Raises KeyError for an unknown task."""
     parts = {"personal-preference": _preference, "follow": _follow, "hh": _hh}[task](folder, summary)
     (folder / "report.md").write_text("\n\n".join([f"# {title}", *parts]) + "\n")
 
@@ -23,13 +23,13 @@ def write(folder: Path, title: str, summary: Sequence[Record], task: str) -> Non
 def _preference(folder: Path, summary: Sequence[Record]) -> list[str]:
     parts = []
     for temperature in _temperatures(summary):
-        mine = [row for row in summary if row["temperature"] == temperature]
-        whole = [row for row in mine if row["domain"] == "all"]
+        selected = [row for row in summary if row["temperature"] == temperature]
+        overall = [row for row in selected if row["domain"] == "all"]
         name = f"accuracy-{temperature:g}"
         _lines(
             folder,
             name,
-            whole,
+            overall,
             {"accuracy by drawn letter": lambda r: r["drawn"], "by probability": lambda r: r["probability"]},
         )
         rows = [
@@ -40,15 +40,15 @@ def _preference(folder: Path, summary: Sequence[Record]) -> list[str]:
                 _percent(row["probability"]),
                 f"{row['unanswered']:.0%}",
             ]
-            for row in whole
+            for row in overall
         ]
         parts += [f"## Temperature {temperature:g}", f"![accuracy]({name}.png)"]
         parts.append(_table(["method", "ratio", "drawn letter", "most probable letter", "no letter"], rows))
-        domains = sorted({row["domain"] for row in mine} - {"all"})
-        cell = {(row["method"], row["ratio"], row["domain"]): row["probability"][0] for row in mine}
+        domains = sorted({row["domain"] for row in selected} - {"all"})
+        cell = {(row["method"], row["ratio"], row["domain"]): row["probability"][0] for row in selected}
         rows = [
             [row["method"], f"{row['ratio']:g}", *(f"{cell[row['method'], row['ratio'], d]:.0%}" for d in domains)]
-            for row in whole
+            for row in overall
         ]
         parts.append("By domain, most probable letter:\n\n" + _table(["method", "ratio", *domains], rows))
     return parts
@@ -57,12 +57,12 @@ def _preference(folder: Path, summary: Sequence[Record]) -> list[str]:
 def _follow(folder: Path, summary: Sequence[Record]) -> list[str]:
     parts = []
     for temperature in _temperatures(summary):
-        mine = [row for row in summary if row["temperature"] == temperature]
+        selected = [row for row in summary if row["temperature"] == temperature]
         name = f"follow-{temperature:g}"
         _lines(
             folder,
             name,
-            mine,
+            selected,
             {
                 "adherence": lambda r: r["adherence"],
                 "KL(aligned ∥ base), nats a token": lambda r: (r["kl"],) * 3,
@@ -97,11 +97,11 @@ def _follow(folder: Path, summary: Sequence[Record]) -> list[str]:
                 f"{row['empty']:.0%}",
                 f"{row['words']:.0f}",
             ]
-            for row in mine
+            for row in selected
         ]
         parts += [f"## Temperature {temperature:g}", f"![adherence and cost]({name}.png)", _table(names, rows)]
-        parts.append(_warnings(mine))
-        kept = [row for row in mine if row["method"].split()[0] in ("plain", "prompting", "linear")]
+        parts.append(_warnings(selected))
+        kept = [row for row in selected if row["method"].split()[0] in ("plain", "prompting", "linear")]
         principles = list(kept[0]["by_principle"])
         rows = [[name, *(f"{row['by_principle'][name]:.0%}" for row in kept)] for name in principles]
         heads = [f"{row['method']}, {row['ratio']:g}" if row["ratio"] else row["method"] for row in kept]
@@ -110,15 +110,15 @@ def _follow(folder: Path, summary: Sequence[Record]) -> list[str]:
 
 
 def _warnings(rows: Sequence[Record]) -> str:
-    """From which ratio on a method's replies collapse, by either sign."""
+    """A table of the ratios from which each method's replies collapse, by two criteria."""
     usual = next(row["perplexity"] for row in rows if row["method"] == "prompting")
     lines = []
     for method in dict.fromkeys(row["method"] for row in rows):
-        mine = [row for row in rows if row["method"] == method]
-        broken = [row["ratio"] for row in mine if row["loops"] + row["empty"] >= COLLAPSED]
-        absurd = [row["ratio"] for row in mine if row["perplexity"] >= ABSURD * usual]
-        lines.append([method, *(f"{min(ratios):g}" if ratios else "none of these" for ratios in (broken, absurd))])
-    heads = ["method", f"{COLLAPSED:.0%} loop or are empty", f"{ABSURD} times the perplexity of prompting"]
+        selected = [row for row in rows if row["method"] == method]
+        broken = [row["ratio"] for row in selected if row["loops"] + row["empty"] >= COLLAPSED]
+        implausible = [row["ratio"] for row in selected if row["perplexity"] >= IMPLAUSIBLE * usual]
+        lines.append([method, *(f"{min(ratios):g}" if ratios else "none of these" for ratios in (broken, implausible))])
+    heads = ["method", f"{COLLAPSED:.0%} loop or are empty", f"{IMPLAUSIBLE} times the perplexity of prompting"]
     return "Ratios from which text collapses:\n\n" + _table(heads, lines)
 
 
@@ -134,7 +134,7 @@ def _lines(
     rows: Sequence[Record],
     panels: dict[str, Callable[[Record], Sequence[float]]],
 ) -> None:
-    """One panel for each quantity: a line for each method against the ratio, with its interval, from prompting on."""
+    """Plot one panel for each quantity, with a line and its interval for each method. Lines start at prompting."""
     figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     start = [row for row in rows if row["method"] == "prompting"]

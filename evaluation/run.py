@@ -1,4 +1,4 @@
-"""A run of linalign eval: what has not been run yet, then results and report."""
+"""Runs linalign eval: missing records, then results and report."""
 
 import json
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ FAILURES = (httpx.HTTPError, LoadingError)
 
 
 async def evaluate(settings: EvalSettings) -> None:
-    """Run what has not been run yet, then write results and report. Raises httpx.HTTPError, LoadingError."""
-    asked = cells(settings.methods, settings.ratios, settings.temperatures, settings.alignment_top_ps or (None,))
+    """Run what has no record yet, then write results and report. Raises httpx.HTTPError, LoadingError."""
+    all_cells = cells(settings.methods, settings.ratios, settings.temperatures, settings.alignment_top_ps or (None,))
     records = Records(settings.output / "records.jsonl")
     async with AsyncExitStack() as stack:
         if settings.url:
@@ -29,7 +29,7 @@ async def evaluate(settings: EvalSettings) -> None:
         else:
             entered = in_process(settings.model, settings.dtype, settings.quantization, settings.concurrency)
         target = await stack.enter_async_context(entered)
-        summary = await _run(settings, target, records, asked, stack)
+        summary = await _run(settings, target, records, all_cells, stack)
         name = target.model
     shown = settings.model_dump(mode="json", exclude={"api_key", "judge_api_key", "output"})
     result = {"settings": shown, "model": name, "summary": summary}
@@ -38,29 +38,29 @@ async def evaluate(settings: EvalSettings) -> None:
 
 
 async def _run(
-    settings: EvalSettings, target: Target, records: Records, asked: Sequence[Cell], stack: AsyncExitStack
+    settings: EvalSettings, target: Target, records: Records, all_cells: Sequence[Cell], stack: AsyncExitStack
 ) -> list[Record]:
     match settings.task:
         case "personal-preference":
-            rows = _some(personal_preference.load(settings.dataset), settings.limit)
-            items = personal_preference.items(rows, settings.seed)
-            await personal_preference.run(target, records, asked, items)
-            return personal_preference.summary(records, asked, items)
+            rows = _sample(personal_preference.load(settings.dataset), settings.limit)
+            items = personal_preference.make_items(rows, settings.seed)
+            await personal_preference.run(target, records, all_cells, items)
+            return personal_preference.summary(records, all_cells, items)
         case "follow":
             num_prompts = min(settings.limit or len(PROMPTS), len(PROMPTS))
-            await follow.run(target, records, asked, num_prompts)
-            return follow.summary(records, asked, num_prompts)
+            await follow.run(target, records, all_cells, num_prompts)
+            return follow.summary(records, all_cells, num_prompts)
     assert settings.judge_url
-    dialogues = _some(hh.load(Path(settings.dataset or hh.SHIPPED)), settings.limit)
+    dialogues = _sample(hh.load(Path(settings.dataset or hh.SHIPPED)), settings.limit)
     judge = await stack.enter_async_context(
         remote(settings.judge_url, settings.judge_model, settings.judge_api_key, settings.concurrency)
     )
-    await hh.run(target, judge, records, asked, dialogues)
-    return hh.summary(records, asked, len(dialogues))
+    await hh.run(target, judge, records, all_cells, dialogues)
+    return hh.summary(records, all_cells, len(dialogues))
 
 
-def _some(rows: list[Any], limit: int | None) -> list[Any]:
-    """At most so many, from all over the list."""
+def _sample(rows: list[Any], limit: int | None) -> list[Any]:
+    """At most `limit` rows, evenly spread over the list."""
     if limit is None or limit >= len(rows):
         return rows
     return [rows[index * len(rows) // limit] for index in range(limit)]

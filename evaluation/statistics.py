@@ -1,4 +1,4 @@
-"""Numbers about texts and about samples."""
+"""Statistics of texts and of samples."""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +9,10 @@ BOOTSTRAPS = 1000
 
 
 def interval(values: Sequence[float], groups: Sequence[str] | None = None) -> tuple[float, float, float]:
-    """(mean, low, high): the 95 % bootstrap interval of the mean, seeded. groups: what is drawn together, by value."""
+    """(mean, low, high), the last two a 95 % bootstrap interval of the mean with a fixed seed.
+
+    groups: A name for each value; values of the same name are resampled together.
+    """
     numbers = np.asarray(values, dtype=float)
     names = np.asarray(groups if groups is not None else range(len(numbers)))
     members = [numbers[names == name] for name in dict.fromkeys(names.tolist())]
@@ -25,7 +28,7 @@ def words_of(text: str) -> list[str]:
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """Different n-grams of words ÷ all of them (Li et al., NAACL 2016), over all texts together."""
+    """The number of different n-grams of words ÷ the number of all (Li et al., NAACL 2016), in all texts together."""
     grams = [
         tuple(words[i : i + n]) for words in (words_of(t.lower()) for t in texts) for i in range(len(words) - n + 1)
     ]
@@ -33,10 +36,10 @@ def distinct(texts: Sequence[str], n: int) -> float:
 
 
 def longest_repetition(text: str) -> int:
-    """Words of the longest passage that comes twice without overlap."""
+    """The number of words of the longest passage that occurs twice without overlap."""
     words = words_of(text.lower())
     longest = 0
-    lengths = [0] * (len(words) + 1)  # of the common end of words[:i] and words[:j], by j
+    lengths = [0] * (len(words) + 1)  # for each j: the length of the common suffix of words[:i] and words[:j]
     for i in range(1, len(words) + 1):
         previous = 0
         for j in range(1, i):
@@ -47,7 +50,7 @@ def longest_repetition(text: str) -> int:
 
 
 def loops(text: str) -> bool:
-    """Whether the text ends in a passage of up to 20 words, or of few characters, three times in a row."""
+    """Whether the text ends with a repetition: three times up to 20 words, or eight times up to 8 characters."""
     words = text.lower().split()
     for size in range(1, 21):
         if len(words) >= 3 * size and words[-size:] == words[-2 * size : -size] == words[-3 * size : -2 * size]:

@@ -1,4 +1,4 @@
-"""What is evaluated: a server that takes our fields, somewhere else or in this process."""
+"""The evaluated model: behind a server, or in this process."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -19,12 +19,12 @@ class Target:
     def __init__(self, client: httpx.AsyncClient, model: str, concurrency: int) -> None:
         self.model = model
         self._client = client
-        self._turn = asyncio.Semaphore(concurrency)
+        self._slots = asyncio.Semaphore(concurrency)
 
     async def chat(self, messages: Sequence[Mapping[str, str]], **fields: Any) -> dict[str, Any]:
         """The first choice of a chat completion."""
         body = {"model": self.model, "messages": list(messages), **fields}
-        async with self._turn:
+        async with self._slots:
             response = await self._client.post("/v1/chat/completions", json=body)
         if response.is_error:
             raise httpx.HTTPError(f"{response.status_code}: {response.text[:500]}")
@@ -34,7 +34,7 @@ class Target:
 
 @asynccontextmanager
 async def remote(url: str, model: str | None, api_key: str, concurrency: int) -> AsyncIterator[Target]:
-    """model: the first that the server lists where none is given."""
+    """A model of a running server. model: Its name; None for the first that the server lists."""
     headers = {"Authorization": f"Bearer {api_key}"}
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, headers=headers, timeout=1800, limits=limits) as client:
@@ -48,9 +48,9 @@ async def remote(url: str, model: str | None, api_key: str, concurrency: int) ->
 
 @asynccontextmanager
 async def in_process(name: str | None, dtype: str, quantization: Any, concurrency: int) -> AsyncIterator[Target]:
-    """name: as `linalign serve` takes it. The same application, without a socket."""
+    """A model in this process, behind the server's application without a socket. name: As for `linalign serve`."""
     loaded = load(name, dtype=dtype, quantization=quantization)
-    # Many requests share all but the end of a prompt, and pages of one token are all that they have in common.
+    # Pages of one token, because many requests differ only at the end of the prompt.
     config = EngineConfig(max_model_len=min(2048, loaded.max_model_len), page_size=1)
     with Engine(loaded, config) as engine:
         transport = httpx.ASGITransport(create_app(LocalEngine(engine), load_settings([])))

@@ -1,6 +1,6 @@
-"""An alignment method of your own: coefficients of the branches, made from weights and ratios.
+"""A custom alignment method: a function that computes the branches' coefficients from weights and ratios.
 
-The reply is drawn from z = Σ w_i z_i + Σ c_i (z_i − z_b). A method says what the c_i are (docs/methods.md).
+The reply is drawn from z = Σ w_i z_i + Σ c_i (z_i − z_b). A method computes the c_i (docs/methods.md).
 """
 
 import math
@@ -11,7 +11,7 @@ from linalign import METHODS, Engine, MethodRule, Output, Principle, SamplingPar
 
 
 def saturating(weights: Sequence[float], ratios: Sequence[float]) -> tuple[float, ...]:
-    """The ratio while it is small, and never more than 3."""
+    """The ratio for small ratios, and at most 3."""
     return tuple(weight * 3 * math.tanh(ratio / 3) for weight, ratio in zip(weights, ratios, strict=True))
 
 

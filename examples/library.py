@@ -1,4 +1,4 @@
-"""The engine in your own process: several chats at once, in one batch."""
+"""The engine as a library: several chats in one batch."""
 
 import threading
 from collections.abc import Callable
@@ -11,7 +11,7 @@ PARAMS = SamplingParams(temperature=0.7, seed=1, max_tokens=48)
 
 
 def collector(question: str, ended: threading.Event, texts: dict[str, str]) -> Callable[[Output], None]:
-    """A listener, which the engine calls from its own thread with every output of one request."""
+    """A callback for all outputs of one request. The engine calls it from its own thread."""
 
     def on_output(output: Output) -> None:
         texts[question] = texts.get(question, "") + output.text
@@ -21,7 +21,7 @@ def collector(question: str, ended: threading.Event, texts: dict[str, str]) -> C
     return on_output
 
 
-with Engine.load() as engine:  # the embedded model; or a directory, a hub id, a .gguf file
+with Engine.load() as engine:  # the embedded model; load also takes a directory, a hub id or a .gguf file
     texts: dict[str, str] = {}
     pending = []
     for question in QUESTIONS:

@@ -1,4 +1,4 @@
-"""Two principles in one reply. Their weights are relative; each has a ratio of its own."""
+"""Two principles for one reply. Weights are relative; each principle has its own ratio."""
 
 import os
 

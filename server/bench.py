@@ -37,7 +37,7 @@ counted, and their errors listed below the table.
 examples:
   linalign bench --concurrency 16
   linalign bench --principle "Be brief." --requests 64 --output aligned.json
-  linalign bench --request-rate 2 --requests 100     # regardless of running requests
+  linalign bench --request-rate 2 --requests 100     # independent of replies
   linalign bench --prompt-words 2000 --max-tokens 1  # only prefill
   linalign bench http://127.0.0.1:8123 --model smollm2:teacher
   LINALIGN_API_KEY=key-1 linalign bench https://models.example.org

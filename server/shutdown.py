@@ -68,7 +68,7 @@ class Server(uvicorn.Server):
         return self._engine.alive and not self._engine.idle and not self.force_exit
 
     async def _give_up(self) -> None:
-        error = EngineDead(f"a step has not come back for {self._step_timeout:.0f} s")
+        error = EngineDead(f"a step has not finished for {self._step_timeout:.0f} s")
         log.critical("%s: the process ends", error)
         self._engine.give_up(error)
         await asyncio.sleep(ERROR_DELIVERY_TIME)

@@ -1,6 +1,6 @@
-"""Print what an image installs before the sources: pyproject.toml's own requirements, with some of its extras.
+"""Print the packages that an image installs before the sources: requirements of pyproject.toml, with extras.
 
-Arguments: cuda or cpu, and names of further extras, comma-separated.
+Arguments: cuda or cpu, and comma-separated names of further extras.
 """
 
 import argparse
@@ -13,16 +13,16 @@ EXTRAS = {"cuda": ["otel", "cuda"], "cpu": ["otel"]}
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("variant", choices=EXTRAS)
 parser.add_argument("extras", nargs="?", default="")
-asked = parser.parse_args()
+args = parser.parse_args()
 
 project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
 known = {name: lines for name, lines in project["optional-dependencies"].items() if name != "dev"}
 lines = project["dependencies"]
-for extra in [*EXTRAS[asked.variant], *filter(None, map(str.strip, asked.extras.split(",")))]:
+for extra in [*EXTRAS[args.variant], *filter(None, map(str.strip, args.extras.split(",")))]:
     if extra not in known:
         parser.error(f"there is no extra {extra} for an image: {', '.join(known)}")
     lines += known[extra]
-if asked.variant == "cpu":  # PyPI's torch is the CUDA build: gigabytes that a CPU never loads
+if args.variant == "cpu":  # PyPI's torch is the CUDA build, which is gigabytes larger
     (version,) = re.findall(r"^torch==(\S+)$", Path("constraints.txt").read_text(), re.MULTILINE)
     lines.append(f"torch=={version}+cpu")
 print("\n".join(lines))

@@ -1,6 +1,6 @@
-"""Draw the dashboard from a Prometheus, where there is no Grafana: PROMETHEUS_URL FILE.png.
+"""Draw the dashboard without Grafana: draw.py PROMETHEUS_URL FILE.png.
 
-Every query of linalign.json is run as Grafana would. Ends with status 1 if one of them brings nothing.
+Runs all queries of linalign.json like Grafana. Ends with status 1 if a query has no data.
 """
 
 import argparse
@@ -25,7 +25,7 @@ DAY = 86400  # matplotlib's unit of time, in seconds
 NOTE = "drawn from the dashboard's own queries to Prometheus by deploy/grafana/draw.py: not a screenshot of Grafana"
 COLOURS = {"text": "#333333", "green": "#37872d", "orange": "#e0701b", "red": "#c4162a"}
 
-Series = tuple[str, list[float], list[float]]  # its legend, seconds since the epoch, values; NaN where there is none
+Series = tuple[str, list[float], list[float]]  # legend, times in seconds since the epoch, values; NaN for gaps
 
 
 def main() -> None:
@@ -46,41 +46,41 @@ def main() -> None:
     empty = [
         f"{panel['title']}: {target['expr']}"
         for panel in panels
-        for target, found in zip(panel.get("targets", ()), series[panel["id"]], strict=True)
-        if not any(math.isfinite(value) for _, _, values in found for value in values)
+        for target, results in zip(panel.get("targets", ()), series[panel["id"]], strict=True)
+        if not any(math.isfinite(value) for _, _, values in results for value in values)
     ]
     if empty:
         sys.exit("without data:\n" + "\n".join(empty))
 
 
 def all_of(client: httpx.Client, label: str, span: tuple[float, float, int]) -> str:
-    """What Grafana puts in the place of a variable that is All: a pattern of the servers' values of the label."""
-    asked = {"match[]": "linalign:num_requests_running", "start": span[0], "end": span[1]}
-    answer = client.get(f"/api/v1/label/{label}/values", params=asked).raise_for_status()
+    """Grafana's value of a variable that is set to All: a pattern that matches all values of the label."""
+    params = {"match[]": "linalign:num_requests_running", "start": span[0], "end": span[1]}
+    answer = client.get(f"/api/v1/label/{label}/values", params=params).raise_for_status()
     return "(" + "|".join(re.escape(value).replace("\\", "\\\\") for value in answer.json()["data"]) + ")"
 
 
 def series_of(
     client: httpx.Client, panel: dict[str, Any], variables: dict[str, str], span: tuple[float, float, int]
 ) -> list[list[Series]]:
-    """What each target of the panel brings. span: seconds since the epoch, and the seconds between two scrapes."""
+    """The series of each target of a panel. span: Start and end in seconds since the epoch, and the scrape interval."""
     start, end, interval = span
     step = max(interval, round((end - start) / 300))
     window = max(4 * interval, step + interval)  # Grafana's $__rate_interval
-    found = []
+    result = []
     for target in panel.get("targets", ()):
         expression = target["expr"].replace("$__rate_interval", f"{window}s")
         for name, value in variables.items():
             expression = expression.replace(name, value)
-        asked = {"query": expression, "start": start, "end": end, "step": step}
-        answer = client.post("/api/v1/query_range", data=asked)
+        query = {"query": expression, "start": start, "end": end, "step": step}
+        answer = client.post("/api/v1/query_range", data=query)
         answer.raise_for_status()
-        found.append([_series(target, result, step) for result in answer.json()["data"]["result"]])
-    return found
+        result.append([_series(target, series, step) for series in answer.json()["data"]["result"]])
+    return result
 
 
 def _series(target: dict[str, Any], result: dict[str, Any], step: int) -> Series:
-    """Gaps, which Prometheus leaves out, become NaN."""
+    """A series with NaN in gaps, which Prometheus leaves out."""
     labels = result["metric"]
     legend = re.sub(r"{{\s*(\w+)\s*}}", lambda name: labels.get(name[1], ""), target["legendFormat"])
     times: list[float] = []
@@ -122,8 +122,8 @@ def _graph(axes: Any, panel: dict[str, Any], series: list[Series]) -> None:
     defaults = panel["fieldConfig"]["defaults"]
     if defaults["custom"]["stacking"]["mode"] == "normal" and series:
         times = sorted({when for _, times, _ in series for when in times})
-        found = [dict(zip(times, values, strict=True)) for _, times, values in series]
-        heights = [[one.get(when, 0) for when in times] for one in found]
+        by_time = [dict(zip(times, values, strict=True)) for _, times, values in series]
+        heights = [[one.get(when, 0) for when in times] for one in by_time]
         axes.stackplot([when / DAY for when in times], heights, labels=[name for name, *_ in series])
     else:
         for one in series:
@@ -139,7 +139,7 @@ def _graph(axes: Any, panel: dict[str, Any], series: list[Series]) -> None:
 
 
 def _stat(axes: Any, panel: dict[str, Any], series: list[Series]) -> None:
-    """The newest number that there is, over what came before it."""
+    """Draw the newest value as text over a graph of the earlier ones."""
     defaults = panel["fieldConfig"]["defaults"]
     axes.axis("off")
     for one in series:
@@ -148,12 +148,12 @@ def _stat(axes: Any, panel: dict[str, Any], series: list[Series]) -> None:
         colour = COLOURS[steps[-1]["color"]]
         axes.fill_between([when / DAY for when in one[1]], one[2], color=colour, alpha=0.15, linewidth=0)
         axes.set_ylim(0)
-        said = "–" if math.isnan(newest) else formatted(newest, defaults["unit"])
-        axes.text(0.5, 0.5, said, transform=axes.transAxes, ha="center", va="center", fontsize=18, color=colour)
+        text = "–" if math.isnan(newest) else formatted(newest, defaults["unit"])
+        axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=18, color=colour)
 
 
 def formatted(value: float, unit: str) -> str:
-    """As a person reads it: a number of one of the dashboard's units."""
+    """A value with its unit, for people. unit: In Grafana's notation."""
     kind, _, name = unit.partition(":")
     if unit == "percentunit":
         return f"{100 * value:.3g} %"

@@ -1,4 +1,4 @@
-"""The application: `serve run linalign.ray.application:build`, or a configuration such as deploy/ray/cpu.yaml."""
+"""The Ray Serve application: `serve run linalign.ray.application:build`, or deploy/ray/cpu.yaml."""
 
 import asyncio
 import os
@@ -28,7 +28,7 @@ from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
-# Settings of `linalign serve` without a meaning here, and what to set in a configuration of Ray Serve instead.
+# Settings of `linalign serve` that have no effect here, and the options of Ray Serve that replace them.
 FOREIGN = {
     "host": "http_options.host",
     "port": "http_options.port",
@@ -73,7 +73,7 @@ class EngineReplica:
         """Called by Ray, which replaces a replica after three failures. Raises EngineDead."""
         began, longest = self._engine.pace
         if began is not None and time.monotonic() - began > step_timeout(longest):
-            self._engine.give_up(EngineDead("a step has not come back"))
+            self._engine.give_up(EngineDead("a step has not finished in time"))
         self._engine.ensure_accepting()
 
     async def generate(self, prompt: Prompt, params: SamplingParams, n: int) -> AsyncIterator[StepOutputs]:
@@ -87,17 +87,17 @@ class EngineReplica:
         def on_output(output: Output) -> None:
             loop.call_soon_threadsafe(outputs.put_nowait, output)
 
-        request_id, left = None, n
+        request_id, num_unfinished = None, n
         try:
             request_id = await self._client.submit(prompt, params, on_output, n)
             yield self._step_outputs()
-            while left:
+            while num_unfinished:
                 new = [await outputs.get()]
                 new += [outputs.get_nowait() for _ in range(outputs.qsize())]
-                left -= sum(output.finish_reason is not None for output in new)
+                num_unfinished -= sum(output.finish_reason is not None for output in new)
                 yield self._step_outputs(*new)
         finally:
-            if request_id is not None and left:
+            if request_id is not None and num_unfinished:
                 self._engine.abort(request_id)
             if not self._engine.alive:
                 loop.call_later(ERROR_DELIVERY_TIME, os._exit, 1)
@@ -132,13 +132,13 @@ async def _on_cluster_busy(_: Request, error: Exception) -> JSONResponse:
 
 
 def build(args: dict[str, Any]) -> Application:
-    """args: settings of `linalign serve` by their names, which go before the variables LINALIGN_*. Raises ValueError.
+    """The application. args: Settings of `linalign serve`, which override variables LINALIGN_*. Raises ValueError.
 
-    Each engine has tensor_parallel_size GPUs of one machine, or as many CPUs where the device is "cpu"; a configuration
-    of Ray Serve may say otherwise, as it may for everything that is set here.
+    Each engine has tensor_parallel_size GPUs of one machine or, for device "cpu", as many CPUs. A configuration of Ray
+    Serve can override these and all other options that are set here.
     """
     if foreign := sorted(args.keys() & FOREIGN.keys()):
-        raise ValueError("; ".join(f"{name} has no meaning here: see {FOREIGN[name]}" for name in foreign))
+        raise ValueError("; ".join(f"{name} has no effect here: see {FOREIGN[name]}" for name in foreign))
     check_variables()
     try:
         settings = Settings(**args)

@@ -21,13 +21,16 @@ LOAD_TIMEOUT = 0.1  # seconds for a replica to report its number of requests
 
 
 class PrefixRouter(RequestRouter):
-    """Sends each request to the replica that costs it least: the prompt tokens of all its branches that the replica
-    would have to compute, those that branches share once, `tokens_per_request` for each request that is there already,
-    and as much again where others have fewer pages, so that new conversations spread although they all begin alike.
+    """Sends each request to the replica with the least cost. The cost of a replica is the sum of
 
-    What a replica has cached is what has been sent there, newest first, as many pages as it has; it is not asked.
-    Prompts share pages under the same digests as in the engine's own cache (alignment_core/scheduling/kv_cache.py).
-    Every process that sends requests has a router, and learns alone.
+    - the prompt tokens that it would have to compute, of all branches; tokens that branches share count once;
+    - `tokens_per_request` for each of its running requests;
+    - `tokens_per_request` once more if another replica has fewer pages. New conversations often begin with the same
+      system prompt, and spread over the replicas only because of this term.
+
+    The router does not ask replicas what they have cached. It assumes that a replica has the pages of the requests that
+    were sent to it, the newest first, up to its number of pages. Pages have the same digests as in the engine's cache
+    (alignment_core/scheduling/kv_cache.py). Every process that sends requests has a router with its own records.
     """
 
     def initialize_state(self, *, tokens_per_request: int = 128) -> None:  # type: ignore[override]
@@ -59,7 +62,9 @@ class PrefixRouter(RequestRouter):
         ]
 
     async def _load(self, replica: RunningReplica) -> float:
-        """The number of requests of a replica. It is asked if Ray's number is old; infinite if it does not answer."""
+        """The number of requests of a replica: Ray's cached number if it is recent, else the replica's answer, or
+        infinity if there is none.
+        """
         known = self.replica_queue_len_cache.get(replica.replica_id)
         if known is not None:
             return known
@@ -76,7 +81,7 @@ class PrefixRouter(RequestRouter):
         del result
         pages = self._pages.setdefault(replica_id, Pages())
         for branch in self._branches_of(pending_request):
-            for page in reversed(branch):  # so that a prefix is forgotten after its continuation
+            for page in reversed(branch):  # so that a continuation is removed before its prefix
                 pages[page] = None
                 pages.move_to_end(page)
         replica = self.curr_replicas.get(replica_id)

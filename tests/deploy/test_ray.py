@@ -252,7 +252,7 @@ def test_the_configurations_are_valid(file):
 
 
 def test_settings_that_mean_nothing_on_ray_are_refused():
-    with pytest.raises(ValueError, match=r"port has no meaning here: see http_options\.port"):
+    with pytest.raises(ValueError, match=r"port has no effect here: see http_options\.port"):
         build({"port": 8000})
     with pytest.raises(ValueError, match="modle"):
         build({"modle": "x"})

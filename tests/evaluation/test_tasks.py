@@ -49,10 +49,10 @@ def test_the_questions_are_of_the_published_format():
     assert all(set(row) == {"question", "domain", *ANSWERS} for row in rows)
     assert len({row["question"] for row in rows}) == len(rows)
     assert len({row["domain"] for row in rows}) >= 8
-    items = personal_preference.items(rows, 0)
+    items = personal_preference.make_items(rows, 0)
     letters = Counter(item.target for item in items)
     assert min(letters.values()) > len(items) / 4 * 0.75  # correct answers are spread evenly over the letters
-    assert items == personal_preference.items(rows, 0) != personal_preference.items(rows, 1)
+    assert items == personal_preference.make_items(rows, 0) != personal_preference.make_items(rows, 1)
     for item, row in zip(items[::4], rows, strict=True):
         assert item.answers["ABCD".index(item.target)] == row["answer_a"]
         assert item.preference == row["preference_a"]

@@ -158,7 +158,7 @@ BAD = [
         "tools.0.function",
         "object",
     ),
-    ({"add_generation_prompt": False}, 400, "add_generation_prompt", "contrary"),
+    ({"add_generation_prompt": False}, 400, "add_generation_prompt", "opposite"),
     ({"chat_template_kwargs": {"enable_thinking": False}}, 400, "chat_template_kwargs.enable_thinking", "template"),
     ({"metadata": {"a": "\ud800"}}, 400, "metadata.a", "surrogate"),
     (
@@ -174,7 +174,7 @@ BAD = [
         "finite",
     ),
     ({"prompt": "x"}, 400, "prompt", "no such field"),
-    ({"max_completion_tokens": 1}, 400, "max_tokens", "the same thing"),
+    ({"max_completion_tokens": 1}, 400, "max_tokens", "mean the same"),
     ({"stream_options": {"include_usage": True}, "stream": False}, 400, "stream_options", "stream: true"),
     ({"alignment-ratio": 2}, 400, "alignment-ratio", "alignment_ratio"),
     ({"": 2}, 400, "", "unknown field"),

@@ -216,7 +216,7 @@ def test_whom_a_server_answers_for(args, allowed_names):
 
 @pytest.mark.parametrize("host", ["https://chat.example.org", "chat.example.org:80", "Chat.example.org", "a/b", ""])
 def test_what_is_no_host(host):
-    with pytest.raises(ValueError, match="is no host's name"):
+    with pytest.raises(ValueError, match="is not a host name"):
         load_settings(["--allowed-hosts", host or ","])
 
 

@@ -115,7 +115,7 @@ NAMED_AS = {"chat_template_kwargs": "enable_thinking", "reasoning": "reasoning.e
 NOTES = {
     "min_tokens": "a stop string that begins within them and ends behind them stops",
     "stop_token_ids": "1,024 at most",
-    "add_generation_prompt": "the contrary of `continue_final_message`",
+    "add_generation_prompt": "the opposite of `continue_final_message`",
     "chat_template_kwargs": "variables that the model's template knows; the embedded model's knows none",
     "reasoning_effort": "for templates that know it; the embedded model's doesn't",
     "reasoning": "for templates that know `reasoning_effort`; the embedded model's doesn't",

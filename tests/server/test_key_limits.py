@@ -193,7 +193,7 @@ async def places_given_back_by_a_cancelled_request(num_prompts):
         engine=Engine(),
         settings=Settings(),
         tracer=trace.NoOpTracer(),
-        measures=SimpleNamespace(of=lambda *_: lambda _: None),
+        measures=SimpleNamespace(listener=lambda *_: lambda _: None),
     )
     request = Request({"type": "http", "app": SimpleNamespace(state=SimpleNamespace(server=state)), "state": {}})
     exchange_of(request.scope).leave = places_freed.append

@@ -47,7 +47,7 @@ def test_nothing_is_silently_ignored(tmp_path, monkeypatch):
         load_settings(["--prot", "1"])
     with pytest.raises(ValueError, match="less than or equal to 65535"):
         load_settings(["--port", "70000"])
-    for content, words in [("a: [", "not valid YAML"), ("- port", "mapping"), ("config: other.yaml", "another config")]:
+    for content, words in [("a: [", "not valid YAML"), ("- port", "mapping"), ("config: x.yaml", "can't set config")]:
         file.write_text(content)
         with pytest.raises(ValueError, match=words):
             load_settings(["--config", str(file)])
@@ -136,8 +136,8 @@ def test_files_without_a_key_are_an_error(tmp_path, content, words):
         (["--max-requests-per-key", "2"], "needs api_keys"),
         (["--max-tokens-per-minute-per-key", "2"], "needs api_keys"),
         (["--prefix-cache-per-key"], "needs api_keys"),
-        (["--cors-origins", "example.org"], "no origin"),
-        (["--cors-origins", "https://example.org/path"], "no origin"),
+        (["--cors-origins", "example.org"], "not an origin"),
+        (["--cors-origins", "https://example.org/path"], "not an origin"),
         (["--forwarded-allow-ips", "proxy.example.org"], "does not appear to be"),
         (["--log-format", "xml"], "'text' or 'json'"),
     ],

@@ -110,7 +110,7 @@ def test_which_hosts_others_can_reach(hosts, is_reachable):
 def test_a_server_that_is_open_to_everyone_says_so_loudly(tmp_path, args, warns):
     with (tmp_path / "stderr").open("w") as stderr, serving(*args, stderr=stderr):
         pass
-    assert ("*** Anyone who can reach 0.0.0.0 may use this server" in (tmp_path / "stderr").read_text()) is warns
+    assert ("*** Anyone who can reach 0.0.0.0 can use this server" in (tmp_path / "stderr").read_text()) is warns
 
 
 # Prefixes of other keys

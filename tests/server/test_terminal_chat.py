@@ -118,7 +118,7 @@ def test_a_chat_with_a_principle(start_chat, client):
 
 def test_compare_is_side_by_side(start_chat, client):
     terminal = start_chat("--temperature", "0", "--max-tokens", "24")
-    assert "a principle before it" in terminal.ask(f"/compare {QUESTION}")
+    assert "a principle that was set before" in terminal.ask(f"/compare {QUESTION}")
     terminal.ask(f"/principle {PRINCIPLE}")
     terminal.ask("/ratio 3")
     shown = terminal.ask(f"/compare {QUESTION}")
