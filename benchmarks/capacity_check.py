@@ -122,7 +122,7 @@ def stream_load(loaded: Any) -> dict[str, Any]:
     """The average request of a stream of serving.py, in tokens."""
     from benchmarks.serving import PRINCIPLE, settings
     from linalign import Engine, EngineConfig, Principle
-    from linalign.server import bench
+    from linalign.server.commands import bench
 
     engine = Engine(loaded, EngineConfig(num_pages=200))
     bodies = bench.chats(settings("", max(CPU_STREAMS)), "smollm2")

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 
 from benchmarks.serving import served
-from linalign.server import bench
+from linalign.server.commands import bench
 
 PRINCIPLE = "Be brief."
 

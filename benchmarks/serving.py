@@ -23,8 +23,8 @@ from typing import Any
 
 import httpx
 
-from linalign.server import bench
-from linalign.server.bench import BenchSettings
+from linalign.server.commands import bench
+from linalign.server.commands.bench import BenchSettings
 
 PRINCIPLE = "Answer in favour of solar power."
 ALONE = """

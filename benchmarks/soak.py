@@ -25,7 +25,7 @@ from typing import Any
 
 import httpx
 
-from linalign.server.bench import WORDS
+from linalign.server.commands.bench import WORDS
 
 NUM_PAGES = 600
 # A small KV cache that is resident from the start, and metrics that only the process itself knows.
@@ -45,7 +45,7 @@ def with_more(self):
     yield GaugeMetricFamily("soak_tasks", "", len(asyncio.all_tasks()))
     yield GaugeMetricFamily("soak_threads", "", threading.active_count())
 metrics.EngineCollector.collect = with_more
-from linalign.server.cli import main; main()
+from linalign.server.commands.main import main; main()
 """
 METHODS = ("linear", "cfg", "amulet", "adaptive", "opad")
 EDITS: list[dict[str, Any]] = [{"stop": ["e", "xyz"]}, {"presence_penalty": 1}, {"ignore_eos": True}]

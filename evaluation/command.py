@@ -10,9 +10,9 @@ from pydantic_settings import CliPositionalArg, NoDecode, SettingsConfigDict
 
 from linalign.alignment_core.decoding.methods import Method
 from linalign.server.command_line import parse
+from linalign.server.commands.terminal import printable
 from linalign.server.protocol.generation import Ratio
 from linalign.server.settings import API_KEY, FIRST_MODEL, Arguments, client_key
-from linalign.server.terminal import printable
 
 Task = Literal["personal-preference", "follow", "hh"]
 

@@ -16,13 +16,13 @@ from sse_starlette.sse import AppStatus
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from linalign.server import auth
-from linalign.server.access_log import AccessLog
-from linalign.server.allowed_hosts import AllowedHosts
-from linalign.server.body_limit import BodyLimit
 from linalign.server.engine_client import EngineClient
-from linalign.server.key_limits import KeyLimits
 from linalign.server.metrics import Measures
+from linalign.server.middleware import auth
+from linalign.server.middleware.access_log import AccessLog
+from linalign.server.middleware.allowed_hosts import AllowedHosts
+from linalign.server.middleware.body_limit import BodyLimit
+from linalign.server.middleware.key_limits import KeyLimits
 from linalign.server.presets import load_presets
 from linalign.server.protocol.errors import HANDLERS, ErrorResponse
 from linalign.server.routes import chat_completions, completions, metrics, models, playground, responses, tokens

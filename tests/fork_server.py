@@ -21,10 +21,10 @@ from tests.counts import LONG_RUN
 
 PRELOADED = (
     "jsonschema", "linalign.alignment_core.engine", "linalign.alignment_core.loading.loader",
-    "linalign.evaluation.command", "linalign.server.app", "linalign.server.bench", "linalign.server.cli",
-    "linalign.server.http_protocol", "linalign.server.shutdown", "linalign.server.terminal_chat",
-    "linalign.server.tracing", "llguidance.hf", "openai", "transformers.models.llama.modeling_llama",
-    "transformers.models.llama.tokenization_llama", "uvicorn", "uvloop",
+    "linalign.evaluation.command", "linalign.server.app", "linalign.server.commands.bench",
+    "linalign.server.commands.main", "linalign.server.commands.serve", "linalign.server.commands.terminal_chat",
+    "linalign.server.http_protocol", "linalign.server.shutdown", "linalign.server.tracing", "llguidance.hf", "openai",
+    "transformers.models.llama.modeling_llama", "transformers.models.llama.tokenization_llama", "uvicorn", "uvloop",
 )  # fmt: skip
 MOST_BYTES = 1 << 20  # largest size of a request
 ADDRESS = "FORK_SERVER"  # environment variable with the server's socket address

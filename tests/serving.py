@@ -72,7 +72,10 @@ def serving(*args, patch="", status=0, env=None, cold=LONG_RUN, **options):
     options: cwd, stdout, stderr; with `cold`, any option of Popen.
     """
     port = free_port()
-    code, argv = patch + "\nfrom linalign.server.cli import main; main()", ["serve", "--port", str(port), *args]
+    code, argv = (
+        patch + "\nfrom linalign.server.commands.main import main; main()",
+        ["serve", "--port", str(port), *args],
+    )
     options["env"] = {**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}
     if cold:
         started = subprocess.Popen([sys.executable, "-c", code, *argv], **options)

@@ -60,7 +60,7 @@ FAULTS = {
         "tests/alignment_core/test_limits.py",
     ),
     "auth: a path is open that has an open one in it": Fault(
-        "server/auth.py",
+        "server/middleware/auth.py",
         "path.startswith(OPEN_BELOW)",
         "OPEN_BELOW in path",
         "tests/server/test_auth.py",

@@ -17,8 +17,8 @@ def over_http(bench: Bench) -> dict[str, float]:
     import uvicorn  # only this measurement needs the server's packages
 
     from linalign.server.app import create_app
-    from linalign.server.bench import BenchSettings, chats
-    from linalign.server.bench import bench as load_test
+    from linalign.server.commands.bench import BenchSettings, chats
+    from linalign.server.commands.bench import bench as load_test
     from linalign.server.local_engine import LocalEngine
     from linalign.server.settings import Settings
 

@@ -16,8 +16,8 @@ from linalign.alignment_core.output import Stats
 from linalign.ray.remote_engine import ClusterBusy, Description, RemoteEngine, StepOutputs
 from linalign.server import logs
 from linalign.server.app import create_app
-from linalign.server.cli import build_engine
 from linalign.server.command_line import describe_errors
+from linalign.server.commands.serve import build_engine
 from linalign.server.local_engine import LocalEngine
 from linalign.server.presets import load_presets
 from linalign.server.protocol.errors import error_response

@@ -1,4 +1,4 @@
-// The server's public API, as everyone else uses it.
+// A client of the server's public API.
 
 import { createParser } from "./vendor/eventsource-parser/dist/index.js";
 
@@ -6,7 +6,7 @@ export class Api {
   #key = ""; // in memory only
   #askForKey;
 
-  /** askForKey(isAgain): a promise of a key, rejected when there is none; isAgain: the last one was refused. */
+  /** askForKey(wasRefused): returns a promise of an API key; wasRefused: whether the previous key was invalid. */
   constructor(askForKey) {
     this.#askForKey = askForKey;
   }
@@ -15,7 +15,7 @@ export class Api {
     return this.#key !== "";
   }
 
-  /** The model's own name, and its presets: [{name, principle, alignment_ratio, description}]. */
+  /** The model's name, and its presets: [{name, principle, alignment_ratio, description}]. */
   async models() {
     const { data } = await (await this.#fetch("v1/models")).json();
     const own = data.find((model) => !model.parent);
@@ -25,7 +25,7 @@ export class Api {
     return { model: own.id, presets };
   }
 
-  /** What GET /metrics says: sums over labels, by name without the prefix. */
+  /** The values of GET /metrics, summed over labels: by name without the prefix. */
   async metrics() {
     const text = await (await this.#fetch("metrics")).text();
     const found = {};
@@ -69,7 +69,7 @@ export class Api {
       const response = await fetch(path, { ...options, headers });
       if (response.ok) return response;
       if (response.status !== 401) throw await errorOf(response);
-      if (key === this.#key) this.#key = await this.#askForKey(key !== ""); // else there is a newer one
+      if (key === this.#key) this.#key = await this.#askForKey(key !== ""); // otherwise another request has got a new key
     }
   }
 }

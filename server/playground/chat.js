@@ -1,4 +1,4 @@
-// A chat of many turns with a principle of its own; conversations are kept in this browser only.
+// The chat view. Each conversation has its own principle and is stored in this browser only.
 
 import { outcome, reply, speed } from "./compare.js";
 import { Conversations } from "./conversations.js";
@@ -11,10 +11,10 @@ import { html, nothing } from "./vendor/lit-html/lit-html.js";
 export class Chat {
   #app;
   #conversations = new Conversations(() => this.#app.update());
-  #run = null; // the reply that is on its way, or that was not finished
-  #before = []; // the messages that it answers
+  #run = null; // the running reply, or an unfinished one
+  #before = []; // the messages before that reply
   #draft = "";
-  #edited = null; // {place, text} of a message
+  #edited = null; // {place, text} of the message that is being edited
 
   constructor(app) {
     this.#app = app;
@@ -85,7 +85,7 @@ export class Chat {
     </li>`;
   }
 
-  /** Asks once more for what comes after the last message of the user. */
+  /** Requests the last reply again. */
   #again(title) {
     const ask = () => {
       const { messages } = this.#conversation;
@@ -152,15 +152,15 @@ export class Chat {
     return this.#answer(this.#conversation.messages);
   }
 
-  /** Asks for a reply to these messages. What there was after them stays until there is something of it. */
+  /** Requests a reply to these messages. Later messages stay until the reply's first token. */
   async #answer(messages) {
     const { api, model, update } = this.#app;
     const conversation = this.#conversation;
     const { principles, ratio } = conversation;
-    const settings = { principles, method: "linear", mass: null, seed: null }; // all else is the server's
+    const settings = { principles, method: "linear", mass: null, seed: null }; // other fields have the server's defaults
     const run = (this.#run = new Run(chatBody(model, settings, messages, ratio)));
     [this.#before, this.#edited] = [messages, null];
-    this.#app.status = "A reply is on its way.";
+    this.#app.status = "A reply is being generated.";
     this.#save();
     await run.start(api, update);
     if (run.text) conversation.messages = [...messages, { role: "assistant", content: run.text }];
@@ -169,7 +169,7 @@ export class Chat {
     this.#save();
   }
 
-  /** Another conversation: nothing of this one's reply is shown any more. */
+  /** Switches to another conversation, and stops showing the current reply. */
   #leave(change) {
     [this.#run, this.#edited] = [null, null];
     change();

@@ -1,4 +1,4 @@
-// One prompt, three replies side by side: without the principle, prompted, aligned.
+// The compare view: one prompt and three replies side by side, without the principle, prompted and aligned.
 
 import { form } from "./form.js";
 import { markdown } from "./markdown.js";
@@ -7,7 +7,7 @@ import { Run } from "./run.js";
 import { guard } from "./vendor/lit-html/directives/guard.js";
 import { html, nothing } from "./vendor/lit-html/lit-html.js";
 
-const SETTLED = 250; // ms after which a slider that rests counts
+const SETTLED = 250; // ms without a change of the slider before a new request
 
 const COLUMNS = [
   { title: "Without the principle", ratioOf: () => null },
@@ -20,7 +20,7 @@ export class Compare {
   #runs = [];
   #asked = null; // the settings of the last run
   #timer = 0;
-  #shown = null; // code that could not be copied
+  #shown = null; // code that is shown because it could not be copied
 
   constructor(app) {
     this.#app = app;
@@ -34,7 +34,7 @@ export class Compare {
     this.stop();
     this.#asked = structuredClone(this.#app.settings);
     const runs = (this.#runs = COLUMNS.map((column) => new Run(this.#body(column, this.#asked))));
-    this.#app.status = "Three replies are on their way.";
+    this.#app.status = "Three replies are being generated.";
     await Promise.all(runs.map((run) => run.start(this.#app.api, this.#app.update)));
     this.#tell();
   }
@@ -49,18 +49,18 @@ export class Compare {
     this.#app.update();
   }
 
-  /** The aligned reply follows the slider. */
+  /** Requests the aligned reply again when the slider has moved. */
   ratioChanged() {
     clearTimeout(this.#timer);
     if (this.#runs.length) this.#timer = setTimeout(() => this.#align(), SETTLED);
   }
 
-  /** All else is as it was asked of the other columns. */
+  /** Uses the settings of the other columns' requests, with the new ratio. */
   async #align() {
     this.#runs[2].stop();
     const settings = { ...this.#asked, ratio: this.#app.settings.ratio };
     const run = (this.#runs[2] = new Run(this.#body(COLUMNS[2], settings)));
-    this.#app.status = "The aligned reply is on its way.";
+    this.#app.status = "The aligned reply is being generated.";
     await run.start(this.#app.api, this.#app.update);
     this.#tell();
   }
@@ -99,7 +99,7 @@ export class Compare {
       await navigator.clipboard.writeText(code);
       this.#app.status = `Copied as ${language}.`;
     } catch {
-      this.#shown = code; // the clipboard wants https or localhost
+      this.#shown = code; // the clipboard needs https or localhost
     }
     this.#app.update();
   }
@@ -117,7 +117,7 @@ export class Compare {
   }
 }
 
-/** Time to first token, tokens a second, and how it ended. */
+/** Time to first token, tokens per second, and the finish reason. */
 export function speed(run) {
   if (!run) return html`<p class="speed">–</p>`;
   const parts = [];
@@ -129,7 +129,7 @@ export function speed(run) {
   return html`<p class="speed">${parts.join(" · ")}</p>`;
 }
 
-/** What there is of it, and why it is not whole. */
+/** The reply's text so far, and the error if there is one. */
 export function reply(run) {
   if (!run) return nothing;
   return html`
@@ -139,7 +139,7 @@ export function reply(run) {
   `;
 }
 
-/** For screen readers, what became of replies. */
+/** The results of replies, for screen readers. */
 export function outcome(runs) {
   if (runs.some((run) => run.state === "failed")) return "A reply failed.";
   if (runs.some((run) => run.state === "stopped")) return "Stopped.";

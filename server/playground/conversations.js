@@ -1,4 +1,4 @@
-// Conversations in this browser's storage, each under a key of its own, so that several tabs don't undo each other's.
+// Conversations in the browser's storage. Each has its own key, so that tabs do not overwrite each other's conversations.
 
 const PREFIX = "linalign.conversation.";
 
@@ -6,7 +6,7 @@ export class Conversations {
   all = load(); // newest first
   current = empty();
 
-  /** changed(): called when another tab has changed some of them. */
+  /** changed(): called when another tab has changed conversations. */
   constructor(changed) {
     if (this.all.length) this.current = this.all[0];
     else this.all.push(this.current);
@@ -33,7 +33,7 @@ export class Conversations {
     this.current = this.all[0];
   }
 
-  /** Keep the current one; false if the browser does not. */
+  /** Stores the current conversation; returns false if the browser refuses. */
   save() {
     try {
       storage().setItem(PREFIX + this.current.id, JSON.stringify(this.current));
@@ -57,7 +57,7 @@ function load() {
       const one = JSON.parse(text);
       if (isConversation(one)) found.push(one);
     } catch {
-      // what is there is none of ours
+      // not a conversation of this page
     }
   }
   return found.sort(newestFirst);
@@ -83,6 +83,6 @@ function storage() {
   try {
     return localStorage;
   } catch {
-    return null; // not allowed here
+    return null; // storage is not allowed
   }
 }

@@ -1,11 +1,11 @@
-// What Compare, Why and Sweep ask for: prompt, principles, ratio, sampling.
+// The form of the Compare, Why and Sweep views: prompt, principles, ratio, sampling.
 
 import { live } from "./vendor/lit-html/directives/live.js";
 import { html, nothing } from "./vendor/lit-html/lit-html.js";
 
 const METHODS = ["linear", "context_steering", "cfg", "opad", "amulet", "adaptive"];
 
-/** view: run(), stop(), running; ratioChanged(), where the ratio has a part in it. */
+/** view: an object with run(), stop(), running and, if hasRatio, ratioChanged(). */
 export function form(app, view, { hasRatio = true } = {}) {
   const { settings } = app;
   const change = (name, value) => {
@@ -44,7 +44,7 @@ export function ratioSlider(ratio, changed) {
   </div>`;
 }
 
-/** A choice that fills in a principle and a ratio. */
+/** A selection of presets, which sets principle and ratio. */
 export function presetSelect(presets, choose) {
   if (!presets.length) return nothing;
   const chosen = (event) => {
@@ -60,7 +60,7 @@ export function presetSelect(presets, choose) {
   </label>`;
 }
 
-/** [{text, weight}], with a ratio where the preset gives one its own. */
+/** [{text, weight}], with a ratio if the preset has one for the principle. */
 export function principlesOf({ principle }) {
   const items = typeof principle === "string" ? [{ text: principle }] : (principle ?? [{ text: "" }]);
   return items.map((item) => ({ weight: 1, ...item }));
@@ -99,7 +99,7 @@ function principles(app, view) {
 }
 
 function sampling(settings, change) {
-  // Not live: a number that is half typed stays as it is while replies arrive.
+  // Not live, so that an incomplete number stays unchanged while replies arrive.
   const number = (title, name, { min, max, step = "any", optional = false, hint = "" }) =>
     html`<label>${title}
       <input type="number" min=${min} max=${max} step=${step} ?required=${!optional} placeholder=${hint}
@@ -109,7 +109,7 @@ function sampling(settings, change) {
   const methods = METHODS.map(
     (name) => html`<option value=${name} ?selected=${name === settings.method}>${name.replace("_", " ")}</option>`,
   );
-  const open = (event) => (event.currentTarget.open = true); // so that the browser can show what is wrong
+  const open = (event) => (event.currentTarget.open = true); // so that the browser can show invalid fields
   return html`<details @invalid=${{ handleEvent: open, capture: true }}>
     <summary>Sampling</summary>
     <div class="grid">

@@ -1,4 +1,4 @@
-// The page: its views, the key, and one render for everything.
+// The page: views, the API key, and the render function.
 
 import { Api } from "./api.js";
 import { Chat } from "./chat.js";
@@ -18,8 +18,8 @@ const app = {
     principles: [{ text: "Encourage cycling.", weight: 1 }],
     ratio: 2,
     method: "linear",
-    mass: null, // of the plausible set; the method's own
-    temperature: 0, // so that what differs is the ratio's doing
+    mass: null, // of the plausible set; null for the method's default
+    temperature: 0, // so that only the ratio changes replies
     topP: 1,
     maxTokens: 120,
     seed: 1,
@@ -36,10 +36,10 @@ const VIEWS = {
 };
 
 let current = null; // the name of a view
-let rendering = null; // the promise of a render that is due
+let rendering = null; // the promise of the next render
 let asking = null; // the promise of a key
 
-/** Resolves once what has changed is to be seen. */
+/** Renders the page; resolves after the changes are visible. */
 function update() {
   rendering ??= new Promise((resolve) => {
     requestAnimationFrame(() => {
@@ -91,7 +91,7 @@ function keyDialog() {
   </dialog>`;
 }
 
-/** All requests that wait for a key wait for the same one. */
+/** Asks the user for an API key, once for all waiting requests. */
 function askForKey(isAgain) {
   asking ??= new Promise((resolve, reject) => {
     const dialog = document.getElementById("key-dialog");

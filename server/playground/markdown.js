@@ -1,4 +1,4 @@
-// Text of a model as a document fragment: nothing in it can run, load or style anything.
+// Converts a model's text to a document fragment that can't run code, load resources or set styles.
 
 import DOMPurify from "./vendor/dompurify/dist/purify.es.mjs";
 import { marked } from "./vendor/marked/lib/marked.esm.js";
@@ -14,16 +14,16 @@ const RULES = {
   ALLOWED_URI_REGEXP: /^(https?|mailto):/i,
   RETURN_DOM_FRAGMENT: true,
 };
-const LONGEST = 50_000; // characters that are worth a parse at every chunk
+const MAX_LENGTH = 50_000; // characters; longer text is not parsed, because every chunk parses all of it
 const MARKS = /[>*_[\]`~<#+-]/g;
-const MOST_MARKS = 3000; // a parse takes the square of them at worst
+const MAX_MARKS = 3000; // because the worst case of parsing is quadratic in them
 const ESCAPED = { "&": "&amp;", "<": "&lt;", ">": "&gt;" };
 
 const escaped = (text) => text.replace(/[&<>]/g, (mark) => ESCAPED[mark]);
 marked.use({
   renderer: {
-    html: ({ text }) => escaped(text), // shown as it is
-    image: ({ raw }) => escaped(raw), // nothing is loaded
+    html: ({ text }) => escaped(text), // shown as text
+    image: ({ raw }) => escaped(raw), // not loaded
     checkbox: ({ checked }) => (checked ? "☑ " : "☐ "),
   },
 });
@@ -36,11 +36,11 @@ DOMPurify.addHook("afterSanitizeAttributes", (node) => {
 
 export function markdown(text) {
   const numMarks = text.match(MARKS)?.length ?? 0;
-  if (text.length > LONGEST || numMarks > MOST_MARKS) return document.createTextNode(text);
+  if (text.length > MAX_LENGTH || numMarks > MAX_MARKS) return document.createTextNode(text);
   try {
     return DOMPurify.sanitize(marked.parse(text, { breaks: true }), RULES);
   } catch {
-    // Collapsed text nests deeper than the parser's stack, whose end shows in several kinds of errors.
+    // Degenerate text may nest too deeply for the parser, which then raises one of several kinds of errors.
     return document.createTextNode(text);
   }
 }

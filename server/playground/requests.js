@@ -1,8 +1,8 @@
-// From what the form says to request bodies, and from those to code that sends them.
+// Creates request bodies from the form's settings, and code examples from bodies.
 
 const OPENAI_FIELDS = ["model", "messages", "temperature", "top_p", "max_tokens", "seed", "stream"];
 
-/** The body of a chat completion. principles: [{text, weight}]; ratio null: without the principle. */
+/** The body of a chat completion. settings.principles: [{text, weight}]; ratio: null for no principle. */
 export function chatBody(model, settings, messages, ratio) {
   const { temperature, topP, maxTokens, seed, method, mass } = settings;
   const body = { model, messages, temperature, top_p: topP, max_tokens: maxTokens };
@@ -17,7 +17,7 @@ export function chatBody(model, settings, messages, ratio) {
   return body;
 }
 
-/** The same with what the policies made of every token. */
+/** The same body, with a trace of the policies. */
 export function traced(body) {
   return { ...body, alignment_trace: true, logprobs: true, top_logprobs: 5 };
 }

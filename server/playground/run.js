@@ -1,9 +1,9 @@
-// One streamed reply: its text, what the policies made of its tokens, and how fast it came.
+// One streamed reply: its text, its trace and its speed.
 
 export class Run {
   text = "";
-  reasoning = ""; // of models that think aloud
-  trace = []; // one entry a token, where the request has alignment_trace
+  reasoning = ""; // of reasoning models
+  trace = []; // one entry per token, if the request has alignment_trace
   numTokens = 0;
   state = "waiting"; // running, done, stopped, failed
   finishReason = null;
@@ -11,7 +11,7 @@ export class Run {
   #started = 0;
   #first = 0;
   #last = 0;
-  #numFirst = 0; // tokens that came together at first
+  #numFirst = 0; // tokens of the first chunk
   #abort = new AbortController();
 
   constructor(body) {
@@ -22,18 +22,18 @@ export class Run {
     return this.state === "running";
   }
 
-  /** Milliseconds to the first token, null before it. */
+  /** Milliseconds to the first token; null before it. */
   get timeToFirst() {
     return this.#first ? this.#first - this.#started : null;
   }
 
-  /** After the first tokens, which prefill takes; null before others. */
+  /** Tokens per second after the first chunk; null before the second. */
   get tokensPerSecond() {
     const seconds = (this.#last - this.#first) / 1000;
     return seconds > 0 ? (this.numTokens - this.#numFirst) / seconds : null;
   }
 
-  /** changed(): called whenever there is something new. */
+  /** changed(): called after every change. */
   async start(api, changed) {
     this.state = "running";
     this.#started = performance.now();

@@ -1,11 +1,11 @@
-// What the server does at the moment, from GET /metrics.
+// The serving view: the server's current load, from GET /metrics.
 
 import { lineChart } from "./sweep.js";
 import { html } from "./vendor/lit-html/lit-html.js";
 import uPlot from "./vendor/uplot/dist/uPlot.esm.js";
 
-const EVERY = 1000; // ms
-const SHOWN = 120; // scrapes
+const INTERVAL = 1000; // ms
+const MAX_SCRAPES = 120;
 
 export class Serving {
   #app;
@@ -26,8 +26,8 @@ export class Serving {
   enter() {
     this.#scrapes = [];
     const scrape = async () => {
-      if (this.#app.model) await this.#scrape(); // else the server may want a key, which this does not ask for
-      if (timer === this.#timer) timer = this.#timer = setTimeout(scrape, EVERY);
+      if (this.#app.model) await this.#scrape(); // otherwise the server may need a key, and this view does not ask for one
+      if (timer === this.#timer) timer = this.#timer = setTimeout(scrape, INTERVAL);
     };
     let timer = (this.#timer = setTimeout(scrape));
   }
@@ -40,7 +40,7 @@ export class Serving {
   async #scrape() {
     try {
       const metrics = await this.#app.api.metrics();
-      this.#scrapes = [...this.#scrapes, { at: performance.now(), metrics }].slice(-SHOWN - 1);
+      this.#scrapes = [...this.#scrapes, { at: performance.now(), metrics }].slice(-MAX_SCRAPES - 1);
       this.#error = null;
       this.#draw();
     } catch (error) {
@@ -49,7 +49,7 @@ export class Serving {
     this.#app.update();
   }
 
-  /** [seconds before now, tokens a second] of every scrape but the first. */
+  /** [seconds before now, tokens per second] of every scrape except the first. */
   get #rates() {
     return this.#scrapes.slice(1).map(({ at, metrics }, index) => {
       const before = this.#scrapes[index];
@@ -62,7 +62,7 @@ export class Serving {
     const rates = this.#rates;
     const data = [rates.map(([at]) => at), rates.map(([, rate]) => rate)];
     const size = { width: Math.min(640, document.body.clientWidth - 40), height: 220 };
-    this.#chart?.destroy(); // anew, as its size and colours may have changed
+    this.#chart?.destroy(); // create it again, because its size and colours may have changed
     this.#chart = new uPlot(lineChart("Tokens a second", "seconds", size), data, this.#figure);
   }
 

@@ -1,4 +1,4 @@
-// The same prompt at several ratios: what becomes of the text.
+// The sweep view: the same prompt at several ratios, and statistics of the replies.
 
 import { outcome, reply } from "./compare.js";
 import { form } from "./form.js";
@@ -9,7 +9,7 @@ import { html, nothing } from "./vendor/lit-html/lit-html.js";
 import uPlot from "./vendor/uplot/dist/uPlot.esm.js";
 
 const RATIOS = [0, 0.5, 1, 2, 4, 8];
-const CLOSE_TO_ZERO = 1e-9; // changes no token, and gives ratio 0 a trace
+const CLOSE_TO_ZERO = 1e-9; // too small to change a token; gives ratio 0 a trace
 const MEASURES = [
   ["KL from base, nats a token", "kl", 2],
   ["Length, words", "words", 0],
@@ -23,7 +23,7 @@ const SIZE = { width: 296, height: 200 };
 export class Sweep {
   #app;
   #runs = [];
-  #charts = []; // uPlot's own, once all is there
+  #charts = []; // uPlot's charts, after all replies are complete
   #figures = document.createElement("div");
 
   constructor(app) {
@@ -36,7 +36,7 @@ export class Sweep {
     return this.#runs.some((run) => run.running);
   }
 
-  /** [ratio, run] of the replies that are whole, once none is on its way. */
+  /** [ratio, run] of the complete replies; empty while replies are running. */
   get #done() {
     if (this.running) return [];
     return this.#runs.map((run, index) => [RATIOS[index], run]).filter(([, run]) => run.state === "done");
@@ -51,7 +51,7 @@ export class Sweep {
         ? chatBody(model, settings, messages, ratio)
         : chatBody(model, { ...settings, method: "linear", mass: 1 }, messages, CLOSE_TO_ZERO);
     const runs = (this.#runs = RATIOS.map((ratio) => new Run(traced(bodyAt(ratio)))));
-    this.#app.status = "Six replies are on their way.";
+    this.#app.status = "Six replies are being generated.";
     await Promise.all(runs.map((run) => run.start(api, update)));
     if (runs !== this.#runs) return;
     this.#draw();
@@ -118,7 +118,7 @@ export class Sweep {
 
   #exportPicture() {
     const { height, width } = this.#charts[0].ctx.canvas;
-    const room = height / 8; // for a title
+    const room = height / 8; // for the title
     const canvas = document.createElement("canvas");
     [canvas.width, canvas.height] = [3 * width, 2 * (height + room)];
     const context = canvas.getContext("2d");
@@ -167,7 +167,7 @@ function download(blob, name) {
   setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
 }
 
-/** The page's colours as they are now, for what is drawn on a canvas. */
+/** The page's current colours, for charts on a canvas. */
 function colours() {
   const style = getComputedStyle(document.body);
   return { background: style.backgroundColor, text: style.color, line: style.accentColor };

@@ -1,4 +1,4 @@
-// Why this word: every token tinted by how far the aligned policy went from the base one, and what each would have said.
+// The why view: tokens coloured by the distance between the aligned and the base policy, with each policy's candidates.
 
 import { outcome, reply, speed } from "./compare.js";
 import { form } from "./form.js";
@@ -6,7 +6,7 @@ import { chatBody, traced } from "./requests.js";
 import { Run } from "./run.js";
 import { html, nothing } from "./vendor/lit-html/lit-html.js";
 
-const STEPS = [0.02, 0.1, 0.3, 0.7, 1.5, 3]; // nats from which the next tint begins
+const STEPS = [0.02, 0.1, 0.3, 0.7, 1.5, 3]; // nats; lower bounds of the colours
 const POLICIES = ["base", "principled", "aligned"];
 
 export class Why {
@@ -28,7 +28,7 @@ export class Why {
     const messages = [{ role: "user", content: settings.prompt }];
     const run = (this.#run = new Run(traced(chatBody(model, settings, messages, settings.ratio))));
     this.#active = 0;
-    this.#app.status = "A reply is on its way.";
+    this.#app.status = "A reply is being generated.";
     await run.start(api, update);
     if (run === this.#run) this.#app.status = outcome([run]);
     update();
@@ -125,7 +125,7 @@ function tint(kl) {
   return STEPS.filter((step) => (kl ?? 0) >= step).length;
 }
 
-/** Of every token; a character of several tokens stands at the last of them. */
+/** The text of every token. A character that consists of several tokens is at the last one. */
 function textsOf(trace) {
   const decoder = new TextDecoder();
   return trace.map(({ bytes }) => decoder.decode(new Uint8Array(bytes), { stream: true }) || (bytes.length ? "…" : "∅"));

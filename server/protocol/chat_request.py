@@ -16,7 +16,7 @@ from linalign.server.protocol.generation import (
     Schema,
     field_error,
 )
-from linalign.server.strict_json import InvalidBody, refuse_too_many_values, strict
+from linalign.server.protocol.strict_json import InvalidBody, refuse_too_many_values, strict
 
 MAX_TOOLS = 1024
 

@@ -12,11 +12,11 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from linalign import EngineBusy, EngineDead, InvalidRequest, RequestFailed
-from linalign.server.exchange import KeyBusy, exchange_of
+from linalign.server.middleware.exchange import KeyBusy, exchange_of
 from linalign.server.protocol.core_errors import CODES, described
 from linalign.server.protocol.generation import Schema
+from linalign.server.protocol.strict_json import InvalidBody
 from linalign.server.settings import did_you_mean
-from linalign.server.strict_json import InvalidBody
 
 MAX_MESSAGE = 1000  # characters; messages may quote the client's input
 

@@ -6,12 +6,12 @@ from fastapi import APIRouter, Request, Response
 
 from linalign.server.models import with_preset
 from linalign.server.protocol.responses import ResponsesRequest
+from linalign.server.protocol.strict_json import StrictJSON
 from linalign.server.replies.events import STREAMED, event_stream
 from linalign.server.replies.model_response import PATH, ModelResponse
 from linalign.server.replies.submission import gather
 from linalign.server.routes.chat_completions import submit_chat
 from linalign.server.state import state_of
-from linalign.server.strict_json import StrictJSON
 
 router = APIRouter(route_class=StrictJSON)
 

@@ -16,8 +16,8 @@ from linalign.evaluation import follow, hh, personal_preference
 from linalign.evaluation.checkers import CHECKABLE
 from linalign.evaluation.command import EvalSettings, main
 from linalign.evaluation.records import Cell, cells
-from linalign.server import cli
-from linalign.server.bench import BenchSettings
+from linalign.server.commands import main as command_line
+from linalign.server.commands.bench import BenchSettings
 from tests.counts import counted
 
 pytestmark = pytest.mark.slow
@@ -225,7 +225,7 @@ def test_without_its_extra_it_says_what_to_install(monkeypatch, tmp_path):
     for name in [name for name in sys.modules if name.startswith("linalign.evaluation")]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(SystemExit, match=r"needs the extra linalign\[eval\]"):
-        cli.main()
+        command_line.main()
     assert not (tmp_path / "out").exists()
 
 

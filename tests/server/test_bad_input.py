@@ -9,7 +9,7 @@ import time
 import httpx
 import pytest
 
-from linalign.server.strict_json import MOST_VALUES, strict
+from linalign.server.protocol.strict_json import MOST_VALUES, strict
 
 pytestmark = pytest.mark.slow
 

@@ -5,12 +5,14 @@ import re
 
 import pytest
 
-from linalign.server.bench import Measured, summary
+from linalign.server.commands.bench import Measured, summary
 from tests import fork_server
 
 
 def bench(*args, **options):
-    return fork_server.run("from linalign.server.cli import main; main()", "bench", *args, check=True, **options)
+    return fork_server.run(
+        "from linalign.server.commands.main import main; main()", "bench", *args, check=True, **options
+    )
 
 
 @pytest.mark.parametrize(

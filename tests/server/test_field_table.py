@@ -1,6 +1,6 @@
-"""docs/fields.md: which field works where, found out by asking the server.
+"""docs/fields.md lists which fields work on which endpoint. This test sends each field to the server.
 
-WRITE_DOCS=1 pytest tests/server/test_field_table.py writes it anew.
+WRITE_DOCS=1 pytest tests/server/test_field_table.py writes the file.
 """
 
 import os
@@ -22,7 +22,7 @@ FILE = Path(__file__).parent.parent.parent / "docs" / "fields.md"
 CHAT = [{"role": "user", "content": "Say yes."}]
 SCHEMA = {"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"], "additionalProperties": False}
 TOOL = {"type": "function", **WEATHER["function"]}
-# For every field a value that asks for something, and the fields that it needs beside it.
+# A value with an effect for each field, and the other fields that the value needs (NEEDS).
 VALUES = {
     "add_generation_prompt": False,
     "access_programs": {"cyber": "standard"},
@@ -99,10 +99,10 @@ VALUES = {
     "verbosity": "low",
     "web_search_options": {},
 }
-BEGUN = [*CHAT, {"role": "assistant", "content": "Yes,"}]
+UNFINISHED = [*CHAT, {"role": "assistant", "content": "Yes,"}]
 NEEDS = {
-    "add_generation_prompt": {"messages": BEGUN, "continue_final_message": True},
-    "continue_final_message": {"messages": BEGUN},
+    "add_generation_prompt": {"messages": UNFINISHED, "continue_final_message": True},
+    "continue_final_message": {"messages": UNFINISHED},
     "stream_options": {"stream": True},
     "principle_placement": {"principle": "Be kind."},
     "alignment_method": {"principle": "Be kind."},
@@ -113,17 +113,17 @@ NEEDS = {
 NEEDS_IN_CHAT = {"top_logprobs": {"logprobs": True}, "tool_choice": {"tools": [WEATHER]}}
 NAMED_AS = {"chat_template_kwargs": "enable_thinking", "reasoning": "reasoning.effort"}
 NOTES = {
-    "min_tokens": "a stop string that begins within them and ends behind them stops",
-    "stop_token_ids": "1,024 at most",
+    "min_tokens": "a stop string that starts within these tokens and ends after them stops the reply",
+    "stop_token_ids": "at most 1,024",
     "add_generation_prompt": "the opposite of `continue_final_message`",
-    "chat_template_kwargs": "variables that the model's template knows; the embedded model's knows none",
-    "reasoning_effort": "for templates that know it; the embedded model's doesn't",
-    "reasoning": "for templates that know `reasoning_effort`; the embedded model's doesn't",
+    "chat_template_kwargs": "variables of the model's chat template; the embedded model's has none",
+    "reasoning_effort": "for chat templates that use it; the embedded model's does not",
+    "reasoning": "for chat templates that use `reasoning_effort`; the embedded model's does not",
     "user": "no effect",
     "metadata": "no effect; `/v1/responses` returns it",
-    "store": "nothing is stored, which `/v1/responses` says",
-    "best_of": "1 only",
-    "suffix": "empty only",
+    "store": "nothing is stored; `/v1/responses` returns `store: false`",
+    "best_of": "only 1",
+    "suffix": "only an empty text",
 }
 ENDPOINTS = {
     "chat": ("/v1/chat/completions", {"messages": CHAT, "max_tokens": 2}, ChatParams, ChatCompletionRequest),
@@ -160,9 +160,8 @@ def table(url):
     lines = [
         "# Fields",
         "",
-        "What the server does with every field of OpenAI's SDK and of its own, asked for something: found out by",
-        "`tests/server/test_field_table.py`, which writes this file. `400` names the field, as does the one for a",
-        "field that nobody knows.",
+        "All fields of OpenAI's SDK and of linalign, and what the server does with a value that has an effect. Errors",
+        "(`400`) name the field. Unknown fields are errors, too. `tests/server/test_field_table.py` writes this page.",
         "",
         "| field | `/v1/chat/completions` | `/v1/completions` | `/v1/responses` | |",
         "|---|---|---|---|---|",

@@ -57,7 +57,7 @@ def test_every_request_is_a_line_with_its_id(logged):
     assert response.headers["X-Request-Id"] == "abc-1"
     (line,) = request_lines(lines, "abc-1")
     facts, usage = line["request"], response.json()["usage"]
-    assert (line["level"], line["logger"]) == ("INFO", "linalign.server.access_log")
+    assert (line["level"], line["logger"]) == ("INFO", "linalign.server.middleware.access_log")
     assert (facts["method"], facts["path"], facts["status"]) == ("POST", "/v1/chat/completions", 200)
     assert (facts["prompt_tokens"], facts["completion_tokens"]) == (usage["prompt_tokens"], usage["completion_tokens"])
     assert facts["finish_reasons"] == "length"

@@ -9,12 +9,12 @@ import pytest
 
 from linalign import EngineConfig
 from linalign.evaluation.command import EvalSettings
-from linalign.server import cli
-from linalign.server.bench import BenchSettings
-from linalign.server.cli import engine_config
 from linalign.server.command_line import help_source, parse
+from linalign.server.commands import main as command_line
+from linalign.server.commands.bench import BenchSettings
+from linalign.server.commands.serve import engine_config
+from linalign.server.commands.terminal_chat import ChatSettings
 from linalign.server.settings import Settings, load_settings
-from linalign.server.terminal_chat import ChatSettings
 
 
 def test_precedence_is_flag_then_variable_then_file_then_default(tmp_path, monkeypatch):
@@ -103,7 +103,14 @@ def test_the_engine_gets_what_it_knows():
 def test_presets_that_can_not_be_are_an_error_at_the_start(tmp_path, content):
     file = tmp_path / "presets.yaml"
     file.write_text(content)
-    command = [sys.executable, "-c", "from linalign.server.cli import main; main()", "serve", "--presets", str(file)]
+    command = [
+        sys.executable,
+        "-c",
+        "from linalign.server.commands.main import main; main()",
+        "serve",
+        "--presets",
+        str(file),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "linalign serve: the presets of" in done.stderr
@@ -160,7 +167,9 @@ def test_api_keys(tmp_path, monkeypatch, source):
 
 PAGES = {"serve": Settings, "chat": ChatSettings, "bench": BenchSettings, "eval": EvalSettings}
 EXAMPLES = re.findall(
-    r"^  (?:LINALIGN_\w+=\S+ )?linalign .*", "\n".join([cli.EPILOG, *(of.EPILOG for of in PAGES.values())]), re.M
+    r"^  (?:LINALIGN_\w+=\S+ )?linalign .*",
+    "\n".join([command_line.EPILOG, *(of.EPILOG for of in PAGES.values())]),
+    re.M,
 )
 
 
@@ -190,7 +199,7 @@ def test_help_is_as_wide_as_the_terminal_up_to_a_hundred_columns(args, columns, 
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("LINALIGN_API_KEY", "not to be shown")
     with pytest.raises(SystemExit) as exit:
-        cli.main()
+        command_line.main()
     shown = capsys.readouterr().out
     assert exit.value.code == 0
     assert "not to be shown" not in shown
@@ -217,7 +226,11 @@ def test_examples_of_the_help_are_what_the_commands_take(example, tmp_path, monk
 
 
 def test_there_is_an_example_of_every_command():
-    assert {re.search(r"linalign (\w+)", example).group(1) for example in EXAMPLES} == set(PAGES) == set(cli.COMMANDS)
+    assert (
+        {re.search(r"linalign (\w+)", example).group(1) for example in EXAMPLES}
+        == set(PAGES)
+        == set(command_line.COMMANDS)
+    )
     assert len(EXAMPLES) > 20
 
 
@@ -246,7 +259,7 @@ def test_command_lines_that_can_not_be(args, status, words, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["linalign", *args])
     with pytest.raises(SystemExit) as exit:
-        cli.main()
+        command_line.main()
     message = capsys.readouterr().err if isinstance(exit.value.code, int) else exit.value.code
     assert (exit.value.code if isinstance(exit.value.code, int) else 1) == status
     assert words in message

@@ -57,9 +57,9 @@ def test_an_interrupt_from_the_keyboard_is_no_traceback(tmp_path):
 
 IN_A_DESTRUCTOR = """
 import os, signal, time
-from linalign.server import cli
-cli.EXIT_TIMEOUT = 0.5
-signal.signal(signal.SIGTERM, cli.stop_loading)
+from linalign.server.commands import serve
+serve.EXIT_TIMEOUT = 0.5
+signal.signal(signal.SIGTERM, serve.stop_loading)
 class Told:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGTERM)

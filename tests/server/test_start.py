@@ -13,7 +13,7 @@ import pytest
 
 from linalign.alignment_core.loading import preflight
 from linalign.alignment_core.loading.checkpoint import Checkpoint, look_at
-from linalign.server.lean_imports import lean_imports
+from linalign.server.commands.lean_imports import lean_imports
 from tests.serving import serving
 
 pytestmark = pytest.mark.slow
@@ -42,7 +42,7 @@ atexit.register(lambda: open({file!r}, "w").write(json.dumps(sorted(sys.modules)
 
 def command_line(tmp_path, *args):
     """Run a command line in a fresh interpreter; returns the completed process and the names of imported modules."""
-    code = MODULES.format(file=str(tmp_path / "modules")) + "from linalign.server.cli import main; main()"
+    code = MODULES.format(file=str(tmp_path / "modules")) + "from linalign.server.commands.main import main; main()"
     done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=tmp_path)
     return done, set(json.loads((tmp_path / "modules").read_text()))
 

@@ -15,13 +15,13 @@ import pyte
 import pytest
 from rich.console import Console
 
-from linalign.server.terminal_chat import shown
+from linalign.server.commands.terminal_chat import shown
 from tests.server.test_chat import CHAT, PRINCIPLE, create
 from tests.serving import free_port
 
 pytestmark = pytest.mark.slow
 
-COMMAND = [sys.executable, "-c", "from linalign.server.cli import main; main()", "chat"]
+COMMAND = [sys.executable, "-c", "from linalign.server.commands.main import main; main()", "chat"]
 QUESTION = CHAT[0]["content"]
 
 

@@ -21,8 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from linalign.server.command_line import parse
+from linalign.server.commands.terminal import printable
 from linalign.server.settings import API_KEY, FIRST_MODEL, Arguments, client_key
-from linalign.server.terminal import printable
 
 WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
 

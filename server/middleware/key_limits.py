@@ -7,7 +7,7 @@ from collections import defaultdict
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from linalign import InvalidRequest
-from linalign.server.exchange import KeyBusy, exchange_of
+from linalign.server.middleware.exchange import KeyBusy, exchange_of
 from linalign.server.protocol.errors import key_busy
 
 AT_ONCE = ("key_requests", 1.0)  # code, and seconds to wait

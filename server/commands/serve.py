@@ -1,9 +1,7 @@
-"""The commands linalign serve, chat, bench and eval."""
+"""linalign serve: checks the settings, loads the model and runs the HTTP server."""
 
-import argparse
 import contextlib
 import gc
-import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -19,52 +17,6 @@ if TYPE_CHECKING:
     from linalign import Engine, EngineConfig
     from linalign.server.settings import Settings
 
-COMMANDS = {
-    "serve": "an OpenAI-compatible server, with a playground",
-    "chat": "chat in the terminal with the model of a running server",
-    "bench": "measure the latency and throughput of a running server",
-    "eval": "measure the effect of principles and ratios on replies",
-}
-DESCRIPTION = """
-An inference server whose requests may have a principle, such as "Encourage cycling.", and a ratio that says how
-strongly replies follow it. It uses Linear Alignment, which works during decoding and needs no training.
-"""
-EPILOG = """
-Start with `linalign serve`, which has a small model, then open http://127.0.0.1:8000 or run `linalign chat`.
-
-examples:
-  linalign serve
-  linalign serve Qwen/Qwen3-8B --port 8123
-  linalign chat --principle "Encourage cycling."
-  linalign bench --concurrency 16 --principle "Be brief."
-  linalign eval follow --output results/follow --methods linear --ratios 0,2
-
-  curl http://127.0.0.1:8000/v1/chat/completions \\
-    -H "Content-Type: application/json" -d '{"model": "smollm2",
-      "messages": [{"role": "user", "content": "How do I get to work?"}],
-      "principle": "Encourage cycling.", "alignment_ratio": 2}'
-
-environment:
-  LINALIGN_*            settings of serve, see `linalign serve --help`
-  LINALIGN_API_KEY      the key that chat, bench and eval send
-  HF_HUB_OFFLINE=1      never use the model hub; HF_TOKEN and others work, too
-  CUDA_VISIBLE_DEVICES  GPUs to use
-  OMP_NUM_THREADS       number of computing threads on a CPU
-  CXX                   compiler for the CPU kernels (default: c++)
-
-files:
-  ~/.cache/linalign         compiled kernels and the converted embedded model,
-                            written by the first start ($XDG_CACHE_HOME)
-  ~/.cache/huggingface/hub  models from the hub ($HF_HOME)
-
-exit status:
-  0    done, or stopped by SIGTERM
-  1    error: the last line on stderr has the reason
-  2    invalid command line
-  130  stopped by SIGINT
-"""
-
-
 OPEN_TO_EVERYONE = """
 *** Anyone who can reach %s can use this server, because it has no API keys.
 *** Set LINALIGN_API_KEYS or --api-keys-file, or bind to 127.0.0.1."""
@@ -73,48 +25,6 @@ EXIT_TIMEOUT = 5.0  # seconds
 ADDRESS_TAKEN = 3  # exit status, the same as uvicorn's
 
 log = logging.getLogger(__name__)
-
-
-def main() -> None:
-    from linalign.server.command_line import HelpPage
-
-    commands = "commands:\n" + "\n".join(f"  {name:8}{what}" for name, what in COMMANDS.items())
-    parser = argparse.ArgumentParser(
-        prog="linalign",
-        usage="linalign COMMAND [OPTION ...]",
-        description=f"{DESCRIPTION}\n{commands}",
-        epilog=EPILOG,
-        formatter_class=HelpPage,
-    )
-    parser.add_argument("--version", action="store_true", help="show the version and exit")
-    parser.add_argument("command", nargs="?", choices=COMMANDS, help=argparse.SUPPRESS)
-    options, args = parser.parse_args(sys.argv[1:2]), sys.argv[2:]
-    if options.version:
-        print(f"linalign {importlib.metadata.version('linalign')}")
-        return
-    if not options.command:
-        parser.error(f"which command? {', '.join(COMMANDS)}")
-    try:
-        run(options.command, args)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def run(command: str, args: list[str]) -> None:
-    if command == "serve":
-        serve(args)
-    elif command == "chat":
-        from linalign.server import terminal_chat
-
-        terminal_chat.main(args)
-    elif command == "bench":
-        from linalign.server import bench
-
-        bench.main(args)
-    else:
-        from linalign.evaluation import command as evaluation
-
-        evaluation.main(args)
 
 
 def engine_config(settings: "Settings") -> "EngineConfig":
@@ -191,7 +101,7 @@ def stop_loading(*_: object) -> None:
     sys.exit()
 
 
-def serve(args: list[str]) -> None:
+def main(args: list[str]) -> None:
     # Needed until uvicorn sets its handler: signals without a handler do not end the first process of a container.
     signal.signal(signal.SIGTERM, stop_loading)
     from linalign.server import logs
@@ -212,7 +122,7 @@ def serve(args: list[str]) -> None:
     )  # seconds; short, because a step takes the GIL often while another thread may read a long body
     gc.disable()  # the start creates a million lasting objects; collections among them would take a second
     from linalign import LoadingError
-    from linalign.server.lean_imports import lean_imports
+    from linalign.server.commands.lean_imports import lean_imports
 
     try:
         with lean_imports() if runs_embedded_model(settings) else contextlib.nullcontext():
@@ -258,7 +168,3 @@ def _allow_many_connections() -> None:
 
         _, maximum = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (maximum, maximum))
-
-
-if __name__ == "__main__":
-    main()

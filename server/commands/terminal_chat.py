@@ -27,8 +27,8 @@ from rich.text import Text
 
 from linalign.alignment_core.request import MAX_RATIO, MIN_RATIO
 from linalign.server.command_line import parse
+from linalign.server.commands.terminal import printable
 from linalign.server.settings import API_KEY, FIRST_MODEL, Arguments, client_key
-from linalign.server.terminal import printable
 
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401 - the arrow keys bring earlier lines back

@@ -1,0 +1,1 @@
+"""The commands of `linalign`. Each module is imported only when its command runs."""
