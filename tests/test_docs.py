@@ -41,12 +41,12 @@ def test_the_architecture_names_identifiers_that_exist(name):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page):
+def test_links_have_a_target(page):
     for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", (ROOT / page).read_text()):
         assert ((ROOT / page).parent / target).exists(), target
 
 
-def test_nothing_refers_to_what_a_reader_can_not_open():
+def test_no_text_refers_to_documents_outside_the_repository():
     texts = [name for name in TRACKED if re.search(r"\.(py|md|js|cpp|toml|yaml)$", name) and (ROOT / name).is_file()]
     found = [name for name in texts if re.search(r"\bDESIGN\b|\b[Ii]ssue \d+\b", (ROOT / name).read_text())]
     assert set(found) <= {"tests/test_docs.py"}

@@ -40,7 +40,7 @@ def test_exit_status(code, status, words):
     assert done.stdout == ("the end\n" if "atexit" in code else "")
 
 
-def test_signals_and_time_outs():
+def test_signals_and_timeouts():
     with fork_server.Process("import time; time.sleep(60)", []) as process:
         assert process.poll() is None
         with pytest.raises(subprocess.TimeoutExpired):
@@ -58,7 +58,7 @@ def test_standard_input():
     assert process.returncode == 7
 
 
-def test_a_child_has_what_costs_time_imported_and_asks_for_children_of_its_own():
+def test_a_child_process_has_slow_imports_and_can_start_children():
     code = """
 import os, sys
 assert {"torch", "transformers", "linalign.server.app"} <= set(sys.modules)
@@ -69,6 +69,6 @@ print(fork_server.run("print(6 * 7)", cold=False).stdout, end="")
     assert fork_server.run(code, check=True, cold=False).stdout == "42\n"
 
 
-def test_nothing_of_one_child_is_in_another():
+def test_children_share_no_state():
     fork_server.run("import torch; torch.one = 1", check=True, cold=False)
     assert fork_server.run("import torch; print(hasattr(torch, 'one'))", check=True, cold=False).stdout == "False\n"

@@ -65,7 +65,7 @@ def result(path):
     return report, {name: outcome["status"] for name, outcome in report["measurements"].items()}
 
 
-def test_all_of_it_though_one_measurement_is_killed(tmp_path):
+def test_a_killed_measurement_does_not_end_the_run(tmp_path):
     output, victim = tmp_path / "gpu.json", "attention"
     lines = []
     with started("benchmarks.gpu", "--budget", 1000, "--output", output) as (process, printed):
@@ -110,7 +110,7 @@ def planted(tmp_path_factory):
     return result(output)[0]["measurements"], printed
 
 
-def test_what_dies_hangs_or_fails_harms_nothing_else(planted):
+def test_a_dead_hanging_or_failing_task_affects_no_other(planted):
     outcomes, _ = planted
     assert {name: outcome["status"] for name, outcome in outcomes.items()} == {
         "about": "ok",
@@ -152,7 +152,7 @@ def test_what_dies_hangs_or_fails_harms_nothing_else(planted):
     assert "Inductor fails" in outcomes["starts without"]["with it"]["traceback"]
 
 
-def test_a_process_is_shared_as_long_as_the_device_works(planted):
+def test_a_process_is_reused_while_its_device_works(planted):
     outcomes, printed = planted
     pids = {
         name: outcome["measured"]["seen by"]
@@ -179,7 +179,7 @@ def test_a_failed_feature_is_tried_without_each_part_of_the_engine(planted):
     assert tried == ["smoke: one", "smoke: three", "smoke: two"], "each kind of failure comes first"
 
 
-def test_the_output_is_json_whatever_was_measured(planted):
+def test_the_output_is_valid_json_for_any_value(planted):
     measured = planted[0]["first"]["measured"]
     assert measured["no number"] is None
     assert measured["no JSON"] == "<class 'set'>"
@@ -196,7 +196,7 @@ def test_processes_end_with_the_one_that_started_them(tmp_path):
     assert not psutil.pid_exists(child)
 
 
-def test_a_failure_is_kept_though_there_is_no_time_to_try_again(planted, tmp_path):
+def test_a_failure_is_kept_if_there_is_no_time_for_a_retry(planted, tmp_path):
     earlier, output = tmp_path / "earlier.json", tmp_path / "gpu.json"
     earlier.write_text(json.dumps({"measurements": planted[0]}))
     run_gpu("--budget", 0, "--resume", earlier, "--output", output, script="tests.planted_measurements")
@@ -213,7 +213,7 @@ def test_a_device_is_not_replaced_by_the_output(tmp_path):
     assert (tmp_path / "pipe").is_fifo()
 
 
-def test_what_does_not_fit_the_budget_is_named(tmp_path):
+def test_tasks_beyond_the_budget_are_reported(tmp_path):
     output = tmp_path / "gpu.json"
     run_gpu("--budget", 0, "--output", output)
     assert result(output)[1] == dict.fromkeys(gpu.MEASUREMENTS, "skipped")
@@ -224,7 +224,7 @@ def test_every_feature_is_measured():
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
-def test_the_oracles_rounding_is_torchaos(quantization):
+def test_the_oracle_rounds_like_torchao(quantization):
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
     rounding = {"int8": to_int8, "int4": to_int4, "fp8": to_fp8}[quantization]
     assert torch.equal(rounding(weight.double()), torchaos(quantization, weight))
@@ -253,7 +253,7 @@ def torchaos(quantization, weight):
 
 
 @pytest.mark.parametrize("name", FEATURES)
-def test_expected_is_what_the_oracle_says(name):
+def test_expected_replies_are_the_oracles(name):
     stored = json.loads(expected.EXPECTED.read_text())["features"][name]
     computed = expected.of_feature(FEATURES[name])
     assert computed.keys() == stored.keys()

@@ -51,7 +51,7 @@ def load(aligned):
 
 @pytest.mark.timeout(120)  # this once looped forever, because the first replies ended before the last ones began
 @pytest.mark.parametrize("aligned", [False, True], ids=["plain", "aligned"])
-def test_all_of_a_load_far_larger_than_a_step_runs_at_once(loaded, aligned):
+def test_a_load_larger_than_a_step_runs_concurrently(loaded, aligned):
     engine, prompts, max_tokens = engine_of(loaded), load(aligned), 8
     assert sum(len(ids) for prompt in prompts for ids in prompt.branches) > 100 * MAX_NUM_BATCHED_TOKENS
     start_decodes(engine, prompts, max_tokens)
@@ -65,7 +65,7 @@ def test_all_of_a_load_far_larger_than_a_step_runs_at_once(loaded, aligned):
 
 
 @pytest.mark.timeout(120)
-def test_a_load_that_cannot_run_at_once_is_told(loaded):
+def test_a_load_that_does_not_fit_is_reported(loaded):
     prompts = load(False)
     engine = engine_of(loaded, max_num_seqs=len(prompts) - 1)
     with pytest.raises(RuntimeError, match=f"before all of {len(prompts)} had begun"):
@@ -80,7 +80,7 @@ def test_a_load_that_cannot_run_at_once_is_told(loaded):
         ("Triton", lambda engine: engine.runner.backend == sdpa.NAME),
     ],
 )
-def test_an_engine_is_made_without_a_part(part, left_out):
+def test_an_engine_can_be_made_without_a_feature(part, left_out):
     bench = Bench(tiny=True)
     assert not left_out(bench.new_engine())
     bench.without = part

@@ -112,7 +112,7 @@ def run(installed, elsewhere, *args):
     return done.stdout
 
 
-def test_the_wheel_has_what_runs_and_nothing_else(wheel, sources):
+def test_the_wheel_has_only_runtime_files(wheel, sources):
     packaged = {source_of(name) for name in wheel.namelist() if ".dist-info/" not in name}
     packages = ("alignment_core/", "configs/", "deploy/ray/", "evaluation/", "linalign/__init__.py", "server/")
     assert packaged == {name for name in sources if name.startswith(packages)}
@@ -144,7 +144,7 @@ def test_the_public_names():
     assert all(one.__module__.startswith("linalign.alignment_core.") for one in objects)
 
 
-def test_the_licences_of_all_that_is_inside(wheel, sources):
+def test_the_wheel_has_all_licences(wheel, sources):
     licences = {name for name in sources if Path(name).name == "LICENSE"}
     packaged = {source_of(name.partition("/licenses/")[2]) for name in wheel.namelist() if "/licenses/" in name}
     assert packaged == licences
@@ -152,7 +152,7 @@ def test_the_licences_of_all_that_is_inside(wheel, sources):
     assert {name.split("/")[3] for name in licences if "vendor" in name} == vendored
 
 
-def test_the_sdist_has_all_but_what_is_for_this_repository(built, sources):
+def test_the_sdist_has_all_sources(built, sources):
     (path,) = built.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {source_of(member.name.partition("/")[2]) for member in archive.getmembers() if member.isfile()}

@@ -87,7 +87,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-def test_what_a_fault_replaces_is_there_once(fault):
+def test_a_planted_fault_replaces_a_unique_line(fault):
     """Otherwise the long run could not plant the fault."""
     assert (ROOT / fault.file).read_text().count(fault.right) == 1
 

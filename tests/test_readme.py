@@ -28,7 +28,7 @@ def reply(ratio):
 
 
 @pytest.mark.parametrize("ratio", [0, 2, 5, -1, -4])
-def test_the_sample_is_what_the_model_says(embedded, ratio):
+def test_the_sample_is_the_models_reply(embedded, ratio):
     messages = [{"role": "user", "content": QUESTION}]
     params = SamplingParams(temperature=0, max_tokens=48)
     with Engine(embedded) as engine:

@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent.parent
 HEADS = ("| load", "| fault", "| input", "| who")
 
 
-def test_every_row_names_a_test_that_there_is():
+def test_every_row_names_an_existing_test():
     text = (ROOT / "docs" / "reliability.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith(HEADS)]
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)

@@ -90,12 +90,12 @@ def test_the_plausible_set_is_the_nucleus(top_p, temperature):
         assert set(line.nonzero().flatten().tolist()) == expected
 
 
-def test_top_p_of_one_switches_the_mask_off_and_edits_never_come_back():
+def test_a_top_p_of_one_disables_the_mask_but_not_edits():
     y = torch.tensor([[0.0, -200.0, -torch.inf]])
     assert plausible(y, 1.0, 0.5).tolist() == [[True, True, False]]
 
 
-def test_settings_are_each_rows_own():
+def test_each_row_has_its_own_settings():
     z = torch.zeros(2, 100)
     z[:, 0] = 1.0
     both = settings(2, top_k=[1, 0], uniform=[0.99, 0.99])
@@ -136,7 +136,7 @@ def test_filters(filters, support):
     ],
     ids=str,
 )
-def test_what_is_left_out_early_makes_no_difference(filters, narrows, monkeypatch):
+def test_early_exclusion_of_tokens_does_not_change_the_set(filters, narrows, monkeypatch):
     """A draw from the narrowed vocabulary equals a draw from the whole one."""
     torch.manual_seed(2)
     logits = torch.randn(64, 3000) * 4
@@ -202,7 +202,7 @@ def test_a_draw_survives_logits_that_underflow():
     assert z.argmax(-1).tolist() == [7] * 10
 
 
-def test_uniform_is_uniform_and_depends_on_all_three():
+def test_random_numbers_are_uniform_and_depend_on_seed_position_and_choice():
     n = 20_000
     lines = [[uniform(*(i if place == at else 0 for place in range(3))) for i in range(n)] for at in range(3)]
     for numbers in lines:

@@ -57,7 +57,7 @@ def test_an_architecture_that_bypasses_our_attention_is_refused(tokenizer):
             serve(loaded.model)
 
 
-def test_a_window_in_the_mask_alone(tokenizer):
+def test_a_window_that_only_the_mask_has(tokenizer):
     """These families pass no window to their attention; test_pairs.py tests what follows from that."""
     for model_type, windows in {"qwen2_moe": [8, None, None], "phimoe": [8, 8, 8], "qwen2": [None, 8, 8]}.items():
         loaded, _ = tiny_pair(tokenizer, model_type, kernels=False, vocab_size=300, **ARCHITECTURES[model_type])
@@ -102,14 +102,14 @@ def own_masks(**kwargs):
         (own_masks, "masks of its own"),
     ],
 )
-def test_a_mask_that_is_no_window_is_refused(tokenizer, how, message):
+def test_a_mask_that_is_not_a_window_is_refused(tokenizer, how, message):
     loaded, _ = tiny_pair(tokenizer, kernels=False, vocab_size=300)
     loaded.model.__class__ = type("Masked", (Masked,), {"how": staticmethod(how)})
     with pytest.raises(ValueError, match=f"Masked .*{message}"):
         make_engine(loaded, num_pages=10)
 
 
-def test_a_family_that_the_engine_computes_otherwise_is_refused(tokenizer, monkeypatch):
+def test_a_family_that_the_engine_computes_differently_is_refused(tokenizer, monkeypatch):
     """Whatever the difference is: here the backend gets another window, scale or soft-cap than the model has."""
     loaded, _ = tiny_pair(tokenizer, "qwen2_moe", kernels=False, vocab_size=300, **ARCHITECTURES["qwen2_moe"])
     compare_with_eager(loaded.model)
@@ -127,7 +127,7 @@ def test_a_family_that_the_engine_computes_otherwise_is_refused(tokenizer, monke
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "phimoe"])
-def test_what_rounding_changes_is_no_reason_to_refuse(tokenizer, model_type):
+def test_differences_by_rounding_are_accepted(tokenizer, model_type):
     """In 16 bits, near ties can change which experts are chosen. The comparison must allow for that."""
     shape = {"num_hidden_layers": 12, "initializer_range": 0.1, "num_local_experts": 8}
     loaded, _ = tiny_pair(tokenizer, model_type, kernels=False, vocab_size=300, **shape)
@@ -135,7 +135,7 @@ def test_what_rounding_changes_is_no_reason_to_refuse(tokenizer, model_type):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_what_gives_no_finite_logits_is_served_with_a_warning(tokenizer, dtype, caplog):
+def test_a_model_without_finite_logits_is_served_with_a_warning(tokenizer, dtype, caplog):
     """The model is loaded, but a reply whose logits are not finite ends with an error."""
     loaded, _ = tiny_pair(tokenizer, kernels=False, vocab_size=300)
     with torch.inference_mode():

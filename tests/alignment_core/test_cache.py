@@ -170,7 +170,7 @@ assert libc.capset(head, data) == 0
 
 
 @pytest.mark.parametrize("fault", [a_file_instead, read_only_and_empty, read_only_and_damaged, closed])
-def test_a_cache_that_can_not_be_used_costs_time_only(package, whole, home, fault, tmp_path):
+def test_an_unusable_cache_only_costs_time(package, whole, home, fault, tmp_path):
     fault(home)
     before = listing(home)
     try:
@@ -200,7 +200,7 @@ def listing(home):
 # Full disks
 
 
-def test_a_disk_that_is_full_while_the_model_is_written_costs_time_only(package, whole, home, tmp_path):
+def test_a_disk_that_is_full_during_the_write_only_costs_time(package, whole, home, tmp_path):
     """RLIMIT_FSIZE stands in for a full disk: 4 MB of the 15 MB, so that the file is begun."""
     shutil.rmtree(model_in(home))
     limit = 4 << 20
@@ -217,7 +217,7 @@ def test_a_disk_that_is_full_while_the_model_is_written_costs_time_only(package,
 
 
 @pytest.mark.parametrize("megabytes", [0.1, 6])
-def test_a_disk_that_is_full_indeed(package, whole, tmp_path, megabytes):
+def test_a_real_full_disk(package, whole, tmp_path, megabytes):
     """A disk of 100 kB, too small for the kernels, and one of 6 MB, too small for the model."""
     home = tmp_path / "home"
     home.mkdir()
@@ -255,7 +255,7 @@ KILL = "import os, signal; {}{} = lambda *_, **__: os.kill(os.getpid(), signal.S
     [("import transformers; ", "transformers.PreTrainedTokenizerFast.save_pretrained"), ("", "os.fsync")],
     ids=["half way", "before it gets its name"],
 )
-def test_what_a_killed_process_leaves_is_never_used_and_swept(package, home, when):
+def test_partial_copies_of_a_killed_process_are_deleted(package, home, when):
     shutil.rmtree(model_in(home))
     assert loading(package, home, KILL.format(*when)).returncode == -signal.SIGKILL
     (left,) = (path for path in (home / "linalign").iterdir() if path != kernels_in(home))
@@ -279,7 +279,7 @@ def test_three_servers_that_start_on_one_empty_cache_at_once_answer_the_same(pac
     assert len(list((tmp_path / "linalign").iterdir())) == 2
 
 
-def test_readers_among_writers_never_meet_half_a_file(tmp_path):
+def test_concurrent_readers_never_see_a_partial_file(tmp_path):
     """Eight threads add, discard and read the same entry."""
     target, ends, seen = tmp_path / "cache" / "name", time.monotonic() + 3, []
 
@@ -356,7 +356,7 @@ def built(tmp_path_factory):
     ],
     ids=["cut off", "garbage", "gone", "empty", "a file"],
 )
-def test_damaged_kernels_are_compiled_anew(built, damage):
+def test_damaged_kernels_are_compiled_again(built, damage):
     copy = kernels_in(built)
     damage(copy)
     log = build(built)
@@ -366,7 +366,7 @@ def test_damaged_kernels_are_compiled_anew(built, damage):
     assert [path.name for path in (built / "linalign").iterdir()] == [copy.name]
 
 
-def test_kernels_that_can_not_be_kept_are_compiled_for_the_moment(tmp_path):
+def test_kernels_without_a_cache_are_compiled_for_this_process(tmp_path):
     (tmp_path / "linalign").write_text("not a directory")
     for _ in range(2):
         log = build(tmp_path)

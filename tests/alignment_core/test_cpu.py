@@ -22,7 +22,7 @@ GGUF_TYPES = {"Q4_0": "int4", "Q4_1": "int4", "Q8_0": "int8", "F16": "float32", 
 
 
 @pytest.mark.parametrize("name", GGUF_TYPES)
-def test_a_checkpoints_own_blocks_are_found_again(name):
+def test_quantised_blocks_of_a_checkpoint_are_recovered_exactly(name):
     """Weights that the gguf package quantised are packed in the smallest lossless format and read back bit-equal."""
     kind = gguf.GGMLQuantizationType[name]
     original = np.random.default_rng(0).standard_normal((48, 96), np.float32)
@@ -32,7 +32,7 @@ def test_a_checkpoints_own_blocks_are_found_again(name):
     assert torch.equal(weights_in(packed), weights)
 
 
-def test_one_weight_off_the_grid_keeps_all_as_they_are():
+def test_one_weight_off_the_grid_keeps_the_matrix_unpacked():
     weights = rounded(torch.randn(40, 64), "int4")
     assert pack(weights, None, "auto").format == "int4"
     weights[39, 63] += 1e-3
@@ -74,7 +74,7 @@ STORED = {
 
 
 @pytest.mark.parametrize("format", STORED)
-def test_linear_is_exact_and_the_same_bits_for_a_row_wherever_it_stands(format):
+def test_linear_is_exact_and_bit_equal_for_any_position_of_a_row(format):
     weights, bias = STORED[format], torch.randn(100)
     compact, plain = PackedLinear(pack(weights, bias, "auto")), PackedLinear(pack(weights, bias, "none"))
     assert compact.packed.format == format
@@ -107,20 +107,20 @@ def test_which_layers_are_fused(tokenizer, model_type):
 
 
 @pytest.mark.parametrize("change", [{"hidden_act": "gelu"}, {"no_rope_layers": [1, 0, 1]}], ids=str)
-def test_a_layer_that_only_looks_like_llamas_runs_in_its_own_code(tokenizer, change):
+def test_a_layer_that_differs_from_llamas_is_not_fused(tokenizer, change):
     model_type = "smollm3" if "no_rope_layers" in change else "llama"
     loaded, _ = tiny_pair(tokenizer, model_type, vocab_size=300, **change)
     assert num_fused_layers(loaded.model) == (2 if model_type == "smollm3" else 0)
 
 
-def test_a_layer_that_differs_at_far_positions_only_runs_in_its_own_code(tokenizer):
+def test_a_layer_that_differs_only_at_far_positions_is_not_fused(tokenizer):
     scaling = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.5}
     scaling["original_max_position_embeddings"] = 16
     loaded, _ = tiny_pair(tokenizer, "ministral3", vocab_size=300, rope_parameters=scaling, head_dim=8)
     assert num_fused_layers(loaded.model) == 0
 
 
-def test_the_embedded_model_keeps_its_own_four_bits(embedded):
+def test_the_embedded_model_keeps_its_4_bit_weights(embedded):
     assert num_fused_layers(embedded.model) == 30
     formats = [matrix.format for module in embedded.model.modules() for matrix in getattr(module, "matrices", ())]
     assert formats == ["int4"] * 120 + ["int8"]
@@ -205,7 +205,7 @@ PROCESSORS = [pytest.param("x86-64", marks=pytest.mark.long), "x86-64-v3"]
 
 
 @pytest.mark.parametrize("processor", PROCESSORS if platform.machine() == "x86_64" else [])
-def test_older_processors_compute_the_same(processor):
+def test_kernels_for_older_processors_give_equal_results(processor):
     """Vectors of four and eight floats: code paths other than AVX-512."""
     code = IN_NARROW_VECTORS.format(processor=processor)
     ran = fork_server.run(code)
@@ -213,7 +213,7 @@ def test_older_processors_compute_the_same(processor):
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
-def test_without_a_compiler_it_is_slower_and_says_so(compiler):
+def test_without_a_compiler_the_torch_path_runs_with_a_warning(compiler):
     code = (
         "import logging; logging.basicConfig();"
         "from linalign import *;"

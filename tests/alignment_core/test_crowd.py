@@ -26,7 +26,7 @@ def done():
 
 
 @pytest.mark.parametrize("first", range(0, NUM_CROWDS, AT_ONCE))
-def test_nobody_notices_the_others(tiny, first, done):
+def test_replies_do_not_depend_on_other_requests(tiny, first, done):
     loaded, _ = tiny
     for seed in range(first, first + AT_ONCE):
         done.update(crowd(loaded, seed))

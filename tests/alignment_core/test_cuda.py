@@ -130,7 +130,7 @@ def test_padded_sizes():
     ]  # fmt: skip
 
 
-def test_padding_changes_no_row_and_writes_to_nobodys_page():
+def test_padding_changes_no_row_and_writes_to_an_unused_page():
     rows = [Row(Branch(tokens=[5, 6, 7], pages=[3]), 2, 3), Row(Branch(tokens=[8] * 9, pages=[1, 0]), 8, 9)]
     plan = Plan.of(rows, [(row, -1) for row in rows], page_size=8)
     assert plan.is_decode
@@ -143,7 +143,7 @@ def test_padding_changes_no_row_and_writes_to_nobodys_page():
 
 
 @pytest.mark.usefixtures("on_triton")
-def test_blocks_make_a_row_independent_of_its_company(tokenizer):
+def test_blocks_make_a_row_independent_of_other_rows(tokenizer):
     loaded, oracle = tiny_pair(tokenizer, kernels=False, **ON_TRITON)
     run_in_blocks(loaded.model)
     for layer in loaded.model.model.layers:  # on a CPU, torch rounds the ends of vectors differently
@@ -168,7 +168,7 @@ def test_blocks_make_a_row_independent_of_its_company(tokenizer):
 
 
 @pytest.mark.usefixtures("on_triton")
-def test_blocks_of_nothing(tokenizer):
+def test_blocks_without_rows(tokenizer):
     """A chunk of a prompt that needs no logits has zero rows for the head."""
     loaded, oracle = tiny_pair(tokenizer, kernels=False, vocab_size=300)
     run_in_blocks(loaded.model)
@@ -203,7 +203,7 @@ def test_blocks_have_one_size(rows):
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("fp8", torch.float8_e4m3fn), ("bfloat16", torch.bfloat16)])
-def test_keys_and_values_may_have_fewer_bits(tokenizer, name, dtype, monkeypatch):
+def test_keys_and_values_may_have_a_smaller_dtype(tokenizer, name, dtype, monkeypatch):
     monkeypatch.setattr(model_runner, "library", lambda: None)
     loaded, _ = tiny_pair(tokenizer, kernels=False, vocab_size=300, initializer_range=0.1)
     logits = []
@@ -217,7 +217,7 @@ def test_keys_and_values_may_have_fewer_bits(tokenizer, name, dtype, monkeypatch
     assert 0 < divergence < 0.02
 
 
-def test_a_cpus_kernels_have_float32_keys_alone(tiny):
+def test_the_cpu_kernels_support_only_float32_keys(tiny):
     with pytest.raises(ValueError, match="float32"):
         make_engine(tiny[0], num_pages=10, kv_cache_dtype="fp8")
 
@@ -241,7 +241,7 @@ def test_a_seed_gives_the_same_tokens_as_without_fixed_shapes(tiny):
     assert replies[0] == replies[1]
 
 
-def test_on_a_cpu_memory_that_caches_of_files_hold_counts(monkeypatch):
+def test_on_a_cpu_the_file_cache_counts_as_free_memory(monkeypatch):
     """With a large file cache hardly any memory is free, but nearly all of it is available."""
     memory = SimpleNamespace(free=1000, available=4 << 30)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
@@ -251,7 +251,7 @@ def test_on_a_cpu_memory_that_caches_of_files_hold_counts(monkeypatch):
     assert pages_that_fit(runner, EngineConfig(), 16, 99) == 512
 
 
-def test_the_pool_is_sized_from_what_weights_and_a_full_step_leave(monkeypatch):
+def test_the_pool_gets_the_memory_after_weights_and_a_full_step(monkeypatch):
     """The device is simulated, because a CPU has no such memory."""
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 5000))

@@ -24,13 +24,13 @@ def as_bytes(ids):
 
 
 @pytest.mark.parametrize("text", ["naïve 日本語 🙂 done", "a", "", "👩‍👩‍👧 family"])
-def test_characters_leave_whole(text):
+def test_only_complete_characters_are_emitted(text):
     parts, rest, _ = stream(as_bytes, text.encode())
     assert "".join(parts) + rest == text
     assert not any("\ufffd" in part for part in parts)
 
 
-def test_every_token_leaves_at_once_when_nothing_holds_it_back():
+def test_every_token_is_emitted_at_once_without_stop_strings():
     parts, rest, _ = stream(as_bytes, b"hello")
     assert parts == list("hello")
     assert rest == ""
@@ -38,7 +38,7 @@ def test_every_token_leaves_at_once_when_nothing_holds_it_back():
 
 @pytest.mark.parametrize("before", [b"\x80", b"\x80\x80\x80", b"\xf0\x9f", b"\xe6" * 7])
 @pytest.mark.parametrize("after", ["😀a", "éa", "日本"])
-def test_a_whole_character_behind_broken_ones_is_not_lost(before, after):
+def test_a_complete_character_after_incomplete_ones_is_kept(before, after):
     parts, rest, _ = stream(as_bytes, before + after.encode())
     assert "".join(parts) + rest == as_bytes(before + after.encode())
 
@@ -71,7 +71,7 @@ def test_stop_strings_never_leak(text, stop, expected):
         assert expected.startswith(shown)
 
 
-def test_stop_strings_of_few_letters_end_where_a_search_says():
+def test_stop_strings_of_few_letters_equal_a_naive_search():
     rng = random.Random(0)
     num_stopped = 0
     for _ in range(3000):
@@ -137,7 +137,7 @@ def sentencepiece():
 @pytest.mark.parametrize(
     "make", [lambda tokenizer: tokenizer, lambda _: sentencepiece()], ids=["bytes", "sentencepiece"]
 )
-def test_the_bytes_of_tokens_are_those_of_the_text(make, tokenizer):
+def test_the_bytes_of_tokens_spell_the_text(make, tokenizer):
     tokenizer = make(tokenizer)
     text = " hi hi 🦩 é ꙮ"
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -149,7 +149,7 @@ def test_the_bytes_of_tokens_are_those_of_the_text(make, tokenizer):
     assert bytes_of(len(tokenizer) + 5) == b""
 
 
-def test_a_text_that_goes_on_keeps_the_space_in_between():
+def test_a_continued_text_keeps_the_space_between():
     """Decoders of this kind strip a space at the beginning of a text."""
     tokenizer = sentencepiece()
     tokenizer.backend_tokenizer.decoder = decoders.Sequence(
@@ -170,7 +170,7 @@ def stripping():
     return tokenizer
 
 
-def test_a_control_token_that_is_left_out_glues_no_words():
+def test_a_dropped_control_token_does_not_join_words():
     """Any mix of control tokens, words and spaces: the shown text is the text of all other tokens."""
     tokenizer, rng = stripping(), random.Random(3)
     special, (space, h, i, space_h, hi) = len(tokenizer) - 1, range(257, 262)
@@ -185,7 +185,7 @@ def test_a_control_token_that_is_left_out_glues_no_words():
         assert shown == tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_a_text_goes_on_behind_characters_of_many_tokens():
+def test_a_text_continues_after_characters_of_several_tokens():
     """If the decoding window began inside a character, its text would be invalid and the first space would be lost."""
     tokenizer, rng = stripping(), random.Random(5)
     characters = [[1 + byte for byte in text.encode()] for text in ("é", "你", "🦩")]

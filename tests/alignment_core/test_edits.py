@@ -65,7 +65,7 @@ def test_edits_equal_the_oracle_in_one_crowd(tiny, config):
 
 @pytest.mark.parametrize("ratio", [0, 2.0])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_penalties_count_once_and_not_for_each_branch(tiny, ratio, temperature):
+def test_penalties_count_once_for_all_branches(tiny, ratio, temperature):
     """Checks the log-probabilities of a seeded reply against the edited policy, position by position."""
     loaded, oracle = tiny
     prompt, params = (
@@ -190,7 +190,7 @@ def test_invalid_ids_and_choices_are_refused(tiny, params, n, field):
         {"logit_bias": dict.fromkeys(range(2000), 1.0)},
     ],
 )
-def test_what_is_out_of_range(params):
+def test_values_out_of_range_are_refused(params):
     with pytest.raises(InvalidRequest):
         SamplingParams(**params)
 
@@ -234,7 +234,7 @@ def test_a_given_text_is_scored_and_goes_on(tiny, config, max_tokens):
     assert engine.pool.num_free == engine.pool.num_pages
 
 
-def test_what_is_given_does_not_move_the_draws(tiny):
+def test_given_tokens_do_not_change_the_random_numbers(tiny):
     loaded, _ = tiny
     prompt = aligned(2.0, 20)
     engine = make_engine(loaded, num_pages=400)
@@ -246,7 +246,7 @@ def test_what_is_given_does_not_move_the_draws(tiny):
     assert "".join(o.text for o in scored) == "".join(o.text for o in free)
 
 
-def test_what_a_client_names_is_taken_to_the_device_once(tiny, monkeypatch):
+def test_edits_are_copied_to_the_device_once(tiny, monkeypatch):
     """Copying a thousand biases or stop tokens per choice in each step took longer than the model."""
     loaded, oracle = tiny
     moved, move = [], edits.to_device
@@ -270,6 +270,6 @@ def test_what_a_client_names_is_taken_to_the_device_once(tiny, monkeypatch):
     judged(oracle, prompt, outputs, **names, min_tokens=12, stop_ids=tuple(stops))
 
 
-def test_ends_are_few():
+def test_the_number_of_stop_tokens_is_bounded():
     with pytest.raises(InvalidRequest, match="at most 1024 tokens"):
         SamplingParams(stop_token_ids=frozenset(range(1025)))

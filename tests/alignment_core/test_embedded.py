@@ -108,7 +108,7 @@ def test_all_at_once_equal_the_oracle(request, prompts, crowd, kept):
         KEPT.write_text(json.dumps({cache_key(prompt): tokens for prompt, tokens, tie in judged if not tie}) + "\n")
 
 
-def test_the_replies_that_are_kept_are_the_oracles(request, prompts, kept):
+def test_the_stored_replies_are_the_oracles(request, prompts, kept):
     """The oracle confirms one stored reply, and rejects a changed one."""
     index = next((i for i, tokens in enumerate(kept) if tokens), None)
     assert index is not None, "KEEP_REPLIES=1 LONG_RUN=1 .venv/bin/pytest tests/alignment_core/test_embedded.py"

@@ -27,7 +27,7 @@ from tests.engines import (
 from tests.oracle import Setting
 
 
-def test_the_two_forms_of_the_oracle_agree(tiny):
+def test_both_forms_of_the_oracle_agree(tiny):
     _, oracle = tiny
     prompt = aligned(2.0)
     tokens = oracle.greedy(prompt, Setting((2.0,)), 12)
@@ -74,7 +74,7 @@ def test_several_principles(tiny, ratios):
     assert outputs[-1].usage.branches == len(ratios) + 1
 
 
-def test_a_dead_engine_tells_everyone(tiny, monkeypatch):
+def test_a_dead_engine_ends_all_requests(tiny, monkeypatch):
     loaded, _ = tiny
     engine = make_engine(loaded, num_pages=100)
     monkeypatch.setattr(engine.runner, "forward", lambda *_: 1 / 0)
@@ -95,7 +95,7 @@ def test_a_dead_engine_tells_everyone(tiny, monkeypatch):
     assert engine.pool.num_free == 100
 
 
-def test_a_reply_that_nobody_waits_for_is_aborted(embedded):
+def test_a_reply_without_a_client_is_aborted(embedded):
     """One reply that was never begun, and one that was dropped half way."""
     params = SamplingParams(ignore_eos=True)
     with make_engine(embedded, num_pages=100) as engine:
@@ -107,7 +107,7 @@ def test_a_reply_that_nobody_waits_for_is_aborted(embedded):
             wait_until(lambda: engine.pool.num_free == 100 and not engine.scheduler.waiting)
 
 
-def test_an_engine_that_never_ran_tells_everyone_when_it_stops(tiny):
+def test_an_engine_that_never_ran_ends_all_requests_when_it_stops(tiny):
     loaded, _ = tiny
     engine = make_engine(loaded, num_pages=100)
     outputs = []
@@ -118,7 +118,7 @@ def test_an_engine_that_never_ran_tells_everyone_when_it_stops(tiny):
         engine.start()
 
 
-def test_a_listener_that_fails_harms_nobody_else(tiny):
+def test_a_failing_listener_affects_no_other_request(tiny):
     loaded, oracle = tiny
     engine = make_engine(loaded, num_pages=100)
     outputs = []
@@ -172,7 +172,7 @@ request = st.tuples(
     overlap=st.booleans(),
     drafts=st.sampled_from([0, 4]),
 )
-def test_any_traffic_equals_the_oracle_and_leaves_no_page_behind(tiny, requests, budget, pages, overlap, drafts):
+def test_any_traffic_equals_the_oracle_and_frees_all_pages(tiny, requests, budget, pages, overlap, drafts):
     loaded, oracle = tiny
     sizes = {"page_size": 3, "num_pages": pages, "max_num_batched_tokens": budget, "num_speculative_tokens": drafts}
     engine = make_engine(loaded, static=overlap, **sizes)
@@ -198,7 +198,7 @@ def test_any_traffic_equals_the_oracle_and_leaves_no_page_behind(tiny, requests,
     assert engine.pool.num_free == pages
 
 
-def test_with_overlap_a_step_is_launched_before_the_tokens_of_the_last_are_known(tiny, monkeypatch):
+def test_with_overlap_a_step_is_launched_before_the_previous_tokens_are_known(tiny, monkeypatch):
     """The overlap is not visible: a stop token, max_tokens and an abort all end a reply in time."""
     loaded, oracle = tiny
     engine = make_engine(loaded, num_pages=400, static=True)
@@ -254,7 +254,7 @@ def test_a_failure_in_ending_one_sequence_harms_no_other(tiny, ending):
     assert engine.pool.num_free == engine.pool.num_pages
 
 
-def test_the_thread_that_loaded_keeps_no_threads_beside_the_engines(tokenizer):
+def test_the_loading_thread_keeps_no_openmp_threads(tokenizer):
     """With more OpenMP threads than cores, libgomp's barriers sleep, and every step takes twice as long."""
     loaded, _ = tiny_pair(tokenizer)
     with threads(2):
@@ -268,7 +268,7 @@ def num_os_threads():
     return len(os.listdir("/proc/self/task"))
 
 
-def test_a_reply_ends_once_whoever_says_so(tiny):
+def test_a_reply_ends_only_once(tiny):
     """The watchdog may give up just before the engine's thread reports the end, or the thread may return later."""
     engine, outputs = make_engine(tiny[0], num_pages=100), [[], []]
     for collected, max_tokens in zip(outputs, (3, 9), strict=True):

@@ -52,7 +52,7 @@ FEATURES = {
 
 
 @pytest.mark.parametrize("feature", FEATURES)
-def test_replies_equal_the_oracle_and_the_host_waits_for_tokens_alone(cuda, tokenizer, feature):
+def test_replies_equal_the_oracle_and_the_host_waits_only_for_tokens(cuda, tokenizer, feature):
     engine, oracle = engine_on(cuda, tokenizer)
     cases = FEATURES[feature]
     replies = run_all(engine, [(prompt, params) for prompt, params, _ in cases])
@@ -64,7 +64,7 @@ def test_replies_equal_the_oracle_and_the_host_waits_for_tokens_alone(cuda, toke
         assert len(judge(oracle, prompt, outputs, method=prompt.method, **setting)) == 6
 
 
-def test_all_is_captured_at_the_start(cuda, tokenizer):
+def test_all_graphs_are_captured_at_the_start(cuda, tokenizer):
     """Everything is captured at the start, so that no request waits for a capture."""
     engine, oracle = engine_on(cuda, tokenizer, warm_up=True)
     captured = len(engine.runner.graphs)
@@ -165,7 +165,7 @@ def test_drafts_are_accepted(cuda, tokenizer):
     assert set(cuda.waits) == WHERE_THE_HOST_WAITS
 
 
-def test_a_step_in_halves(cuda, tokenizer):
+def test_a_step_can_run_in_halves(cuda, tokenizer):
     """The host waits only where a step is split because memory is short."""
     engine, oracle = engine_on(cuda, tokenizer)
     run, failed = engine.runner.run, []
@@ -188,7 +188,7 @@ def test_a_step_in_halves(cuda, tokenizer):
 
 
 @pytest.mark.parametrize("config", [{"enforce_eager": True}, {"batch_invariant": True}], ids=str)
-def test_other_ways_to_run(cuda, tokenizer, config):
+def test_other_configurations_equal_the_oracle(cuda, tokenizer, config):
     engine, oracle = engine_on(cuda, tokenizer, **config)
     assert engine.runner.captures == ("enforce_eager" not in config)
     (outputs,) = run_all(engine, [(aligned(2.0, 20), SHORT)])
@@ -196,7 +196,7 @@ def test_other_ways_to_run(cuda, tokenizer, config):
     assert set(cuda.waits) == WHERE_THE_HOST_WAITS
 
 
-def test_attention_that_gathers(cuda, tokenizer, monkeypatch):
+def test_attention_by_gathering(cuda, tokenizer, monkeypatch):
     """Without Triton."""
     gather(monkeypatch)
     engine, oracle = engine_on(cuda, tokenizer)
@@ -241,7 +241,7 @@ def test_keys_and_values_of_any_dtype(cuda, tokenizer, dtype, kv_cache_dtype, mo
     assert set(cuda.waits) == WHERE_THE_HOST_WAITS
 
 
-def test_nan_ends_its_own_reply_and_no_other(cuda, tokenizer, caplog):
+def test_nan_ends_only_its_own_reply(cuda, tokenizer, caplog):
     """The host does not read logits, and the next step has already begun with the token that could not be drawn."""
     engine, oracle = engine_on(cuda, tokenizer)
     with torch.inference_mode():

@@ -23,19 +23,19 @@ def plant(monkeypatch, module, name, fault):
     monkeypatch.setattr(module, name, lambda *args, **kwargs: (fault(*args), function(*args, **kwargs))[1])
 
 
-def test_a_look_at_a_value_in_the_draw_is_seen(cuda, tokenizer, monkeypatch):
+def test_a_read_of_a_value_in_the_draw_is_detected(cuda, tokenizer, monkeypatch):
     plant(monkeypatch, static_draw, "inverse_transform", lambda mass, _: mass.sum().item())
     with pytest.raises(Fault, match=r"refuses aten\._local_scalar_dense.*test_fake_cuda_faults\.py:\d+"):
         engine_on(cuda, tokenizer, warm_up=True)
 
 
-def test_a_nonzero_in_what_is_captured_is_seen(cuda, tokenizer, monkeypatch):
+def test_a_nonzero_in_a_capture_is_detected(cuda, tokenizer, monkeypatch):
     plant(monkeypatch, static_draw, "leading", lambda x, *_: (x > 0).nonzero())
     with pytest.raises(Fault, match=r"refuses aten\.nonzero.*test_fake_cuda_faults\.py:\d+"):
         engine_on(cuda, tokenizer, warm_up=True)
 
 
-def test_a_look_beside_what_is_captured_is_seen(cuda, tokenizer, monkeypatch):
+def test_a_read_beside_the_captured_draw_is_detected(cuda, tokenizer, monkeypatch):
     engine, _ = engine_on(cuda, tokenizer)
     plant(monkeypatch, engine.loop.sampler, "draw", lambda logits, *_: logits.isnan().any().item())
     run_all(engine, [(aligned(2.0, 20), SHORT)])
@@ -44,7 +44,7 @@ def test_a_look_beside_what_is_captured_is_seen(cuda, tokenizer, monkeypatch):
     }
 
 
-def test_an_index_on_the_host_in_the_mixing_is_seen(cuda, tokenizer, monkeypatch, caplog):
+def test_a_host_index_in_the_mixing_is_detected(cuda, tokenizer, monkeypatch, caplog):
     monkeypatch.setattr(alignment.Mixing, "to", lambda mixing, _: mixing)
     engine, _ = engine_on(cuda, tokenizer)
     run_all(engine, [(several(), SHORT)])
@@ -74,7 +74,7 @@ def test_an_index_on_the_host_in_the_mixing_is_seen(cuda, tokenizer, monkeypatch
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("cuda")
-def test_what_a_capture_refuses(fault, refused):
+def test_a_capture_refuses_synchronising_operations(fault, refused):
     x = CudaTensor(torch.ones(3))
     graphs = Graphs(CUDA)
     with pytest.raises(Fault, match=refused):
@@ -116,7 +116,7 @@ def test_a_number_that_the_host_reads_to_index_is_a_wait(cuda, look):
     assert cuda.waits == {"test_fake_cuda_faults.py:<lambda>: aten._local_scalar_dense.default": 1}
 
 
-def test_what_an_index_of_no_dimension_reads_and_writes(cuda):
+def test_scalar_indices_read_and_write_like_torch(cuda):
     x, i = CudaTensor(torch.arange(6.0).view(2, 3)), CudaTensor(torch.tensor(1))
     assert x[i].inner.tolist() == x[torch.tensor(1)].inner.tolist() == [3, 4, 5]
     assert x[:, i].inner.tolist() == [1, 4]
@@ -132,7 +132,7 @@ def test_what_an_index_of_no_dimension_reads_and_writes(cuda):
     assert cuda.waits == {}
 
 
-def test_an_index_of_no_dimension_in_the_draw_is_seen(cuda, tokenizer, monkeypatch):
+def test_a_scalar_index_in_the_draw_is_detected(cuda, tokenizer, monkeypatch):
     plant(monkeypatch, static_draw, "inverse_transform", lambda mass, uniform: mass[(uniform > 2).sum()])
     with pytest.raises(Fault, match=r"refuses aten\._local_scalar_dense.*test_fake_cuda_faults\.py:\d+"):
         engine_on(cuda, tokenizer, warm_up=True, model={"num_hidden_layers": 1})
@@ -151,6 +151,6 @@ def test_the_host_has_a_copy_only_after_an_event():
 
 
 @pytest.mark.usefixtures("cuda")
-def test_what_nobody_has_written_is_noticed():
+def test_unwritten_memory_is_detected():
     assert torch.empty(2, device=CUDA).inner.isnan().all()
     assert CudaTensor(torch.ones(2)).new_empty(2).inner.isnan().all()

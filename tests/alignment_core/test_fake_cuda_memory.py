@@ -56,7 +56,7 @@ def expected_pages(engine, activation_bytes, share):
 
 
 @pytest.mark.parametrize("share", [0.9, 0.3])
-def test_the_kv_cache_has_its_share_of_what_the_device_has_left(small, tokenizer, activations, share):
+def test_the_kv_cache_has_its_share_of_free_memory(small, tokenizer, activations, share):
     engine, _ = engine_on(small, tokenizer, gpu_memory_utilization=share, **SIZED)
     (activation_bytes,) = activations
     assert engine.pool.num_pages == expected_pages(engine, activation_bytes, share)
@@ -64,7 +64,7 @@ def test_the_kv_cache_has_its_share_of_what_the_device_has_left(small, tokenizer
     assert activation_bytes > 4 * logits.nbytes  # the model's logits, their float32 copy, and twice the draw's input
 
 
-def test_the_fullest_steps_fit_beside_the_kv_cache(small, tokenizer):
+def test_the_largest_steps_fit_beside_the_kv_cache(small, tokenizer):
     """Even if pages take all remaining memory: captured and eager draws, with every filter."""
     engine, oracle = engine_on(small, tokenizer, gpu_memory_utilization=1.0, warm_up=True, **SIZED)
     filters = replace(SHORT, temperature=1.0, top_k=5, top_p=0.9)
@@ -83,13 +83,13 @@ def test_the_fullest_steps_fit_beside_the_kv_cache(small, tokenizer):
     ],
     ids=["another memory, as the host's", "no activations"],
 )
-def test_a_kv_cache_that_is_too_large_is_seen(small, tokenizer, monkeypatch, module, name, fault):
+def test_a_kv_cache_that_is_too_large_is_detected(small, tokenizer, monkeypatch, module, name, fault):
     monkeypatch.setattr(module, name, fault)
     with pytest.raises(torch.OutOfMemoryError):
         engine_on(small, tokenizer, gpu_memory_utilization=1.0, warm_up=True, **SIZED)
 
 
-def test_memory_that_is_cached_while_it_is_counted_is_seen(small, tokenizer, activations, monkeypatch):
+def test_memory_that_is_cached_during_the_measurement_is_counted(small, tokenizer, activations, monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     engine, _ = engine_on(small, tokenizer, **SIZED)
     assert engine.pool.num_pages < expected_pages(engine, activations[0], 0.9)
@@ -133,7 +133,7 @@ def keeping_results(x, num_pools):
 
 
 @pytest.mark.usefixtures("cuda")
-def test_a_graph_overwrites_what_later_graphs_of_its_pool_have_made():
+def test_a_replay_overwrites_memory_of_later_graphs_in_its_pool():
     """Results of earlier graphs can't be overwritten as long as they are referenced."""
     run = keeping_results(CudaTensor(torch.ones(())), num_pools=1)
     assert run(0) == {0: 4}
@@ -159,7 +159,7 @@ def test_a_graph_that_frees_nothing_overwrites_nothing():
 
 
 @pytest.mark.usefixtures("cuda")
-def test_an_operand_that_is_gone_when_its_graph_is_replayed_is_seen():
+def test_an_operand_that_is_freed_before_a_replay_is_detected():
     graphs, operands, out = Graphs(CUDA), [CudaTensor(torch.ones(2))], CudaTensor(torch.zeros(2))
     for _ in range(2):
         graphs.run("key", lambda: out.copy_(operands[0]))
@@ -168,7 +168,7 @@ def test_an_operand_that_is_gone_when_its_graph_is_replayed_is_seen():
         graphs.run("key", lambda: None)
 
 
-def test_a_place_of_the_decodes_that_moves_is_seen(cuda, tokenizer, monkeypatch):
+def test_a_moved_decode_buffer_is_detected(cuda, tokenizer, monkeypatch):
     run = static_decodes.StaticDecodes.run
 
     def moves(decodes, plan):
@@ -184,7 +184,7 @@ def test_a_place_of_the_decodes_that_moves_is_seen(cuda, tokenizer, monkeypatch)
 # When copies read memory
 
 
-def test_pinned_memory_may_change_once_an_event_has_come(cuda):
+def test_pinned_memory_may_change_after_the_event(cuda):
     source = torch.ones(3).pin_memory()
     x, event = CudaTensor(torch.zeros(3)), torch.cuda.Event()
     x.copy_(source, non_blocking=True)
@@ -195,7 +195,7 @@ def test_pinned_memory_may_change_once_an_event_has_come(cuda):
     assert x.sum().item() == 6  # item() waits too
     source.fill_(3)
     assert set(cuda.waits) == {
-        f"test_fake_cuda_memory.py:test_pinned_memory_may_change_once_an_event_has_come: {what}"
+        f"test_fake_cuda_memory.py:test_pinned_memory_may_change_after_the_event: {what}"
         for what in ("Event.synchronize", "aten._local_scalar_dense.default")
     }
 
@@ -213,7 +213,7 @@ def test_pinned_memory_may_change_once_an_event_has_come(cuda):
     ids=["to_device", "copy_"],
 )
 @pytest.mark.usefixtures("cuda")
-def test_pinned_memory_that_changes_before_is_seen(view, copy, place):
+def test_a_change_of_pinned_memory_before_the_event_is_detected(view, copy, place):
     source = torch.ones(3).pin_memory()
     early, late = torch.cuda.Event(), torch.cuda.Event()
     early.record()
@@ -225,7 +225,7 @@ def test_pinned_memory_that_changes_before_is_seen(view, copy, place):
         late.synchronize()
 
 
-def test_pinned_memory_that_changes_though_nobody_waits_is_seen():
+def test_a_change_of_pinned_memory_without_a_wait_is_detected():
     def overwrite():
         with FakeCuda():
             source = torch.ones(3).pin_memory()
@@ -236,7 +236,7 @@ def test_pinned_memory_that_changes_though_nobody_waits_is_seen():
         overwrite()
 
 
-def test_a_staging_buffer_that_is_used_again_too_early_is_seen(cuda, tokenizer, monkeypatch):
+def test_a_staging_buffer_that_is_reused_too_early_is_detected(cuda, tokenizer, monkeypatch):
     """Step N + 1 is launched before the host has waited for step N."""
     buffers = {}
 

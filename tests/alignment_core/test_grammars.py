@@ -45,7 +45,7 @@ STRUCTURES = [
 
 
 @pytest.mark.parametrize("static", [False, True])
-def test_replies_are_the_best_of_what_is_allowed(wide, static):
+def test_replies_are_the_most_likely_allowed_tokens(wide, static):
     """Greedy requests, aligned and plain, in one crowd with a request without a structure. The oracle judges them."""
     loaded, oracle = wide
     engine = make_engine(loaded, num_pages=800, static=static)
@@ -134,7 +134,7 @@ def schemas():
 
 
 @pytest.mark.parametrize("ratio", [0, 2.0])
-def test_a_hundred_schemas_are_kept(wide, ratio):
+def test_replies_follow_a_hundred_schemas(wide, ratio):
     engine = make_engine(wide[0], num_pages=4000, max_num_seqs=50)
     requests = [
         (
@@ -175,7 +175,7 @@ def test_a_hundred_schemas_are_kept(wide, ratio):
     ],
     ids=str,
 )
-def test_what_would_not_be_enforced_is_refused(wide, structure, message):
+def test_unenforced_schema_features_are_refused(wide, structure, message):
     engine = make_engine(wide[0], num_pages=50)
     with pytest.raises(InvalidRequest, match=re.escape(message)) as error:
         engine.submit(aligned(2.0), SamplingParams(structure=structure), print)
@@ -195,7 +195,7 @@ def accepts(engine, structure, text):
         ({"patternProperties": {"x": {"type": "integer"}}}, r'{"\u0078": "s"}'),
     ],
 )
-def test_names_can_not_be_spelled_so_that_no_rule_applies(embedded, schema, text):
+def test_other_spellings_of_a_name_do_not_bypass_its_rule(embedded, schema, text):
     engine = make_engine(embedded, num_pages=8)
     structure = Structure("json_schema", json.dumps({"type": "object", **schema}))
     assert not accepts(engine, structure, text)
@@ -211,7 +211,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("schema", BOMBS.values(), ids=BOMBS)
-def test_schemas_that_can_not_be_served_are_refused(embedded, schema):
+def test_unsupported_schemas_are_refused(embedded, schema):
     """Quickly: some of these would crash the process, others can never be satisfied."""
     with pytest.raises(InvalidRequest, match="structure"):
         make_engine(embedded, num_pages=8).grammars.matcher(Structure("json_schema", json.dumps(schema)))
@@ -227,12 +227,12 @@ def test_schemas_that_can_not_be_served_are_refused(embedded, schema):
     ],
     ids=["nested", "nothing", "lenient", "long"],
 )
-def test_other_structures_that_can_not_be_served_are_refused(embedded, structure):
+def test_invalid_regexes_choices_and_grammars_are_refused(embedded, structure):
     with pytest.raises(InvalidRequest, match="structure"):
         make_engine(embedded, num_pages=8).grammars.matcher(structure)
 
 
-def test_a_structure_that_fails_on_the_way_is_its_requests_own_error(wide):
+def test_a_structure_that_fails_during_the_reply_affects_only_its_request(wide):
     """No reply can satisfy this schema. Other requests are not affected."""
     loaded, oracle = wide
     engine = make_engine(loaded, num_pages=200)
@@ -246,7 +246,7 @@ def test_a_structure_that_fails_on_the_way_is_its_requests_own_error(wide):
 
 
 @pytest.mark.parametrize("ignore_eos", [False, True])
-def test_a_structure_that_could_end_goes_on_as_asked(wide, ignore_eos):
+def test_a_structure_that_could_end_may_continue(wide, ignore_eos):
     """min_tokens and ignore_eos prevent an end that the structure would allow. The end token leaves no text."""
     loaded, _ = wide
     engine = make_engine(loaded, num_pages=100)
@@ -325,7 +325,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_bomb_takes_no_second_and_no_memory_to_speak_of(name, bombed):
+def test_a_grammar_bomb_takes_little_time_and_memory(name, bombed):
     """Other requests wait for compilation and masks, so both must be fast. Times are CPU seconds of this thread (the
     worst bombs need a fifth of the limits here), so that other load does not count. Memory is in bytes; the cache may
     hold 1 GB in total.
@@ -384,7 +384,7 @@ def test_large_schemas_of_real_users_are_served(bombed, schema):
     assert not grammars.matcher(of_json(schema)).is_error()
 
 
-def test_what_is_short_does_not_wait_behind_what_is_long(bombed):
+def test_short_requests_do_not_wait_behind_long_ones(bombed):
     grammars, _ = bombed
     released = threading.Event()
     try:

@@ -12,7 +12,7 @@ from linalign.alignment_core.request import Structure
 from tests.engines import GREEDY, aligned, judge, make_engine, run_all, tiny_pair, token_ids
 
 
-def test_what_does_not_fit_is_refused_before_any_compute(tiny):
+def test_prompts_that_do_not_fit_are_refused_before_compute(tiny):
     loaded, _ = tiny
     engine = make_engine(loaded, num_pages=40)
     long = Prompt((tuple(range(5, 200)) * 3,))

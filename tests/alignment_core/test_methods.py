@@ -83,7 +83,7 @@ def test_all_methods_in_one_batch_equal_their_formulas(tiny, config):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 @pytest.mark.parametrize("method", METHODS)
-def test_drafts_change_no_method(tiny, method, temperature, monkeypatch):
+def test_drafts_change_the_reply_of_no_method(tiny, method, temperature, monkeypatch):
     """Drafts of two right tokens and a wrong one. OPAD's direction comes from the previous row or the previous step."""
     loaded, _ = tiny
     prompt, params = prompt_of(method, (2.0,)), replace(GREEDY, temperature=temperature, seed=3, max_tokens=20)
@@ -118,7 +118,7 @@ def test_methods_differ(tiny):
             assert torch.allclose(z[a], z[b], atol=1e-6) == same, (a, b)
 
 
-def test_a_negative_ratio_moves_away_within_what_the_base_policy_would_say(tiny):
+def test_a_negative_ratio_stays_in_the_base_policys_plausible_set(tiny):
     loaded, _ = tiny
     towards, away = prompt_of("linear", (3.0,)), prompt_of("linear", (-4.0,))
     engine = make_engine(loaded, num_pages=100)
@@ -148,7 +148,7 @@ def test_a_seeded_reply_follows_its_method(tiny):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("given", [(), tuple(range(100, 170))], ids=["drawn", "scored"])
-def test_traces_tell_what_a_token_was_made_of(tiny, method, given):
+def test_traces_have_the_policies_of_each_token(tiny, method, given):
     loaded, oracle = tiny
     prompts = [replace(prompt_of(method, ratios), given=given) for ratios in ((2.0,), (-3.0,), (1.0, 3.0))]
     params = replace(GREEDY, logprobs=3, trace=True, max_tokens=0 if given else 8)

@@ -41,7 +41,7 @@ RULED_OUT = (0, 1, 150, *range(290, 300))  # tokens whose logits the model makes
         (paged_triton, torch.float16),
     ],
 )
-def test_what_a_query_does_not_see_does_not_reach_it(backend, window, softcap, dtype, monkeypatch):
+def test_keys_beyond_a_querys_context_do_not_affect_it(backend, window, softcap, dtype, monkeypatch):
     monkeypatch.setattr(paged_triton, "PROGRAMS", PROGRAMS)
     spoilt = 22  # position in the last row, which has 30 tokens and 20 queries
     clean, places = attended(backend, window, softcap, dtype)
@@ -109,7 +109,7 @@ def failed(outputs):
 )
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.usefixtures("backend")
-def test_nan_ends_its_own_reply_and_no_other(spoilt, static, params):
+def test_nan_ends_only_its_own_reply(spoilt, static, params):
     loaded, oracle = spoilt
     engine = make_engine(loaded, num_pages=40, page_size=4, max_num_batched_tokens=64, static=static)
     ids = aligned(2.0).base
@@ -143,7 +143,7 @@ def test_nan_ends_its_own_reply_and_no_other(spoilt, static, params):
     ids=str,
 )
 @pytest.mark.parametrize("static", [False, True])
-def test_one_logit_that_is_not_finite_is_enough(tiny, static, params, monkeypatch):
+def test_a_single_logit_that_is_not_finite_ends_the_reply(tiny, static, params, monkeypatch):
     """In any branch, also where a filter would have excluded the token."""
     engine = make_engine(tiny[0], num_pages=40, static=static)
     draw, params = engine.loop.sampler.draw, SamplingParams(max_tokens=3, seed=1, **params)
@@ -172,7 +172,7 @@ def test_a_text_that_is_scored_ends_where_nan_begins(spoilt):
 
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.usefixtures("backend")
-def test_a_prefix_before_nan_is_shared_and_right(spoilt, static):
+def test_a_prefix_before_nan_is_shared_and_correct(spoilt, static):
     """The page before NaN is published in the same chunk, and adopted before NaN is detected."""
     loaded, oracle = spoilt
     engine = make_engine(loaded, num_pages=40, page_size=4, max_num_batched_tokens=16, static=static)
@@ -189,7 +189,7 @@ def test_a_prefix_before_nan_is_shared_and_right(spoilt, static):
     judge_greedy(oracle, prompt, after)
 
 
-def test_what_a_failed_sequence_has_published_is_taken_back(spoilt):
+def test_pages_of_a_failed_sequence_are_unpublished(spoilt):
     loaded, _ = spoilt
     engine = make_engine(loaded, num_pages=40, page_size=4)
     prompt = Prompt(((*aligned(0.0).principled[0], SPOILT),))
@@ -245,7 +245,7 @@ def test_tokens_that_the_model_rules_out_are_never_drawn(masking, method, ratio,
                 assert not report.trace or 0 <= report.trace.kl < 1000
 
 
-def test_a_structure_of_tokens_that_the_model_rules_out_fails_alone(masking):
+def test_a_structure_of_excluded_tokens_affects_only_its_request(masking):
     loaded, oracle = masking
     engine = make_engine(loaded, num_pages=100)
     bias = SamplingParams(max_tokens=5, logit_bias={7: 100.0})

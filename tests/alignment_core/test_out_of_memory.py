@@ -80,7 +80,7 @@ CASES = [
 
 @pytest.mark.parametrize(("num_tokens", "after"), CASES)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_a_step_that_is_too_large_runs_in_parts_and_nobody_can_tell(
+def test_a_step_that_is_out_of_memory_runs_in_parts_with_equal_tokens(
     tiny, undisturbed, config, num_tokens, after, caplog
 ):
     loaded, _ = tiny
@@ -109,7 +109,7 @@ def undrafted(few_words):
     "config",
     [{}, {"static": True}, {"page_size": 3, "num_pages": 96}, {"page_size": 3, "num_pages": 96, "static": True}],
 )
-def test_drafts_are_judged_in_parts(few_words, undrafted, config, num_tokens):
+def test_drafts_are_verified_in_parts(few_words, undrafted, config, num_tokens):
     loaded, _ = few_words
     engine = make_engine(loaded, **{"num_pages": 600, "num_speculative_tokens": 6, **config})
     wanted = [(text, test_speculation.LONG) for text in test_speculation.prompts()]
@@ -122,7 +122,7 @@ def test_drafts_are_judged_in_parts(few_words, undrafted, config, num_tokens):
     assert (engine.scheduler.num_preemptions > 0) == ("num_pages" in config)
 
 
-def test_where_one_token_is_too_much_the_engine_ends_with_an_error(tiny):
+def test_out_of_memory_for_one_token_ends_the_engine(tiny):
     loaded, _ = tiny
     engine = make_engine(loaded, num_pages=100)
     outputs = []
@@ -142,7 +142,7 @@ class Followers(list):
     send = list.append
 
 
-def test_with_followers_there_is_no_second_try(tiny):
+def test_with_followers_a_step_is_not_retried(tiny):
     """Followers would already have run the first attempt."""
     loaded, _ = tiny
     engine = make_engine(replace(loaded, followers=Followers()), num_pages=100)
@@ -170,7 +170,7 @@ def numbers(outputs):
     [{}, {"static": True}, {"num_speculative_tokens": 4}, {"static": True, "num_speculative_tokens": 4}],
     ids=str,
 )
-def test_a_draw_that_is_too_large_is_made_in_parts(few_words, monkeypatch, config, what):
+def test_a_draw_that_is_out_of_memory_is_split(few_words, monkeypatch, config, what):
     """Any draw of more than one sequence fails here; one sequence at a time always fits."""
     loaded, _ = few_words
     wanted = [
@@ -204,7 +204,7 @@ rows = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 12), st.integers(0, 
 
 
 @given(rows)
-def test_halves_have_all_tokens_in_order_and_want_the_same_ones(sizes):
+def test_halves_have_all_tokens_in_order_and_the_same_outputs(sizes):
     whole = [
         Row(Branch(list(range(100 * i, 100 * i + start + length))), start, start + length + drafts, (-1,) * drafts)
         for i, (start, length, drafts) in enumerate(sizes)

@@ -112,7 +112,7 @@ LONG_CHUNKS = (
     ],
     ids=str,
 )
-def test_equals_attention_written_out(shape, programs, grids, monkeypatch):
+def test_the_kernel_equals_attention_in_float64(shape, programs, grids, monkeypatch):
     monkeypatch.setattr(paged_triton, "PROGRAMS", programs)
     contexts = FEW if programs == SPLIT and shape not in LONG_CHUNKS else CONTEXTS
     out, wanted, _ = attend(contexts, **shape)
@@ -124,7 +124,7 @@ def test_equals_attention_written_out(shape, programs, grids, monkeypatch):
 
 
 @pytest.mark.parametrize("window", [None, 50])
-def test_a_token_is_the_same_in_any_company(window, monkeypatch):
+def test_a_token_is_the_same_in_any_batch(window, monkeypatch):
     """With batch_invariant, bit for bit in any tile. Without it, contexts are split depending on the number of rows."""
     monkeypatch.setattr(paged_triton, "PROGRAMS", 40)
     decode, chunk, end = CONTEXTS[2], CONTEXTS[3], CONTEXTS[5]

@@ -66,7 +66,7 @@ def pairwise(features):
 CASES = list(pairwise(FEATURES))
 
 
-def test_every_two_meet():
+def test_every_pair_of_features_is_covered():
     assert len(CASES) < 30
     for a, b in itertools.combinations(FEATURES, 2):
         for x, y in itertools.product(FEATURES[a], FEATURES[b]):

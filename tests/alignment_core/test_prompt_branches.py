@@ -139,7 +139,7 @@ def without_joints(before, after, base):
         ("mistral", [*({"role": r, "content": SAID[r]} for r in ("user", "assistant"))]),
     ],
 )
-def test_system_text_that_the_template_drops_is_put_where_it_is_seen(tokenizer, name, chat):
+def test_a_principle_goes_into_the_user_message_if_the_template_drops_system_text(tokenizer, name, chat):
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = TEMPLATES[name]
     prompt = PromptBuilder(tokenizer).build(chat, [Principle(PRINCIPLE)], rendering=Rendering(continues=True))
@@ -148,7 +148,7 @@ def test_system_text_that_the_template_drops_is_put_where_it_is_seen(tokenizer, 
 
 
 @pytest.mark.parametrize("name", ["gemma 3", "llama 2"])
-def test_a_principle_that_no_template_shows_is_refused(tokenizer, name):
+def test_a_principle_that_the_template_never_shows_is_refused(tokenizer, name):
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = TEMPLATES[name]
     with pytest.raises(InvalidRequest, match="no place for a principle") as error:
@@ -164,14 +164,14 @@ def test_a_principle_that_no_template_shows_is_refused(tokenizer, name):
         "{{ messages | map(attribute='content') | join | length }} letters",
     ],
 )
-def test_a_template_that_changes_something_else_with_it_is_refused(tokenizer, template):
+def test_a_template_that_changes_other_text_is_refused(tokenizer, template):
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = template
     with pytest.raises(InvalidRequest, match="no place for a principle"):
         PromptBuilder(tokenizer).build([{"role": "user", "content": "Hello"}], [Principle(PRINCIPLE)])
 
 
-def test_a_principle_that_the_tokenizer_drops_is_refused(tokenizer):
+def test_a_principle_without_tokens_is_refused(tokenizer):
     dropping = copy.deepcopy(tokenizer)
     dropping.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
     with pytest.raises(InvalidRequest, match="adds no tokens"):
@@ -189,7 +189,7 @@ def test_a_principle_that_the_tokenizer_drops_is_refused(tokenizer):
         ("'told to say hi' if 'hi' in m['content'] else m['content']", None),
     ],
 )
-def test_a_principle_is_treated_as_the_template_treats_texts(tokenizer, how, shown):
+def test_a_principle_is_rendered_like_other_text(tokenizer, how, shown):
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = (
         f"{{% for m in messages %}}<start>{{{{ m['role'] }}}}\n{{{{ {how} }}}}<end>\n{{% endfor %}}"
@@ -203,7 +203,7 @@ def test_a_principle_is_treated_as_the_template_treats_texts(tokenizer, how, sho
         assert principled == f"<start>system\n{shown}<end>\n" + base[base.index("<start>user") :]
 
 
-def test_reasoning_that_a_template_takes_out_stays_out(tokenizer):
+def test_reasoning_that_a_template_removes_stays_removed(tokenizer):
     """Also if the reasoning mentions a token that replies may contain, and its end mark is not a token."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_tokens([AddedToken("<tool_call>", special=False)])
@@ -233,7 +233,7 @@ def test_a_template_that_shows_no_system_message_beside_tools(tokenizer):
     assert f"user\n{PRINCIPLE}\n\nRain?" in tokenizer.decode(prompt.principled[0])
 
 
-def test_a_principle_that_the_template_takes_out_is_there(tokenizer):
+def test_a_principle_that_the_template_would_remove_is_inserted(tokenizer):
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = TEMPLATES["plain"].replace("m.content", "m.content | replace('/think', '')")
     chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Rain?"}]

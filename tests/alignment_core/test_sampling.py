@@ -37,7 +37,7 @@ def test_every_end_of_sequence_id_ends_the_reply(tiny):
     assert outputs[-1].finish_reason == "stop"
 
 
-def test_choices_of_a_request_are_drawn_apart(tiny):
+def test_choices_of_a_request_are_drawn_independently(tiny):
     loaded, _ = tiny
     engine, outputs = make_engine(loaded, num_pages=400), []
     engine.submit(aligned(2), SamplingParams(seed=11, max_tokens=12, ignore_eos=True), outputs.append, n=2)

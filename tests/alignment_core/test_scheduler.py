@@ -9,7 +9,7 @@ from linalign.alignment_core.scheduling.sequence import Status
 from tests.engines import GREEDY, aligned, judge, make_engine, prompts, run_all
 
 
-def test_one_forward_a_step_for_all_rows(tiny):
+def test_one_forward_pass_per_step_for_all_rows(tiny):
     loaded, _ = tiny
     engine = make_engine(loaded, num_pages=400, max_num_batched_tokens=512)
     run_all(engine, [(prompt, GREEDY) for prompt in prompts()])
@@ -61,7 +61,7 @@ def test_decodes_run_in_every_step_however_long_the_prompts_that_arrive(tiny):
     assert sizes.count(16) > 30  # so the prefills make progress
 
 
-def test_nobody_is_overtaken_for_ever(tiny):
+def test_a_large_request_is_not_overtaken_forever(tiny):
     """A large request among small ones that keep coming: later requests wait until it is admitted."""
     loaded, oracle = tiny
     engine = make_engine(loaded, num_pages=60, page_size=4, max_num_seqs=4, max_num_batched_tokens=16)
@@ -97,7 +97,7 @@ def test_nobody_is_overtaken_for_ever(tiny):
     assert engine.pool.num_free == engine.pool.num_pages
 
 
-def test_a_preempted_sequence_comes_before_those_that_have_not_run(tiny):
+def test_a_preempted_sequence_is_admitted_before_new_ones(tiny):
     loaded, _ = tiny
     engine = make_engine(loaded, page_size=3, num_pages=56)
     for prompt in prompts():
@@ -108,7 +108,7 @@ def test_a_preempted_sequence_comes_before_those_that_have_not_run(tiny):
 
 
 @pytest.mark.parametrize("others", ["decodes", "prefills", "texts"])
-def test_a_text_is_scored_in_as_many_steps_in_company_as_alone(tiny, others):
+def test_a_text_is_scored_in_as_many_steps_in_a_batch_as_alone(tiny, others):
     loaded, oracle = tiny
     given = tuple((11 * i) % 280 + 7 for i in range(300))
     scored = Prompt((given[:1],), given=given[1:])

@@ -24,7 +24,7 @@ def few(ids):
     return tuple(id * id % FEW_WORDS for id in ids)
 
 
-def test_drafts_are_what_followed_last_time():
+def test_drafts_repeat_the_last_continuation():
     tokens = [1, 2, 3, 4, 5, 9, 1, 2, 3, 7, 8, 1, 2, 3]
     lookup = PromptLookup(tokens)
     assert lookup.draft(2) == [7, 8]
@@ -35,7 +35,7 @@ def test_drafts_are_what_followed_last_time():
     assert lookup.draft(3) == [9, 1, 2]
 
 
-def test_a_match_that_runs_into_the_end_repeats_its_period():
+def test_a_match_at_the_end_of_the_context_repeats_its_period():
     assert PromptLookup([5, 6, 7, 5, 6, 7, 5, 6]).draft(4) == [7, 5, 6, 7]
     assert PromptLookup([5, 5, 5, 5]).draft(3) == [5, 5, 5]
 
@@ -58,7 +58,7 @@ def test_drafts_grow_while_they_are_right_and_pause_while_they_are_wrong():
         assert lengths == [0] * pause + [1]
 
 
-def test_a_promise_without_a_draft_is_a_miss():
+def test_an_announced_draft_that_is_missing_counts_as_a_miss():
     tokens = [1, 2, 3, 4, 9, 1, 2, 3]
     lookup = PromptLookup(tokens)
     tokens.append(-1)  # placeholder of a token that is being drawn
@@ -103,7 +103,7 @@ def test_greedy_replies_equal_the_oracle(few_words, config):
     ids=str,
 )
 @pytest.mark.parametrize("config", [{}, {"static": True}, {"static": True, "page_size": 3, "num_pages": 90}], ids=str)
-def test_seeded_replies_are_the_same_with_and_without(few_words, params, config):
+def test_seeded_replies_are_equal_with_and_without_drafts(few_words, params, config):
     loaded, _ = few_words
     wanted = [(prompt, replace(LONG, seed=seed, **params)) for seed, prompt in enumerate(prompts())]
     without = run_all(make_engine(loaded, num_pages=600), wanted)

@@ -54,7 +54,7 @@ def expected(logits, draw_settings):
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("filters", CASES, ids=str)
-def test_it_draws_the_same_tokens(filters, ties):
+def test_the_static_draw_gives_the_same_tokens(filters, ties):
     torch.manual_seed(5)
     logits, draw_settings = step(filters, 64, ties)
     drawn = draw_from_logits(logits, draw_settings, Filters.of(draw_settings))
@@ -85,13 +85,13 @@ def test_sequences_of_all_kinds_in_one_step():
         assert alone == together[i] == expected(logits, draw_settings[index]), case
 
 
-def test_filters_that_nobody_asks_for_are_left_out():
+def test_unused_filters_are_skipped():
     assert Filters.of(settings(3)) == Filters(nucleus=False, top_k=False, top_p=False, random=True)
     mixed = settings(3, temperature=0.0, top_k=[0, 1, 0], top_p=[1.0, 1.0, 0.5], nucleus_top_p=[0.8, 1.0, 1.0])
     assert Filters.of(mixed) == Filters(nucleus=True, top_k=True, top_p=True, random=False)
 
 
-def test_usual_steps_never_leave_the_device(tiny, monkeypatch):
+def test_ordinary_steps_never_leave_the_device(tiny, monkeypatch):
     """Drawn tokens stay where the graph writes them: no index from the host, no dynamic draw."""
     monkeypatch.setattr(static_sampler, "Policy", None)  # the dynamic draw
     engine = make_engine(tiny[0], num_pages=100, static=True)
@@ -122,7 +122,7 @@ def test_no_request_waits_for_a_capture(tiny, monkeypatch):
     assert set(names) <= warm
 
 
-def test_it_compiles_once_for_each_set_of_filters(tiny):
+def test_the_draw_compiles_once_for_each_set_of_filters(tiny):
     """After a few recompilations torch would give up and only log it."""
     engine = make_engine(tiny[0], num_pages=100, static=True, max_num_seqs=70)
     torch._dynamo.reset()
@@ -135,7 +135,7 @@ def test_it_compiles_once_for_each_set_of_filters(tiny):
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
-def test_unusual_sequences_are_drawn_beside_usual_ones(tiny, batch_invariant):
+def test_sequences_without_fixed_shapes_are_drawn_in_the_same_step(tiny, batch_invariant):
     """Edits and several principles, in a batch whose other tokens are drawn in fixed shapes."""
     loaded, oracle = tiny
     one, two = (aligned(2.0, extra=extra).principled[0] for extra in (9, 4))

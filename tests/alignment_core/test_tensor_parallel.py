@@ -131,7 +131,7 @@ def test_followers_end_when_rank_0_is_killed(checkpoint):
     assert is_gone(seen["follower"])
 
 
-def test_what_can_not_be_split_is_refused():
+def test_models_that_can_not_be_split_are_refused():
     code = "from linalign import load; load(None, tensor_parallel_size=2)"
     result = fork_server.run(code)
     assert result.returncode == 1
@@ -169,7 +169,7 @@ def test_messages_arrive_as_they_were_sent():
         unpack(stream, KINDS)
 
 
-def test_a_message_that_is_cut_off_is_none():
+def test_a_truncated_message_is_refused():
     whole = pack(RunnerConfig(4, 512))
     for length in range(len(whole)):
         with pytest.raises(EOFError):
@@ -207,7 +207,7 @@ BY_PICKLE = {"broadcast_object_list", "all_gather_object", "gather_object", "sca
 BY_PICKLE |= {"send_object_list", "recv_object_list", "allow_pickle", "weights_only"}
 
 
-def test_no_module_of_ours_has_to_do_with_pickle():
+def test_no_module_imports_pickle():
     files = [path for package in (alignment_core, server) for path in Path(package.__file__).parent.rglob("*.py")]
     assert len(files) > 50
     for path in files:
@@ -248,7 +248,7 @@ def in_two_parts(path, **options):
         yield url, process, int(pid_file.read())
 
 
-def test_what_the_processes_listen_on_is_of_this_machine_alone(chatty_checkpoint):
+def test_processes_listen_only_on_loopback(chatty_checkpoint):
     with in_two_parts(chatty_checkpoint) as (_, process, follower):
         sockets = subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True, check=True).stdout.splitlines()
         sockets_of_server = [line for line in sockets if f"pid={process.pid}," in line or f"pid={follower}," in line]

@@ -45,19 +45,19 @@ def run(*arguments):
     )
 
 
-def test_every_command_has_its_table():
+def test_every_command_has_its_help():
     text = (ROOT / "docs" / "scaling.md").read_text()
     assert len(EXAMPLES) == text.count("```sh\n") > 0
 
 
 @pytest.mark.parametrize(("command", "printed"), EXAMPLES, ids=[command for command, _ in EXAMPLES])
-def test_the_document_says_what_the_command_prints(command, printed):
+def test_the_document_has_the_commands_output(command, printed):
     done = run(*shlex.split(command))
     assert done.returncode == 0, done.stderr
     assert done.stdout == printed
 
 
-def test_the_engine_counts_as_it_did(embedded):
+def test_the_engines_counts_do_not_change(embedded):
     """The engine's counts equal the recorded and the predicted ones: pages after replies, prefill of second turns."""
     recorded = capacity_check.read("capacity.json")["counts"]
     small, _ = tiny_pair(embedded.tokenizer, max_position_embeddings=2048)  # counts do not depend on the model
@@ -90,7 +90,7 @@ def test_the_engines_defaults():
     assert EngineConfig().gpu_memory_utilization == host.UTILIZATION
 
 
-def test_a_directory_and_numbers_of_ones_own(tmp_path):
+def test_a_directory_and_custom_numbers(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SIZES))
     done = run("-m", "benchmarks.capacity", str(tmp_path), "--bandwidth", "1", "--memory", "4", "--principles", "1")
     assert done.returncode == 0, done.stderr
@@ -98,7 +98,7 @@ def test_a_directory_and_numbers_of_ones_own(tmp_path):
 
 
 @pytest.mark.parametrize(("spread", "turns"), [(1, 0), (2, 1), (3, 2), (7, 6)])
-def test_where_turns_go_to_any_a_replica_lacks_those_since_its_last(spread, turns):
+def test_with_random_routing_a_replica_lacks_the_latest_turns(spread, turns):
     """With long histories, on average as many turns are missing as there are other replicas."""
     long = load.Load(history=10**6, message=100, reply=100)
     assert crowd.missing(long, spread) * long.history == pytest.approx(turns * (200 + 2 * load.TEMPLATE))
@@ -116,14 +116,14 @@ def test_where_turns_go_to_any_a_replica_lacks_those_since_its_last(spread, turn
         ({}, ["--tensor-parallel-size", "2", "--quantization", "fp8"], "fp8"),
     ],
 )
-def test_what_is_not_modelled_is_refused(tmp_path, changes, arguments, words):
+def test_unsupported_models_and_arguments_are_refused(tmp_path, changes, arguments, words):
     (tmp_path / "config.json").write_text(json.dumps(SIZES | changes))
     done = run("-m", "benchmarks.capacity", str(tmp_path), *arguments)
     assert done.returncode == 2
     assert words in done.stderr
 
 
-def test_a_model_that_does_not_fit(tmp_path):
+def test_a_model_that_does_not_fit_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SIZES))
     for arguments in (["--memory", "3"], ["--sequences", "100000000"]):
         done = run("-m", "benchmarks.capacity", str(tmp_path), *arguments)

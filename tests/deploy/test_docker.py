@@ -142,7 +142,7 @@ def container(package, compiler, tmp_path):
 
 
 @needs_root
-def test_a_stranger_with_nothing_but_a_cache_serves_is_healthy_and_stops(container, tmp_path):
+def test_an_unprivileged_user_with_only_a_cache_can_serve(container, tmp_path):
     check = argument("HEALTHCHECK")
     assert container.run(*check).returncode == 1  # the server does not listen yet
     container.wait_until(lambda: container.run(*check).returncode == 0)
@@ -162,7 +162,7 @@ def test_a_stranger_with_nothing_but_a_cache_serves_is_healthy_and_stops(contain
 
 
 @needs_root
-def test_a_server_that_still_loads_stops_when_it_is_told_to(container):
+def test_a_server_that_is_loading_stops_on_sigterm(container):
     container.wait_until(lambda: "Converting" in container.log.read_text())
     assert container.stop() == 0
     assert "Uvicorn running" not in container.log.read_text()
@@ -174,7 +174,7 @@ def test_hadolint_finds_nothing():
 
 
 @pytest.mark.parametrize("variant", ["cuda", "cpu"])
-def test_an_image_has_what_the_project_asks_for(variant):
+def test_an_image_installs_the_projects_requirements(variant):
     script = [sys.executable, ROOT / "deploy/docker/requirements.py", variant, "ray"]
     lines = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -188,14 +188,14 @@ def test_an_image_has_what_the_project_asks_for(variant):
 
 
 @pytest.mark.parametrize("extras", ["nope", "ray,dev"])
-def test_extras_that_an_image_can_not_have_are_refused(extras):
+def test_extras_that_do_not_exist_for_images_are_refused(extras):
     script = [sys.executable, ROOT / "deploy/docker/requirements.py", "cpu", extras]
     done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert f"there is no extra {extras.split(',')[-1]} for an image: eval, cuda, ray, otel" in done.stderr
 
 
-def test_what_gets_into_the_build_is_enough_and_nothing_else_is_installed(tmp_path):
+def test_the_build_context_is_complete_and_minimal(tmp_path):
     context = tmp_path / "context"
     included = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     for name in included:

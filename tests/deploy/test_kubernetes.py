@@ -76,7 +76,7 @@ def pods():
     return [("server", server), ("head", cluster["headGroupSpec"]["template"]), *workers]
 
 
-def test_the_schemas_notice_what_is_wrong():
+def test_the_schemas_detect_errors():
     broken = yaml.safe_load(yaml.safe_dump(of_kind("Deployment")))
     broken["spec"]["template"]["spec"]["containers"][0]["readinesProbe"] = {}
     with pytest.raises(kubernetes_validate.ValidationError, match="readinesProbe"):
@@ -89,7 +89,7 @@ def test_the_manifests_are_valid(manifest):
 
 
 @pytest.mark.parametrize(("name", "template"), pods(), ids=lambda value: value if isinstance(value, str) else "")
-def test_the_pods_are_valid_and_have_little_power(name, template):
+def test_the_pods_are_valid_and_unprivileged(name, template):
     manifest = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": name}, "template": template}
     kubernetes_validate.validate(manifest, RELEASE, strict=True)
     assert template["spec"]["securityContext"]["runAsNonRoot"]
@@ -106,14 +106,14 @@ def test_the_pods_are_valid_and_have_little_power(name, template):
 
 
 @pytest.mark.parametrize("file", ["linalign.yaml", "rayservice.yaml"])
-def test_a_manifest_tells_what_else_it_wants(file):
+def test_a_manifest_names_its_requirements(file):
     text = (FOLDER / file).read_text()
     (secret,) = re.findall(r"secretName: ([\w-]+)", text)
     assert f"kubectl create secret generic {secret} --from-file=api-keys=" in text
     assert f"kubectl apply -f deploy/kubernetes/cache.yaml -f deploy/kubernetes/{file}" in text
 
 
-def test_links_to_a_service_called_like_us_are_no_settings(monkeypatch):
+def test_variables_of_a_kubernetes_service_are_refused(monkeypatch):
     """Variables that Kubernetes sets in each pod for a Service named "linalign", unless enableServiceLinks is false."""
     for name, value in (("SERVICE_HOST", "10.0.0.1"), ("SERVICE_PORT", "80"), ("PORT", "tcp://10.0.0.1:80")):
         monkeypatch.setenv("LINALIGN_" + name, value)
@@ -139,7 +139,7 @@ def test_the_server_of_the_deployment_starts_with_its_settings(monkeypatch):
     assert spec["terminationGracePeriodSeconds"] > pause + settings.shutdown_timeout
 
 
-def test_all_of_them_mean_the_same_pods():
+def test_all_manifests_select_the_same_pods():
     labels = of_kind("Deployment")["spec"]["template"]["metadata"]["labels"]
     assert of_kind("Deployment")["spec"]["selector"]["matchLabels"] == labels
     assert of_kind("Service")["spec"]["selector"] == labels
@@ -148,7 +148,7 @@ def test_all_of_them_mean_the_same_pods():
     assert (target["kind"], target["name"]) == ("Deployment", of_kind("Deployment")["metadata"]["name"])
 
 
-def test_prometheus_finds_the_pods_as_the_job_that_is_asked_for():
+def test_prometheus_finds_the_pods_under_the_right_job():
     (monitor,) = yaml.safe_load_all((FOLDER / "podmonitor.yaml").read_text())
     template = of_kind("Deployment")["spec"]["template"]
     assert monitor["spec"]["selector"]["matchLabels"] == template["metadata"]["labels"]
@@ -161,7 +161,7 @@ def test_prometheus_finds_the_pods_as_the_job_that_is_asked_for():
     assert {"name": "LINALIGN_METRICS_WITHOUT_KEY", "value": "true"} in container["env"]
 
 
-def test_the_autoscaler_looks_at_a_metric_that_there_is():
+def test_the_autoscaler_uses_an_existing_metric():
     (rule,) = yaml.safe_load((FOLDER / "prometheus-adapter.yaml").read_text())["rules"]["custom"]
     (metric,) = of_kind("HorizontalPodAutoscaler")["spec"]["metrics"]
     assert metric["pods"]["metric"]["name"] == rule["name"]["as"]

@@ -60,7 +60,7 @@ def alerts():
     return [rule["expr"] for group in groups for rule in group["rules"]]
 
 
-def test_queries_ask_for_metrics_that_the_server_has(panels, exported):
+def test_queries_use_existing_metrics(panels, exported):
     queried = set(re.findall(NAME, "\n".join([*expressions(panels), *alerts()])))
     assert queried
     assert queried <= set().union(*exported.values())
@@ -93,7 +93,7 @@ def test_panels_have_what_grafana_and_readers_need(panels):
             assert all('{job=~"$job",instance=~"$instance"' in target["expr"] for target in panel["targets"])
 
 
-def test_the_parts_of_the_composition_fit(services):
+def test_the_parts_of_the_composition_match(services):
     for service in services.values():
         for volume in service["volumes"]:
             source, target, *_ = volume.split(":")
@@ -126,14 +126,14 @@ def test_the_composition_fits_the_schema_of_compose(file, tmp_path):
     assert [subprocess.run([*schema, text], capture_output=True).returncode for text in (right, wrong)] == [0, 1]
 
 
-def test_alerts_come_when_they_should_and_only_then():
+def test_alerts_fire_only_when_they_should():
     skip_without("promtool")
     for command in ("check config prometheus.yml", "test rules alerts_test.yml"):
         done = subprocess.run(["promtool", *command.split()], cwd=DEPLOY / "prometheus", capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_query_of_the_dashboard_brings_something(url, tmp_path, panels):
+def test_every_query_of_the_dashboard_has_data(url, tmp_path, panels):
     with prometheus(url, tmp_path) as client:
         deadline = time.monotonic() + 120
         while value(client, "count_over_time(linalign:num_requests_running[1h])") < 8 or not rules_are_known(client):

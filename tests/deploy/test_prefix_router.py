@@ -72,7 +72,7 @@ def pending(*branches, salt=b""):
     return PendingRequest(args=[prompt], kwargs={}, metadata=None)
 
 
-async def test_to_its_pages_until_those_who_wait_there_outweigh_them():
+async def test_to_the_replica_with_its_pages_unless_the_load_is_higher():
     a, b = Replica("a"), Replica("b")
     router = Router(a, b)
     router.route(pending(tokens(0, 24)), "a")
@@ -105,7 +105,7 @@ async def test_the_base_branch_and_the_salt_count():
     assert await router.first(pending(tokens(0, 10), tokens(1000, 20))) == "b"
 
 
-async def test_a_replica_that_was_not_heard_of_for_long_is_asked():
+async def test_a_replica_with_old_stats_is_asked():
     a, b = Replica("a", load=60), Replica("b", load=1)
     router = Router(a, b)
     for number in range(20):
@@ -116,13 +116,13 @@ async def test_a_replica_that_was_not_heard_of_for_long_is_asked():
     assert (a.num_probes, b.num_probes) == (2, 2)
 
 
-async def test_a_replica_that_does_not_say_comes_last():
+async def test_a_replica_that_does_not_report_its_load_comes_last():
     router = Router(Replica("a", delay=60), Replica("b", load=60))
     router.route(pending(tokens(0, 24)), "a")
     assert await router.first(pending(tokens(0, 24))) == "b"
 
 
-async def test_no_more_pages_are_remembered_than_a_replica_has():
+async def test_the_router_records_at_most_a_replicas_pages():
     router = Router(Replica("a"), Replica("b"))
     first, second = pending(tokens(0, 60)), pending(tokens(5000, 60))
     router.route(first, "a")
@@ -133,7 +133,7 @@ async def test_no_more_pages_are_remembered_than_a_replica_has():
     assert all(hash in router._pages["a"] for hash in router._branches_of(second)[0])
 
 
-async def test_of_a_request_that_is_gone_no_hashes_are_kept():
+async def test_hashes_of_finished_requests_are_dropped():
     router = Router(Replica("a"), Replica("b"))
     request = pending(tokens(0, 24))
     await router.first(request)

@@ -51,7 +51,7 @@ def cluster(embedded, tmp_path_factory):  # noqa: ARG001 - loads the model first
         yield url, folder
 
 
-def test_replies_are_those_of_one_server(cluster, url):
+def test_replies_equal_those_of_one_server(cluster, url):
     pair = cluster[0] + "/pair"
     questions = ["How do I get to work?", "What is rain?"]
     for fields in (
@@ -111,7 +111,7 @@ def test_bad_input_is_refused_as_by_one_server(cluster, url):
         assert "Traceback" not in there.text
 
 
-def test_a_client_that_leaves_takes_its_work_with_it(cluster):
+def test_a_disconnect_aborts_the_request_on_the_replica(cluster):
     url = cluster[0] + "/pair"
     body = {"model": "smollm2", "messages": [{"role": "user", "content": "Tell me about towns."}], **PRINCIPLE}
     body |= {"max_tokens": LONG, "ignore_eos": True, "n": 2}
@@ -133,7 +133,7 @@ def test_a_client_that_leaves_takes_its_work_with_it(cluster):
     wait(lambda: num_running() == 0, seconds=30)
 
 
-def test_what_neither_replicas_nor_queue_can_hold_is_a_503(cluster):
+def test_requests_beyond_replicas_and_queue_are_503(cluster):
     url, folder = cluster[0] + "/pair", cluster[1]
     with held(folder):
         running, waiting, refused = fill(url, "towns", NUM_TOKENS)
@@ -158,11 +158,11 @@ def questions(replicas):
     return sum(log.read_text().count("CALL stats ") for log in logs)
 
 
-def test_an_engine_that_fails_is_replaced_and_what_it_had_not_begun_goes_elsewhere(cluster):
+def test_a_failed_engine_is_replaced_and_its_unstarted_requests_move(cluster):
     expect_replacement(cluster, DIES)
 
 
-def test_a_replica_that_is_killed_takes_only_what_it_had_begun(cluster):
+def test_a_killed_replica_loses_only_started_requests(cluster):
     url, folder = cluster[0] + "/pair", cluster[1]
     before = replicas(url)
     with held(folder):
@@ -183,7 +183,7 @@ def test_a_replica_that_is_killed_takes_only_what_it_had_begun(cluster):
     wait(lambda: len(replicas(url)) == 2 and victim not in replicas(url))
 
 
-def test_health_says_when_no_replica_is_well(cluster):
+def test_health_is_503_if_no_replica_is_healthy(cluster):
     url = cluster[0] + "/pair"
     wait(lambda: len(replicas(url)) == 2)
     for replica in replicas(url):
@@ -196,7 +196,7 @@ def test_health_says_when_no_replica_is_well(cluster):
 # Tests without a cluster
 
 
-def test_a_replica_whose_step_does_not_come_back_is_not_well():
+def test_a_replica_with_a_hanging_step_is_unhealthy():
     reported = []
     replica = object.__new__(EngineReplica)
     replica._engine = types.SimpleNamespace(give_up=reported.append, ensure_accepting=lambda: None, stop=lambda: None)
@@ -206,7 +206,7 @@ def test_a_replica_whose_step_does_not_come_back_is_not_well():
         assert bool(reported) != is_well
 
 
-def test_replicas_that_were_heard_of_lately_are_not_asked(tokenizer, monkeypatch):
+def test_replicas_with_recent_stats_are_not_asked(tokenizer, monkeypatch):
     """A stats call to a full replica would wait for a slot."""
     calls = []
 
@@ -251,20 +251,20 @@ def test_the_configurations_are_valid(file):
         assert built
 
 
-def test_settings_that_mean_nothing_on_ray_are_refused():
+def test_settings_without_effect_on_ray_are_refused():
     with pytest.raises(ValueError, match=r"port has no effect here: see http_options\.port"):
         build({"port": 8000})
     with pytest.raises(ValueError, match="modle"):
         build({"modle": "x"})
 
 
-def test_what_is_wrong_with_settings_is_told_without_their_values():
+def test_errors_of_settings_hide_their_values():
     with pytest.raises(ValueError, match="api_keys") as error:
         build({"api_keys": [1, "sekret"]})
     assert "sekret" not in str(error.value)
 
 
-def test_variables_that_are_no_settings_are_refused(monkeypatch):
+def test_variables_that_are_not_settings_are_refused(monkeypatch):
     monkeypatch.setenv("LINALIGN_MAXNUMSEQS", "4")
     with pytest.raises(ValueError, match="LINALIGN_MAXNUMSEQS; did you mean LINALIGN_MAX_NUM_SEQS"):
         build({})

@@ -60,7 +60,7 @@ def cluster(embedded, tmp_path_factory):  # noqa: ARG001 - loads the model first
         yield url, folder
 
 
-def test_conversations_stay_where_their_pages_are(cluster):
+def test_conversations_stay_on_the_replica_with_their_pages(cluster):
     """Five conversations of four turns: the share of prompt tokens from the cache, routed by prefix and in turn."""
 
     def share_cached(url):
@@ -82,7 +82,7 @@ def test_conversations_stay_where_their_pages_are(cluster):
     print(f"cached: {by_prefix:.0%} by prefix, {in_turn:.0%} in turn")
 
 
-def test_choices_that_wait_in_an_engine_are_no_queue(cluster):
+def test_waiting_choices_of_an_engine_are_not_a_queue(cluster):
     """Ray queues requests in front of the engines. One slot serves all choices of a request."""
     url = cluster[0] + "/parallel"
     streams = []
@@ -95,7 +95,7 @@ def test_choices_that_wait_in_an_engine_are_no_queue(cluster):
         assert (stream.error, stream.num_tokens) == (None, 100)
 
 
-def test_what_a_lost_replica_had_taken_in_but_not_begun_waits_for_a_seat_elsewhere(cluster):
+def test_unstarted_requests_of_a_lost_replica_wait_for_another(cluster):
     url, trigger = cluster[0] + "/pair", cluster[1] / str(STALLS)
     wait(lambda: len(replicas(url)) == 2)
     trigger.touch()
@@ -114,7 +114,7 @@ def test_what_a_lost_replica_had_taken_in_but_not_begun_waits_for_a_seat_elsewhe
     wait(lambda: len(replicas(url)) == 2)
 
 
-def test_an_engine_that_hangs_is_replaced_and_what_it_had_not_begun_goes_elsewhere(cluster):
+def test_a_hanging_engine_is_replaced_and_its_unstarted_requests_move(cluster):
     expect_replacement(cluster, HANGS)
 
 
@@ -132,7 +132,7 @@ def test_replicas_come_and_go_with_the_load(cluster):
     assert chat(url, max_tokens=1).status_code == 200
 
 
-def test_the_processes_of_one_engine_are_one_placement_group(cluster, url):
+def test_the_processes_of_an_engine_are_one_placement_group(cluster, url):
     reply = chat(cluster[0] + "/parallel", max_tokens=16)
     assert reply.json()["choices"] == chat(url, max_tokens=16).json()["choices"]
     code = (
@@ -145,7 +145,7 @@ def test_the_processes_of_one_engine_are_one_placement_group(cluster, url):
     assert list(group["bundles"].values()) == [{"CPU": 3.0}]
 
 
-def test_health_says_when_no_replica_is_well(cluster):
+def test_health_is_503_if_no_replica_is_healthy(cluster):
     url = cluster[0] + "/parallel"
     assert httpx.get(url + "/health", timeout=30).status_code == 200
     (only,) = replicas(url)
@@ -165,7 +165,7 @@ def test_health_says_when_no_replica_is_well(cluster):
     assert chat(url, max_tokens=4).status_code == 200
 
 
-def test_replies_outlive_a_deployment_of_what_answers_them(cluster):
+def test_replies_survive_a_redeployment(cluster):
     """The old ingress continues for longer than Ray's default grace period."""
     url = cluster[0] + "/parallel"
     args = {**APPLICATIONS[-1]["args"], "max_model_len": 1000}

@@ -47,14 +47,14 @@ FOLLOWING = {
 BREAKING = {"words-40": "Practise.", "digits": "Practise.", "no-digits": PLAIN}
 
 
-def test_there_are_enough():
+def test_there_are_enough_principles_and_prompts():
     assert len(CHECKABLE) >= 30
     assert len(PROMPTS) == len(set(PROMPTS)) >= 20
     assert {checkable.id for checkable in CHECKABLE} == set(FOLLOWING)
 
 
 @pytest.mark.parametrize("checkable", CHECKABLE, ids=lambda checkable: checkable.id)
-def test_it_tells_the_two_apart(checkable):
+def test_a_check_distinguishes_replies_that_follow_from_others(checkable):
     assert checkable.follows(FOLLOWING[checkable.id], is_whole=True)
     assert checkable.follows(FOLLOWING[checkable.id], is_whole=False) != checkable.to_the_end
     assert not checkable.follows(BREAKING.get(checkable.id, PLAIN), is_whole=True)

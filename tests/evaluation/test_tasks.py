@@ -58,7 +58,7 @@ def test_the_questions_are_of_the_published_format():
         assert item.preference == row["preference_a"]
 
 
-def test_a_list_is_read_too(tmp_path):
+def test_a_json_list_is_also_read(tmp_path):
     rows = personal_preference.load(None)[:3]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     assert personal_preference.load(str(tmp_path / "rows.json")) == rows
@@ -194,7 +194,7 @@ def test_hh(url, tmp_path):
     assert len(judged) == 2
 
 
-def test_own_dialogues_end_with_a_question():
+def test_included_dialogues_end_with_a_question():
     dialogues = hh.load(hh.SHIPPED)
     assert len(dialogues) >= 20
     for messages in dialogues:
@@ -219,7 +219,7 @@ def test_in_this_process(tmp_path):
     assert Path(personal_preference.SHIPPED).exists()
 
 
-def test_without_its_extra_it_says_what_to_install(monkeypatch, tmp_path):
+def test_without_its_extra_the_error_names_it(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["linalign", "eval", "follow", "--output", str(tmp_path / "out")])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for name in [name for name in sys.modules if name.startswith("linalign.evaluation")]:
@@ -229,7 +229,7 @@ def test_without_its_extra_it_says_what_to_install(monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_environment_is_no_command_line(monkeypatch):
+def test_commands_ignore_environment_variables(monkeypatch):
     monkeypatch.setenv("CONCURRENCY", "7")
     monkeypatch.setenv("MODEL", "another")
     for settings, args in ((EvalSettings, ["follow", "--output", "x"]), (BenchSettings, [])):

@@ -69,7 +69,7 @@ def test_no_route_is_served_without_a_key(closed, embedded):
 @pytest.mark.parametrize(
     "path", ["/playground/../v1/models", "//", "/playground/%2e%2e/metrics", "/health/", "/HEALTH"]
 )
-def test_paths_that_look_open_open_nothing(closed, path):
+def test_paths_that_resemble_open_ones_need_a_key(closed, path):
     host = closed.removeprefix("http://")
     connection = http.client.HTTPConnection(host, timeout=10)
     connection.request("GET", path)
@@ -142,7 +142,7 @@ def test_no_object_of_the_application_holds_a_key(tiny, tmp_path, monkeypatch, s
     assert len(seen) > 10_000
 
 
-def test_below_a_prefix_the_same_is_open_and_errors_name_the_same_fields(embedded):
+def test_a_path_prefix_changes_neither_open_paths_nor_field_names(embedded):
     """Behind a proxy or in Ray, all paths begin with root_path."""
     app = create_app(LocalEngine(make_engine(embedded, num_pages=8)), Settings(api_keys=(KEY,)))
     with TestClient(app, root_path="/one") as client:

@@ -18,7 +18,7 @@ def bench(*args, **options):
 @pytest.mark.parametrize(
     "load", [("--concurrency", "3"), ("--request-rate", "20"), ("--principle", "Be brief.", "--alignment-ratio", "1")]
 )
-def test_it_measures_a_server(url, tmp_path, load):
+def test_bench_measures_a_server(url, tmp_path, load):
     file = tmp_path / "result.json"
     args = ["--requests", "4", "--warmup", "1", "--max-tokens", "5", "--output", str(file), *load]
     done = bench(url, *args)
@@ -45,7 +45,7 @@ def test_failures_are_counted_and_not_averaged(url, tmp_path):
     assert result["end_to_end_ms"] is None
 
 
-def test_the_numbers():
+def test_the_summary_has_percentiles():
     first = Measured(arrivals=[0.1, 0.2, 0.4], total=0.5, prompt_tokens=7, completion_tokens=3)
     second = Measured(arrivals=[0.3, 0.4], total=0.5, prompt_tokens=8, completion_tokens=2)
     result = summary([first, second, Measured(error="500")], wall=2.0)

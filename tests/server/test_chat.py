@@ -253,7 +253,7 @@ def test_invalid_json(url, body):
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nope", 404), ("GET", "/v1/chat/completions", 405)])
-def test_routes_that_are_not_there(url, method, path, status):
+def test_unknown_routes_are_404(url, method, path, status):
     response = httpx.request(method, url + path)
     assert response.status_code == status
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
@@ -286,7 +286,7 @@ def test_extremes_are_served(url, extreme):
         assert response.status_code == 200, response.text
 
 
-def test_neutral_values_of_unsupported_fields_are_fine(url):
+def test_neutral_values_of_unsupported_fields_are_accepted(url):
     neutral = {
         "n": 1,
         "logprobs": False,

@@ -25,7 +25,7 @@ def complete(client, extra=None, **fields):
 
 
 @pytest.mark.parametrize("extra", [{}, ALIGNED], ids=["plain", "aligned"])
-def test_text_goes_on_as_the_engine_does(client, embedded, extra):
+def test_completions_equal_the_engines(client, embedded, extra):
     engine = make_engine(embedded, num_pages=200)
     principles = [Principle(extra["principle"], ratio=1.0)] if extra else []
     prompt = engine.prompts.build_text(TEXT, principles)
@@ -198,7 +198,7 @@ def test_parts_of_characters_have_names_and_places(client, stream):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_prompts_that_leave_nothing_to_do(client, stream):
+def test_prompts_that_need_no_new_tokens(client, stream):
     """A prompt of a single token beside one that is scored, and an echo without log-probabilities."""
     for fields in ({"prompt": ["The sky is", "ab"], "logprobs": 1}, {"prompt": ["The sky is", "ab"]}):
         texts, logprobs, reasons = {0: "", 1: ""}, {}, {}
@@ -233,7 +233,7 @@ def small_words():
 @pytest.mark.parametrize("principle", [None, "hi i"])
 @pytest.mark.parametrize("echo", [False, True])
 @pytest.mark.parametrize("given", ["hi hi", [262, 261, 261], "hi <s> hi"], ids=str)
-def test_a_reply_goes_on_with_its_prompt(small_words, given, echo, principle):
+def test_a_reply_continues_the_text_of_its_prompt(small_words, given, echo, principle):
     """The reply keeps its leading space, and text_offset is each token's position in the choice's text."""
     engine, tokenizer = small_words, small_words.tokenizer
     spaced = tokenizer.convert_tokens_to_ids("▁hi")

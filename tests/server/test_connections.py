@@ -62,7 +62,7 @@ def test_connections_that_send_thousands_of_requests_at_once_are_cut_off(small):
     assert resident(small) - before < 50e6
 
 
-def test_a_few_requests_at_once_are_answered_in_order(small):
+def test_pipelined_requests_are_answered_in_order(small):
     request = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     request += b"Content-Length: %d\r\n\r\n%s" % (len(HELLO), HELLO)
     with connected(small) as connection:
@@ -75,7 +75,7 @@ def test_a_few_requests_at_once_are_answered_in_order(small):
 
 
 @pytest.mark.parametrize("extension", [b"", b";x=y"])
-def test_a_body_in_pieces_of_a_byte_is_a_body(small, extension):
+def test_a_body_in_chunks_of_one_byte_is_accepted(small, extension):
     body = HELLO + b" " * 20_000
     head = (
         b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
@@ -99,7 +99,7 @@ def test_a_body_in_pieces_of_a_byte_is_a_body(small, extension):
     ],
 )
 @pytest.mark.parametrize("before", [b"", HEALTH])
-def test_what_is_no_http_is_told_so_in_openais_shape(small, junk, before):
+def test_invalid_http_gets_an_error_in_openais_shape(small, junk, before):
     with connected(small) as connection:
         if before:
             connection.sendall(before)
@@ -115,7 +115,7 @@ def test_what_is_no_http_is_told_so_in_openais_shape(small, junk, before):
 
 
 @pytest.mark.parametrize("protocol", ["websocket", "h2c"])
-def test_a_request_that_wishes_for_another_protocol_is_answered_and_logged(tmp_path, protocol):
+def test_a_request_with_an_upgrade_is_answered_and_logged(tmp_path, protocol):
     headers = {"Connection": "Upgrade", "Upgrade": protocol, "X-Request-Id": "upgrade", "Sec-WebSocket-Version": "13"}
     with (tmp_path / "stderr").open("w") as stderr, serving(stderr=stderr) as (url, _):
         assert httpx.get(url + "/v1/models", headers=headers).status_code == 200
@@ -129,7 +129,7 @@ def test_a_request_that_wishes_for_another_protocol_is_answered_and_logged(tmp_p
 
 
 @pytest.mark.parametrize("protocol", [b"websocket", b"h2c"])
-def test_a_body_behind_the_wish_for_another_protocol_is_never_a_request(small, protocol):
+def test_a_body_after_an_upgrade_request_is_not_parsed_as_a_request(small, protocol):
     """httptools does not parse it. If a proxy forwards it as a body, the server must not answer twice."""
     for length in (3000, 4096, 9000):
         head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: " + protocol
@@ -141,7 +141,7 @@ def test_a_body_behind_the_wish_for_another_protocol_is_never_a_request(small, p
 
 
 @pytest.mark.parametrize("length", [100, 5000, 100_000])
-def test_a_client_that_has_said_everything_is_answered(small, length):
+def test_a_client_that_half_closes_the_connection_is_answered(small, length):
     """The client closes its sending half, as `nc -N` does."""
     request = b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % length + b"x" * length
     for _ in range(5):
@@ -183,7 +183,7 @@ def statuses(url, hosts, path="/v1/models", **headers):
     return {httpx.get(url + path, headers={"Host": host, **headers}).status_code for host in hosts}
 
 
-def test_a_server_on_loopback_without_keys_answers_for_this_machine_alone(small):
+def test_a_server_on_loopback_without_keys_allows_only_local_hosts(small):
     """Otherwise a page whose name resolves to 127.0.0.1 would have the server's own origin (DNS rebinding)."""
     for path in ("/v1/models", "/health", "/", "/metrics", "/playground/main.js"):
         assert statuses(small, OF_THIS_MACHINE, path) == {200}
@@ -210,17 +210,17 @@ def test_a_server_on_loopback_without_keys_answers_for_this_machine_alone(small)
         (["--api-keys", "x", "--allowed-hosts", "chat.example.org"], ("chat.example.org",)),
     ],
 )
-def test_whom_a_server_answers_for(args, allowed_names):
+def test_the_allowed_hosts_of_a_server(args, allowed_names):
     assert load_settings(args).allowed_names == allowed_names
 
 
 @pytest.mark.parametrize("host", ["https://chat.example.org", "chat.example.org:80", "Chat.example.org", "a/b", ""])
-def test_what_is_no_host(host):
+def test_invalid_host_names_are_refused(host):
     with pytest.raises(ValueError, match="is not a host name"):
         load_settings(["--allowed-hosts", host or ","])
 
 
-def test_a_host_that_is_named_is_answered_for(serving_small):
+def test_an_allowed_host_is_answered(serving_small):
     with serving_small("--allowed-hosts", "chat.example.org") as (url, _):
         assert statuses(url, ("chat.example.org", "CHAT.example.org:8000", "localhost")) == {200}
         assert statuses(url, ("evil.example", "x.chat.example.org")) == {403}

@@ -196,7 +196,7 @@ def test_in_the_queue(server, kind, stream):
 
 @each_kind
 @whole_and_streamed
-def test_while_its_grammar_is_compiled(server, marks, kind, stream):
+def test_during_the_compilation_of_its_grammar(server, marks, kind, stream):
     path, body, _ = kind
     name = f"word{next(numbers)}"  # unique, so that the grammar is not cached
     schema = {"type": "object", "properties": {name: {"type": "string"}}, "required": [name]}
@@ -213,7 +213,7 @@ def test_while_its_grammar_is_compiled(server, marks, kind, stream):
 
 @each_kind
 @whole_and_streamed
-def test_while_its_prompt_is_computed(server, kind, stream):
+def test_during_prefill(server, kind, stream):
     """The prompt has more than a thousand new tokens, and a step computes 128."""
     path, body, _ = kind
     text = f"{next(numbers)} seas. " + " ".join(str(number) for number in range(counted(300, 800)))
@@ -240,7 +240,7 @@ def test_in_the_middle_of_a_stream(server, kind):
 
 
 @each_kind
-def test_while_a_whole_reply_is_drawn(server, kind):
+def test_during_a_reply_that_is_not_streamed(server, kind):
     path, body, num_sequences = kind
     with disturbed(server, max_tokens=150):
         with client(server, path, body("Tell me about seas.")):
@@ -251,7 +251,7 @@ def test_while_a_whole_reply_is_drawn(server, kind):
 
 
 @each_kind
-def test_between_the_last_token_and_the_end_of_the_stream(server, marks, kind):
+def test_between_the_last_token_and_the_streams_end(server, marks, kind):
     path, body, _ = kind
     short = {name: 3 if value == LONG else value for name, value in body("Tell me about seas.").items()}
     with disturbed(server, max_tokens=120):
@@ -277,7 +277,7 @@ def test_before_all_of_its_body_is_sent(server, kind, part):
         assert server.counts()[:2] == (1, 0)
 
 
-def test_clients_that_leave_at_any_moment(server):
+def test_clients_that_disconnect_at_random_moments(server):
     """Clients leave one after the other, the first at once and the last after a third of a second."""
     num_clients = counted(30, 100)
     with disturbed(server, again=True):

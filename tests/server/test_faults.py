@@ -138,7 +138,7 @@ def test_a_step_that_fails_or_hangs_ends_the_process_with_an_error_for_everyone(
     assert "Traceback" in log or "most recent call first" in log
 
 
-def test_health_is_503_as_soon_as_the_hang_is_noticed(serving_small, tmp_path):
+def test_health_is_503_as_soon_as_a_hang_is_detected(serving_small, tmp_path):
     trigger = tmp_path / "trigger"
     patch = BREAK_A_STEP.format(trigger=str(trigger), what="time.sleep(10**6)")
     patch += IMPATIENT + "shutdown.ERROR_DELIVERY_TIME = 5"
@@ -152,7 +152,7 @@ def test_health_is_503_as_soon_as_the_hang_is_noticed(serving_small, tmp_path):
         assert process.wait(30) == 1
 
 
-def test_a_first_step_may_take_longer_than_a_hang_is_given(serving_small):
+def test_a_first_step_may_take_longer_than_the_step_timeout(serving_small):
     """The first step may compile. Before it, the engine's loop has already run idle turns."""
     patch = (
         BREAK_A_STEP.format(trigger="/", what=f"time.sleep(0 if self.num_forwards else {STEP_TIMEOUT + 1})") + IMPATIENT
@@ -162,7 +162,7 @@ def test_a_first_step_may_take_longer_than_a_hang_is_given(serving_small):
         assert chat(url, max_tokens=4).status_code == 200
 
 
-def test_a_process_that_was_stopped_in_the_middle_of_a_step_goes_on(serving_small):
+def test_a_process_that_was_stopped_during_a_step_continues(serving_small):
     """By SIGSTOP, docker pause or a closed laptop: more time than the timeout passes, but the loop had no turns."""
     with serving_small(patch=IMPATIENT) as (url, process):
         replies = []
@@ -178,7 +178,7 @@ def test_a_process_that_was_stopped_in_the_middle_of_a_step_goes_on(serving_smal
 
 
 @pytest.mark.parametrize(("longest", "patience"), [(0.0, 300), (0.02, 10), (3.0, 30)])
-def test_slow_machines_are_not_taken_for_dead(longest, patience):
+def test_slow_machines_do_not_count_as_hung(longest, patience):
     """A machine that has not finished its first step counts as slow too: a large model on a CPU may need a minute."""
     engine = types.SimpleNamespace(pace=(None, longest))
     assert Server(uvicorn.Config(None), engine, 1.0)._step_timeout == patience

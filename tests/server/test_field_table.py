@@ -172,7 +172,7 @@ def table(url):
     return "\n".join(lines) + "\n"
 
 
-def test_the_table_is_true(url):
+def test_the_table_of_fields_is_correct(url):
     found = table(url)
     if os.environ.get("WRITE_DOCS"):
         FILE.write_text(found)

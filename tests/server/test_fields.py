@@ -106,7 +106,7 @@ def test_usage_in_every_chunk(client):
     assert [chunk.usage is None for chunk in plain] == [True] * (len(plain) - 1) + [False]
 
 
-def test_content_in_parts_and_a_reply_that_goes_on(client):
+def test_content_in_parts_and_a_continued_reply(client):
     parts = [{"type": "text", "text": "Where should our town"}, {"type": "text", "text": "get its power from?"}]
     joined = [{"role": "user", "content": "Where should our town\nget its power from?"}]
     in_parts = [{"role": "user", "content": parts}]
@@ -187,14 +187,14 @@ def test_a_tool_loop(client, choice):
     assert reasons[-1] == "tool_calls"
 
 
-def test_strict_tools_leave_text_free(client):
+def test_strict_tools_allow_any_text(client):
     strict = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}
     free = create(client, ALIGNED, tools=[WEATHER], max_tokens=40).choices[0].message
     kept = create(client, ALIGNED, tools=[strict], max_tokens=40).choices[0].message
     assert kept.content == free.content != ""
 
 
-def test_a_tool_without_parameters_takes_none(client):
+def test_a_tool_without_parameters_has_empty_arguments(client):
     tool = {"type": "function", "function": {"name": "stop_all"}}
     reply = create(client, ALIGNED, tools=[tool], tool_choice="required", parallel_tool_calls=False, max_tokens=60)
     (call,) = reply.choices[0].message.tool_calls
@@ -209,7 +209,7 @@ def test_a_call_that_is_cut_off_is_text_as_it_was_written(client):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_structure_beyond_the_limits_fails_alone(client, stream):
+def test_a_structure_beyond_the_limits_affects_only_its_request(client, stream):
     """A limit that the grammar library hits while decoding fails that request. A choice of thousands stays below it."""
     many = {"structured_outputs": {"choice": [str(number) for number in range(5000)]}}
     assert 0 <= int(create(client, {**ALIGNED, **many}).choices[0].message.content) < 5000
@@ -232,7 +232,7 @@ def test_methods(client, embedded, method):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_trace_tells_of_every_token(client, stream):
+def test_a_trace_has_every_token(client, stream):
     traced = {**ALIGNED, "alignment_trace": True}
     fields = {"logprobs": True, "top_logprobs": 2, "max_tokens": 6, "n": 2, "temperature": 1, "seed": 1}
     steps = {0: [], 1: []}
@@ -267,14 +267,14 @@ def test_the_mark_of_a_continued_message(client):
     assert one.choices[0].message.content == both.choices[0].message.content
 
 
-def test_lines_end_as_openais_do(url):
+def test_lines_of_events_end_like_openais(url):
     body = {"model": "smollm2", "messages": CHAT, "max_tokens": 2, "stream": True}
     content = httpx.post(url + "/v1/chat/completions", json=body, timeout=60).content
     assert content.endswith(b"\n\ndata: [DONE]\n\n")
     assert b"\r" not in content
 
 
-def test_tools_are_told_to_the_model_unless_they_may_not_be_called(client):
+def test_the_model_sees_tools_unless_tool_choice_is_none(client):
     with_tools, with_choice_none, without_tools = (
         create(client, ALIGNED, max_tokens=1, **fields).usage.prompt_tokens
         for fields in ({"tools": [WEATHER]}, {"tools": [WEATHER], "tool_choice": "none"}, {})

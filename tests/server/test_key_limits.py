@@ -40,7 +40,7 @@ def refusal(response):
     return response.json()["error"]["code"], int(response.headers["Retry-After"])
 
 
-def test_a_key_has_so_many_requests_at_once_and_gets_a_place_when_one_ends(limited):
+def test_a_key_has_a_limit_of_simultaneous_requests(limited):
     one, two = client_of(limited, "one"), client_of(limited, "two")
     long = BODY | {"max_tokens": 3000, "stream": True}
     with one.stream("POST", "/v1/chat/completions", json=long) as first:
@@ -62,7 +62,7 @@ def test_a_key_has_so_many_requests_at_once_and_gets_a_place_when_one_ends(limit
 @pytest.mark.parametrize(
     "fields", [{"prompt": ["Towns"] * 3}, {"prompt": "Towns", "n": 3}, {"prompt": ["a", "b"], "n": 2}]
 )
-def test_choices_count_as_requests_do(limited, fields):
+def test_choices_count_like_requests(limited, fields):
     """One request may have hundreds of choices and fill the engine. If it is refused, none of them starts."""
     four = client_of(limited, "four")
     many = {"model": "smollm2", "max_tokens": 2, **fields}
@@ -81,7 +81,7 @@ def test_choices_count_as_requests_do(limited, fields):
         time.sleep(0.02)
 
 
-def test_a_choice_that_is_refused_later_takes_no_place(limited):
+def test_a_choice_that_is_refused_later_does_not_count(limited):
     four = client_of(limited, "four")
     for _ in range(4):
         assert (
@@ -91,7 +91,7 @@ def test_a_choice_that_is_refused_later_takes_no_place(limited):
     assert four.post("/v1/completions", json={"model": "smollm2", "prompt": "x", "max_tokens": 1}).status_code == 200
 
 
-def test_a_key_has_so_many_tokens_a_minute(limited):
+def test_a_key_has_a_limit_of_tokens_per_minute(limited):
     three, four = client_of(limited, "three"), client_of(limited, "four")
     used = 0  # may exceed 300, because five more tokens are granted each second until the refusal
     body = BODY | {"max_tokens": 120, "principle": "Be brief."}
@@ -109,7 +109,7 @@ def test_a_key_has_so_many_tokens_a_minute(limited):
     assert three.get("/metrics").text.count('requests_rejected_total{code="key_tokens"} 1.0') == 1
 
 
-def test_what_an_abandoned_reply_took_is_counted_too(limited):
+def test_tokens_of_an_abandoned_reply_are_counted(limited):
     two = client_of(limited, "two")
     refused = None
     deadline = time.monotonic() + 60
@@ -125,7 +125,7 @@ def test_what_an_abandoned_reply_took_is_counted_too(limited):
     assert b"key_tokens" in refused or b"key_requests" in refused
 
 
-def test_a_bucket_fills_up_and_never_over(monkeypatch):
+def test_a_bucket_is_refilled_up_to_its_capacity(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     bucket = Bucket(60)
@@ -139,7 +139,7 @@ def test_a_bucket_fills_up_and_never_over(monkeypatch):
     assert bucket.wait == pytest.approx(1)
 
 
-def test_what_every_branch_computes_is_charged():
+def test_tokens_of_every_branch_are_charged():
     ids = tuple(range(5, 105))
     many = Prompt(((*ids, 1, 2), (*ids, 3)), (0.5, 0.5), (2.0, 2.0), ids)
     scored = replace(many, given=(7,) * 40)
@@ -152,7 +152,7 @@ def test_what_every_branch_computes_is_charged():
         assert charged[1:] == [20 * len(prompt.branches)]
 
 
-def test_a_request_that_is_refused_is_not_charged(serving_small):
+def test_a_refused_request_is_not_charged(serving_small):
     """None of its prompts is charged, even if the first was accepted. Tokenizing is not charged either."""
     limits = ("--max-tokens-per-minute-per-key", "300")
     with serving_small("--api-keys", "one", *limits) as (url, _):
@@ -165,7 +165,7 @@ def test_a_request_that_is_refused_is_not_charged(serving_small):
         assert one.post("/tokenize", json={"model": "smollm2", "prompt": "Towns"}).status_code == 200
 
 
-def test_a_request_that_is_cancelled_gives_its_places_back_once():
+def test_a_cancelled_request_is_counted_down_once():
     """The engine reports the end of a choice whose submission was cancelled, but not of choices that it never got."""
     assert asyncio.run(places_given_back_by_a_cancelled_request(3)) == 3
 

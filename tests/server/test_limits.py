@@ -61,7 +61,7 @@ def test_the_queue_is_bounded_by_tokens_of_all_branches(tiny):
         engine.submit(prompt(1), PARAMS, lambda _: None)
 
 
-def test_what_is_aborted_or_preempted_leaves_the_count_right(tiny):
+def test_aborts_and_preemptions_keep_the_token_count_correct(tiny):
     loaded, _ = tiny
     engine = make_engine(loaded, page_size=3, num_pages=24, max_queued_requests=4)
     ids = [engine.submit(prompt(10, i), PARAMS, lambda _: None) for i in range(4)]
@@ -92,7 +92,7 @@ def metric(url, name):
     return sum(float(line.split()[-1]) for line in lines if line.startswith(f"linalign:{name}"))
 
 
-def test_beyond_the_queue_requests_are_refused_at_once_and_the_others_are_served(small):
+def test_requests_beyond_the_queue_are_refused_at_once(small):
     replies = [None] * 12
 
     def ask(index):
@@ -192,7 +192,7 @@ def test_a_body_that_is_too_long_is_refused_by_its_length_alone(small):
     assert json.loads(response.read())["error"]["code"] == "body_too_large"
 
 
-def test_a_body_without_a_length_is_counted_as_it_comes(small):
+def test_a_body_without_a_length_is_counted_while_it_is_read(small):
     def chunks():
         yield b'{"model": "smollm2", "messages": [{"role": "user", "content": "'
         for _ in range(100):
@@ -237,7 +237,7 @@ def test_headers_of_4_megabytes_are_refused(small, start):
 
 
 @pytest.mark.parametrize("trailer", [b"a", b"X: y\r\n"], ids=["one without end", "many"])
-def test_trailers_behind_a_body_are_bounded_too(small, trailer):
+def test_trailers_are_bounded(small, trailer):
     """Also after the request has been answered: the connection is closed, and other clients are not delayed."""
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     request_bytes = head + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n" + (b"X: " if trailer == b"a" else b"")
@@ -253,7 +253,7 @@ def test_trailers_behind_a_body_are_bounded_too(small, trailer):
 
 
 @pytest.mark.parametrize("length", [b"0" * 5000 + b"2", b"9" * 5000, b"1" + b"0" * 30])
-def test_lengths_of_any_length_are_understood(small, length):
+def test_content_lengths_with_many_digits_are_parsed(small, length):
     head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
     answer = answer_to(small, head + b"Content-Length: " + length + b"\r\n\r\n{}")
     assert answer.startswith(b"HTTP/1.1 4")  # 413, or 400 for the missing model or the invalid number

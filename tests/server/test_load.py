@@ -52,7 +52,7 @@ async def stream(client, number, collected):
         collected[number] = (response.status_code, response.headers["X-Request-Id"], lines)
 
 
-def test_streams_at_once_are_all_served_and_each_gets_its_own(embedded, expected):  # noqa: ARG001
+def test_simultaneous_streams_each_get_their_own_text(embedded, expected):  # noqa: ARG001
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     collected = [None] * NUM_STREAMS
 

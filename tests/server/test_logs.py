@@ -65,7 +65,7 @@ def test_every_request_is_a_line_with_its_id(logged):
     assert 0 < facts["seconds"] < 60
 
 
-def test_requests_have_nothing_of_each_other(logged):
+def test_requests_do_not_share_data(logged):
     url, lines = logged
     for number in range(3):
         post(url, **{"X-Request-Id": f"apart-{number}"})
@@ -74,7 +74,7 @@ def test_requests_have_nothing_of_each_other(logged):
     assert [facts["completion_tokens"] for facts in requests] == [3, 3, 3]
 
 
-def test_a_stream_is_told_of_when_it_has_ended(logged):
+def test_a_stream_is_logged_after_its_end(logged):
     url, lines = logged
     text = post(url, body=BODY | {"stream": True}, **{"X-Request-Id": "streamed"}).text
     assert text.rstrip().endswith("[DONE]")
@@ -82,7 +82,7 @@ def test_a_stream_is_told_of_when_it_has_ended(logged):
     assert line["request"]["completion_tokens"] == 3
 
 
-def test_a_client_that_left_is_told_of(logged):
+def test_a_disconnect_is_logged(logged):
     url, lines = logged
     body = BODY | {"stream": True, "max_tokens": 3000, "ignore_eos": True}
     headers = {"Authorization": f"Bearer {KEY}", "X-Request-Id": "left"}
@@ -95,7 +95,7 @@ def test_a_client_that_left_is_told_of(logged):
 
 
 @pytest.mark.parametrize("id", ["", "with space", "x" * 129, 'quote"', "<script>"])
-def test_ids_that_are_not_fit_are_replaced(logged, id):
+def test_unsafe_request_ids_are_replaced(logged, id):
     url, lines = logged
     new_id = post(url, **{"X-Request-Id": id}).headers["X-Request-Id"]
     assert re.fullmatch("[0-9a-f]{32}", new_id)
@@ -119,7 +119,7 @@ def test_errors_have_ids_and_codes_too(logged, path, body, status, code):
     assert (line["request"]["status"], line["request"]["code"]) == (status, code)
 
 
-def test_an_exception_is_logged_with_the_requests_id_and_kept_from_the_client(logged):
+def test_an_exception_is_logged_with_the_request_id_and_hidden_from_the_client(logged):
     url, lines = logged
     response = post(url, "/detokenize", {"model": "smollm2", "tokens": [1]})
     assert "injected" not in response.text
@@ -127,7 +127,7 @@ def test_an_exception_is_logged_with_the_requests_id_and_kept_from_the_client(lo
     assert any("injected" in line.get("exc_info", "") for line in lines() if line["request_id"] == id)
 
 
-def test_a_path_is_one_line_whatever_is_in_it(logged):
+def test_a_path_is_logged_in_one_line(logged):
     url, lines = logged
     response = post(url, "/a%0a2026-01-01%20INFO%20forged", **{"X-Request-Id": "forged"})
     assert response.status_code == 404
@@ -150,7 +150,7 @@ def test_secrets_and_prompts_are_not_logged(logged):
         assert secret not in text
 
 
-def test_health_and_metrics_are_not_logged_while_all_is_well(logged):
+def test_successful_health_and_metrics_requests_are_not_logged(logged):
     url, lines = logged
     httpx.get(url + "/health")
     assert httpx.get(url + "/metrics", headers={"X-Request-Id": "refused"}).status_code == 401

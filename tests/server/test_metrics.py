@@ -51,7 +51,7 @@ def test_a_second_turn_hits_the_first_ones_prefix_in_both_branches(own_server):
     assert after["linalign:num_requests_running"] == after["linalign:kv_cache_usage_perc"] == 0
 
 
-def test_what_alerts_look_at_is_there_before_it_happens(own_server):
+def test_series_of_alerts_exist_from_the_start(own_server):
     """Series that alerts use exist with value 0, because rate() ignores a series that begins above 0."""
     url, _ = own_server
     seen = scrape(url)
@@ -63,7 +63,7 @@ def test_what_alerts_look_at_is_there_before_it_happens(own_server):
     assert "linalign:requests_rejected_total{code=queue_full}" in seen
 
 
-def test_running_requests_show_while_they_run(own_server):
+def test_running_requests_are_in_the_metrics(own_server):
     url, _ = own_server
     body = {"model": "smollm2", "messages": HISTORY, "max_tokens": 400, "stream": True}
     with httpx.stream("POST", url + "/v1/chat/completions", json=body, timeout=60) as response:
@@ -123,7 +123,7 @@ def test_alignment_is_counted(url):
     assert delta("branch_tokens_computed_total") > computed > 0
 
 
-def test_tokens_of_all_branches_but_the_first_are_counted_apart(own_server):
+def test_tokens_of_further_branches_are_counted_separately(own_server):
     url, _ = own_server
     plain = chat(url, HISTORY, principle=None)["usage"]["alignment_details"]["branch_tokens_computed"]
     assert scrape(url)["linalign:extra_tokens_computed_total"] == 0
@@ -136,7 +136,7 @@ def test_tokens_of_all_branches_but_the_first_are_counted_apart(own_server):
     assert delta("branch_tokens_computed_total") == aligned["alignment_details"]["branch_tokens_computed"]
 
 
-def test_ends_and_refusals_are_counted_by_what_they_were(url):
+def test_ends_and_refusals_are_counted_by_reason(url):
     before = scrape(url)
     chat(url, HISTORY, max_tokens=1)
     chat(url, HISTORY, max_tokens=40, stop=["e"])
@@ -160,7 +160,7 @@ def test_ends_and_refusals_are_counted_by_what_they_were(url):
     assert delta("http_responses_total{path=other,status=404}") == 1  # all unknown paths share one series
 
 
-def test_given_tokens_are_no_tokens_that_somebody_waited_for(url):
+def test_given_tokens_are_not_measured_as_new_tokens(url):
     before = scrape(url)
     text = {
         "model": "smollm2",
@@ -175,7 +175,7 @@ def test_given_tokens_are_no_tokens_that_somebody_waited_for(url):
     assert delta("inter_token_latency_seconds_count") == 0
 
 
-def test_what_waits_is_sequences_not_news_of_those_that_left(own_server):
+def test_waiting_counts_only_live_sequences(own_server):
     _, engine = own_server
     engine.stop()
     for id in range(8):

@@ -21,7 +21,7 @@ def respond(client, extra=None, **fields):
     return client.responses.create(**all_fields, extra_body=extra or {})
 
 
-def test_it_is_the_chat_completion(client):
+def test_a_response_has_the_text_of_the_chat_completion(client):
     chat = create(client, ALIGNED).choices[0].message.content
     response = respond(client, ALIGNED)
     assert response.output_text == chat
@@ -39,7 +39,7 @@ def test_it_is_the_chat_completion(client):
     assert (short.status, short.incomplete_details.reason) == ("incomplete", "max_output_tokens")
 
 
-def test_events_are_those_of_the_sdk(client):
+def test_events_match_the_sdks_types(client):
     whole = respond(client, ALIGNED, top_logprobs=2)
     events = list(respond(client, ALIGNED, stream=True, top_logprobs=2))
     assert [event.sequence_number for event in events] == list(range(len(events)))
@@ -122,7 +122,7 @@ def test_invalid_requests_are_refused(client, change, message):
         respond(client, **change)
 
 
-def test_errors_name_the_field_by_its_name_here(url):
+def test_errors_use_the_endpoints_field_names(url):
     body = {"model": "smollm2", "input": "Hi."}
     for change, param in [
         ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
@@ -138,7 +138,7 @@ def test_errors_name_the_field_by_its_name_here(url):
         assert not error["message"].startswith("Value error")
 
 
-def test_what_comes_back_goes_in_again(client):
+def test_output_items_are_accepted_as_input(client):
     """Output items as the SDK dumps them, empty fields included; a result in parts; reasoning without a message."""
     fields = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False, "max_output_tokens": 100}
     call = respond(client, ALIGNED, **fields).output[0].model_dump()

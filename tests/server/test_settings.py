@@ -28,7 +28,7 @@ def test_precedence_is_flag_then_variable_then_file_then_default(tmp_path, monke
     assert settings.model is None
 
 
-def test_the_file_can_come_from_the_variable(tmp_path, monkeypatch):
+def test_the_config_file_can_be_set_by_a_variable(tmp_path, monkeypatch):
     file = tmp_path / "server.yaml"
     file.write_text("default_alignment_ratio: 3.5\n")
     monkeypatch.setenv("LINALIGN_CONFIG", str(file))
@@ -36,7 +36,7 @@ def test_the_file_can_come_from_the_variable(tmp_path, monkeypatch):
     assert load_settings(["some/model"]).model == "some/model"
 
 
-def test_nothing_is_silently_ignored(tmp_path, monkeypatch):
+def test_unknown_settings_are_refused(tmp_path, monkeypatch):
     file = tmp_path / "server.yaml"
     file.write_text("prot: 1\n")
     with pytest.raises(ValueError, match="prot"):
@@ -68,7 +68,7 @@ def test_nothing_is_silently_ignored(tmp_path, monkeypatch):
             load_settings(["--config", str(file)])
 
 
-def test_the_engine_gets_what_it_knows():
+def test_the_engine_gets_its_settings():
     changed = {
         "max_model_len": 100,
         "max_num_seqs": 3,
@@ -100,7 +100,7 @@ def test_the_engine_gets_what_it_knows():
         'teacher: {principle: "\\ud800"}',
     ],
 )
-def test_presets_that_can_not_be_are_an_error_at_the_start(tmp_path, content):
+def test_invalid_presets_are_an_error_at_the_start(tmp_path, content):
     file = tmp_path / "presets.yaml"
     file.write_text(content)
     command = [
@@ -118,7 +118,7 @@ def test_presets_that_can_not_be_are_an_error_at_the_start(tmp_path, content):
     assert "Traceback" not in done.stderr
 
 
-def test_keys_of_a_file_are_beside_the_others(tmp_path):
+def test_keys_of_a_file_are_added(tmp_path):
     file = tmp_path / "keys"
     file.write_text("# the team's\nfirst-key\n\n  second-key  \n")
     settings = load_settings(["--api-keys", "third-key", "--api-keys-file", str(file)])
@@ -149,7 +149,7 @@ def test_files_without_a_key_are_an_error(tmp_path, content, words):
         (["--log-format", "xml"], "'text' or 'json'"),
     ],
 )
-def test_settings_that_can_not_be(flags, words):
+def test_invalid_settings_are_refused(flags, words):
     with pytest.raises(ValueError, match=words):
         load_settings(flags)
 
@@ -174,7 +174,7 @@ EXAMPLES = re.findall(
 
 
 @pytest.mark.parametrize("command", PAGES)
-def test_every_option_says_what_it_is_and_what_it_is_by_default(command):
+def test_every_option_has_a_description_and_a_default(command):
     options = {
         action.dest: action for action in help_source(PAGES[command]).root_parser._actions if action.dest != "help"
     }
@@ -255,7 +255,7 @@ EVAL = ["eval", "follow", "--output", "out"]
         (["serve", "--por", "1"], 2, "unrecognized arguments: --por"),
     ],
 )
-def test_command_lines_that_can_not_be(args, status, words, tmp_path, monkeypatch, capsys):
+def test_invalid_command_lines_are_refused(args, status, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["linalign", *args])
     with pytest.raises(SystemExit) as exit:

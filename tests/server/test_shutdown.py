@@ -19,7 +19,7 @@ BASE = {"model": "smollm2", "messages": [{"role": "user", "content": "Tell me ab
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_reply_that_takes_longer_than_the_shutdown_is_told_so(serving_small, stream):
+def test_a_reply_that_exceeds_the_shutdown_timeout_ends_with_abort(serving_small, stream):
     body = {**BASE, "max_tokens": 4000, "ignore_eos": True, "stream": stream}
     with serving_small("--shutdown-timeout", "1") as (url, process):
         asking = httpx.stream("POST", url + "/v1/chat/completions", json=body, timeout=60)
@@ -34,7 +34,7 @@ def test_a_reply_that_takes_longer_than_the_shutdown_is_told_so(serving_small, s
     assert reply["choices"][0]["finish_reason"] == "abort"
 
 
-def test_a_stream_ends_in_order_on_sigterm(serving_small):
+def test_a_stream_finishes_on_sigterm(serving_small):
     """A reply that fits in the shutdown timeout is complete."""
     body = {**BASE, "max_tokens": 150, "stream": True, "ignore_eos": True}
     with serving_small() as (url, process):
@@ -48,7 +48,7 @@ def test_a_stream_ends_in_order_on_sigterm(serving_small):
     assert len(rest) > 20
 
 
-def test_an_interrupt_from_the_keyboard_is_no_traceback(tmp_path):
+def test_a_keyboard_interrupt_prints_no_traceback(tmp_path):
     with (tmp_path / "stderr").open("w") as stderr, serving(status=130, stderr=stderr) as (_, process):
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
@@ -70,7 +70,7 @@ time.sleep(60)
 """
 
 
-def test_a_stop_while_it_loads_is_not_lost_in_a_destructor():
+def test_a_stop_during_loading_is_not_lost_in_a_destructor():
     done = fork_server.run(IN_A_DESTRUCTOR, timeout=30)
     assert done.returncode == 0
     assert "Exception ignored" in done.stderr
@@ -99,7 +99,7 @@ def test_a_second_sigterm_stops_at_once(serving_small):
         assert ends in ([None], [500])  # cut off, never a status that looks like success
 
 
-def test_while_replies_end_new_requests_are_told_to_go_elsewhere(serving_small, tmp_path):
+def test_during_the_shutdown_new_requests_get_503(serving_small, tmp_path):
     with (tmp_path / "stderr").open("w") as stderr, serving_small(stderr=stderr) as (url, process):
         alone = events(url, max_tokens=400)
         kept_alive = httpx.Client(base_url=url)
@@ -125,7 +125,7 @@ def test_while_replies_end_new_requests_are_told_to_go_elsewhere(serving_small, 
     assert "Traceback" not in (tmp_path / "stderr").read_text()
 
 
-def test_requests_that_wait_are_ended_like_those_that_run(serving_small):
+def test_waiting_requests_are_ended_like_running_ones(serving_small):
     with serving_small("--max-num-seqs", "1", "--shutdown-timeout", "1") as (url, process):
         replies = []
         threads = [threading.Thread(target=lambda: replies.append(chat(url, max_tokens=4000))) for _ in range(3)]
@@ -141,7 +141,7 @@ def test_requests_that_wait_are_ended_like_those_that_run(serving_small):
     assert sorted(reply.json()["usage"]["completion_tokens"] > 0 for reply in replies) == [False, False, True]
 
 
-def test_an_engine_that_hangs_while_the_server_stops_does_not_keep_it(serving_small, tmp_path):
+def test_an_engine_that_hangs_during_the_shutdown_does_not_block_it(serving_small, tmp_path):
     """The watchdog of steps has ended by then, so a last deadline ends the process."""
     trigger = tmp_path / "trigger"
     patch = BREAK_A_STEP.format(trigger=str(trigger), what="time.sleep(10**6)")
@@ -157,7 +157,7 @@ def test_an_engine_that_hangs_while_the_server_stops_does_not_keep_it(serving_sm
         asking.join()
 
 
-def test_an_engine_that_fails_while_the_server_stops_shows_in_its_exit_status(serving_small, tmp_path):
+def test_an_engine_failure_during_the_shutdown_sets_the_exit_status(serving_small, tmp_path):
     trigger = tmp_path / "trigger"
     patch = BREAK_A_STEP.format(trigger=str(trigger), what="raise ValueError('injected')")
     with serving_small(patch=patch, status=1, stderr=subprocess.DEVNULL) as (url, process):

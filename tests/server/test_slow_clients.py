@@ -118,7 +118,7 @@ def test_a_client_that_reads_with_pauses_gets_everything(impatient):
     assert received.count(b'"top_logprobs"') == 120
 
 
-def test_a_whole_reply_that_nobody_reads_leaves_no_connection(impatient):
+def test_an_unread_reply_leaves_no_connection(impatient):
     before = metric(impatient, "process_open_fds")
     connections = [connect(impatient) for _ in range(4)]
     for connection in connections:
@@ -128,7 +128,7 @@ def test_a_whole_reply_that_nobody_reads_leaves_no_connection(impatient):
     assert all(is_cut_off(connection) for connection in connections)
 
 
-def test_clients_that_do_not_go_on_are_cut_off(impatient):
+def test_idle_clients_are_disconnected(impatient):
     line = b"POST /v1/chat/completions HTTP/1.1\r\n"
     headers = line + b"Host: localhost\r\nContent-Length: 100\r\n\r\n"
     connections = [connect(impatient) for _ in range(4)]
@@ -137,7 +137,7 @@ def test_clients_that_do_not_go_on_are_cut_off(impatient):
     assert all(is_cut_off(connection) for connection in connections)
 
 
-def test_a_request_behind_a_long_reply_on_the_same_connection_is_not_silence(impatient):
+def test_a_request_that_waits_behind_a_long_reply_is_not_an_idle_client(impatient):
     """The server itself pauses reading while the first reply takes longer than the idle timeout."""
     connection = connect(impatient)
     connection.sendall(request(BODY | {"stream": True, "max_tokens": 600}))
@@ -153,7 +153,7 @@ def test_a_request_behind_a_long_reply_on_the_same_connection_is_not_silence(imp
     sender.join()
 
 
-def test_a_chat_that_takes_its_time_between_tokens_is_not_silence(impatient):
+def test_a_pause_between_tokens_is_not_an_idle_client(impatient):
     """A client that has sent its whole request may wait as long as the reply takes."""
     began = time.monotonic()
     reply = httpx.post(impatient + "/v1/chat/completions", json=BODY | {"max_tokens": 600}, timeout=120)

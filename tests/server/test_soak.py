@@ -12,7 +12,7 @@ POOL = min(32, (os.cpu_count() or 1) + 4)  # most threads of asyncio's default e
 GROWTH_MB = 40  # caches that are still filling: compiled grammars, chat templates, malloc's own
 
 
-def test_random_traffic_with_aborts_leaves_nothing_behind():
+def test_random_traffic_with_aborts_frees_all_resources():
     report = soak(counted(20, 1200), warm_up=counted(0.5, 0.2))
     before, after = report["after_warm_up"], report["at_the_end"]
     assert set(report["requests"]) == {DONE, LEFT, REFUSED}

@@ -70,7 +70,7 @@ REQUESTS = [
 
 
 @pytest.mark.parametrize("args", [[], pytest.param(["--quantization", "int8"], marks=pytest.mark.long)], ids=str)
-def test_replies_do_not_depend_on_what_a_start_has_left_out(embedded, args):  # noqa: ARG001 - converted
+def test_replies_do_not_depend_on_lean_imports(embedded, args):  # noqa: ARG001 - converted
     replies = []
     for cold in (True, False):
         with serving(*args, cold=cold) as (url, _):
@@ -105,7 +105,7 @@ def test_help_and_wrong_flags_import_nothing_heavy(tmp_path, args, status):
         assert f"linalign {args[0]}: " in done.stderr
 
 
-def test_nothing_is_left_out_for_a_transformers_that_has_looked_for_it(monkeypatch):
+def test_lean_imports_do_nothing_after_transformers_is_imported(monkeypatch):
     """Because transformers remembers which packages are installed."""
     monkeypatch.setitem(sys.modules, "transformers", types.ModuleType("transformers"))
     monkeypatch.delitem(sys.modules, "transformers.modeling_utils", raising=False)
@@ -147,7 +147,7 @@ def files(tmp_path):
     return tmp_path
 
 
-def test_what_files_say_of_their_model(files, monkeypatch):
+def test_models_are_recognised_from_their_files(files, monkeypatch):
     monkeypatch.chdir(files)
     assert look_at("plain") == Checkpoint(512, 2)
     assert look_at("nested") == Checkpoint(256, 6)
@@ -185,7 +185,7 @@ def test_what_files_say_of_their_model(files, monkeypatch):
     ],
     ids=str,
 )
-def test_what_can_not_be_served_is_refused_before_torch_is_imported(files, args, words):
+def test_unservable_models_are_refused_before_torch_is_imported(files, args, words):
     done, imported = command_line(files, "serve", *args)
     assert done.returncode == (3 if "listen" in words else 1)
     assert done.stderr.startswith("linalign serve: ")
@@ -205,7 +205,7 @@ def test_a_port_in_use_is_refused_before_torch_is_imported(tmp_path, host):
 
 
 @pytest.mark.skipif(preflight.may_have_cuda(), reason="there may be a GPU")
-def test_a_gpu_that_torch_can_not_have_is_refused_before_it_is_imported(tmp_path):
+def test_a_gpu_that_torch_does_not_support_is_refused_before_the_import(tmp_path):
     for device in ("cuda", "cuda:1"):
         done, imported = command_line(tmp_path, "serve", "--device", device)
         assert done.returncode == 1

@@ -38,21 +38,21 @@ def shared(embedded, tmp_path_factory):  # noqa: ARG001 - loads the model first,
 # Web pages
 
 
-def test_pages_of_other_origins_are_not_let_in_by_default(url):
+def test_other_origins_are_refused_by_default(url):
     response = httpx.options(url + "/v1/chat/completions", headers=PREFLIGHT)
     assert response.status_code == 405
     response = httpx.get(url + "/v1/models", headers={"Origin": PAGE})
     assert not any(name.startswith("access-control-") for name in response.headers)
 
 
-def test_what_a_page_may_send_without_asking_is_not_understood(url):
+def test_content_types_that_need_no_preflight_are_refused(url):
     body = '{"model": "smollm2", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}'
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", None):
         headers = {"Origin": PAGE} | ({"Content-Type": kind} if kind else {})
         assert httpx.post(url + "/v1/chat/completions", content=body, headers=headers).status_code == 400
 
 
-def test_pages_of_the_origins_that_are_named_are_let_in_and_no_others(shared):
+def test_only_listed_origins_are_allowed(shared):
     url, _ = shared
     response = httpx.options(url + "/v1/chat/completions", headers=PREFLIGHT)
     assert response.status_code == 200
@@ -79,13 +79,13 @@ def logged_client(file, id):
     return match[1]
 
 
-def test_forwarded_addresses_are_believed_of_proxies_that_are_named(shared):
+def test_forwarded_addresses_are_trusted_from_listed_proxies(shared):
     url, file = shared
     httpx.get(url + "/v1/models", headers={"X-Forwarded-For": "192.0.2.7", "X-Request-Id": "proxied"})
     assert logged_client(file, "proxied") == "192.0.2.7"
 
 
-def test_forwarded_addresses_are_not_believed_otherwise(tmp_path):
+def test_forwarded_addresses_are_not_trusted_by_default(tmp_path):
     for args in ((), ("--forwarded-allow-ips", "192.0.2.1")):
         with (tmp_path / "stderr").open("w") as stderr, serving(*args, stderr=stderr) as (url, _):
             httpx.get(url + "/v1/models", headers={"X-Forwarded-For": "192.0.2.7", "X-Request-Id": "forged"})
@@ -99,7 +99,7 @@ def test_forwarded_addresses_are_not_believed_otherwise(tmp_path):
         (True, ("0.0.0.0", "::", "192.0.2.1", "gpu.example.org")),
     ],
 )
-def test_which_hosts_others_can_reach(hosts, is_reachable):
+def test_addresses_that_other_machines_can_reach(hosts, is_reachable):
     assert {load_settings(["--host", host]).is_reachable for host in hosts} == {is_reachable}
 
 
@@ -107,7 +107,7 @@ def test_which_hosts_others_can_reach(hosts, is_reachable):
     ("args", "warns"),
     [(["--host", "0.0.0.0"], True), (["--host", "0.0.0.0", "--api-keys", "x"], False), ([], False)],
 )
-def test_a_server_that_is_open_to_everyone_says_so_loudly(tmp_path, args, warns):
+def test_a_server_that_is_open_to_everyone_warns(tmp_path, args, warns):
     with (tmp_path / "stderr").open("w") as stderr, serving(*args, stderr=stderr):
         pass
     assert ("*** Anyone who can reach 0.0.0.0 can use this server" in (tmp_path / "stderr").read_text()) is warns
@@ -125,7 +125,7 @@ def cached_tokens(url, key=None, path="/v1/chat/completions", **fields):
     return usage["alignment_details"]["prefix_cached_tokens"]
 
 
-def test_a_key_does_not_find_what_another_has_asked(shared):
+def test_a_key_does_not_hit_prefixes_of_another(shared):
     url, _ = shared
     first = cached_tokens(url, "one")
     assert cached_tokens(url, "one") > first + 50
@@ -134,7 +134,7 @@ def test_a_key_does_not_find_what_another_has_asked(shared):
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
-def test_a_salt_shares_prefixes_with_the_same_salt_alone(url, path):
+def test_a_salt_shares_prefixes_only_with_the_same_salt(url, path):
     messages = [{"role": "user", "content": f"Tell me about the lakes of our country. {path} " * 8}]
 
     def cached(**salt):
@@ -156,7 +156,7 @@ def test_a_salt_changes_no_reply(url):
     assert replies[0] == replies[1] == replies[2]
 
 
-def test_salts_of_no_or_too_great_length_are_refused(url):
+def test_empty_and_too_long_salts_are_refused(url):
     for salt in ("", "x" * 257, 5):
         response = httpx.post(url + "/v1/chat/completions", json=BODY | {"cache_salt": salt})
         assert response.status_code == 400
@@ -166,7 +166,7 @@ def test_salts_of_no_or_too_great_length_are_refused(url):
 # URLs in requests
 
 
-def test_nothing_is_fetched_that_a_client_points_at(url):
+def test_the_server_fetches_no_url_of_a_request(url):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"http://127.0.0.1:{listener.getsockname()[1]}/x.json"
         schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": address}}}
@@ -197,7 +197,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("method", "path", "body"), ERRORS)
-def test_errors_tell_nothing_about_the_machine(url, method, path, body):
+def test_errors_reveal_nothing_about_the_machine(url, method, path, body):
     response = httpx.request(method, url + path, content=body, headers={"Content-Type": "application/json"})
     assert 400 <= response.status_code < 500
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
@@ -209,7 +209,7 @@ def test_errors_tell_nothing_about_the_machine(url, method, path, body):
 @pytest.mark.parametrize(
     "junk", [b"\x00\x01\x02\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\x00\x01", b"x" * 70_000]
 )
-def test_what_is_no_http_is_refused_and_harms_nobody(url, junk):
+def test_invalid_http_is_refused_and_affects_no_other_client(url, junk):
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=20) as connection, contextlib.suppress(ConnectionError):
         connection.sendall(junk)
@@ -219,7 +219,7 @@ def test_what_is_no_http_is_refused_and_harms_nobody(url, junk):
     assert httpx.get(url + "/health").status_code == 200
 
 
-def test_no_salt_gives_a_page_the_name_of_another():
+def test_different_salts_give_different_page_hashes():
     """An attacker who knows a page's tokens may send their bytes, or the page's digest, as a salt."""
     tokens, others = list(range(10, 26)), list(range(40, 56))
     victim = hash_pages(Branch([*tokens, *others], salt=_salt(None, None)), 2, 16)

@@ -135,7 +135,7 @@ def test_compare_is_side_by_side(start_chat, client):
     assert words(terminal.ask("/history")) == "history"  # comparisons are not part of the conversation
 
 
-def test_control_c_stops_a_reply_and_keeps_what_is_there(start_chat):
+def test_control_c_stops_a_reply_and_keeps_its_text(start_chat):
     terminal = start_chat("--temperature", "1.9")  # such a reply hardly ever ends by itself
     terminal.type("Tell me a very long story about a town.\n")
     terminal.until(r"town\.\n\n?.*\w+ \w+ \w+")
@@ -149,7 +149,7 @@ def test_control_c_stops_a_reply_and_keeps_what_is_there(start_chat):
     terminal.until(r"╯\s+>$")
 
 
-def test_a_reply_taller_than_the_terminal_is_there_once(url, client):
+def test_a_reply_longer_than_the_terminal_is_shown_once(url, client):
     question = "Write a long letter to a friend."
     console = pexpect.spawn(
         COMMAND[0], [*COMMAND[1:], url, "--temperature", "0", "--max-tokens", "200"], encoding="utf-8", timeout=60,
@@ -190,7 +190,7 @@ def test_keys_and_flags(closed, client):
         assert ("an API key is needed" in done.stderr) == bool(status)
 
 
-def test_errors_are_told_and_the_chat_goes_on(start_chat):
+def test_errors_are_shown_and_the_chat_continues(start_chat):
     terminal = start_chat("--max-tokens", "100000")
     assert "the context holds" in terminal.ask("Hello")
     assert re.search("Unknown command /ratoi.*/ratio NUMBER", terminal.ask("/ratoi 3"), re.DOTALL)
@@ -201,7 +201,7 @@ def test_errors_are_told_and_the_chat_goes_on(start_chat):
     assert terminal.ends() == 0
 
 
-def test_without_a_server_it_says_so():
+def test_without_a_server_there_is_a_clear_error():
     done = subprocess.run([*COMMAND, f"http://127.0.0.1:{free_port()}"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "`linalign serve` starts a server" in done.stderr
@@ -212,7 +212,7 @@ def test_without_a_server_it_says_so():
         assert "Traceback" not in done.stderr
 
 
-def test_replies_do_not_command_the_terminal():
+def test_replies_can_not_control_the_terminal():
     console = Console(record=True, width=60, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(shown("one \x1b]0;title\x07\x1b[2J two\u202e\x9b31m"))
     console.print(shown("&lt;three&gt; &#x202e;&#27;[31m&NewLine;&rlm; [four](http://a&#x9b;31m) `&#8238;`"))

@@ -117,7 +117,7 @@ REPLIES = [
     ("family", "generation_prompt", "text", "fields", "calls"), REPLIES, ids=[f"{r[0]}-{r[2][:40]}" for r in REPLIES]
 )
 @pytest.mark.parametrize("size", [1, 3, 1000])
-def test_marks_are_found_however_the_text_is_cut(family, generation_prompt, text, fields, calls, size):
+def test_marks_are_found_for_any_chunking(family, generation_prompt, text, fields, calls, size):
     parser = ReplyParser(tokenizer_of(family), generation_prompt, TOOLS)
     deltas = [delta for i in range(0, len(text), size) for delta in parser.feed(text[i : i + size])]
     message = message_of(deltas + parser.finish())
@@ -128,7 +128,7 @@ def test_marks_are_found_however_the_text_is_cut(family, generation_prompt, text
     assert len(set(ids)) == len(calls)
 
 
-def test_arguments_come_as_they_are_written():
+def test_arguments_are_streamed_as_they_are_written():
     parser = ReplyParser(tokenizer_of("qwen"), "", TOOLS)
     text = '<tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>'
     deltas = [delta for character in text for delta in parser.feed(character)]
@@ -137,13 +137,13 @@ def test_arguments_come_as_they_are_written():
     assert len(seen) > 10
 
 
-def test_without_tools_nothing_is_a_call():
+def test_without_tools_there_are_no_calls():
     text = '<tool_call>{"name": "weather", "arguments": {}}</tool_call>'
     parser = ReplyParser(tokenizer_of("qwen"), "", [])
     assert message_of(parser.feed(text) + parser.finish()) == {"role": "assistant", "content": text}
 
 
-def test_the_tokenizers_own_template_goes_first():
+def test_the_tokenizers_response_template_has_priority():
     own = {
         "start_anchor_pattern": "^",
         "fields": {
@@ -165,7 +165,7 @@ def test_the_tokenizers_own_template_goes_first():
     assert message["tool_calls"][0]["function"] == {"name": "weather", "arguments": '{"days": 3}'}
 
 
-def test_formats_are_told_by_the_template():
+def test_the_template_decides_the_call_format():
     assert [call_format(tokenizer_of(family)) for family in TEMPLATES] == [HERMES, LLAMA, MISTRAL, HERMES]
 
 
@@ -176,7 +176,7 @@ def wide(tokenizer):
 
 @pytest.mark.parametrize("parallel", [False, True])
 @pytest.mark.parametrize("family", ["qwen", "llama", "mistral", "none"])
-def test_a_demanded_call_keeps_to_its_schema(wide, family, parallel):
+def test_a_required_call_follows_its_schema(wide, family, parallel):
     """A random model must call a function in the form of its family, and its reply must parse."""
     engine = make_engine(wide, num_pages=400)
     structure = required_calls(tokenizer_of(family), TOOLS, parallel)
@@ -233,7 +233,7 @@ def test_calls_of_strict_tools_keep_to_their_schemas(family, grammars, tokenizer
     assert accepts(grammars, tokenizer, alone, both) == (family == "qwen")  # whose parser drops the second call
 
 
-def test_a_model_that_calls_in_a_way_of_its_own_is_not_kept_to_a_schema():
+def test_an_unknown_call_format_is_refused_for_schemas():
     own = tokenizer_of("none", response_template={"fields": {}})
     for make in (required_calls, strict_calls):
         with pytest.raises(InvalidRequest, match="writes calls in a way"):
@@ -241,7 +241,7 @@ def test_a_model_that_calls_in_a_way_of_its_own_is_not_kept_to_a_schema():
 
 
 @pytest.mark.parametrize("family", FREE)
-def test_later_calls_are_dropped_where_one_is_asked_for(family):
+def test_later_calls_are_dropped_without_parallel_calls(family):
     text = {
         "qwen": '<tool_call>{"name": "a", "arguments": {"l": [1]}}</tool_call><tool_call>{"name": "b"}</tool_call>',
         "llama": '{"name": "a", "parameters": {"l": [1]}}; {"name": "b", "parameters": {}}',
@@ -337,7 +337,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 @pytest.mark.parametrize("more", [{}, {"response_template": OWN}], ids=["ours", "its own"])
-def test_hostile_calls_are_text_or_calls_however_they_are_cut(text, more):
+def test_hostile_calls_are_text_or_calls_for_any_chunking(text, more):
     messages = []
     for size in (1, 7, len(text)):
         parser = ReplyParser(tokenizer_of("qwen", **more), "", TOOLS)

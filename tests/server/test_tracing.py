@@ -78,7 +78,7 @@ def attributes(span):
     return {attribute.key: value(attribute.value) for attribute in span.attributes}
 
 
-def test_a_request_is_a_span_in_its_callers_trace_and_its_generation_one_in_that(spans):
+def test_a_request_is_a_span_of_its_callers_trace_and_has_a_generation_span(spans):
     spans_of_trace = [span for span in spans if span.trace_id.hex() == TRACE]
     generation = next(span for span in spans_of_trace if span.name == "chat smollm2")
     http_span = next(span for span in spans_of_trace if span.span_id == generation.parent_span_id)
@@ -113,7 +113,7 @@ def test_streams_texts_and_refusals_have_spans_too_and_health_has_none(spans):
     assert not any("/health" in span.name for span in spans)
 
 
-def test_without_an_endpoint_nothing_is_traced_whatever_the_environment_says(monkeypatch):
+def test_without_an_endpoint_nothing_is_traced(monkeypatch):
     """Otherwise FastAPI would send bodies of invalid requests to the endpoint in the environment's variables."""
     collector = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector)
     collector.received = []

@@ -46,7 +46,7 @@ NAME_OF_FOCUS = """() => {
 }"""
 
 
-def test_a_keyboard_is_enough(page):
+def test_the_page_works_with_a_keyboard_only(page):
     """Tab reaches every control and leaves each again."""
     page.keyboard.press("Tab")
     seen = []

@@ -74,7 +74,7 @@ def test_a_chat_of_many_turns(browser, url):
         expect(messages).to_have_count(0)
 
 
-def test_a_reply_that_is_stopped_stays_as_it_is(browser, url):
+def test_a_stopped_reply_keeps_its_text(browser, url):
     with opened(browser, url, "chat") as page:
         limit(page, 2000, ignore_eos=True)
         page.get_by_label("Message", exact=True).fill("Tell me a long story.")
@@ -105,7 +105,7 @@ def stub(page, text, end="data: [DONE]\n\n", status=200, **delta):
 
 
 @pytest.mark.parametrize("text", COLLAPSED, ids=[text[:3] for text in COLLAPSED])
-def test_collapsed_text_harms_nothing(browser, url, text):
+def test_degenerate_text_does_not_break_the_page(browser, url, text):
     """Text that is nested deeper than the markdown parser's stack allows, or slow to parse."""
     with opened(browser, url, "chat") as page:
         stub(page, text)
@@ -148,7 +148,7 @@ def test_a_chat_survives_failures(browser, url):
         assert turns(page)[2:] == ["And now?", "Now it does."]
 
 
-def test_an_editor_does_not_cross_a_reply(browser, url):
+def test_editing_waits_for_the_running_reply(browser, url):
     with opened(browser, url, "chat") as page:
         limit(page, 2000, ignore_eos=True)
         page.get_by_label("Message", exact=True).fill("Hello")
@@ -186,7 +186,7 @@ def test_two_tabs_keep_each_others_conversations(browser, url):
 @pytest.mark.parametrize(
     "value", ['"x"', "[]", "{}", '{"id": "1", "ratio": 2, "principles": [{}], "messages": [{}]}', "{", "null"]
 )
-def test_what_is_in_storage_may_be_anything(browser, url, value):
+def test_invalid_values_in_storage_are_ignored(browser, url, value):
     with opened(browser, url, "chat") as page:
         page.evaluate("(kept) => localStorage.setItem('linalign.conversation.1', kept)", value)
         page.reload()
@@ -194,7 +194,7 @@ def test_what_is_in_storage_may_be_anything(browser, url, value):
         expect(page.locator(".messages > li")).to_have_count(0)
 
 
-def test_without_storage_a_chat_is_a_chat_still(browser, url):
+def test_without_storage_a_chat_works(browser, url):
     with opened(browser, url, "chat") as page:
         page.evaluate("() => { Storage.prototype.setItem = () => { throw new Error('full'); }; }")
         stub(page, "A reply.")

@@ -59,7 +59,7 @@ def test_replies_stream(page):
     assert all(len({each[i] for each in lengths}) > 5 for i in range(3))
 
 
-def test_the_slider_is_live(page, url):
+def test_the_slider_requests_a_new_reply(page, url):
     set_tokens(page, 12)
     page.get_by_role("button", name="Run").click()
     expect(page.locator(".status")).to_have_text("All replies are complete.")
@@ -71,7 +71,7 @@ def test_the_slider_is_live(page, url):
     assert shown(page, COLUMNS[0]) == text_of(url, None)
 
 
-def test_the_slider_is_live_while_replies_stream_and_stop_stops_it(page):
+def test_the_slider_works_during_streams_and_stop_ends_them(page):
     sent = bodies(page)
     limit(page, 3000, ignore_eos=True)
     page.get_by_role("button", name="Run").click()
@@ -99,7 +99,7 @@ def test_weights_stay_with_their_principles(page):
     expect(page.get_by_label("Weight of principle 1")).to_have_value("1")
 
 
-def test_invalid_input_is_not_sent(page):
+def test_invalid_form_input_is_not_sent(page):
     sent = bodies(page)
     page.get_by_label("Prompt", exact=True).fill("")
     page.get_by_label("Prompt", exact=True).press("Control+Enter")
@@ -112,7 +112,7 @@ def test_invalid_input_is_not_sent(page):
 
 
 @pytest.mark.parametrize("view", ["toString", "constructor", "nowhere", ""])
-def test_links_to_nowhere_lead_to_compare(browser, url, view):
+def test_unknown_views_lead_to_compare(browser, url, view):
     with opened(browser, url, view) as page:
         expect(page.get_by_role("link", name="Compare")).to_have_attribute("aria-current", "page")
 
@@ -193,7 +193,7 @@ def test_without_a_clipboard_the_code_is_shown(page):
     expect(code).to_have_count(0)
 
 
-def test_errors_of_the_server_are_told(page):
+def test_errors_of_the_server_are_shown(page):
     set_tokens(page, 99_999)
     page.get_by_role("button", name="Run").click()
     for title in COLUMNS:

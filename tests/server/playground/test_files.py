@@ -17,7 +17,7 @@ from tests.server.playground.browsing import ROOT, opened
 pytestmark = pytest.mark.slow
 
 
-def test_vendored_files_are_those_of_the_packages():
+def test_vendored_files_equal_the_packages():
     """`make vendor` updates them."""
     vendor, packages = FOLDER / "vendor", ROOT / ".venv/playground/node_modules"
     dependencies = json.loads((FOLDER / "package.json").read_text())["dependencies"]

@@ -13,7 +13,7 @@ from tests.serving import serving
 pytestmark = pytest.mark.slow
 
 
-def test_the_page_asks_for_the_key_and_keeps_it_in_memory(browser, embedded):  # noqa: ARG001
+def test_the_page_asks_for_the_key_and_keeps_it_in_memory_only(browser, embedded):  # noqa: ARG001
     with (
         serving("--api-keys", "open-sesame") as (url, _),
         opened(browser, url, has_key=True, permissions=["clipboard-read", "clipboard-write"]) as page,

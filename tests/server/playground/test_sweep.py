@@ -41,7 +41,7 @@ def test_the_sweep_measures_as_the_evaluation_does(page, url, tmp_path):
     assert row == [f"{runs[4][name]:.{n}f}" for name, n in digits.items()]
 
 
-def test_numbers_of_hard_texts_are_the_evaluations(page):
+def test_statistics_of_texts_equal_the_evaluations(page):
     texts = [
         "",
         "a",

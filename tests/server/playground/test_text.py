@@ -60,7 +60,7 @@ def test_titles_of_conversations_are_text(browser, url):
         assert page.evaluate("window.hacked") is None
 
 
-def test_the_policy_keeps_strangers_code_out(browser, url):
+def test_the_security_policy_blocks_foreign_code(browser, url):
     response = httpx.get(url + "/")
     assert response.headers["content-security-policy"] == POLICY
     assert "unsafe" not in POLICY

@@ -67,7 +67,7 @@ def test_pointing_at_a_token_shows_what_each_policy_would_have_said(page, url):
     assert page.get_by_role("listbox").get_attribute("aria-activedescendant") == "token-0"
 
 
-def test_characters_of_several_tokens_are_whole(page):
+def test_characters_of_several_tokens_are_complete(page):
     page.get_by_role("link", name="Why this word").click()
     force(page, {"choice": ["🦉🦉 Süßholz 日本"]})
     page.get_by_role("button", name="Run").click()
