@@ -1,4 +1,4 @@
-"""The engine: takes requests from any thread, and runs the loop in a thread of its own."""
+"""The engine: takes requests from any thread, and runs the loop in its own thread."""
 
 import itertools
 import logging
@@ -122,7 +122,7 @@ class Engine:
     ) -> Iterator[Output]:
         """Answer a chat. Yields an output for each step that draws a token.
 
-        principle: one text, extrapolated by `ratio`, or several Principles with ratios of their own.
+        principle: one text, extrapolated by `ratio`, or several Principles with their own ratios.
         The request is aborted when the iterator is garbage collected.
         Raises InvalidRequest and EngineDead, also during iteration, and RequestFailed during iteration.
         """
@@ -240,7 +240,7 @@ class Engine:
         return self
 
     def drain(self) -> None:
-        """Take no new requests. The ones that are there go on."""
+        """Refuse new requests. Accepted ones continue."""
         with self._wake:
             self._is_draining = True
 

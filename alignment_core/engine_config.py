@@ -19,7 +19,7 @@ class EngineConfig:
     and 0 on a CPU, where every row costs time.
     batch_invariant: a reply does not depend on what else is in the batch. Always so on a CPU.
     static: decodes run in a few fixed shapes (CUDA graphs), the device draws the tokens, and every step is
-    launched before those of the one before are known, so that the device never waits for the host. None
+    launched before those of the previous step are known, so that the device never waits for the host. None
     means on a GPU.
     enforce_eager: neither CUDA graphs nor torch.compile.
     max_queued_requests, max_queued_tokens: choices, and prompt tokens of all their branches, that may wait for

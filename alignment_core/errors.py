@@ -1,7 +1,7 @@
 """The exceptions of the library.
 
 LinalignError
-  LoadingError    the model can't be had; the message says what would help
+  LoadingError    the model can't be loaded; the message names a solution
   InvalidRequest  a request that can never be served; also a ValueError
   RequestFailed   something went wrong in one request; no other is harmed
   EngineBusy      the queue is full; try again later
@@ -16,7 +16,7 @@ class LinalignError(Exception):
 
 
 class LoadingError(LinalignError):
-    """The model can't be had; the message says what would help."""
+    """The model can't be loaded; the message names a solution."""
 
 
 class InvalidRequest(LinalignError, ValueError):

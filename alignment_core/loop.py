@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Loop:
-    """Runs sequences to their ends. An error in one sequence ends that sequence alone."""
+    """Runs sequences to their ends. An error in one sequence ends only that sequence."""
 
     def __init__(
         self, runner: ModelRunner, scheduler: Scheduler, sampler: Sampler, backlog: Backlog, overlaps: bool
@@ -95,7 +95,7 @@ class Loop:
         return PendingStep(step, self._draw_apart(step, logits, next_tokens))
 
     def _draw_apart(self, step: Step, logits: Tensor, next_tokens: Seq[NextToken]) -> list[Drawn]:
-        """Draw for each sequence alone, which takes less memory too. A sequence whose draw fails ends."""
+        """Draw for each sequence separately, which also takes less memory. A sequence whose draw fails ends."""
         sizes = [len(sequence.branches) for sequence, _ in next_tokens]
         rows = torch.split(logits[: sum(sizes)], sizes)  # fixed shapes have more rows
         drawn = []
@@ -139,7 +139,7 @@ class Loop:
                 self.num_accepted += num_accepted
 
     def _accepts(self, sequence: Sequence, token: int, logprobs: tuple[TokenLogprob, ...]) -> bool:
-        """`_accept`, but an error ends this sequence alone."""
+        """`_accept`, but an error ends only this sequence."""
         try:
             return self._accept(sequence, token, logprobs)
         except Exception as error:

@@ -30,11 +30,11 @@ class Usage:
     """The tokens of a choice: the user's view first, then the work behind it."""
 
     prompt_tokens: int  # of the first principled branch
-    prompt_cached_tokens: int  # of them, those that prefix reuse spared
+    prompt_cached_tokens: int  # the part that prefix reuse saved
     completion_tokens: int
     branches: int
     branch_tokens_computed: int  # tokens computed, of all branches
-    extra_tokens_computed: int  # of them, those of all branches but the first
+    extra_tokens_computed: int  # the part of all branches except the first
     prefix_cached_tokens: int  # tokens that prefix reuse spared, of all branches
 
 
@@ -49,7 +49,7 @@ class Stats:
     num_tokens_admitted: int  # context tokens at admission, of all branches
     num_tokens_cached: int  # context tokens that prefix reuse spared, after admission too
     num_tokens_drafted: int  # by speculation, counted once for a sequence
-    num_tokens_accepted: int  # of them, those that were drawn
+    num_tokens_accepted: int  # the part that was drawn
     num_tokens_generated: int  # of all replies, without given tokens, counted once for a sequence
 
 
@@ -60,7 +60,7 @@ class TokenLogprob:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()  # the most probable tokens with their log-probabilities, best first
-    trace: "Trace | None" = None  # of an aligned token, if the request wants it
+    trace: "Trace | None" = None  # of an aligned token, if the request has trace
 
 
 @dataclass(frozen=True, slots=True)

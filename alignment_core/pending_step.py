@@ -27,7 +27,7 @@ class PendingStep:
             self._arrival.record()
 
     def wait(self) -> Iterator[tuple[int, tuple[TokenLogprob, ...]]]:
-        """Wait for the device. Yields each token id, with its report if the request wants one."""
+        """Wait for the device. Yields each token id, with its report if the request needs one."""
         if self._arrival is not None:
             self._arrival.synchronize()
         for part in self._parts:

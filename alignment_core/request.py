@@ -69,7 +69,7 @@ class SamplingParams:
     The end of the reply:
         max_tokens: Longest reply. None means up to the end of the context.
         stop: Strings that end the reply and are not part of it.
-        stop_token_ids: Tokens that end the reply, beside the model's own ends of sequence.
+        stop_token_ids: Tokens that end the reply, in addition to the model's end-of-sequence tokens.
         ignore_eos: Whether the model's own ends of sequence do not end the reply.
         min_tokens: Before this many tokens only max_tokens ends the reply.
 
@@ -82,7 +82,7 @@ class SamplingParams:
         structure: What the reply must look like. Tokens that would break the structure are edited out.
 
     The output:
-        skip_special_tokens: Whether control tokens are left out of the text.
+        skip_special_tokens: Whether the text omits control tokens.
         logprobs: How many alternatives to report with every token. None reports nothing.
         trace: Whether to report the principled and the base policy of every token too.
 
@@ -168,8 +168,8 @@ class Prompt:
 
     principled: k ≥ 1 branches, mixed with `weights`, which sum to 1, and extrapolated by `ratios`.
     base: The branch without a principle. None if every coefficient is 0, because there is no direction then.
-    given: The beginning of the reply, whatever would have been drawn; for the log-probabilities of a text.
-    continues: Whether the reply goes on with the text of the prompt.
+    given: The first tokens of the reply, which are not drawn; for the log-probabilities of a text.
+    continues: Whether the reply continues the text of the prompt.
     salt: 32 bytes, or none. Prefixes are shared with prompts of the same salt alone, so that nobody else can find out
         by timing which prompts were sent.
     method: How the method makes `coefficients` of the ratios: docs/methods.md.

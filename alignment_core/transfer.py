@@ -14,7 +14,7 @@ def to_device(values: "np.ndarray[Any, Any] | Tensor", device: torch.device) -> 
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy on the host; on CUDA its values are there once the stream has come so far."""
+    """A copy on the host; on CUDA its values are valid after the stream has reached this point."""
     if not tensor.is_cuda:
         return tensor.clone()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

@@ -1,1 +1,1 @@
-"""What the ratio does and what it costs, measured through a server's own API: `linalign eval`."""
+"""linalign eval: measures the effect and the cost of principles and ratios, through the HTTP API."""

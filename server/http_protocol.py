@@ -31,7 +31,7 @@ class BoundedProtocol(HttpToolsProtocol):
     - More than MAX_HEADER_BYTES in request line and headers, or in trailers: the connection is closed with a 431.
       httptools itself has no bound.
     - More than MAX_PIPELINED waiting requests: the connection is aborted.
-    - A client that sends nothing for IDLE_TIMEOUT where a request should begin or go on: aborted.
+    - A client that sends nothing for IDLE_TIMEOUT when a request should begin or continue: aborted.
     - A client that does not read: aborted when the write buffer has been above the transport's high-water mark for
       IDLE_TIMEOUT.
 
@@ -141,7 +141,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._look_for_end()
 
     def on_body(self, body: bytes) -> None:
-        self._num_header_bytes = 0  # a body has a limit of its own
+        self._num_header_bytes = 0  # a body has its own limit
         super().on_body(body)
 
     def on_message_complete(self) -> None:

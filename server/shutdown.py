@@ -35,7 +35,7 @@ class Server(uvicorn.Server):
     A dead engine ends the server in order. A hanging step, or a hanging event loop, ends the process with status 1 and
     the stack of every thread on stderr, so that a supervisor can restart the server.
 
-    timeout: Seconds that running requests get after the server was asked to stop.
+    timeout: Seconds that running requests get after a signal to stop.
     """
 
     def __init__(self, config: uvicorn.Config, engine: Engine, timeout: float) -> None:
@@ -76,7 +76,7 @@ class Server(uvicorn.Server):
         os._exit(1)  # do not wait for the hanging thread
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal lets replies end; the second ends the server at once."""
+        """After the first signal replies may finish; the second ends the server at once."""
         self.force_exit = self.should_exit
         super().handle_exit(sig, frame)
 

@@ -43,7 +43,7 @@ class Tracing:
             self.tracer = provider.get_tracer("linalign")
             on: TelemetryConfig = {"tracing": True, "tracer_provider": provider, "operation_spans": False}
             self.telemetry = {**OFF, **on, "exclude": lambda scope: scope.get("path") in QUIET}
-            self.close = provider.shutdown  # sends what is left
+            self.close = provider.shutdown  # sends the remaining spans
 
 
 def _without_queries() -> "SpanProcessor":

@@ -122,7 +122,7 @@ def release_threads() -> None:
 
 
 def _loaded(compiler: str) -> ctypes.CDLL:
-    """The library for this source, compiler and processor, from the cache if it is there.
+    """The library for this source, compiler and processor, from the cache if possible.
 
     Raises CalledProcessError and OSError if it can't be compiled or loaded.
     """

@@ -19,7 +19,7 @@ MASK64 = (1 << 64) - 1
 class DrawSettings:
     """Settings of S draws; all tensors are [S]. The order of the fields is that of `static_sampler._pack`.
 
-    The nucleus is the set that the edited principled logits alone decide. For an aligned line it is the plausible set.
+    The nucleus is the set that only the edited principled logits decide. For an aligned line it is the plausible set.
     For a plain line it is the nucleus of the request's top_p if no other filter comes before it; `top_p` is then 1.
     """
 
@@ -78,7 +78,7 @@ def _nucleus(sequence: Sequence) -> tuple[float, float, float]:
 
 
 def uniform(seed: int, choice: int, position: int) -> float:
-    """A number in [0, 1) that depends on (seed, choice, position) alone: the SplitMix64 finaliser
+    """A number in [0, 1) that depends only on (seed, choice, position): the SplitMix64 finaliser
     (Steele, Lea and Flood, OOPSLA 2014) chained over the three.
     """
     bits = 0

@@ -101,7 +101,7 @@ class Logprobs:
 
 def log_probabilities(policy: Policy, tokens: Tensor, lines: Seq[int]) -> list[Logprobs]:
     """How probable drawn tokens were: under the aligned policy, softmax of z at temperature 1 on the plausible
-    set, or, without alignment, under the model itself. One object, or none where no request wants to know.
+    set, or, without alignment, under the model itself. One object, or none if no request needs it.
 
     tokens: [S] int64, what was drawn from the S lines of the policy. NO_TOKEN gets some number. lines: the numbers of
     the S lines among the step's tokens.

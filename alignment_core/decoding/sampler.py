@@ -31,7 +31,7 @@ class Drawn:
 
 
 class Sampler:
-    """Draws from tensors of whatever shapes a step has. `StaticSampler` does the same in fixed shapes."""
+    """Draws from tensors of any shape. `StaticSampler` does the same in fixed shapes."""
 
     def draw(self, logits: Tensor, next_tokens: Seq[NextToken]) -> Drawn:
         """Draw a token for each of S next tokens: the given one where it is given, NO_TOKEN where the logits are not

@@ -1,4 +1,4 @@
-"""The draw of draw.py in fixed shapes: they depend on [S, V] alone, and the host reads no value of a tensor.
+"""The draw of draw.py in fixed shapes: they depend only on [S, V], and the host reads no value of a tensor.
 
 So a CUDA graph can hold it, torch.compile can fuse it, and the host need not wait for the device. Where draw.py
 sorts a few candidates, this finds the threshold that sorting would find, bit by bit: the bits of floats,
@@ -70,7 +70,7 @@ def draw_from_logits(
 ) -> Tensor:
     """Draw one token a line from a step's logits, without edits: docs/design.md, section 2, steps 1 to 5.
 
-    logits: [rows, V] float32. filters: those of `settings`, or more. weights_above: as the function of that name.
+    logits: [rows, V] float32. filters: those of `settings`, or more. weights_above: Like the function `weights_above`.
     Returns [S] int64, NO_TOKEN where the logits of a line are not finite.
     """
     y = principled_logits(logits, settings.mixing)

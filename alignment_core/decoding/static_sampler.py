@@ -38,7 +38,7 @@ class StaticSampler(Sampler):
         most = len(runner.drawn)
         self._sizes = [most]
         if not runner.config.batch_invariant:
-            self._sizes = padded_sizes(most)[1:]  # torch compiles size 1 as a case of its own
+            self._sizes = padded_sizes(most)[1:]  # torch compiles size 1 as a special case
         self._packed = torch.zeros(len(PADDING_SETTINGS), most, dtype=torch.float64, device=runner.drawn.device)
 
     @torch.inference_mode()
@@ -71,12 +71,14 @@ class StaticSampler(Sampler):
     def warm_up(self) -> None:
         """Compile and capture everything that `draw` may run, so that no request waits for it."""
         for filters in PREPARED:
-            self._step(self._sizes[0], filters)  # torch takes the largest size, which is that of the rows, for a rule
+            self._step(
+                self._sizes[0], filters
+            )  # otherwise torch would specialise on the largest size, the number of rows
             for size in reversed(self._sizes):
                 self._runner.graphs.run(("draw", size, filters), lambda: self._step(size, filters))  # noqa: B023
 
     def _groups(self, unusual: list[int]) -> list[list[int]]:
-        """The lines that are drawn together; in batch-invariant mode each line alone."""
+        """The lines that are drawn together; in batch-invariant mode each line separately."""
         return [[line] for line in unusual] if self._runner.config.batch_invariant else [unusual]
 
     def _replay(self, next_tokens: Seq[NextToken], lines: list[int]) -> Tensor:

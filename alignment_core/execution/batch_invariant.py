@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-ROWS = 128  # a step of fewer takes hardly any longer on a GPU, which reads the same weights
+ROWS = 128  # smaller steps are hardly faster on a GPU, because it reads the same weights
 
 
 def run_in_blocks(model: nn.Module) -> None:
@@ -29,7 +29,7 @@ def run_in_blocks(model: nn.Module) -> None:
 
 
 def in_blocks(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A forward function in blocks. forward: A function of each row alone, [rows, K] to [rows, N]."""
+    """A forward function in blocks. forward: Computes each row independently, [rows, K] to [rows, N]."""
 
     def blocked(x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)

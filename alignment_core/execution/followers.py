@@ -1,7 +1,7 @@
 """One model over several processes, each with a part of every layer, by transformers' own plans.
 
 All processes run the same forward passes. Rank 0 loads the model for its user, starts the followers
-(loading/follower.py), plans every step, sends the plans to the followers, and alone draws. The followers end with
+(loading/follower.py), plans every step and sends the plans to the followers. Only rank 0 draws. The followers end with
 rank 0.
 """
 
@@ -79,7 +79,7 @@ class Followers:
 def start_followers(size: int, arguments: Mapping[str, object]) -> Followers:
     """Start the processes of ranks 1 to size − 1, which `load` the model with these arguments, and become rank 0.
 
-    Their sockets listen on the loopback address alone.
+    Their sockets listen only on the loopback address.
     """
     listener = socket.create_server((HERE, 0))
     port = listener.getsockname()[1]

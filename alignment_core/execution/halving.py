@@ -8,7 +8,7 @@ from linalign.alignment_core.scheduling.step import Row
 
 @dataclass(frozen=True, slots=True)
 class Half:
-    """One part. rows, wanted: See `Plan.of`. lines: The places of its logits among those of the whole."""
+    """One part. rows, wanted: See `Plan.of`. lines: The indices of its logits in the logits of the whole step."""
 
     rows: list[Row] = field(default_factory=list)
     wanted: list[tuple[Row, int]] = field(default_factory=list)

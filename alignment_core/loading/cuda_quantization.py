@@ -11,7 +11,7 @@ class QuantizationError(ValueError):
 
 
 def quantise(model: PreTrainedModel, quantization: str) -> None:
-    """Round the weights of the linear layers in place, those of the output layer excepted.
+    """Round the weights of the linear layers in place, except the output layer's.
 
     quantization: fp8 (a scale per row; activations too, rounded as they come), int8 (a scale per row;
     activations as they are), int4 (a scale and an offset per 128; the same). Raises QuantizationError.

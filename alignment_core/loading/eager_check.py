@@ -27,7 +27,7 @@ TOLERANCE = 0.1
 
 @torch.inference_mode()
 def compare_with_eager(model: PreTrainedModel) -> None:
-    """Raises ValueError if the logits differ from those of transformers' eager attention, windows included, or if the
+    """Raises ValueError if the logits differ from those of transformers' eager attention, including windows, or if the
     architecture is not supported.
     """
     config = model.config.get_text_config()

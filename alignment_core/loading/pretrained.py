@@ -67,12 +67,12 @@ def _refuse(name: str, config: PreTrainedConfig) -> None:
     """Raises LoadingError in one line for what transformers would report in many lines, or one after the other."""
     checkpoint.refuse_missing_packages(name, config.to_dict())
     is_known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    if not is_known and not hasattr(config, "auto_map"):  # a checkpoint with code of its own
+    if not is_known and not hasattr(config, "auto_map"):  # a checkpoint with its own code
         raise LoadingError(f"{name} is of the type {config.model_type}, which is no language model of text alone")
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """An error's message, in one line."""
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Status(Enum):
-    """Where a sequence is. The scheduler alone changes it."""
+    """Where a sequence is. Only the scheduler changes it."""
 
     WAITING = auto()  # for its first step
     RUNNING = auto()  # its branches hold pages
@@ -37,7 +37,7 @@ class Branch:
     page_hashes: list[bytes] = field(default_factory=list)  # of the first full pages: see `kv_cache.hash_pages`
     num_published: int = 0  # leading pages that other branches may adopt
     num_computed: int = 0  # leading tokens whose keys and values are in the pages
-    salt: bytes = b""  # pages are shared with branches of the same salt alone
+    salt: bytes = b""  # pages are shared only with branches of the same salt
 
     @property
     def remaining(self) -> int:
@@ -80,7 +80,7 @@ class Sequence:
     output_ids: list[int] = field(default_factory=list)  # the reply so far, given tokens included
     num_preemptions: int = 0
     num_tokens_computed: int = 0  # of all branches
-    num_tokens_extra: int = 0  # of them, those of all branches but the first
+    num_tokens_extra: int = 0  # the part of all branches except the first
     num_tokens_cached: int = 0  # that prefix reuse spared, of all branches
     num_prompt_cached: int = 0  # that prefix reuse spared in the first principled prompt
     last_turn: int = 0  # the scheduler's number of the latest step that the sequence ran in
@@ -125,7 +125,7 @@ class Sequence:
 
     @property
     def num_replied(self) -> int:
-        """Tokens of the reply that were not given; negative while given tokens are left."""
+        """Tokens of the reply that were not given; negative while given tokens remain."""
         return len(self.output_ids) - len(self.prompt.given)
 
     def expect(self, place: int) -> None:

@@ -20,7 +20,7 @@ class Row:
 
     @property
     def tokens(self) -> list[int]:
-        """Token ids. A negative number stands for a token that the step before draws: see `Sequence.expect`."""
+        """Token ids. A negative number is a placeholder for a token of the previous step, see `Sequence.expect`."""
         return [*self.branch.tokens[self.start : self.end], *self.drafts]
 
     def cut(self, num_tokens: int) -> "tuple[Row, Row]":

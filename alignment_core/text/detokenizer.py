@@ -9,7 +9,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 REPLACEMENT = "\ufffd"
 MAX_TOKENS_PER_CHARACTER = 4  # UTF-8 needs at most four bytes, and a token carries at least one
 NUM_BEFORE = 8  # tokens of context that may change the text of those after them
-MAX_UNSEEN = 32  # tokens without text of their own that are kept as context of the next token
+MAX_UNSEEN = 32  # tokens without text that are kept as context of the next token
 
 
 class TextStream:

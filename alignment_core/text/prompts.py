@@ -85,7 +85,7 @@ class PromptBuilder:
     ) -> Prompt:
         """Token ids of every branch of a text that the reply continues. A principle is a line before the text.
 
-        scores: Whether the prompt is the first token alone and the others are given tokens of the reply, so that
+        scores: Whether the prompt is only the first token and the others are given tokens of the reply, so that
             their log-probabilities are reported.
         """
         ids = self.text_ids(text)
@@ -172,7 +172,7 @@ class PromptBuilder:
     def _without_stripped_space(self, base: str, messages: Messages, rendering: Rendering) -> Messages:
         """The messages without the white space that the template strips from them.
 
-        Only messages beside which a principle may be placed: with the principle there, the template would no longer
+        Only messages next to which a principle may be placed: with the principle there, the template would no longer
         strip the space between both, and the branches would differ by more than the principle.
         """
         users = [index for index, message in enumerate(messages) if message["role"] == "user"]

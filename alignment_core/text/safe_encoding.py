@@ -28,7 +28,7 @@ class SafeEncoder:
         marks = _any_of({mark for text in special for mark in re.findall(r"[^\w\s]", text)})
         self._any_added = _any_of(self._added)
         self.tokens = Forbidden(self._any_added, _any_of(special))
-        # Punctuation of control tokens alone: names of fields and functions consist of letters and digits.
+        # Only punctuation of control tokens: names of fields and functions consist of letters and digits.
         self.marks = Forbidden(marks, re.compile(f"(?P<kept>{harmless.pattern})|{marks.pattern}"))
         # A normalizer may turn look-alikes of a control token (full-width letters, say) into that token.
         normalises = tokenizer.backend_tokenizer.normalizer is not None

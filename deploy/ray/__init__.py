@@ -1,1 +1,1 @@
-"""linalign on Ray Serve: HTTP in front, engines behind, each with GPUs of its own (docs/scaling.md)."""
+"""linalign on Ray Serve: HTTP in front, engines behind, each with its own GPUs (docs/scaling.md)."""

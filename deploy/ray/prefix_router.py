@@ -42,7 +42,7 @@ class PrefixRouter(RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """All replicas, best first, each in a list of its own. Ray takes the first one that is not full."""
+        """All replicas, best first, each in a separate list. Ray takes the first one that is not full."""
         if pending_request is None:
             return [list(candidate_replicas)]
         pending_request.routing_context.should_backoff = True  # if all are full

@@ -19,7 +19,7 @@ class KeyRequired:
     """ASGI middleware: "Authorization: Bearer KEY" with one of the keys, or a 401 in OpenAI's shape.
 
     hashes: SHA-256 of the keys. All of them are compared, in constant time.
-    open: Paths without a key, beside those below OPEN_BELOW. All other paths need a key, future routes included.
+    open: Paths without a key, like those below OPEN_BELOW. All other paths need a key, future routes included.
     """
 
     def __init__(self, app: ASGIApp, hashes: Collection[bytes], open: Collection[str] = OPEN) -> None:

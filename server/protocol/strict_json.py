@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from linalign.server.threads import LONG, in_thread
 
-MOST_KEYS = 10_000  # of one object: each unknown key is an error of its own
+MOST_KEYS = 10_000  # of one object: each unknown key is a separate error
 MOST_VALUES = 100_000  # names count, integers do not: prompts may be token ids
 MOST_LEVELS = 128
 HALF = re.compile("[\ud800-\udfff]")

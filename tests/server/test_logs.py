@@ -163,5 +163,5 @@ def test_text_has_the_id_in_every_line(tmp_path):
     with (tmp_path / "stderr").open("w") as stderr, serving(stderr=stderr) as (url, _):
         httpx.post(url + "/v1/chat/completions", json=BODY, headers={"X-Request-Id": "abc-2"}, timeout=60)
     text = (tmp_path / "stderr").read_text()
-    assert re.search(r"INFO linalign\.server\.access_log \[abc-2\]: method=POST path=\S+ status=200 ", text)
+    assert re.search(r"INFO linalign\.server\.middleware\.access_log \[abc-2\]: method=POST path=\S+ status=200 ", text)
     assert "swordfish" not in text
