@@ -14,22 +14,15 @@ from types import TracebackType
 
 import torch
 
+from linalign.alignment_core.assembly import Sizes, build_loop
 from linalign.alignment_core.cpu.kernels import release_threads
 from linalign.alignment_core.decoding.grammars import Grammars
-from linalign.alignment_core.decoding.sampler import Sampler
-from linalign.alignment_core.decoding.static_sampler import StaticSampler
 from linalign.alignment_core.engine_config import EngineConfig
 from linalign.alignment_core.errors import EngineDead
-from linalign.alignment_core.execution.model_runner import ModelRunner, RunnerConfig
 from linalign.alignment_core.loading.loader import LoadedModel, load
-from linalign.alignment_core.loop import Loop
-from linalign.alignment_core.memory import pages_that_fit
 from linalign.alignment_core.output import Output, Stats
 from linalign.alignment_core.request import DEFAULT_RATIO, Principle, Prompt, SamplingParams
-from linalign.alignment_core.scheduling.backlog import Backlog
-from linalign.alignment_core.scheduling.kv_cache import PagePool
 from linalign.alignment_core.scheduling.limits import Limits
-from linalign.alignment_core.scheduling.scheduler import SPECULATIVE_BATCH, Scheduler
 from linalign.alignment_core.scheduling.sequence import OutputChannel, Sequence
 from linalign.alignment_core.text.detokenizer import TextStream, TokenBytes, special_ids
 from linalign.alignment_core.text.prompts import Message, Placement, PromptBuilder
@@ -45,36 +38,25 @@ class Engine:
     """
 
     def __init__(self, loaded: LoadedModel, config: EngineConfig | None = None) -> None:
-        """Raises ValueError for sizes that can't be, and for a model that can't be served."""
+        """Raises ValueError for invalid sizes, and for a model that can't be served."""
         config = config or EngineConfig()
-        on_cpu = loaded.model.device.type == "cpu"
-        static = not on_cpu if config.static is None else config.static
-        max_num_batched_tokens = _or(config.max_num_batched_tokens, 128 if on_cpu else 2048)
-        num_speculative_tokens = _or(config.num_speculative_tokens, 0 if on_cpu else 8)
+        sizes = Sizes.of(config, loaded)
         self.model_id = loaded.id
         self.tokenizer = loaded.tokenizer
         self.vocab_size: int = loaded.model.config.get_text_config().vocab_size
-        self.max_model_len = config.max_model_len or loaded.max_model_len
-        if min(config.max_num_seqs, max_num_batched_tokens, config.page_size) < 1:
-            raise ValueError(f"the sizes must be 1 at least: {config}")
-        if self.max_model_len > loaded.max_model_len:
-            raise ValueError(f"max_model_len is {self.max_model_len}, but the model's context {loaded.max_model_len}")
-        self.runner = ModelRunner(loaded.model, self._runner_config(config, static), loaded.followers)
-        num_pages = config.num_pages or pages_that_fit(self.runner, config, self.max_model_len, max_num_batched_tokens)
-        self.runner.allocate(num_pages)
-        self.pool = PagePool(num_pages, self.runner.page_size)
-        self.scheduler = Scheduler(self.pool, config.max_num_seqs, max_num_batched_tokens, num_speculative_tokens)
+        self.max_model_len = sizes.max_model_len
+        self.loop = build_loop(loaded, config, sizes)
+        self.runner = self.loop.runner
+        self.scheduler = self.loop.scheduler
+        self.pool = self.scheduler.pool
+        self.backlog = self.loop.backlog
         self.eos_token_ids = frozenset(id for id in loaded.eos_token_ids if id < self.vocab_size)
         self.grammars = Grammars(loaded.tokenizer, self.vocab_size, self.eos_token_ids)
         self.token_bytes = TokenBytes(loaded.tokenizer)
         self.prompts = PromptBuilder(loaded.tokenizer, self.max_model_len)
         self.error: BaseException | None = None  # what has ended the loop
-        self.backlog = Backlog(config.max_queued_requests, config.max_queued_tokens, config.max_num_seqs)
-        # With followers the host has to tell them every token before the next step.
-        overlaps = static and loaded.followers is None
-        self.loop = Loop(self.runner, self.scheduler, self._sampler(static), self.backlog, overlaps)
         self._limits = Limits(
-            self.vocab_size, self.max_model_len, config.max_num_seqs, max_num_batched_tokens, self.pool
+            self.vocab_size, self.max_model_len, config.max_num_seqs, sizes.max_num_batched_tokens, self.pool
         )
         self._special_ids = special_ids(loaded.tokenizer)
         self._ids = itertools.count()  # of requests
@@ -82,33 +64,15 @@ class Engine:
         self._wake = threading.Condition()  # the loop waits on it; guards _inbox, _is_draining and _is_stopping
         self._is_draining = self._is_stopping = False
         self._thread: threading.Thread | None = None
-        self._step_began: float | None = None  # time.monotonic() of the step at hand
-        self._longest_step = 0.0  # seconds, the first step left out
-        if on_cpu:
+        self._step_began: float | None = None  # time.monotonic() of the current step
+        self._longest_step = 0.0  # seconds, without the first step
+        if self.runner.model.device.type == "cpu":
             release_threads()
 
     @classmethod
     def load(cls, model: str | None = None, config: EngineConfig | None = None) -> "Engine":
         """An engine over a directory, a hub id, a .gguf file, or the embedded model. Raises LoadingError."""
         return cls(load(model), config)
-
-    def _runner_config(self, config: EngineConfig, static: bool) -> RunnerConfig:
-        return RunnerConfig(
-            page_size=config.page_size,
-            max_model_len=self.max_model_len,
-            max_rows=config.max_num_seqs + max(config.max_num_seqs, SPECULATIVE_BATCH) if static else 0,
-            kv_cache_dtype=config.kv_cache_dtype,
-            batch_invariant=config.batch_invariant,
-            eager=config.enforce_eager,
-        )
-
-    def _sampler(self, static: bool) -> Sampler:
-        if not static:
-            return Sampler()
-        sampler = StaticSampler(self.runner)
-        if self.runner.captures:
-            sampler.warm_up()
-        return sampler
 
     # Requests, from any thread
 
@@ -131,7 +95,7 @@ class Engine:
         prompt = self.prompts.build(messages, principles, placement)
         request_id = self.submit(prompt, params or SamplingParams(), outputs.put)
         replies = self._outputs(outputs)
-        weakref.finalize(replies, self.abort, request_id)  # also when iteration never begins
+        weakref.finalize(replies, self.abort, request_id)  # also if iteration never begins
         return replies
 
     def _outputs(self, outputs: "queue.SimpleQueue[Output]") -> Iterator[Output]:
@@ -210,7 +174,7 @@ class Engine:
 
     @property
     def pace(self) -> tuple[float | None, float]:
-        """time.monotonic() at the beginning of the step at hand (None between steps), and the seconds of the longest
+        """time.monotonic() at the beginning of the current step (None between steps), and the seconds of the longest
         step so far. The first step, which may compile, does not count.
         """
         return self._step_began, self._longest_step
@@ -245,7 +209,7 @@ class Engine:
             self._is_draining = True
 
     def stop(self) -> None:
-        """End the loop after the step at hand. Unfinished requests end with the reason "abort"."""
+        """End the loop after the current step. Unfinished requests end with the reason "abort"."""
         with self._wake:
             self._is_stopping = True
             self._wake.notify()
@@ -255,7 +219,7 @@ class Engine:
             self._end()
 
     def give_up(self, error: BaseException) -> None:
-        """End all requests with an error, from another thread, because a step of the loop does not come back."""
+        """End all requests with an error, from another thread, because a step of the loop hangs."""
         self.error = error
         self._is_stopping = True
         for sequence in [*itertools.chain(*list(self.loop.requests.values())), *self._inbox.copy()]:
@@ -310,7 +274,7 @@ class Engine:
     def _end(self) -> None:
         """End all requests."""
         with self._wake:
-            self._is_stopping = True  # `submit` refuses from here on, so the inbox gets nothing more
+            self._is_stopping = True  # `submit` refuses from here on, so the inbox stays empty
         self._empty_inbox()
         for request_id in list(self.loop.requests):
             self.loop.end(request_id, "error" if self.error else "abort")
@@ -319,7 +283,3 @@ class Engine:
         text = self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
-
-
-def _or(value: int | None, default: int) -> int:
-    return default if value is None else value

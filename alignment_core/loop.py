@@ -1,4 +1,4 @@
-"""The engine's loop: schedule, launch, land, accept, finish. Not thread-safe: engine.py guards it."""
+"""The engine's loop: schedule, launch, land, accept, finish. Not thread-safe: only `Engine` uses it."""
 
 import itertools
 import logging
@@ -33,10 +33,10 @@ class Loop:
         self.runner = runner
         self.scheduler = scheduler
         self.sampler = sampler
+        self.backlog = backlog
         self.overlaps = overlaps  # whether step N + 1 is launched before the tokens of step N are read
         self.requests: dict[int, list[Sequence]] = {}  # by request id: the choices that have not ended
         self.num_drafted = self.num_accepted = self.num_generated = 0  # tokens since the engine was made
-        self._backlog = backlog
         self._pending: PendingStep | None = None  # the launched step whose tokens are not read yet
         self._unheard: list[int] = []  # ids of requests whose listener has raised
 
@@ -77,7 +77,7 @@ class Loop:
     def _schedule(self) -> Step:
         step = self.scheduler.schedule(may_draft=self._pending is None)
         for sequence in step.admitted:
-            self._backlog.leave(sequence)
+            self.backlog.leave(sequence)
             sequence.times.admitted = time.monotonic()
         return step
 
@@ -204,7 +204,7 @@ class Loop:
         if not choices:
             del self.requests[sequence.request_id]
         if sequence.status is Status.WAITING:
-            self._backlog.leave(sequence)
+            self.backlog.leave(sequence)
         self.scheduler.remove(sequence)
 
     def _send(self, sequence: Sequence, output: Output) -> None:

@@ -33,11 +33,11 @@ SERVER = f"""
 NUM_PAGES = {NUM_PAGES}
 import asyncio, threading
 import torch
-from linalign.alignment_core import engine
+from linalign.alignment_core import assembly
 from linalign.alignment_core.execution import model_runner
 from linalign.server import metrics
 from prometheus_client.core import GaugeMetricFamily
-engine.pages_that_fit = lambda *_: NUM_PAGES
+assembly.pages_that_fit = lambda *_: NUM_PAGES
 model_runner._zeros = lambda shape, dtype, device: torch.zeros(shape, dtype=dtype, device=device)
 collect = metrics.EngineCollector.collect
 def with_more(self):

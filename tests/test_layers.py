@@ -21,6 +21,7 @@ LAYERS = (
     ("decoding",),
     ("pending_step", "memory"),
     ("loop",),
+    ("assembly",),
     ("engine",),
 )
 

@@ -13,7 +13,7 @@ from gpu_measurements.bench import Bench, NotHere, exact_model, finish
 from gpu_measurements.features import FEATURES, SCALE, SEED, SHAPE, Feature
 from gpu_measurements.parts import without
 from linalign import Engine, EngineConfig
-from linalign.alignment_core import engine as engine_module
+from linalign.alignment_core import assembly
 from linalign.alignment_core.cpu.layers import replace_layers
 from linalign.alignment_core.loading import cuda_quantization
 from linalign.alignment_core.loading.loader import LoadedModel
@@ -31,7 +31,7 @@ def smoke(bench: Bench, name: str) -> dict[str, Any]:
         stack.enter_context(without(bench.without, None if feature.compiled else "compile"))
         if not bench.on_cuda and feature.config.get("kv_cache_dtype"):  # CPU kernels support only float32
             stack.enter_context(without("Triton"))
-        for module in (engine_module, scheduler):  # fewer sizes to capture
+        for module in (assembly, scheduler):  # fewer sizes to capture
             stack.enter_context(mock.patch.object(module, "SPECULATIVE_BATCH", 8))
         engine = tiny_engine(feature, bench)
         measured = judged(name, feature, engine, bench)

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from linalign.alignment_core import engine
+from linalign.alignment_core import assembly
 from linalign.alignment_core.attention import paged_triton
 from linalign.alignment_core.decoding import static_draw, static_sampler
 from linalign.alignment_core.execution import model_runner
@@ -19,7 +19,7 @@ def cuda(monkeypatch, caplog):
     device = FakeCuda()
     device.patch(monkeypatch, (paged_triton, "_attend_kernel"), (paged_triton, "_combine_kernel"))
     monkeypatch.setattr(paged_triton, "PROGRAMS", PROGRAMS)
-    for module in (engine, scheduler):
+    for module in (assembly, scheduler):
         monkeypatch.setattr(module, "SPECULATIVE_BATCH", 4)  # fewer sizes to capture
     monkeypatch.setattr(model_runner, "compile_layers", lambda _: None)
     monkeypatch.setattr(static_sampler, "compiled_draw", lambda: static_draw.draw_from_logits)

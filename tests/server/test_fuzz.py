@@ -32,7 +32,7 @@ MAX_BYTES = 200_000  # test_bad_input.py has larger bodies
 MAX_STALL = 1.0  # seconds that a stream may pause longer than beside valid requests
 MAX_GROWTH = 150 << 20  # bytes: compiled structures (the cache holds 32), and memory that the allocator keeps
 # A small KV cache, which is full after some requests, so that its pages do not look like a leak.
-FEW_PAGES = "import linalign.alignment_core.engine as engine\nengine.pages_that_fit = lambda *_: 200"
+FEW_PAGES = "import linalign.alignment_core.assembly as assembly\nassembly.pages_that_fit = lambda *_: 200"
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
