@@ -23,9 +23,9 @@ def load_presets(file: Path | None) -> dict[str, Preset]:
         raise ValueError(f"the presets of {file} can't be used: {error}") from error
     for name, preset in presets.items():
         if not name.isprintable() or not name.strip():  # line ends, halves of surrogate pairs
-            raise ValueError(f"the presets of {file} can't be used: {name!r} is no name")
+            raise ValueError(f"the presets of {file} can't be used: {name!r} is not a valid name")
         try:
             preset.model_dump_json()
         except ValueError as error:
-            raise ValueError(f"the presets of {file} can't be used: {name} holds what is no text") from error
+            raise ValueError(f"the presets of {file} can't be used: {name} has invalid text") from error
     return presets

@@ -95,7 +95,7 @@ class _Probe:
         """The window whose number `mask` has put into this mask."""
         mark = float(mask.flatten()[0])
         if not (mark.is_integer() and 0 <= mark - MARK < len(self._windows)):
-            raise ValueError(f"{self.name} makes masks of its own, which can't be served")
+            raise ValueError(f"{self.name} uses its own attention masks, which can't be served")
         return self._windows[int(mark) - MARK]
 
     def _window_of(self, mask_function: MaskFunction, device: Any) -> int | None:

@@ -61,7 +61,7 @@ def attend(
 def asked_by(module: nn.Module, mask: Tensor | None, paged: PagedBatch) -> LayerAttention:
     """The layer's attention parameters. Raises ValueError if the layer passes a mask, which `probe` did not see."""
     if mask is not None:
-        raise ValueError(f"{type(module).__name__} makes masks of its own, which can't be served")
+        raise ValueError(f"{type(module).__name__} uses its own attention masks, which can't be served")
     return paged.layers[int(module.layer_idx)]  # type: ignore[arg-type]
 
 

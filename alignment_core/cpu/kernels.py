@@ -95,13 +95,13 @@ def library() -> ctypes.CDLL | None:
     """The compiled kernels. None, after a warning, if no C++ compiler can compile them."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
-        log.warning("No C++ compiler (c++) was found: the CPU runs without our kernels, several times slower")
+        log.warning("No C++ compiler (c++) was found: running without the CPU kernels, several times slower")
         return None
     try:
         lib = _loaded(compiler)
     except (OSError, subprocess.CalledProcessError) as error:
         detail = getattr(error, "stderr", None) or error
-        log.warning("Our CPU kernels could not be compiled; running without them, several times slower: %s", detail)
+        log.warning("The CPU kernels could not be compiled; running without them, several times slower: %s", detail)
         return None
     for name, arguments in SIGNATURES.items():
         function = getattr(lib, name)
@@ -133,7 +133,7 @@ def _loaded(compiler: str) -> ctypes.CDLL:
         try:
             return ctypes.CDLL(str(cached / FILE))
         except OSError as error:
-            log.warning("Our CPU kernels in the cache are damaged (%s); compiling them anew", error)
+            log.warning("The cached CPU kernels are damaged (%s); compiling them again", error)
             with contextlib.suppress(OSError):
                 disk_cache.discard(cached)
     log.info("Compiling the CPU kernels, once; this takes some seconds")
@@ -146,7 +146,7 @@ def _loaded(compiler: str) -> ctypes.CDLL:
         disk_cache.add(cached, build)
         return ctypes.CDLL(str(cached / FILE))
     except (OSError, subprocess.CalledProcessError) as error:
-        log.warning("Our CPU kernels can't be kept, so that every start will compile them: %s", error)
+        log.warning("The CPU kernels can't be cached, so every start will compile them: %s", error)
     with tempfile.TemporaryDirectory() as scratch:
         build(Path(scratch))
         return ctypes.CDLL(str(Path(scratch, FILE)))

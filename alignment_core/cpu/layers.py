@@ -212,7 +212,7 @@ def _fused(
         fused = fused or FusedLayer.of(layer, index, attention_parameters, head_dim, lossless)
         error = (FusedLayers([fused])(hidden.clone(), **arguments) - expected).abs().max()
         if error > TOLERANCE * expected.abs().max():
-            log.info("Layer %d computes something else than a Llama layer: it keeps its own code", index)
+            log.info("Layer %d differs from a Llama layer, so it keeps its own code", index)
             return None
     if lossless == quantization:
         return fused

@@ -30,7 +30,7 @@ HERE = "127.0.0.1"
 
 
 class FollowerDied(RuntimeError):
-    """A process of a model in several parts is gone; no forward pass is possible any more."""
+    """A follower process has ended, so no further forward pass is possible."""
 
 
 class Followers:
@@ -50,13 +50,13 @@ class Followers:
         data = pack(message)
         for rank, process in enumerate(self._processes, 1):
             if process.poll() is not None:
-                raise FollowerDied(f"rank {rank} has ended with {process.returncode}")
+                raise FollowerDied(f"rank {rank} ended with exit status {process.returncode}")
             assert process.stdin is not None
             try:
                 process.stdin.write(data)
                 process.stdin.flush()
             except OSError as error:
-                raise FollowerDied(f"rank {rank} does not read any more: {error}") from error
+                raise FollowerDied(f"rank {rank} no longer reads: {error}") from error
 
     def end(self) -> None:
         """Ask the followers to end; kill those that do not."""

@@ -89,7 +89,7 @@ class ModelRunner:
         model.set_attn_implementation(self.backend)
         if config.batch_invariant and model.device.type == "cuda":
             if self.backend == sdpa.NAME or has_outliers(model):
-                raise ValueError("batch_invariant needs Triton, and weights that bitsandbytes has not made 8 bits")
+                raise ValueError("batch_invariant needs Triton, and does not support 8-bit weights of bitsandbytes")
             run_in_blocks(model)
         elif self.captures:
             compile_layers(model)
@@ -151,7 +151,7 @@ class ModelRunner:
         except torch.OutOfMemoryError:
             if num_tokens == 1:
                 raise
-            log.warning("A step of %d tokens is more than the GPU's memory holds: it runs as two", num_tokens)
+            log.warning("A step of %d tokens does not fit into the GPU's memory: it runs in two halves", num_tokens)
         if self.model.device.type == "cuda":  # only now: the exception held references to the tensors of the step
             torch.cuda.empty_cache()
         halves = halve(rows, wanted)
@@ -246,7 +246,7 @@ def _choose_backend(model: PreTrainedModel) -> str:
     try:
         from linalign.alignment_core.attention import paged_triton
     except ImportError:  # Triton comes with torch for CUDA, on Linux
-        log.warning("There is no Triton here: attention gathers its pages, which is slow")
+        log.warning("Triton is not installed: attention gathers pages, which is slow")
         return sdpa.NAME
     AttentionInterface.register(paged_triton.NAME, paged_triton.attend)
     return paged_triton.NAME

@@ -110,7 +110,7 @@ def _of_gguf(path: Path) -> Checkpoint:
     except OSError as error:
         raise LoadingError(f"{path} can't be read: {error}") from error
     if not head.startswith(GGUF_MAGIC):
-        raise LoadingError(f"{path.name} is no GGUF file")
+        raise LoadingError(f"{path.name} is not a GGUF file")
     reader, num_tensors, fields = _Reader(head, len(GGUF_MAGIC) + 4), 0, dict[str, Any]()
     # Stop at the end of the head. A damaged file is reported when it is loaded.
     with contextlib.suppress(*DAMAGED):

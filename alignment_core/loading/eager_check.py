@@ -39,10 +39,14 @@ def compare_with_eager(model: PreTrainedModel) -> None:
             with contextlib.suppress(ValueError):  # a model may have no other attention
                 tolerance = max(TOLERANCE, 3 * _difference(_of_transformers(model, ids, "sdpa"), theirs))
     if not theirs.isfinite().all():
-        log.warning("%s gives no finite logits in %s: it can't be compared", type(model).__name__, model.dtype)
+        log.warning(
+            "%s gives no finite logits in %s, so it can't be compared with transformers",
+            type(model).__name__,
+            model.dtype,
+        )
     elif not (difference := _difference(ours, theirs)) < (tolerance or TOLERANCE):
         raise ValueError(
-            f"{type(model).__name__} computes something that the engine does not: the logits differ by {difference:.2g}"
+            f"{type(model).__name__} computes something unsupported: the logits differ by {difference:.2g}"
         )
 
 

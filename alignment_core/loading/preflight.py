@@ -28,11 +28,11 @@ def check(
     if size > 1 and (name or "").endswith(".gguf"):
         raise LoadingError("a GGUF file can't be split: tensor_parallel_size must be 1")
     if size > 1 and ":" in device:
-        raise LoadingError(f"{size} processes take a GPU each: device must be cuda, not {device}")
+        raise LoadingError(f"{size} processes need one GPU each: device must be cuda, not {device}")
     if device.startswith("cuda") and not has_cuda:
         raise LoadingError(f"there is no CUDA device for --device {device}")
     if size > 1 and quantization in ROUNDED:
-        raise LoadingError(f"a model in several parts can't be quantised: {quantization}")
+        raise LoadingError(f"a tensor-parallel model can't be quantised: {quantization}")
     if quantization == "fp8" and not on_gpu:
         raise LoadingError("quantization fp8 is for GPUs; a CPU has int8 and int4")
     if kv_cache_dtype not in ("auto", "float32") and not on_gpu:

@@ -68,7 +68,7 @@ def _refuse(name: str, config: PreTrainedConfig) -> None:
     checkpoint.refuse_missing_packages(name, config.to_dict())
     is_known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     if not is_known and not hasattr(config, "auto_map"):  # a checkpoint with its own code
-        raise LoadingError(f"{name} is of the type {config.model_type}, which is no language model of text alone")
+        raise LoadingError(f"{name} is of the type {config.model_type}, which is not a text-only language model")
 
 
 def one_line(error: Exception) -> str:

@@ -33,7 +33,7 @@ class Limits:
         if max(lengths) >= self.max_model_len + (params.max_tokens == 0):
             raise InvalidRequest(
                 f"the prompt has {_in_words(lengths)} tokens, but the context holds {self.max_model_len}, "
-                "the reply included; shorten the messages or the principle",
+                "including the reply; shorten the messages or the principle",
                 "prompt",
                 "too_long",
             )
@@ -64,7 +64,7 @@ class Limits:
         if longest + max_tokens > self.max_model_len:
             raise InvalidRequest(
                 f"the prompt has {_in_words(lengths)} tokens and {{field}} is {max_tokens}, but the context holds "
-                f"{self.max_model_len}, the reply included",
+                f"{self.max_model_len}, including the reply",
                 "max_tokens",
                 "too_long",
             )

@@ -122,7 +122,7 @@ class PromptBuilder:
         for message in messages:
             role, content = message["role"], message.get("content")
             if not (isinstance(content, str) or (role == "assistant" and content is None)):
-                raise InvalidRequest(f"the content of a message of the role {role} must be a text", "messages")
+                raise InvalidRequest(f"the content of a message of the role {role} must be text", "messages")
         if rendering.continues and messages[-1]["role"] != "assistant":
             raise InvalidRequest("to continue the last message, its role must be assistant", "continues")
         for name in rendering.variables:
@@ -214,7 +214,7 @@ class PromptBuilder:
             raise InvalidRequest("one of the principles must have a weight above 0", "principles")
         if len(principles) > MAX_PRINCIPLES:
             raise InvalidRequest(
-                f"there may be {MAX_PRINCIPLES} principles at most, got {len(principles)}", "principles"
+                f"at most {MAX_PRINCIPLES} principles are allowed, got {len(principles)}", "principles"
             )
         self._refuse_if_too_long("prompt", [], [principle.text for principle in principles])
         if not all(self._tokenizer.encode(principle.text, add_special_tokens=False) for principle in principles):

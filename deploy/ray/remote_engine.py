@@ -189,7 +189,7 @@ class RemoteEngine:
                     num_losses += request.is_accepted
                     if request.has_begun or num_losses == MAX_LOSSES or num_attempts == MAX_ATTEMPTS:
                         raise
-                    log.warning("A request goes to another replica: %s", error)
+                    log.warning("A request moves to another replica: %s", error)
                 await asyncio.sleep(FIRST_PAUSE * 2 ** (num_attempts - 1))
         except asyncio.CancelledError:  # by us, or by Ray, which cancels the calls of a cancelled request
             if request.accepted.done():

@@ -51,7 +51,7 @@ class Allowance:
     def check(self, takes_tokens: bool) -> None:
         """Raises KeyBusy if no further request may begin. takes_tokens: Whether the request needs the model."""
         if self.num_requests >= self._most:
-            raise KeyBusy(f"this API key has {self._most} requests running already, as many as it may", *AT_ONCE)
+            raise KeyBusy(f"this API key has {self._most} running requests, which is its limit", *AT_ONCE)
         if takes_tokens:
             self._check_tokens()
 
@@ -60,7 +60,7 @@ class Allowance:
         if num_choices > self._most:
             raise InvalidRequest(f"{num_choices} choices are more than this API key may have, {self._most}", "n")
         if self._num_choices + num_choices > self._most:
-            raise KeyBusy(f"this API key may have {self._most} choices, of all its requests, at once", *AT_ONCE)
+            raise KeyBusy(f"this API key may have {self._most} running choices in all its requests", *AT_ONCE)
         self._check_tokens()
         self._num_choices += num_choices
 

@@ -97,7 +97,7 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice[:100]!r} comes twice in one object")
+        raise ValueError(f"the key {twice[:100]!r} occurs twice in one object")
     return found
 
 

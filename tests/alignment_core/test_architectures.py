@@ -99,7 +99,7 @@ def own_masks(**kwargs):
         (in_chunks, "sliding windows"),
         (both_ways, "sliding windows"),
         (sinks, "sliding windows"),
-        (own_masks, "masks of its own"),
+        (own_masks, "its own attention masks"),
     ],
 )
 def test_a_mask_that_is_not_a_window_is_refused(tokenizer, how, message):

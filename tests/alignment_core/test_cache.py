@@ -179,8 +179,8 @@ def test_an_unusable_cache_only_costs_time(package, whole, home, fault, tmp_path
         for path in (home, home / "linalign"):
             if path.exists():
                 path.chmod(0o755)
-    assert "converted model can't be kept" in log
-    assert "kernels can't be kept" in log
+    assert "converted model can't be cached" in log
+    assert "kernels can't be cached" in log
     assert "Traceback" not in log
     assert listing(home) == before
 
@@ -211,7 +211,7 @@ def test_a_disk_that_is_full_during_the_write_only_costs_time(package, whole, ho
         tmp_path,
         patch=f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))",
     )
-    assert "converted model can't be kept" in log
+    assert "converted model can't be cached" in log
     assert "Traceback" not in log
     assert [path.name for path in (home / "linalign").iterdir()] == [kernels_in(home).name]
 
@@ -231,8 +231,8 @@ def test_a_real_full_disk(package, whole, tmp_path, megabytes):
         left = [path.name.split("-")[0] for path in (home / "linalign").iterdir()]
     finally:
         subprocess.run(["umount", str(home)], check=True)
-    assert "converted model can't be kept" in log
-    assert ("kernels can't be kept" in log) == (megabytes < 1)
+    assert "converted model can't be cached" in log
+    assert ("kernels can't be cached" in log) == (megabytes < 1)
     assert "Traceback" not in log
     assert left == ([] if megabytes < 1 else ["kernels"])
 
@@ -370,5 +370,5 @@ def test_kernels_without_a_cache_are_compiled_for_this_process(tmp_path):
     (tmp_path / "linalign").write_text("not a directory")
     for _ in range(2):
         log = build(tmp_path)
-        assert "can't be kept" in log
+        assert "can't be cached" in log
         assert "slower" not in log

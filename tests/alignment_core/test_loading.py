@@ -282,7 +282,7 @@ def test_an_unservable_checkpoint_is_one_clear_line(tokenizer, tmp_path, model_t
 def test_a_model_that_takes_images_is_one_clear_line(checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": config}))
-    with pytest.raises(LoadingError, match=r"is of the type llava, which is no language model of text alone$"):
+    with pytest.raises(LoadingError, match=r"is of the type llava, which is not a text-only language model$"):
         load(str(checkpoint))
 
 

@@ -88,7 +88,7 @@ def test_a_step_that_is_out_of_memory_runs_in_parts_with_equal_tokens(
     with memory_for(loaded.model, num_tokens, after) as failed:
         all_outputs = run_all(engine, requests())
     assert len(failed) > 0
-    assert sum("runs as two" in record.message for record in caplog.records) == len(failed)
+    assert sum("runs in two halves" in record.message for record in caplog.records) == len(failed)
     assert [token_ids(outputs) for outputs in all_outputs] == undisturbed
     assert {outputs[-1].finish_reason for outputs in all_outputs} == {"length"}
     assert engine.pool.num_free == engine.pool.num_pages

@@ -266,7 +266,7 @@ def test_messages_of_calls_need_no_text(tokenizer, placement):
     assert prompt.base == prompts.build(chat).principled[0]
     assert PRINCIPLE in tokenizer.decode(prompt.principled[0])
     for role in ("system", "user", "tool"):
-        with pytest.raises(InvalidRequest, match=f"of the role {role} must be a text") as error:
+        with pytest.raises(InvalidRequest, match=f"of the role {role} must be text") as error:
             prompts.build([{"role": role, "content": None}, *chat])
         assert error.value.field == "messages"
 

@@ -163,7 +163,7 @@ def test_models_are_recognised_from_their_files(files, monkeypatch):
     [
         (["./nowhere"], "there is no directory ./nowhere"),
         (["nowhere.gguf"], "there is no file nowhere.gguf"),
-        (["text.gguf"], "text.gguf is no GGUF file"),
+        (["text.gguf"], "text.gguf is not a GGUF file"),
         (["empty"], "empty can't be loaded: it has no file config.json"),
         (["--presets", "nowhere.yaml"], "the presets of nowhere.yaml can't be used"),
         (["--presets", "presets.yaml"], "the presets of presets.yaml can't be used"),
