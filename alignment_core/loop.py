@@ -100,9 +100,9 @@ class Loop:
         rows = torch.split(logits[: sum(sizes)], sizes)  # fixed shapes have more rows
         drawn = []
         for sequence in step.drawing:
-            mine = [line for line, next_token in enumerate(next_tokens) if next_token.sequence is sequence]
+            lines = [line for line, next_token in enumerate(next_tokens) if next_token.sequence is sequence]
             try:
-                drawn.append(Sampler().draw(torch.cat([rows[i] for i in mine]), [next_tokens[i] for i in mine]))
+                drawn.append(Sampler().draw(torch.cat([rows[i] for i in lines]), [next_tokens[i] for i in lines]))
             except Exception as error:
                 self._fail(sequence, error)
         step.drawing = [sequence for sequence in step.drawing if sequence.status is not Status.FINISHED]

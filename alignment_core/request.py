@@ -209,5 +209,5 @@ def _require(condition: bool, field: str, rule: str, value: object) -> None:
         raise InvalidRequest(f"{{field}} must be {rule}, got {value!r}", field)
 
 
-def _require_within(field: str, value: float, least: float, most: float) -> None:
-    _require(least <= value <= most, field, f"in [{least:g}, {most:g}]", value)
+def _require_within(field: str, value: float, minimum: float, maximum: float) -> None:
+    _require(minimum <= value <= maximum, field, f"in [{minimum:g}, {maximum:g}]", value)

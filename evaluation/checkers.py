@@ -30,8 +30,8 @@ COMMON = {
 EMOJI = re.compile("[\U0001f300-\U0001faff\u2600-\u27bf]")
 
 
-def _words(least: int, most: int) -> Callable[[str], bool]:
-    return lambda text: least <= len(words_of(text)) <= most
+def _words(minimum: int, maximum: int) -> Callable[[str], bool]:
+    return lambda text: minimum <= len(words_of(text)) <= maximum
 
 
 def _sentences(text: str) -> list[str]:
@@ -64,8 +64,8 @@ def _is_json(text: str) -> bool:
         return False
 
 
-def _lines(pattern: str, least: int) -> Callable[[str], bool]:
-    return lambda text: sum(bool(re.match(pattern, line)) for line in text.splitlines()) >= least
+def _lines(pattern: str, minimum: int) -> Callable[[str], bool]:
+    return lambda text: sum(bool(re.match(pattern, line)) for line in text.splitlines()) >= minimum
 
 
 CHECKABLE = [

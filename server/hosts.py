@@ -8,8 +8,8 @@ ANY = "*"
 
 def host_of(header: str) -> str:
     """The name in a Host header, in lower case, without the port; "" for an invalid header."""
-    found = re.fullmatch(r"(?:\[([^\]]*)\]|([^:]*?)\.?)(?::\d*)?", header.strip().lower())
-    return (found[1] or found[2] or "") if found else ""
+    match = re.fullmatch(r"(?:\[([^\]]*)\]|([^:]*?)\.?)(?::\d*)?", header.strip().lower())
+    return (match[1] or match[2] or "") if match else ""
 
 
 def is_this_machine(host: str) -> bool:

@@ -332,8 +332,8 @@ class Arguments(BaseSettings):
 
 def did_you_mean(name: str, known: list[str]) -> str:
     """'; did you mean X?' if a known name is similar, else an empty string."""
-    found = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {found[0]}?" if found else ""
+    matches = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def _check_file(file: str) -> None:

@@ -69,7 +69,7 @@ class Generation:
     ) -> None:
         self._left, self._reasons = n, list[str]()
         self._num_tokens = self._num_computed = 0
-        asked: dict[str, Any] = {
+        all_attributes: dict[str, Any] = {
             "gen_ai.operation.name": operation,
             "gen_ai.provider.name": "linalign",
             "gen_ai.request.model": model,
@@ -83,7 +83,7 @@ class Generation:
             "linalign.alignment.ratios": prompt.ratios,
             "linalign.alignment.branches": len(prompt.branches),
         }
-        given = {name: value for name, value in asked.items() if value is not None}
+        given = {name: value for name, value in all_attributes.items() if value is not None}
         self._span = tracer.start_span(f"{operation} {model}", attributes=given)
 
     def take(self, output: Output) -> None:

@@ -161,7 +161,7 @@ def crowd(loaded: LoadedModel, seed: int) -> Counter[str]:
     )
     engine = Engine(loaded, config)
     num_objects = count_objects()
-    PromptLookup.draft = lambda lookup, most: drafts.draft(lookup, most)
+    PromptLookup.draft = lambda lookup, max_tokens: drafts.draft(lookup, max_tokens)
     try:
         run(engine, requests)
     finally:

@@ -67,25 +67,31 @@ class FusedLayer:
     def __init__(
         self,
         index: int,
-        asked: LayerAttention,
+        layer_attention: LayerAttention,
         matrices: list[PackedMatrix],
         norms: list[Tensor | None],
         shape: Shape,
     ) -> None:
         """
         index: Layer number.
-        asked: Parameters of its attention.
+        layer_attention: Its window, scale and soft cap.
         matrices: Four: query, key and value together; output; gate and up together; down.
         norms: Weights of four norms: before attention, before the MLP, of queries, of keys. None if the layer has no
             such norm.
         """
-        self.index, self.asked, self.matrices, self.norms, self.shape = index, asked, matrices, norms, shape
+        self.index, self.layer_attention, self.matrices, self.norms = index, layer_attention, matrices, norms
+        self.shape = shape
         pointers = [norm if norm is None else norm.data_ptr() for norm in norms]
-        self.layer = Layer(*(packed.matrix for packed in matrices), *pointers, window=asked.window or 0)
+        self.layer = Layer(*(packed.matrix for packed in matrices), *pointers, window=layer_attention.window or 0)
 
     @classmethod
     def of(
-        cls, layer: nn.Module, index: int, asked: LayerAttention, head_dim: int, quantization: Quantization
+        cls,
+        layer: nn.Module,
+        index: int,
+        layer_attention: LayerAttention,
+        head_dim: int,
+        quantization: Quantization,
     ) -> "FusedLayer":
         """Pack a layer that has the parts of a Llama layer."""
         attention: Any = layer.self_attn
@@ -108,10 +114,10 @@ class FusedLayer:
             head_dim=head_dim,
             intermediate=mlp.down_proj.in_features,
             epsilon=norms[0].variance_epsilon,
-            scaling=asked.scaling,
+            scaling=layer_attention.scaling,
         )
         weights = [norm and norm.weight.detach().clone() for norm in (*norms, *head_norms)]
-        return cls(index, asked, matrices, weights, shape)
+        return cls(index, layer_attention, matrices, weights, shape)
 
 
 class FusedLayers(nn.Module):
@@ -186,8 +192,8 @@ def _fused(
     quantization: Quantization,
 ) -> FusedLayer | None:
     """The layer fused. None if it has other parts than a Llama layer, or computes something else."""
-    attention_parameters = attentions[index]
-    if not _has_llama_parts(layer) or attention_parameters.softcap is not None:
+    layer_attention = attentions[index]
+    if not _has_llama_parts(layer) or layer_attention.softcap is not None:
         return None
     lossless: Quantization = "auto" if quantization == "auto" else "none"
     attention, rotary = cast(Any, layer.self_attn), cast(Any, model.base_model.rotary_emb)
@@ -209,14 +215,14 @@ def _fused(
             "paged": paged,
         }
         expected = layer(hidden.clone(), **arguments)
-        fused = fused or FusedLayer.of(layer, index, attention_parameters, head_dim, lossless)
+        fused = fused or FusedLayer.of(layer, index, layer_attention, head_dim, lossless)
         error = (FusedLayers([fused])(hidden.clone(), **arguments) - expected).abs().max()
         if error > TOLERANCE * expected.abs().max():
             log.info("Layer %d differs from a Llama layer, so it keeps its own code", index)
             return None
     if lossless == quantization:
         return fused
-    return FusedLayer.of(layer, index, attention_parameters, head_dim, quantization)
+    return FusedLayer.of(layer, index, layer_attention, head_dim, quantization)
 
 
 def _has_llama_parts(layer: nn.Module) -> bool:

@@ -47,7 +47,7 @@ def save(model: PreTrainedModel, file: Path) -> None:
         for i, norm in enumerate(member.norms):
             if norm is not None:
                 tensors[f"{name}.norm.{i}"] = norm
-        attention = {field: getattr(member.asked, field) for field in ("scaling", "window", "softcap")}
+        attention = {field: getattr(member.layer_attention, field) for field in ("scaling", "window", "softcap")}
         shape = {field: getattr(member.shape, field) for field, _ in Shape._fields_}
         metadata["layers"].append({"attention": attention, "shape": shape, "matrices": matrices})
     for name, module in model.named_modules():

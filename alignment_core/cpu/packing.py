@@ -21,11 +21,11 @@ GROUP = 32  # weights that share a scale and an offset
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The numbers that a quantised weight can have: scale × code + offset, least ≤ code ≤ most."""
+    """The numbers that a quantised weight can have: scale × code + offset, min_code ≤ code ≤ max_code."""
 
     format: Literal["int8", "int4"]
-    least: int  # smallest code
-    most: int  # largest code
+    min_code: int  # smallest code
+    max_code: int  # largest code
     scale: Tensor  # [N, K / 32] float32, of float16 precision: one for each group of 32 weights
     offset: Tensor  # as scale
 
@@ -103,8 +103,8 @@ class PackedMatrix:
             *weights.shape,
             grid.scale.data_ptr(),
             grid.offset.data_ptr(),
-            grid.least,
-            grid.most,
+            grid.min_code,
+            grid.max_code,
             bits,
             words.data_ptr(),
             torch.get_num_threads(),
@@ -122,21 +122,21 @@ def _panels(x: Tensor) -> Tensor:
 
 def _int4(weights: Tensor) -> Grid:
     """15 steps from the least to the greatest number of each group: GGUF's Q4_1."""
-    least, greatest = _groups(weights).aminmax(dim=-1)
-    return Grid("int4", 0, 15, _half((greatest - least) / 15), _half(least))
+    low, high = _groups(weights).aminmax(dim=-1)
+    return Grid("int4", 0, 15, _half((high - low) / 15), _half(low))
 
 
 def _int4_symmetric(weights: Tensor) -> Grid:
     """The number of largest magnitude is −8 steps from zero: GGUF's Q4_0."""
-    least, greatest = _groups(weights).aminmax(dim=-1)
-    scale = _half(torch.where(-least > greatest, least, greatest) / -8)
+    low, high = _groups(weights).aminmax(dim=-1)
+    scale = _half(torch.where(-low > high, low, high) / -8)
     return Grid("int4", 0, 15, scale, scale * -8)
 
 
 def _int8(weights: Tensor) -> Grid:
     """The largest magnitude is 127 steps from zero: GGUF's Q8_0."""
-    least, greatest = _groups(weights).aminmax(dim=-1)
-    scale = _half(torch.maximum(-least, greatest) / 127)
+    low, high = _groups(weights).aminmax(dim=-1)
+    scale = _half(torch.maximum(-low, high) / 127)
     return Grid("int8", -127, 127, scale, torch.zeros_like(scale))
 
 

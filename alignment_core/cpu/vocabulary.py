@@ -48,10 +48,10 @@ def narrow(y: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
             counts.data_ptr(),
             torch.get_num_threads(),
         )
-        most = int(counts.max())
-        if most <= capacity:
-            return tokens[:, :most], candidates[:, :most]
-        capacity = most
+        max_count = int(counts.max())
+        if max_count <= capacity:
+            return tokens[:, :max_count], candidates[:, :max_count]
+        capacity = max_count
 
 
 def _library() -> ctypes.CDLL:

@@ -67,8 +67,8 @@ def _filtered(mass: Tensor, settings: DrawSettings) -> Tensor:
     rank = torch.arange(mass.shape[1], device=mass.device)
     top_k, top_p = settings.top_k[:, None], settings.top_p[:, None]
     kept = ((rank < top_k) | (top_k == 0)) & (ordered >= settings.min_p[:, None])
-    left = (ordered * kept).double()
-    cumulative = left.cumsum(dim=-1)
-    kept &= (cumulative - left < top_p * cumulative[:, -1:]) | (top_p >= 1)
+    kept_mass = (ordered * kept).double()
+    cumulative = kept_mass.cumsum(dim=-1)
+    kept &= (cumulative - kept_mass < top_p * cumulative[:, -1:]) | (top_p >= 1)
     kept[:, 0] = True
     return torch.zeros_like(kept).scatter_(1, order, kept)

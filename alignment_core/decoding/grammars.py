@@ -51,8 +51,8 @@ class Grammars:
         self._tokenizer, self._vocab_size, self._eos_token_ids = tokenizer, vocab_size, sorted(eos_token_ids)
         self._lock = threading.Lock()
         self._compiled = lru_cache(maxsize=MAX_CACHED)(self._compile)
-        most = max(1, (os.cpu_count() or 1) // 4)
-        self._pools = [ThreadPoolExecutor(most, thread_name_prefix="grammars") for _ in range(2)]
+        num_threads = max(1, (os.cpu_count() or 1) // 4)
+        self._pools = [ThreadPoolExecutor(num_threads, thread_name_prefix="grammars") for _ in range(2)]
 
     def pool(self, structure: Structure) -> ThreadPoolExecutor:
         """The threads for calls of `matcher`. Long structures have their own, so short ones do not wait for them."""
@@ -72,10 +72,10 @@ class Grammars:
             raise InvalidRequest(f"{{field}} can't be used: {error}", structure.name) from error
         limits = llguidance.LLParserLimits(**(OF_GRAMMARS if structure.kind == "grammar" else OF_JSON))
         matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
-        begun = matcher.deep_copy()
-        begun.compute_bitmask()  # llguidance checks some limits at the first token
-        if begun.is_error():
-            raise self.failure(structure, begun)
+        first = matcher.deep_copy()
+        first.compute_bitmask()  # llguidance checks some limits at the first token
+        if first.is_error():
+            raise self.failure(structure, first)
         return matcher
 
     @staticmethod
@@ -104,13 +104,13 @@ def _refuse_bombs(structure: Structure) -> None:
     if kind in ("regex", "grammar", "lark"):
         steps = (1 if character in "[{(" else -1 if character in "]})" else 0 for character in text)
         depth = max(itertools.accumulate(steps), default=0)
-    for size, most, what in (
+    for size, maximum, unit in (
         (len(text), MAX_LITERALS if kind == "regex" else MAX_LENGTH, "characters"),
         (text.count("$ref"), MAX_REFERENCES, "references"),
         (depth, MAX_DEPTH, "levels"),
     ):
-        if size > most:
-            raise InvalidRequest(f"{{field}} has {size} {what}, more than {most}", structure.name)
+        if size > maximum:
+            raise InvalidRequest(f"{{field}} has {size} {unit}, more than {maximum}", structure.name)
 
 
 def refuse_in_schema(schema: Any) -> None:
@@ -120,8 +120,9 @@ def refuse_in_schema(schema: Any) -> None:
     """
     multiples = num_pattern_properties = 0
     for item in _dicts(schema):
-        least, required = item.get("minProperties"), item.get("required")
-        if isinstance(least, int) and least > max(1, len(required) if isinstance(required, list) else 0):
+        min_properties, required = item.get("minProperties"), item.get("required")
+        num_required = len(required) if isinstance(required, list) else 0
+        if isinstance(min_properties, int) and min_properties > max(1, num_required):
             raise ValueError("minProperties beyond the required ones is not implemented")
         multiple, patterns = item.get("multipleOf"), item.get("patternProperties")
         if isinstance(multiple, int | float) and not isinstance(multiple, bool):
@@ -131,15 +132,15 @@ def refuse_in_schema(schema: Any) -> None:
         joined = [_joined(schema, schema, key) for key in ("pattern", "multipleOf")]
     except RecursionError as error:
         raise ValueError("its references are nested too deeply") from error
-    for size, most, what in (
+    for size, maximum, unit in (
         (_length_of_literals(schema), MAX_LITERALS, "characters in long strings"),
         (num_pattern_properties, MAX_PATTERN_PROPERTIES, "patternProperties"),
         (multiples, MAX_MULTIPLES, "in its multipleOf together"),
         (joined[0], MAX_JOINED_PATTERNS, "patterns for one string"),
         (joined[1], 1, "multipleOf for one number"),
     ):
-        if size > most:
-            raise ValueError(f"it has {size} {what}, more than {most}")
+        if size > maximum:
+            raise ValueError(f"it has {size} {unit}, more than {maximum}")
 
 
 def _dicts(value: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
@@ -194,11 +195,11 @@ def _joined(
 
 def _resolved(root: Any, reference: str) -> Any:
     """The part of a schema that a reference points to; None if there is none."""
-    found = root
+    value = root
     for name in reference.removeprefix("#").split("/")[1:]:
         name = name.replace("~1", "/").replace("~0", "~")
-        found = found.get(name) if isinstance(found, dict) else None
-    return found
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 def _grammar(structure: Structure) -> str:

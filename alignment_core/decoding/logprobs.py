@@ -19,7 +19,7 @@ from linalign.alignment_core.transfer import to_device, to_host
 class TokenScores:
     """Log-probabilities that one policy gives to N tokens and to its best tokens.
 
-    drawn: [N] float32. top_ids, top: [N, most] int64 and float32, −inf where there are fewer.
+    drawn: [N] float32. top_ids, top: [N, num_top] int64 and float32, −inf where there are fewer.
     """
 
     drawn: Tensor
@@ -27,8 +27,8 @@ class TokenScores:
     top: Tensor
 
     @classmethod
-    def zeros(cls, num_tokens: int, most: int, device: torch.device) -> "TokenScores":
-        ids = torch.zeros(num_tokens, most, dtype=torch.int64, device=device)
+    def zeros(cls, num_tokens: int, num_top: int, device: torch.device) -> "TokenScores":
+        ids = torch.zeros(num_tokens, num_top, dtype=torch.int64, device=device)
         return cls(torch.zeros(num_tokens, device=device), ids, torch.zeros(ids.shape, device=device))
 
     def put(self, index: Tensor, z: Tensor, drawn: Tensor, ids: Tensor | None = None) -> None:
@@ -36,8 +36,8 @@ class TokenScores:
 
         z: [N, K] float32, log-probabilities of the tokens `ids`, [N, K], or of all tokens. drawn: [N] int64.
         """
-        most = self.top.shape[1]
-        place = z.topk(min(most, z.shape[1])).indices.sort().values  # ties in order of token id
+        num_top = self.top.shape[1]
+        place = z.topk(min(num_top, z.shape[1])).indices.sort().values  # ties in order of token id
         top, order = z.gather(1, place).sort(descending=True, stable=True)
         place = place.gather(1, order)
         if ids is None:
@@ -45,7 +45,7 @@ class TokenScores:
         else:
             self.drawn[index] = torch.where(ids == drawn[:, None], z, -torch.inf).amax(dim=-1)
             place = ids.gather(1, place)
-        missing = (0, most - top.shape[1])
+        missing = (0, num_top - top.shape[1])
         self.top_ids[index], self.top[index] = pad(place, missing), pad(top, missing, value=-torch.inf)
 
     def to_host(self) -> "TokenScores":
@@ -54,11 +54,11 @@ class TokenScores:
     def reports(self, tokens: Seq[int], num_alternatives: Seq[int]) -> list[TokenLogprob]:
         """One report for each of N tokens, on the host."""
         reports = []
-        for token, most, drawn, *best in zip(
+        for token, num_top, drawn, *best in zip(
             tokens, num_alternatives, self.drawn.tolist(), self.top_ids.tolist(), self.top.tolist(), strict=True
         ):
             top = [(id, value) for id, value in zip(*best, strict=True) if value > -torch.inf]
-            reports.append(TokenLogprob(token, drawn, tuple(top[:most])))
+            reports.append(TokenLogprob(token, drawn, tuple(top[:num_top])))
         return reports
 
 
@@ -87,16 +87,16 @@ class Logprobs:
 
     def reports(self, tokens: Seq[int]) -> Iterator[tuple[int, TokenLogprob]]:
         """Each line with its report, on the host. tokens: all tokens of the step."""
-        mine = [tokens[line] for line in self.lines]
-        found = self.drawn_from.reports(mine, self.num_alternatives)
+        drawn = [tokens[line] for line in self.lines]
+        reports = self.drawn_from.reports(drawn, self.num_alternatives)
         if any(self.traced):
-            policies = [policy.reports(mine, self.num_alternatives) for policy in (self.principled, self.base)]
+            policies = [policy.reports(drawn, self.num_alternatives) for policy in (self.principled, self.base)]
             traces = zip(*policies, self.num_plausible.tolist(), self.kl.tolist(), strict=True)
-            found = [
+            reports = [
                 replace(report, trace=Trace(*trace)) if is_traced else report
-                for report, is_traced, trace in zip(found, self.traced, traces, strict=True)
+                for report, is_traced, trace in zip(reports, self.traced, traces, strict=True)
             ]
-        return zip(self.lines, found, strict=True)
+        return zip(self.lines, reports, strict=True)
 
 
 def log_probabilities(policy: Policy, tokens: Tensor, lines: Seq[int]) -> list[Logprobs]:
@@ -107,50 +107,51 @@ def log_probabilities(policy: Policy, tokens: Tensor, lines: Seq[int]) -> list[L
     the S lines among the step's tokens.
     """
     sequences = [sequence for sequence, _ in policy.next_tokens]
-    mine = [line for line, sequence in enumerate(sequences) if sequence.params.num_reported is not None]
-    if not mine:
+    reported = [line for line, sequence in enumerate(sequences) if sequence.params.num_reported is not None]
+    if not reported:
         return []
-    num_alternatives = [sequences[line].params.num_reported or 0 for line in mine]
-    aligned = [sequences[line].prompt.base is not None for line in mine]
-    traced = [sequences[line].params.trace and is_one for line, is_one in zip(mine, aligned, strict=True)]
+    num_alternatives = [sequences[line].params.num_reported or 0 for line in reported]
+    aligned = [sequences[line].prompt.base is not None for line in reported]
+    traced = [sequences[line].params.trace and is_aligned for line, is_aligned in zip(reported, aligned, strict=True)]
     device = policy.logits.device
-    drawn_from, principled, base = (TokenScores.zeros(len(mine), max(num_alternatives), device) for _ in range(3))
-    found = Logprobs(
-        lines=[lines[line] for line in mine],
+    drawn_from, principled, base = (TokenScores.zeros(len(reported), max(num_alternatives), device) for _ in range(3))
+    logprobs = Logprobs(
+        lines=[lines[line] for line in reported],
         num_alternatives=num_alternatives,
         traced=traced,
         drawn_from=drawn_from,
         principled=principled,
         base=base,
-        num_plausible=torch.zeros(len(mine), dtype=torch.int64, device=device),
-        kl=torch.zeros(len(mine), device=device),
+        num_plausible=torch.zeros(len(reported), dtype=torch.int64, device=device),
+        kl=torch.zeros(len(reported), device=device),
     )
-    tokens = tokens.clamp(min=0)[to_device(torch.tensor(mine), device)]
-    _put_models(found, policy, tokens, mine, aligned)
-    _put_aligned(found, policy, tokens, [line for line, is_one in zip(mine, aligned, strict=True) if is_one], mine)
-    return [found]
+    tokens = tokens.clamp(min=0)[to_device(torch.tensor(reported), device)]
+    _put_models(logprobs, policy, tokens, reported, aligned)
+    aligned_lines = [line for line, is_aligned in zip(reported, aligned, strict=True) if is_aligned]
+    _put_aligned(logprobs, policy, tokens, aligned_lines, reported)
+    return [logprobs]
 
 
-def _put_models(found: Logprobs, policy: Policy, tokens: Tensor, mine: Seq[int], aligned: Seq[bool]) -> None:
+def _put_models(logprobs: Logprobs, policy: Policy, tokens: Tensor, reported: Seq[int], aligned: Seq[bool]) -> None:
     """The model's own policies: of plain lines, and, for traces, of the branches of aligned lines."""
     logits = policy.logits
     unaligned = [place for place, is_one in enumerate(aligned) if not is_one]
-    traced = [place for place, is_one in enumerate(found.traced) if is_one]
+    traced = [place for place, is_one in enumerate(logprobs.traced) if is_one]
     if not (unaligned or traced):
         return
     prompts = [sequence.prompt for sequence, _ in policy.next_tokens]
-    mixing = mixing_of(prompts, may_start_from_base=False)[torch.tensor(mine)].to(logits.device)
-    for places, scores in ((unaligned, found.drawn_from), (traced, found.principled)):
+    mixing = mixing_of(prompts, may_start_from_base=False)[torch.tensor(reported)].to(logits.device)
+    for places, scores in ((unaligned, logprobs.drawn_from), (traced, logprobs.principled)):
         if places:
             index = to_device(torch.tensor(places), logits.device)
             scores.put(index, principled_logits(logits, mixing[index]).log_softmax(dim=-1), tokens[index])
     if traced:
-        found.base.put(index, logits[mixing.base[index]].log_softmax(dim=-1), tokens[index])
+        logprobs.base.put(index, logits[mixing.base[index]].log_softmax(dim=-1), tokens[index])
 
 
-def _put_aligned(found: Logprobs, policy: Policy, tokens: Tensor, aligned: Seq[int], mine: Seq[int]) -> None:
-    """The aligned policies. aligned: lines of the policy. mine: the line of each of the N tokens."""
-    place_of = {line: place for place, line in enumerate(mine)}
+def _put_aligned(logprobs: Logprobs, policy: Policy, tokens: Tensor, aligned: Seq[int], reported: Seq[int]) -> None:
+    """The aligned policies. aligned: lines of the policy. reported: the line of each of the N tokens."""
+    place_of = {line: place for place, line in enumerate(reported)}
     wanted, device = set(aligned), policy.logits.device
     for group in policy.candidates if aligned else ():
         lines = group.lines(len(policy.next_tokens))
@@ -160,10 +161,10 @@ def _put_aligned(found: Logprobs, policy: Policy, tokens: Tensor, aligned: Seq[i
         of_group = to_device(torch.tensor(kept), device)
         index = to_device(torch.tensor([place_of[lines[i]] for i in kept]), device)
         ids, z = group.token_ids[of_group], group.z[of_group].log_softmax(dim=-1)
-        found.drawn_from.put(index, z, tokens[index], ids)
-        if any(found.traced):
+        logprobs.drawn_from.put(index, z, tokens[index], ids)
+        if any(logprobs.traced):
             rows = policy.settings.mixing.base[to_device(torch.tensor([lines[i] for i in kept]), device)]
             of_base = policy.logits[rows].log_softmax(dim=-1).gather(1, ids).clamp(min=IMPOSSIBLE)
             possible = z > -torch.inf
-            found.num_plausible[index] = possible.sum(dim=-1)
-            found.kl[index] = torch.where(possible, z.exp() * (z - of_base), 0).sum(dim=-1)
+            logprobs.num_plausible[index] = possible.sum(dim=-1)
+            logprobs.kl[index] = torch.where(possible, z.exp() * (z - of_base), 0).sum(dim=-1)

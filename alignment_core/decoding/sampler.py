@@ -17,7 +17,7 @@ from linalign.alignment_core.scheduling.sequence import NextToken
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """The tokens of a step, [S] int64, and the reports on those whose requests want one."""
+    """The tokens of a step, [S] int64, and the reports for the requests that need one."""
 
     tokens: Tensor
     reports: Seq[Logprobs]
@@ -25,9 +25,9 @@ class Drawn:
     def on_host(self) -> Iterator[tuple[int, tuple[TokenLogprob, ...]]]:
         """Each token id, with its report if there is one."""
         tokens: list[int] = self.tokens.tolist()
-        found = dict(line_and_report for part in self.reports for line_and_report in part.reports(tokens))
+        reports = dict(line_and_report for part in self.reports for line_and_report in part.reports(tokens))
         for line, token in enumerate(tokens):
-            yield token, (found[line],) if line in found else ()
+            yield token, (reports[line],) if line in reports else ()
 
 
 class Sampler:

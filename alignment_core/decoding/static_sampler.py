@@ -35,11 +35,11 @@ class StaticSampler(Sampler):
     def __init__(self, runner: ModelRunner, draw_from_logits: DrawFromLogits | None = None) -> None:
         self._runner = runner
         self._draw_from_logits = draw_from_logits or default_draw(runner)
-        most = len(runner.drawn)
-        self._sizes = [most]
+        max_lines = len(runner.drawn)
+        self._sizes = [max_lines]
         if not runner.config.batch_invariant:
-            self._sizes = padded_sizes(most)[1:]  # torch compiles size 1 as a special case
-        self._packed = torch.zeros(len(PADDING_SETTINGS), most, dtype=torch.float64, device=runner.drawn.device)
+            self._sizes = padded_sizes(max_lines)[1:]  # torch compiles size 1 as a special case
+        self._packed = torch.zeros(len(PADDING_SETTINGS), max_lines, dtype=torch.float64, device=runner.drawn.device)
 
     @torch.inference_mode()
     def draw(self, logits: Tensor, next_tokens: Seq[NextToken]) -> Drawn:

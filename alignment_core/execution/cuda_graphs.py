@@ -14,9 +14,9 @@ def padded_size(n: int) -> int:
     return next((size for size in SIZES if size >= n), -(-n // COARSE) * COARSE)
 
 
-def padded_sizes(most: int) -> list[int]:
-    """The padded sizes of 1 to `most` lines, in ascending order."""
-    return sorted({padded_size(n) for n in range(1, most + 1)})
+def padded_sizes(max_size: int) -> list[int]:
+    """The padded sizes of 1 to `max_size` lines, in ascending order."""
+    return sorted({padded_size(n) for n in range(1, max_size + 1)})
 
 
 class Graphs:

@@ -23,11 +23,11 @@ def halve(rows: Sequence[Row], wanted: Sequence[tuple[Row, int]]) -> tuple[Half,
     rows: In the order of the schedule. wanted: See `Plan.of`.
     """
     first, second = Half(), Half()
-    left = sum(row.num_tokens for row in rows) // 2
+    num_in_first = sum(row.num_tokens for row in rows) // 2
     cuts = {}
     for row in rows:
-        head, tail = cuts[id(row)] = row.cut(min(left, row.num_tokens))
-        left -= head.num_tokens
+        head, tail = cuts[id(row)] = row.cut(min(num_in_first, row.num_tokens))
+        num_in_first -= head.num_tokens
         for half, piece in ((first, head), (second, tail)):
             if piece.num_tokens:
                 half.rows.append(piece)

@@ -199,14 +199,15 @@ class ModelRunner:
     def _probe(self) -> dict[int, LayerAttention]:
         """The attention that each layer needs. An unsupported architecture fails here, not in a request."""
         row = Row(Branch(tokens=[0], pages=[0]), 0, 1)
-        fused = {member.index: member.asked for layers in fused_layers(self.model) for member in layers.members}
+        members = [member for layers in fused_layers(self.model) for member in layers.members]
+        fused = {member.index: member.layer_attention for member in members}
         paged = PagedBatch.of(Plan.of([row], [], self.page_size), self._keys, self._values, fused)
-        asked = fused | probe(self.model, self.config.max_model_len, paged=paged)
-        if len(asked) != len(self._keys):
+        attentions = fused | probe(self.model, self.config.max_model_len, paged=paged)
+        if len(attentions) != len(self._keys):
             raise ValueError(
                 f"{type(self.model).__name__} has layers that do not use transformers' attention interface"
             )
-        return asked
+        return attentions
 
     def page_bytes(self) -> int:
         """Bytes of one page in all layers."""

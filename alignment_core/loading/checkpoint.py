@@ -119,9 +119,9 @@ def _of_gguf(path: Path) -> Checkpoint:
             name = reader.value(GGUF_STRING).decode().partition(".")[2]
             fields[name] = reader.value(reader.number("I"))
     num_layers, length = fields.get("block_count"), fields.get("context_length")
-    for what, number_of, most in (("layers", num_layers, num_tensors), ("tokens of context", length, 1 << 40)):
-        if isinstance(number_of, int) and not 1 <= number_of <= most:
-            raise LoadingError(f"{path.name} is damaged: {number_of} {what}, {num_tensors} tensors")
+    for unit, number, maximum in (("layers", num_layers, num_tensors), ("tokens of context", length, 1 << 40)):
+        if isinstance(number, int) and not 1 <= number <= maximum:
+            raise LoadingError(f"{path.name} is damaged: {number} {unit}, {num_tensors} tensors")
     return Checkpoint(_whole(length), _whole(fields.get("attention.head_count_kv")))
 
 

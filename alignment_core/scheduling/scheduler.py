@@ -144,9 +144,9 @@ class Scheduler:
         """
         for sequence in step.drawing:
             rows = step.rows[sequence]
-            left = min(SPECULATIVE_BATCH - step.num_given, self.max_num_batched_tokens - step.num_tokens)
+            num_free = min(SPECULATIVE_BATCH - step.num_given, self.max_num_batched_tokens - step.num_tokens)
             num_given = min(
-                left // len(rows),
+                num_free // len(rows),
                 len(sequence.prompt.given) - len(sequence.output_ids),
                 sequence.max_tokens - len(sequence.output_ids) - 1,
             )
@@ -157,13 +157,13 @@ class Scheduler:
     def _speculate(self, sequence: Sequence, step: Step) -> None:
         """Append drafts to the rows of a decoding sequence while the step stays within SPECULATIVE_BATCH tokens."""
         rows = step.rows[sequence]
-        most = min(
+        max_drafts = min(
             self.num_speculative_tokens,
             (min(SPECULATIVE_BATCH, self.max_num_batched_tokens) - step.num_tokens) // len(rows),
             sequence.max_tokens - len(sequence.output_ids) - 1,
         )
-        if most > 0 and not sequence.needs_last_token:
-            self._lengthen(sequence, step, tuple(sequence.lookup.draft(most)))
+        if max_drafts > 0 and not sequence.needs_last_token:
+            self._lengthen(sequence, step, tuple(sequence.lookup.draft(max_drafts)))
 
     def _lengthen(self, sequence: Sequence, step: Step, drafts: tuple[int, ...]) -> bool:
         """Append drafts to the sequence's rows; False, and no change, if it is not decoding or pages are missing."""

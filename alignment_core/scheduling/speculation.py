@@ -35,15 +35,15 @@ class PromptLookup:
         self._may_draft_next = self._match(len(self._tokens) - 1) is not None
         return self._may_draft_next
 
-    def draft(self, most: int) -> list[int]:
-        """Up to `most` tokens that followed the newest ones at their last occurrence; none if there was none."""
+    def draft(self, max_tokens: int) -> list[int]:
+        """Up to `max_tokens` tokens that followed the newest ones at their last occurrence; none if there was none."""
         if len(self._tokens) < self._resume:
             return []
         start = self._match(len(self._tokens))
         if start is None and self._may_draft_next:
             self.learn(0, 0)  # the wait for the newest token gained nothing
         self._may_draft_next = False
-        return [] if start is None else self._continuation(start, min(most, self._length))
+        return [] if start is None else self._continuation(start, min(max_tokens, self._length))
 
     def learn(self, num_drafted: int, num_accepted: int) -> None:
         """Draft more after an accepted draft, less after a rejected one, and pause after several rejected ones."""

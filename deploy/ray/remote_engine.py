@@ -162,12 +162,12 @@ class RemoteEngine:
 
     async def _ask(self) -> None:
         """Ask all replicas for their stats. Replicas that do not answer are forgotten."""
-        asked = time.monotonic()
+        time_asked = time.monotonic()
         try:
             answers = await self._handle.broadcast("stats").results_async(return_exceptions=True)
         except DeploymentUnavailableError:
             answers = []
-        stats_of = {id: (asked, stats) for id, stats in (a for a in answers if not isinstance(a, BaseException))}
+        stats_of = {id: (time_asked, stats) for id, stats in (a for a in answers if not isinstance(a, BaseException))}
         self._stats = {id: max(one, self._stats.get(id, one), key=lambda o: o[0]) for id, one in stats_of.items()}
 
     async def _run(self, request: Request) -> None:

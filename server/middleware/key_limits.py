@@ -22,8 +22,8 @@ class Bucket:
     """
 
     def __init__(self, tokens_per_minute: float) -> None:
-        self._rate, self._most = tokens_per_minute / 60, tokens_per_minute
-        self._level, self._when = self._most, time.monotonic()
+        self._rate, self._capacity = tokens_per_minute / 60, tokens_per_minute
+        self._level, self._when = self._capacity, time.monotonic()
 
     def take(self, num_tokens: int) -> None:
         self._fill_up()
@@ -37,30 +37,33 @@ class Bucket:
 
     def _fill_up(self) -> None:
         now = time.monotonic()
-        self._level = min(self._most, self._level + (now - self._when) * self._rate)
+        self._level = min(self._capacity, self._level + (now - self._when) * self._rate)
         self._when = now
 
 
 class Allowance:
-    """The current use of one key. most: Simultaneous requests, and choices. bucket: Of tokens, if they are limited."""
+    """The current use of one key.
 
-    def __init__(self, most: float, bucket: Bucket | None) -> None:
-        self._most, self._bucket = most, bucket
+    maximum: Limit of simultaneous requests, and of choices. bucket: Of tokens, if they are limited.
+    """
+
+    def __init__(self, maximum: float, bucket: Bucket | None) -> None:
+        self._maximum, self._bucket = maximum, bucket
         self.num_requests = self._num_choices = 0
 
     def check(self, takes_tokens: bool) -> None:
         """Raises KeyBusy if no further request may begin. takes_tokens: Whether the request needs the model."""
-        if self.num_requests >= self._most:
-            raise KeyBusy(f"this API key has {self._most} running requests, which is its limit", *AT_ONCE)
+        if self.num_requests >= self._maximum:
+            raise KeyBusy(f"this API key has {self._maximum} running requests, which is its limit", *AT_ONCE)
         if takes_tokens:
             self._check_tokens()
 
     def admit(self, num_choices: int) -> None:
         """Count new choices. Raises KeyBusy if too many run already, InvalidRequest for more than the limit."""
-        if num_choices > self._most:
-            raise InvalidRequest(f"{num_choices} choices are more than this API key may have, {self._most}", "n")
-        if self._num_choices + num_choices > self._most:
-            raise KeyBusy(f"this API key may have {self._most} running choices in all its requests", *AT_ONCE)
+        if num_choices > self._maximum:
+            raise InvalidRequest(f"{num_choices} choices are more than this API key may have, {self._maximum}", "n")
+        if self._num_choices + num_choices > self._maximum:
+            raise KeyBusy(f"this API key may have {self._maximum} running choices in all its requests", *AT_ONCE)
         self._check_tokens()
         self._num_choices += num_choices
 
@@ -95,15 +98,15 @@ class KeyLimits:
         if scope["type"] != "http" or scope["method"] != "POST" or (exchange := exchange_of(scope)).key is None:
             await self._app(scope, receive, send)
             return
-        mine = self._of[exchange.key]
+        allowance = self._of[exchange.key]
         try:
-            mine.check(takes_tokens=scope["path"].removeprefix(scope.get("root_path", "")) not in WITHOUT_MODEL)
+            allowance.check(takes_tokens=scope["path"].removeprefix(scope.get("root_path", "")) not in WITHOUT_MODEL)
         except KeyBusy as error:
             await key_busy(error)(scope, receive, send)
             return
-        exchange.admit, exchange.leave, exchange.charge = mine.admit, mine.leave, mine.charge
-        mine.num_requests += 1
+        exchange.admit, exchange.leave, exchange.charge = allowance.admit, allowance.leave, allowance.charge
+        allowance.num_requests += 1
         try:
             await self._app(scope, receive, send)
         finally:
-            mine.num_requests -= 1
+            allowance.num_requests -= 1

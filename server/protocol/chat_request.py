@@ -241,8 +241,9 @@ class ChatCompletionRequest(GenerationRequest, ChatFields):
             raise field_error(name, f"tools and {name} exclude each other, unless tool_choice is 'none'")
 
     def sampling_params(self, **more: Any) -> SamplingParams:
-        most = (self.top_logprobs or 0) if self.logprobs else None
-        return super().sampling_params(max_tokens=self.max_completion_tokens or self.max_tokens, logprobs=most, **more)
+        max_tokens = self.max_completion_tokens or self.max_tokens
+        num_top = (self.top_logprobs or 0) if self.logprobs else None
+        return super().sampling_params(max_tokens=max_tokens, logprobs=num_top, **more)
 
 
 def _joined(content: str | list[TextPart] | None) -> str:

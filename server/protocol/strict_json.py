@@ -13,9 +13,9 @@ from starlette.exceptions import HTTPException
 
 from linalign.server.threads import LONG, in_thread
 
-MOST_KEYS = 10_000  # of one object: each unknown key is a separate error
-MOST_VALUES = 100_000  # names count, integers do not: prompts may be token ids
-MOST_LEVELS = 128
+MAX_KEYS = 10_000  # of one object: each unknown key is a separate error
+MAX_VALUES = 100_000  # names count, integers do not: prompts may be token ids
+MAX_LEVELS = 128
 HALF = re.compile("[\ud800-\udfff]")
 # Matches once per value, and twice for a number with a fraction and an exponent.
 VALUE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{.eEnN]', re.DOTALL)
@@ -66,7 +66,7 @@ def strict(text: str) -> Any:
     """
     refuse_too_many_values(text)
     try:
-        value = json.loads(text, object_pairs_hook=_once_each)
+        value = json.loads(text, object_pairs_hook=_without_repeated_keys)
     except json.JSONDecodeError:
         raise
     except RecursionError as error:
@@ -83,22 +83,22 @@ def refuse_too_many_values(text: str) -> None:
     Call it before parsing: the parser is one call of C that holds the GIL, for a second if there are a million values.
     """
     data = text.encode(errors="replace")
-    if len(data) - len(data.translate(None, b",:[{")) < MOST_VALUES:  # each value but one has one of them, or more
+    if len(data) - len(data.translate(None, b",:[{")) < MAX_VALUES:  # each value but one has one of them, or more
         return
     without_integers = data.translate(None, b"0123456789-+, \t\r\n")
-    if next(itertools.islice(VALUE.finditer(without_integers), MOST_VALUES, None), None):
-        raise ValueError(f"it has more than {MOST_VALUES} values")
+    if next(itertools.islice(VALUE.finditer(without_integers), MAX_VALUES, None), None):
+        raise ValueError(f"it has more than {MAX_VALUES} values")
 
 
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(pairs) > MOST_KEYS:
-        raise ValueError(f"an object has {len(pairs)} keys, more than {MOST_KEYS}")
-    if len(found) < len(pairs):
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(pairs) > MAX_KEYS:
+        raise ValueError(f"an object has {len(pairs)} keys, more than {MAX_KEYS}")
+    if len(value) < len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice[:100]!r} occurs twice in one object")
-    return found
+        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {repeated[:100]!r} occurs twice in one object")
+    return value
 
 
 def _refuse_what_text_cannot_hold(value: Any) -> None:
@@ -107,7 +107,7 @@ def _refuse_what_text_cannot_hold(value: Any) -> None:
     num_levels = 0
     while level:
         num_levels += 1
-        if num_levels > MOST_LEVELS:
+        if num_levels > MAX_LEVELS:
             raise ValueError("it is nested too deeply")
         inner: list[tuple[Place, Any]] = []
         for place, item in level:

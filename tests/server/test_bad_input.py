@@ -9,7 +9,7 @@ import time
 import httpx
 import pytest
 
-from linalign.server.protocol.strict_json import MOST_VALUES, strict
+from linalign.server.protocol.strict_json import MAX_VALUES, strict
 
 pytestmark = pytest.mark.slow
 
@@ -169,16 +169,16 @@ def test_bodies_that_are_not_json_objects_in_utf_8_are_refused(url, name):
 
 def test_adjacent_numbers_are_counted_separately():
     assert strict('{"a": [' + "1.5, 1e5, " * 49_000 + "1]}")
-    with pytest.raises(ValueError, match=f"more than {MOST_VALUES} values"):
+    with pytest.raises(ValueError, match=f"more than {MAX_VALUES} values"):
         strict('{"a": [' + "1.5, 1e5, " * 51_000 + "1]}")
 
 
 @pytest.mark.parametrize("value", ['"a"', '"\\"[,"', "{}", "1.5", "1e5", "-1E5", "true", "false", "null"])
 def test_values_are_counted_exactly(value):
     beside = 3  # values besides the list's items: the object, its key and the list
-    strict('{"a": [' + ", ".join([value] * (MOST_VALUES - beside)) + "]}")
-    with pytest.raises(ValueError, match=f"more than {MOST_VALUES} values"):
-        strict('{"a": [' + ", ".join([value] * (MOST_VALUES - beside + 1)) + "]}")
+    strict('{"a": [' + ", ".join([value] * (MAX_VALUES - beside)) + "]}")
+    with pytest.raises(ValueError, match=f"more than {MAX_VALUES} values"):
+        strict('{"a": [' + ", ".join([value] * (MAX_VALUES - beside + 1)) + "]}")
 
 
 @pytest.mark.parametrize("text", ["[1, -2, {}], " * 400_000, '\\" [, ' * 400_000, '"'])
