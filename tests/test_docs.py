@@ -52,7 +52,11 @@ def test_no_text_refers_to_documents_outside_the_repository():
     assert set(found) <= {"tests/test_docs.py"}
 
 
-def test_every_decision_has_a_line_in_the_index():
+def test_every_decision_is_in_the_index_under_its_title():
     index = (ROOT / "docs" / "README.md").read_text()
-    pages = sorted(path.name for path in (ROOT / "docs" / "decisions").glob("*.md"))
-    assert re.findall(r"\(decisions/([\w-]+\.md)\)", index) == pages
+    pages = sorted((ROOT / "docs" / "decisions").glob("*.md"))
+    titles = [re.match(r"# (\d+)\. (.+)\n", page.read_text()).groups() for page in pages]
+    lines = [
+        f"| [{number}](decisions/{page.name}) | {title} |" for page, (number, title) in zip(pages, titles, strict=True)
+    ]
+    assert index[index.index("| [1]") :].splitlines() == lines

@@ -73,8 +73,8 @@ FAULTS = {
     ),
     "tool calls: one more than may be called": Fault(
         "server/tool_calls.py",
-        'c["index"] < self._most_calls',
-        'c["index"] <= self._most_calls',
+        'c["index"] < self._max_calls',
+        'c["index"] <= self._max_calls',
         "tests/server/test_tool_calls.py",
     ),
     "playground: a new ratio asks with what the form says now": Fault(
