@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.capacity.crowd import Limits, Running, fits, most, replicas, running
+from benchmarks.capacity.crowd import Limits, Running, fits, largest_load, replicas, running
 from benchmarks.capacity.hardware import GPUS, Gpu, Model
 from benchmarks.capacity.host import Host
 from benchmarks.capacity.load import PAGE_SIZE, Load, held, prompt_tokens
@@ -25,45 +25,45 @@ def rows(host: Host, load: Load, limits: Limits, sequences: int | None) -> dict[
     own, _ = held(load)
     model, size = host.model, host.size
     cells = {
-        "weights a GPU, GB": f"{model.weight_bytes(size) / 1e9:.1f}",
-        "KV cache, KB a token and branch": f"{model.kv_bytes() / 1e3:.0f}",
+        "weights per GPU, GB": f"{model.weight_bytes(size) / 1e9:.1f}",
+        "KV cache, KB per token and branch": f"{model.kv_bytes() / 1e3:.0f}",
         "KV cache, tokens (pages)": f"{max(0, host.pool) * PAGE_SIZE:,} ({max(0, host.pool):,})",
-        "pages a user at the reply's end": f"{own:,}",
-        "prompt tokens computed, history cached or not": " / ".join(
+        "pages per user at the end of the reply": f"{own:,}",
+        "computed prompt tokens, history cached / not": " / ".join(
             f"{prompt_tokens(load, has):,}" for has in (True, False)
         ),
     }
     state: Running | None
     if sequences is None:
-        state, limit = most(host, load, limits)
+        state, limit = largest_load(host, load, limits)
     elif sequences > fits(host, load):
         state, limit = None, "does not fit"
     else:
-        state, limit = running(host, load, sequences), "as asked"
+        state, limit = running(host, load, sequences), "set by --sequences"
     if state is None:
-        return cells | {"sequences at once, because of": f"none, {limit}"}
+        return cells | {"concurrent sequences, limit": f"none, {limit}"}
     alone = running(host, load, load.choices)
     cells |= {
-        "sequences at once, because of": f"{state.sequences}, {limit}",
-        "rows a step": f"{state.sequences * load.rows}",
-        "first token, ms, alone / so many": f"{alone.first * 1e3:.0f} / {state.first * 1e3:.0f}",
-        "time a token, ms, alone / so many": f"{alone.token * 1e3:.1f} / {state.token * 1e3:.1f}",
+        "concurrent sequences, limit": f"{state.sequences}, {limit}",
+        "rows per step": f"{state.sequences * load.rows}",
+        "first token, ms, one request / that many": f"{alone.first * 1e3:.0f} / {state.first * 1e3:.0f}",
+        "time per token, ms, one request / that many": f"{alone.token * 1e3:.1f} / {state.token * 1e3:.1f}",
         "reply tokens/s": f"{state.requests * load.reply * load.choices:,.0f}",
     }
     if sequences is not None:
         return cells
     number = replicas(host, load, limits, affinity=True)
     cells |= {
-        "users a replica": f"{state.users:.0f}",
+        "users per replica": f"{state.users:.0f}",
         f"replicas for {limits.users:,} users, GPUs": f"{number}, {(number or 0) * size}",
     }
     if load.history and number:
         mean = limits.users / number
         others = replicas(host, load, limits, affinity=False)
         cells |= {
-            "turns that find their history": f"{state.hits:.0%}",
-            "replicas where turns go to any": str(others or "too slow"),
-            "users of the fullest, if only hashed": f"{mean + math.sqrt(2 * mean * math.log(number)):.0f}",
+            "turns with a cached history": f"{state.hits:.0%}",
+            "replicas with random routing": str(others or "too slow"),
+            "users of the fullest replica with hashing only": f"{mean + math.sqrt(2 * mean * math.log(number)):.0f}",
         }
     return cells
 

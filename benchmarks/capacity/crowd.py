@@ -77,7 +77,7 @@ def fits(host: Host, load: Load) -> int:
     return max(0, (host.pool - common) // own * load.choices)
 
 
-def most(host: Host, load: Load, limits: Limits, spread: int = 1) -> tuple[Running | None, str]:
+def largest_load(host: Host, load: Load, limits: Limits, spread: int = 1) -> tuple[Running | None, str]:
     """The state with the most sequences within the limits, and the limit that prevents more."""
     room = fits(host, load)
     if room < load.choices:
@@ -88,7 +88,7 @@ def most(host: Host, load: Load, limits: Limits, spread: int = 1) -> tuple[Runni
         if sequences > room:
             return largest, "memory"
         if state.token > limits.token:
-            return largest, "time a token"
+            return largest, "time per token"
         if state.first > limits.first:
             return largest, "first token"
         largest = state
@@ -99,7 +99,7 @@ def replicas(host: Host, load: Load, limits: Limits, affinity: bool) -> int | No
     """Number of replicas for all users; None if no number is enough. Without affinity, turns go to random replicas."""
     number = 1
     while True:
-        state, _ = most(host, load, limits, 1 if affinity else number)
+        state, _ = largest_load(host, load, limits, 1 if affinity else number)
         if state is None:
             return None
         if number * state.users >= limits.users:

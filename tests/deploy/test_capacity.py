@@ -94,7 +94,7 @@ def test_a_directory_and_custom_numbers(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SIZES))
     done = run("-m", "benchmarks.capacity", str(tmp_path), "--bandwidth", "1", "--memory", "4", "--principles", "1")
     assert done.returncode == 0, done.stderr
-    assert "| sequences at once, because of | 64, --max-num-seqs |" in done.stdout
+    assert "| concurrent sequences, limit | 64, --max-num-seqs |" in done.stdout
 
 
 @pytest.mark.parametrize(("spread", "turns"), [(1, 0), (2, 1), (3, 2), (7, 6)])
