@@ -63,7 +63,7 @@ class ModelRunner:
     The pool is [num_pages + 1, page_size, num_kv_heads, head_dim] per layer, for keys and for values. Its last page is
     spare, for padding rows. `allocate` makes the pool.
 
-    followers: The other processes of a model in several parts; they run the same steps.
+    followers: The other processes of a tensor-parallel model; they run the same steps.
     Raises ValueError if not every layer runs through our attention, or for a configuration that is not supported.
     """
 

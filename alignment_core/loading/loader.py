@@ -43,7 +43,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     max_model_len: int  # longest context, in tokens, that the model's positions are made for
     eos_token_ids: frozenset[int]  # every id that ends a reply; models have several
-    followers: Followers | None = None  # the other processes of a model in several parts
+    followers: Followers | None = None  # the other processes of a tensor-parallel model
 
 
 def load(

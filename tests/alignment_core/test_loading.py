@@ -235,7 +235,7 @@ def test_torchao_rounds_all_linear_layers_but_the_last():
 def test_unsupported_quantisations_are_refused():
     with pytest.raises(LoadingError, match="for GPUs"):
         load(device="cpu", quantization="fp8")
-    with pytest.raises(LoadingError, match="several parts"):
+    with pytest.raises(LoadingError, match="a tensor-parallel model"):
         load(device="cpu", quantization="int8", tensor_parallel_size=2)
     config = CONFIG_MAPPING["llama"](vocab_size=9, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
     with pytest.raises(cuda_quantization.QuantizationError, match="fp8"):  # torchao requires a GPU for it

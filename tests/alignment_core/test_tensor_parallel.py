@@ -138,7 +138,7 @@ def test_models_that_can_not_be_split_are_refused():
     assert "LoadingError: smollm2 has 3 key heads, which 2 processes can't share evenly" in result.stderr
     with pytest.raises(LoadingError, match="GGUF"):
         load("model.gguf", tensor_parallel_size=2)
-    with pytest.raises(LoadingError, match="a GPU each"):
+    with pytest.raises(LoadingError, match="one GPU each"):
         load("model", device="cuda:1", tensor_parallel_size=2)
 
 

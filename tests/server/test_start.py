@@ -176,7 +176,10 @@ def test_models_are_recognised_from_their_files(files, monkeypatch):
         (["model.gguf", "--tensor-parallel-size", "2"], "a GGUF file can't be split"),
         (["--tensor-parallel-size", "2"], "smollm2 has 3 key heads, which 2 processes can't share evenly"),
         (["plain", "--tensor-parallel-size", "3"], "plain has 2 key heads, which 3 processes can't share evenly"),
-        (["plain", "--tensor-parallel-size", "2", "--quantization", "int8"], "in several parts can't be quantised"),
+        (
+            ["plain", "--tensor-parallel-size", "2", "--quantization", "int8"],
+            "a tensor-parallel model can't be quantised",
+        ),
         (["--quantization", "fp8", "--device", "cpu"], "quantization fp8 is for GPUs"),
         (["--kv-cache-dtype", "fp8", "--device", "cpu"], "the KV cache of a CPU is float32, not fp8"),
         (["--kv-cache-dtype", "bfloat16", "--device", "cpu"], "the KV cache of a CPU is float32, not bfloat16"),
