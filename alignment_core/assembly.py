@@ -36,7 +36,9 @@ class Sizes:
         if min(config.max_num_seqs, sizes.max_num_batched_tokens, config.page_size) < 1:
             raise ValueError(f"the sizes must be at least 1: {config}")
         if sizes.max_model_len > loaded.max_model_len:
-            raise ValueError(f"max_model_len is {sizes.max_model_len}, but the model's context {loaded.max_model_len}")
+            raise ValueError(
+                f"max_model_len is {sizes.max_model_len}, but the model's context is {loaded.max_model_len}"
+            )
         return sizes
 
 

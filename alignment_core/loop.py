@@ -187,13 +187,12 @@ class Loop:
         self._send(sequence, replace(last, text=last.text + rest))
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
-        """End a sequence in which something went wrong, unless it has ended already."""
+        """End a sequence after an error. If it has ended already, its listener gets no second end."""
         log.error("Request %d failed", sequence.request_id, exc_info=error)
-        if sequence.status is Status.FINISHED:
-            return
-        for branch in sequence.branches:
-            self.scheduler.pool.unpublish(branch)
-        self._forget(sequence)
+        if sequence.status is not Status.FINISHED:
+            for branch in sequence.branches:
+                self.scheduler.pool.unpublish(branch)
+            self._forget(sequence)
         unknown = RequestFailed("the server failed in this request; others are not affected")
         failed = error.with_traceback(None) if isinstance(error, RequestFailed) else unknown  # frames hold memory
         self._send(sequence, replace(sequence.last_output("error"), error=failed))

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from linalign.alignment_core.decoding.methods import METHODS, Coefficients, Method
-from linalign.alignment_core.errors import InvalidRequest
+from linalign.alignment_core.errors import FIELD, InvalidRequest
+from linalign.alignment_core.methods import METHODS, Coefficients, Method
 
 MIN_RATIO, MAX_RATIO = -10.0, 20.0
 DEFAULT_RATIO = 2.0
@@ -206,7 +206,7 @@ class Prompt:
 
 def _require(condition: bool, field: str, rule: str, value: object) -> None:
     if not condition:
-        raise InvalidRequest(f"{{field}} must be {rule}, got {value!r}", field)
+        raise InvalidRequest(f"{FIELD} must be {rule}, got {value!r}", field)
 
 
 def _require_within(field: str, value: float, minimum: float, maximum: float) -> None:

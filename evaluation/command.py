@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 from pydantic_settings import CliPositionalArg, NoDecode, SettingsConfigDict
 
-from linalign.alignment_core.decoding.methods import Method
+from linalign.alignment_core.methods import Method
 from linalign.server.command_line import parse
 from linalign.server.commands.terminal import printable
 from linalign.server.protocol.generation import Ratio

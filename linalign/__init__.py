@@ -8,7 +8,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from linalign.alignment_core.decoding.methods import METHODS, MethodRule
     from linalign.alignment_core.engine import Engine
     from linalign.alignment_core.engine_config import EngineConfig
     from linalign.alignment_core.errors import (
@@ -20,11 +19,12 @@ if TYPE_CHECKING:
         RequestFailed,
     )
     from linalign.alignment_core.loading.loader import load
+    from linalign.alignment_core.methods import METHODS, MethodRule
     from linalign.alignment_core.output import Output, Stats, TokenLogprob, Trace, Usage
     from linalign.alignment_core.request import Principle, Prompt, SamplingParams, Structure
 
 MODULES = {
-    "METHODS": "decoding.methods",
+    "METHODS": "methods",
     "Engine": "engine",
     "EngineBusy": "errors",
     "EngineConfig": "engine_config",
@@ -32,7 +32,7 @@ MODULES = {
     "InvalidRequest": "errors",
     "LinalignError": "errors",
     "LoadingError": "errors",
-    "MethodRule": "decoding.methods",
+    "MethodRule": "methods",
     "Output": "output",
     "Principle": "request",
     "Prompt": "request",

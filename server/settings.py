@@ -196,7 +196,8 @@ exit status:
         None,
         ge=1,
         title="N",
-        description="most simultaneous requests of each key, and most choices; more get a 429 (default: no limit)",
+        description="most simultaneous requests of each key, and most running choices in them; more get a 429 "
+        "(default: no limit)",
     )
     max_tokens_per_minute_per_key: int | None = Field(
         None,

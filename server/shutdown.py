@@ -46,9 +46,8 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Called by uvicorn TICKS_PER_SECOND times a second."""
-        faulthandler.dump_traceback_later(
-            EVENT_LOOP_FACTOR * self._step_timeout, exit=True
-        )  # unless the next tick resets this timer
+        # The next tick resets this timer.
+        faulthandler.dump_traceback_later(EVENT_LOOP_FACTOR * self._step_timeout, exit=True)
         began, _ = self._engine.pace
         # Count ticks, not seconds: a process that was stopped (SIGSTOP) does not hang.
         self._num_turns = self._num_turns + 1 if began is not None and began == self._step else 0

@@ -43,7 +43,7 @@ def strict_calls(tokenizer: PreTrainedTokenizerBase, tools: Tools, parallel: boo
 
 def _known_format(tokenizer: PreTrainedTokenizerBase, problem: str, param: str) -> CallFormat:
     if getattr(tokenizer, "response_template", None) and "<tool_call>" not in str(tokenizer.chat_template):
-        raise InvalidRequest(f"this model writes calls in a way that {problem}", param)
+        raise InvalidRequest(f"calls of this model {problem}", param)
     return call_format(tokenizer)
 
 

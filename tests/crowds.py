@@ -12,8 +12,8 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from linalign import Engine, EngineConfig, Prompt, SamplingParams, load
-from linalign.alignment_core.decoding.methods import METHODS
 from linalign.alignment_core.loading.loader import LoadedModel
+from linalign.alignment_core.methods import METHODS
 from linalign.alignment_core.output import Output
 from linalign.alignment_core.request import Structure
 from linalign.alignment_core.scheduling.sequence import Branch, Sequence

@@ -170,9 +170,8 @@ def replace_layers(model: PreTrainedModel, quantization: Quantization) -> None:
             if type(child) is nn.Linear and packable(child.weight):
                 setattr(parent, name, PackedLinear(pack(child.weight, child.bias, quantization)))
     for parameter in model.parameters():
-        parameter.data = (
-            parameter.data.clone()
-        )  # a copy, because the checkpoint's file stays mapped while a tensor refers to it
+        # A copy, because the checkpoint's file stays mapped while a tensor refers to it.
+        parameter.data = parameter.data.clone()
     _report(model)
 
 

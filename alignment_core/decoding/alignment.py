@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from linalign.alignment_core.decoding.methods import starts_from_base
+from linalign.alignment_core.methods import starts_from_base
 from linalign.alignment_core.transfer import to_device
 
 ADAPTIVE_SCALE = 50.0  # ratio per nat of divergence

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from linalign.alignment_core.decoding.alignment import Mixing
-from linalign.alignment_core.decoding.methods import METHODS
+from linalign.alignment_core.methods import METHODS
 from linalign.alignment_core.request import Prompt
 from linalign.alignment_core.scheduling.sequence import NextToken, Sequence
 from linalign.alignment_core.transfer import to_device

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from linalign.alignment_core.errors import InvalidRequest
+from linalign.alignment_core.errors import FIELD, InvalidRequest
 from linalign.alignment_core.request import Structure
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Grammars:
         try:
             grammar = _behind(structure.after, _grammar(structure)) if structure.after else _grammar(structure)
         except (TypeError, ValueError) as error:
-            raise InvalidRequest(f"{{field}} can't be used: {error}", structure.name) from error
+            raise InvalidRequest(f"{FIELD} can't be used: {error}", structure.name) from error
         limits = llguidance.LLParserLimits(**(OF_GRAMMARS if structure.kind == "grammar" else OF_JSON))
         matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
         first = matcher.deep_copy()
@@ -82,7 +82,7 @@ class Grammars:
     def failure(structure: Structure, matcher: "LLMatcher") -> InvalidRequest:
         """The error for a structure that exceeds llguidance's limits."""
         message = matcher.get_error().partition("\n<")[0]  # states and stacks follow
-        return InvalidRequest(f"{{field}} can't be used: {message}", structure.name)
+        return InvalidRequest(f"{FIELD} can't be used: {message}", structure.name)
 
     @property
     def _vocabulary(self) -> "LLTokenizer":
@@ -110,7 +110,7 @@ def _refuse_bombs(structure: Structure) -> None:
         (depth, MAX_DEPTH, "levels"),
     ):
         if size > maximum:
-            raise InvalidRequest(f"{{field}} has {size} {unit}, more than {maximum}", structure.name)
+            raise InvalidRequest(f"{FIELD} has {size} {unit}, more than {maximum}", structure.name)
 
 
 def refuse_in_schema(schema: Any) -> None:

@@ -21,8 +21,8 @@ from linalign.alignment_core.decoding.alignment import (
 from linalign.alignment_core.decoding.candidates import Candidates, candidates, indices
 from linalign.alignment_core.decoding.draw_settings import DrawSettings
 from linalign.alignment_core.decoding.edits import edit
-from linalign.alignment_core.decoding.methods import starts_from_base
 from linalign.alignment_core.decoding.static_draw import Filters
+from linalign.alignment_core.methods import starts_from_base
 from linalign.alignment_core.scheduling.sequence import NextToken
 from linalign.alignment_core.transfer import to_device
 

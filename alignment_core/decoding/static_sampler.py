@@ -13,12 +13,12 @@ from linalign.alignment_core.decoding.alignment import Mixing
 from linalign.alignment_core.decoding.draw import draw
 from linalign.alignment_core.decoding.draw_settings import DrawSettings
 from linalign.alignment_core.decoding.logprobs import log_probabilities
-from linalign.alignment_core.decoding.methods import starts_from_base
 from linalign.alignment_core.decoding.policy import Policy
 from linalign.alignment_core.decoding.sampler import Drawn, Sampler, put_given, remember_directions
 from linalign.alignment_core.decoding.static_draw import PREPARED, Filters, draw_from_logits, weights_above
 from linalign.alignment_core.execution.cuda_graphs import padded_sizes
 from linalign.alignment_core.execution.model_runner import ModelRunner
+from linalign.alignment_core.methods import starts_from_base
 from linalign.alignment_core.scheduling.sequence import NextToken, Sequence
 from linalign.alignment_core.transfer import to_device
 
@@ -71,9 +71,8 @@ class StaticSampler(Sampler):
     def warm_up(self) -> None:
         """Compile and capture everything that `draw` may run, so that no request waits for it."""
         for filters in PREPARED:
-            self._step(
-                self._sizes[0], filters
-            )  # otherwise torch would specialise on the largest size, the number of rows
+            # First with a smaller size: otherwise torch would specialise on the largest size, the number of rows.
+            self._step(self._sizes[0], filters)
             for size in reversed(self._sizes):
                 self._runner.graphs.run(("draw", size, filters), lambda: self._step(size, filters))  # noqa: B023
 

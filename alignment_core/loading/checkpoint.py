@@ -85,7 +85,7 @@ def refuse_missing_packages(name: str, config: dict[str, Any]) -> None:
     method = (config.get("quantization_config") or {}).get("quant_method")
     missing = [package for package in PACKAGES.get(str(method), ()) if not _is_installed(package)]
     if missing:
-        raise LoadingError(f"{name} is quantised by {method}, which takes: pip install {' '.join(missing)}")
+        raise LoadingError(f"{name} is quantised by {method}, which needs: pip install {' '.join(missing)}")
 
 
 def _is_installed(package: str) -> bool:

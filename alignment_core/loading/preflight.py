@@ -39,7 +39,7 @@ def check(
         raise LoadingError(f"the KV cache of a CPU is float32, not {kv_cache_dtype}")
     model = look_at(name)
     if max_model_len and model.max_model_len and max_model_len > model.max_model_len:
-        raise LoadingError(f"max_model_len is {max_model_len}, but the model's context {model.max_model_len}")
+        raise LoadingError(f"max_model_len is {max_model_len}, but the model's context is {model.max_model_len}")
     if model.num_kv_heads and model.num_kv_heads % size:
         raise LoadingError(
             f"{name or EMBEDDED_ID} has {model.num_kv_heads} key heads, which {size} processes can't share evenly"

@@ -85,9 +85,8 @@ class PagePool:
 
     def release(self, branch: Branch) -> None:
         """Give back all pages of the branch. Pages that it has not computed are no longer published."""
-        for index in reversed(
-            range(len(branch.pages))
-        ):  # so that the pages after a prefix are evicted before the prefix
+        # In reverse, so that the pages after a prefix are evicted before the prefix.
+        for index in reversed(range(len(branch.pages))):
             page = branch.pages[index]
             written = (index + 1) * self.page_size <= branch.num_computed
             if not written:

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from linalign.alignment_core.errors import InvalidRequest
+from linalign.alignment_core.errors import FIELD, InvalidRequest
 from linalign.alignment_core.request import Prompt, SamplingParams
 from linalign.alignment_core.scheduling.kv_cache import PagePool
 
@@ -23,9 +23,7 @@ class Limits:
         num_branches = len(prompt.branches)
         if n < 1 or n * num_branches > max(self.max_num_seqs, num_branches):
             bounds = f"[1, {self.max_num_seqs}]"
-            raise InvalidRequest(
-                f"{{field}} is {n}, but {num_branches} branches times {{field}} must be in {bounds}", "n"
-            )
+            raise InvalidRequest(f"{FIELD} is {n}, but {num_branches} branches times {FIELD} must be in {bounds}", "n")
         self._refuse_foreign_tokens(params)
         if not all(prompt.branches):
             raise InvalidRequest("prompt must not be empty", "prompt")
@@ -42,7 +40,7 @@ class Limits:
         if num_branches > self.max_num_batched_tokens:
             raise InvalidRequest(f"{num_branches} branches are more than one step can take", "principles")
         if params.max_tokens == 0 and not prompt.given:
-            raise InvalidRequest("{field} must be ≥ 1, got 0", "max_tokens")
+            raise InvalidRequest(f"{FIELD} must be ≥ 1, got 0", "max_tokens")
         return len(prompt.given) + self._room(lengths, params.max_tokens)
 
     def _refuse_foreign_tokens(self, params: SamplingParams) -> None:
@@ -53,7 +51,7 @@ class Limits:
         """Refuse tokens that the model has no embedding for; a tokenizer may know some."""
         for id in (min(ids, default=0), max(ids, default=0)):
             if not 0 <= id < self.vocab_size:
-                raise InvalidRequest(f"{{field}}: the model has no token {id}", field)
+                raise InvalidRequest(f"{FIELD}: the model has no token {id}", field)
 
     def _room(self, lengths: list[int], max_tokens: int | None) -> int:
         """Tokens of a reply after branches of these lengths: max_tokens if it is set, or as many as fit."""
@@ -63,7 +61,7 @@ class Limits:
             max_tokens = max(1, min(self.max_model_len, num_cached) - longest)
         if longest + max_tokens > self.max_model_len:
             raise InvalidRequest(
-                f"the prompt has {_in_words(lengths)} tokens and {{field}} is {max_tokens}, but the context holds "
+                f"the prompt has {_in_words(lengths)} tokens and {FIELD} is {max_tokens}, but the context holds "
                 f"{self.max_model_len}, including the reply",
                 "max_tokens",
                 "too_long",
@@ -72,7 +70,7 @@ class Limits:
         if pages > self.pool.num_pages:
             raise InvalidRequest(
                 f"{len(lengths)} branches of up to {longest + max_tokens} tokens need {pages} pages of KV cache, "
-                f"but there are {self.pool.num_pages}; set a smaller {{field}}",
+                f"but there are {self.pool.num_pages}; set a smaller {FIELD}",
                 "max_tokens",
             )
         return max_tokens

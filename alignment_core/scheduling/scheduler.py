@@ -40,12 +40,12 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence and free its pages. A second call has no effect."""
-        if sequence.status is Status.RUNNING:
+        status, sequence.status = sequence.status, Status.FINISHED  # first: an error below must not leave it running
+        if status is Status.RUNNING:
             self.running.remove(sequence)
             self._release(sequence)
-        elif sequence.status is not Status.FINISHED:
+        elif status is not Status.FINISHED:
             self.waiting.remove(sequence)
-        sequence.status = Status.FINISHED
 
     def needs_pending_tokens(self) -> bool:
         """Whether the next step should be planned after the tokens of the pending step are known."""

@@ -106,7 +106,8 @@ class Sequence:
 
     @property
     def needs_last_token(self) -> bool:
-        """Whether the host must know the last token before the next one can be drawn: an edit depends on it."""
+        """Whether the host must know the last token before the next one can be drawn: for edits that depend on it, and
+        while given tokens remain."""
         return self.params.penalises or self.matcher is not None or self.num_replied < 0
 
     @property

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from linalign.alignment_core.decoding.methods import METHODS, Method
-from linalign.alignment_core.errors import InvalidRequest
+from linalign.alignment_core.errors import FIELD, InvalidRequest
+from linalign.alignment_core.methods import METHODS, Method
 from linalign.alignment_core.request import MAX_PRINCIPLES, Principle, Prompt
 from linalign.alignment_core.text.chat_template import ChatTemplate, Messages, Rendering
 from linalign.alignment_core.text.principle_place import Place, holds, new_mark, place_in
@@ -192,7 +192,7 @@ class PromptBuilder:
         users = [index for index, message in enumerate(messages) if message["role"] == "user"]
         if placement == "user":
             if not users:
-                raise InvalidRequest("{field} 'user' needs a user message", "placement")
+                raise InvalidRequest(f"{FIELD} 'user' needs a user message", "placement")
             yield lambda text: _changed(messages, users[-1], lambda content: f"{content}\n{text}")
             return
         rest = messages

@@ -117,9 +117,8 @@ def main(args: list[str]) -> None:
     for name in [name for name in os.environ if name.upper() == PREFIX + "API_KEYS"]:
         del os.environ[name]  # child processes do not need them
     _allow_many_connections()
-    sys.setswitchinterval(
-        0.0005
-    )  # seconds; short, because a step takes the GIL often while another thread may read a long body
+    # Seconds; short, because a step takes the GIL often while another thread may read a long body.
+    sys.setswitchinterval(0.0005)
     gc.disable()  # the start creates a million lasting objects; collections among them would take a second
     from linalign import LoadingError
     from linalign.server.commands.lean_imports import lean_imports

@@ -105,12 +105,7 @@ def main(args: list[str]) -> None:
     try:
         with httpx.Client(base_url=settings.url, headers=_headers(settings)) as client:
             model = settings.model or _first_model(client)
-    except (
-        httpx.HTTPError,
-        httpx.InvalidURL,
-        ErrorReply,
-        ValueError,
-    ) as error:  # ValueError: an answer of another kind of server
+    except (httpx.HTTPError, httpx.InvalidURL, ErrorReply, ValueError) as error:  # ValueError: no OpenAI-like server
         sys.exit(f"linalign chat: {printable(str(error))} (`linalign serve` starts a server)")
     console.print(f"{printable(model)} at {settings.url}. /help lists commands.", markup=False)
     Chat(settings, model, console).run()

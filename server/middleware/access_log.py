@@ -6,8 +6,8 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from linalign.server.exchange import Exchange, exchange_of
 from linalign.server.metrics import Measures
-from linalign.server.middleware.exchange import Exchange, exchange_of
 from linalign.server.protocol.errors import error_response
 
 log = logging.getLogger(__name__)

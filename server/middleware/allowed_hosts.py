@@ -25,7 +25,7 @@ class AllowedHosts:
         if scope["type"] in ("http", "websocket"):
             host = host_of(Headers(scope=scope).get("host", "localhost"))  # HTTP/1.0 need not send one
             if not (host in self._hosts or is_this_machine(host)):
-                message = "this server does not answer for the host that was asked for: --allowed-hosts names more"
+                message = "this server does not serve this host name; --allowed-hosts allows more names"
                 await error_response(403, message, code="host_not_allowed")(scope, receive, send)
                 return
         await self._app(scope, receive, send)

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from linalign.server.middleware.exchange import exchange_of
+from linalign.server.exchange import exchange_of
 from linalign.server.protocol.errors import error_response
 
 # Orchestrators have no key. The playground's page must load to ask for one; it holds no data.

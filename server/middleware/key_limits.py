@@ -7,7 +7,7 @@ from collections import defaultdict
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from linalign import InvalidRequest
-from linalign.server.middleware.exchange import KeyBusy, exchange_of
+from linalign.server.exchange import KeyBusy, exchange_of
 from linalign.server.protocol.errors import key_busy
 
 AT_ONCE = ("key_requests", 1.0)  # code, and seconds to wait
@@ -61,7 +61,7 @@ class Allowance:
     def admit(self, num_choices: int) -> None:
         """Count new choices. Raises KeyBusy if too many run already, InvalidRequest for more than the limit."""
         if num_choices > self._maximum:
-            raise InvalidRequest(f"{num_choices} choices are more than this API key may have, {self._maximum}", "n")
+            raise InvalidRequest(f"{num_choices} choices exceed the limit of this API key, {self._maximum}", "n")
         if self._num_choices + num_choices > self._maximum:
             raise KeyBusy(f"this API key may have {self._maximum} running choices in all its requests", *AT_ONCE)
         self._check_tokens()

@@ -12,8 +12,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from linalign import EngineBusy, EngineDead, InvalidRequest, RequestFailed
-from linalign.server.middleware.exchange import KeyBusy, exchange_of
-from linalign.server.protocol.core_errors import CODES, described
+from linalign.server.core_errors import CODES, described
+from linalign.server.exchange import KeyBusy, exchange_of
 from linalign.server.protocol.generation import Schema
 from linalign.server.protocol.strict_json import InvalidBody
 from linalign.server.settings import did_you_mean

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from linalign import Principle, SamplingParams
-from linalign.alignment_core.decoding.methods import Method
+from linalign.alignment_core.methods import Method
 from linalign.alignment_core.request import (
     MAX_BIAS,
     MAX_PENALTY,

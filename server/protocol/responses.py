@@ -6,6 +6,7 @@ from pydantic import Discriminator, Field, PrivateAttr, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from linalign.alignment_core.request import MAX_LOGPROBS
+from linalign.server.core_errors import RESPONSE_FIELDS
 from linalign.server.protocol.chat_request import (
     MAX_TOOLS,
     AnyMessage,
@@ -21,7 +22,6 @@ from linalign.server.protocol.chat_request import (
     ToolMessage,
     UserMessage,
 )
-from linalign.server.protocol.core_errors import RESPONSE_FIELDS
 from linalign.server.protocol.generation import (
     FAIL_FAST,
     AlignmentFields,

@@ -1,17 +1,12 @@
-"""Reads JSON bodies: strictly RFC 8259, without ambiguity, and with bounds on size and depth."""
+"""Parses JSON: strictly RFC 8259, without ambiguity, and with bounds on size and depth."""
 
 import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Coroutine
 from typing import Any
 
-from fastapi import Request, Response
-from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
-
-from linalign.server.threads import LONG, in_thread
 
 MAX_KEYS = 10_000  # of one object: each unknown key is a separate error
 MAX_VALUES = 100_000  # names count, integers do not: prompts may be token ids
@@ -28,34 +23,6 @@ class InvalidBody(HTTPException):
     def __init__(self, message: str, param: str | None = None, code: str = "invalid_json") -> None:
         super().__init__(400, message)
         self.param, self.code = param, code
-
-
-class StrictJSON(APIRoute):
-    """A route that reads bodies with `StrictRequest`."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def handle_strictly(request: Request) -> Response:
-            return await handle(StrictRequest(request.scope, request.receive))
-
-        return handle_strictly
-
-
-class StrictRequest(Request):
-    async def json(self) -> Any:
-        """The body. Raises InvalidBody."""
-        body = await self.body()
-        return await in_thread(self, _of, body) if len(body) > LONG else _of(body)
-
-
-def _of(body: bytes) -> Any:
-    try:
-        return strict(body.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise InvalidBody("the body is not valid JSON: it is not UTF-8") from error
-    except ValueError as error:
-        raise InvalidBody(f"the body is not valid JSON: {error}") from error
 
 
 def strict(text: str) -> Any:

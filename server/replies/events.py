@@ -8,7 +8,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Message
 
 from linalign import EngineDead, InvalidRequest, RequestFailed
-from linalign.server.protocol.core_errors import code_of, described
+from linalign.server.core_errors import code_of, described
 from linalign.server.replies.submission import Replies
 
 STREAMED: dict[int | str, dict[str, Any]] = {

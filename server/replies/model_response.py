@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from linalign import InvalidRequest, Output
+from linalign.server.core_errors import described
 from linalign.server.engine_client import EngineClient
-from linalign.server.protocol.core_errors import described
 from linalign.server.protocol.responses import ResponsesRequest
 from linalign.server.replies.events import FAILURES, Event
 from linalign.server.replies.objects import logprob_object, usage_object

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from linalign import EngineDead, Output, Prompt, RequestFailed, SamplingParams
 from linalign.alignment_core.output import terminal_output
 from linalign.server.engine_client import EngineClient
-from linalign.server.middleware.exchange import exchange_of
+from linalign.server.exchange import exchange_of
 from linalign.server.protocol.chat_request import ChatCompletionRequest
 from linalign.server.protocol.generation import GenerationRequest
 from linalign.server.state import state_of

@@ -11,16 +11,16 @@ from linalign import Prompt
 from linalign.server.engine_client import EngineClient
 from linalign.server.models import with_preset
 from linalign.server.protocol.chat_request import ChatCompletionRequest
-from linalign.server.protocol.strict_json import StrictJSON
 from linalign.server.replies.chat_completion import PATH, ChatCompletion
 from linalign.server.replies.events import STREAMED, event_stream
 from linalign.server.replies.submission import Replies, gather
+from linalign.server.routes.strict_route import StrictRoute
 from linalign.server.state import state_of
 from linalign.server.threads import in_thread
 from linalign.server.tool_calls import ReplyParser, end_of_thinking, marks_are_special
 from linalign.server.tool_grammars import literal, required_calls, strict_calls
 
-router = APIRouter(route_class=StrictJSON)
+router = APIRouter(route_class=StrictRoute)
 
 
 @router.post(PATH, response_model=None, responses=STREAMED)

@@ -8,14 +8,14 @@ from fastapi import APIRouter, Request, Response
 from linalign import Prompt
 from linalign.server.models import with_preset
 from linalign.server.protocol.completions import CompletionRequest
-from linalign.server.protocol.strict_json import StrictJSON
 from linalign.server.replies.events import STREAMED, event_stream
 from linalign.server.replies.submission import Replies, gather
 from linalign.server.replies.text_completion import PATH, TextCompletion
+from linalign.server.routes.strict_route import StrictRoute
 from linalign.server.state import state_of
 from linalign.server.threads import in_thread
 
-router = APIRouter(route_class=StrictJSON)
+router = APIRouter(route_class=StrictRoute)
 
 
 @router.post(PATH, response_model=None, responses=STREAMED)

@@ -6,14 +6,14 @@ from fastapi import APIRouter, Request, Response
 
 from linalign.server.models import with_preset
 from linalign.server.protocol.responses import ResponsesRequest
-from linalign.server.protocol.strict_json import StrictJSON
 from linalign.server.replies.events import STREAMED, event_stream
 from linalign.server.replies.model_response import PATH, ModelResponse
 from linalign.server.replies.submission import gather
 from linalign.server.routes.chat_completions import submit_chat
+from linalign.server.routes.strict_route import StrictRoute
 from linalign.server.state import state_of
 
-router = APIRouter(route_class=StrictJSON)
+router = APIRouter(route_class=StrictRoute)
 
 
 @router.post(PATH, response_model=None, responses=STREAMED)

@@ -6,12 +6,12 @@ from fastapi import APIRouter, Request
 
 from linalign import InvalidRequest
 from linalign.server.models import preset_of, with_preset
-from linalign.server.protocol.strict_json import StrictJSON
 from linalign.server.protocol.tokens import DetokenizeRequest, TokenizeRequest
+from linalign.server.routes.strict_route import StrictRoute
 from linalign.server.state import state_of
 from linalign.server.threads import in_thread
 
-router = APIRouter(route_class=StrictJSON)
+router = APIRouter(route_class=StrictRoute)
 
 
 @router.post("/tokenize")

@@ -11,7 +11,7 @@ from linalign.alignment_core.decoding.alignment import Mixing, direction, log_to
 from linalign.alignment_core.decoding.candidates import candidates
 from linalign.alignment_core.decoding.draw import draw_from_candidates, draw_places
 from linalign.alignment_core.decoding.draw_settings import DrawSettings, uniform
-from linalign.alignment_core.decoding.methods import linear
+from linalign.alignment_core.methods import linear
 from tests.oracle import Oracle, Setting
 
 

@@ -234,15 +234,25 @@ def test_with_overlap_a_step_is_launched_before_the_previous_tokens_are_known(ti
 
 
 @pytest.mark.parametrize("ending", ["abort", "stop"])
-def test_a_failure_in_ending_one_sequence_harms_no_other(tiny, ending):
+@pytest.mark.parametrize("failing", ["text", "pages"])
+def test_a_failure_in_ending_one_sequence_harms_no_other(tiny, ending, failing, monkeypatch):
     loaded, _ = tiny
     engine = make_engine(loaded, num_pages=100)
     broken, other = [], []
     id = engine.submit(aligned(2.0, 10), GREEDY, broken.append)
     engine.submit(aligned(2.0, 12, 3), GREEDY, other.append)
     engine.step()
-    sequence = engine.scheduler.running[0]
-    sequence.text.finish = lambda: 1 / 0
+    sequence, release = engine.scheduler.running[0], engine.pool.release
+    if failing == "text":
+        sequence.text.finish = lambda: 1 / 0
+    else:
+
+        def failing_release(branch):
+            release(branch)
+            if branch is sequence.branches[-1]:
+                raise ZeroDivisionError
+
+        monkeypatch.setattr(engine.pool, "release", failing_release)
     if ending == "abort":
         engine.abort(id)
         while engine.step():

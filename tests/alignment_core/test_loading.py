@@ -318,7 +318,7 @@ def test_packed_weights_can_be_read(quantization, bias):
 def test_all_packages_that_a_quantised_checkpoint_takes_are_named_at_once(checkpoint, method, packages):
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
-    with pytest.raises(LoadingError, match=f"is quantised by {method}, which takes: pip install {packages}$"):
+    with pytest.raises(LoadingError, match=f"is quantised by {method}, which needs: pip install {packages}$"):
         load(str(checkpoint))
 
 

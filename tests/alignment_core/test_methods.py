@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from linalign import Prompt, SamplingParams
-from linalign.alignment_core.decoding.methods import METHODS, amulet, linear, starts_from_base
+from linalign.alignment_core.methods import METHODS, amulet, linear, starts_from_base
 from linalign.alignment_core.scheduling.speculation import PromptLookup
 from tests.engines import GREEDY, aligned, make_engine, run_all, token_ids
 from tests.oracle import Setting, amulet_game

@@ -13,8 +13,8 @@ from linalign.alignment_core.attention import paged_triton, sdpa
 from linalign.alignment_core.attention.paged_batch import LayerAttention, PagedBatch, Plan
 from linalign.alignment_core.cpu import attention as cpu_attention
 from linalign.alignment_core.cpu.layers import replace_layers
-from linalign.alignment_core.decoding.methods import METHODS
 from linalign.alignment_core.execution import model_runner
+from linalign.alignment_core.methods import METHODS
 from linalign.alignment_core.scheduling.scheduler import Row
 from linalign.alignment_core.scheduling.sequence import Branch
 from tests.alignment_core.test_pairs import judge as judge_draws

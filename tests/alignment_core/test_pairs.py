@@ -10,7 +10,7 @@ import pytest
 
 from linalign import Prompt, SamplingParams
 from linalign.alignment_core.decoding.draw_settings import uniform
-from linalign.alignment_core.decoding.methods import METHODS
+from linalign.alignment_core.methods import METHODS
 from linalign.alignment_core.request import Structure
 from linalign.alignment_core.scheduling.speculation import PromptLookup
 from tests.alignment_core.test_grammars import allowed_by

@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from linalign import Principle, SamplingParams
-from linalign.alignment_core.decoding.methods import METHODS
+from linalign.alignment_core.methods import METHODS
 from tests.engines import make_engine, run_all
 from tests.server.test_chat import CHAT, PRINCIPLE, create
 

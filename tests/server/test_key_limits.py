@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from linalign import Output, Prompt, SamplingParams, Usage
 from linalign.alignment_core.output import terminal_output
-from linalign.server.middleware.exchange import Exchange, exchange_of
+from linalign.server.exchange import Exchange, exchange_of
 from linalign.server.middleware.key_limits import Bucket
 from linalign.server.protocol.completions import CompletionRequest
 from linalign.server.replies.submission import Replies

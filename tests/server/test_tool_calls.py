@@ -236,7 +236,7 @@ def test_calls_of_strict_tools_keep_to_their_schemas(family, grammars, tokenizer
 def test_an_unknown_call_format_is_refused_for_schemas():
     own = tokenizer_of("none", response_template={"fields": {}})
     for make in (required_calls, strict_calls):
-        with pytest.raises(InvalidRequest, match="writes calls in a way"):
+        with pytest.raises(InvalidRequest, match="calls of this model"):
             make(own, TOOLS, True)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from starlette.types import Scope
 
 from linalign import Output, Prompt
-from linalign.server.protocol.core_errors import code_of
+from linalign.server.core_errors import code_of
 
 
 class KeyBusy(Exception):
