@@ -41,8 +41,13 @@ class Policy:
         settings = self.host_settings.to(logits.device)
         mixing, self.directions = mix_by_logits(logits, settings.mixing, next_tokens)
         self.settings = replace(settings, mixing=mixing)  # where the logits are
-        self.edited = principled_logits(logits, mixing)  # y of docs/design.md, section 2, step 1; [S, V] float32
-        edit(self.edited, next_tokens)
+
+    @cached_property
+    def edited(self) -> Tensor:
+        """The mixed and edited principled logits, [S, V] float32: y of docs/design.md, section 2, step 1."""
+        y = principled_logits(self.logits, self.settings.mixing)
+        edit(y, self.next_tokens)
+        return y
 
     @cached_property
     def filters(self) -> Filters:
