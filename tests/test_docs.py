@@ -40,6 +40,16 @@ def test_the_architecture_names_identifiers_that_exist(name):
             assert re.search(rf"\b{part}\b", CODE), part
 
 
+ANSWERS = ARCHITECTURE[ARCHITECTURE.index("## Where would you change") :]
+PLACES = re.findall(r"`([\w/]+\.py)` \(((?:`\w+`(?:, )?)+)\)", ANSWERS)
+
+
+@pytest.mark.parametrize(("file", "names"), PLACES)
+def test_the_answers_name_identifiers_of_their_files(file, names):
+    for name in re.findall(r"\w+", names):
+        assert re.search(rf"\b{name}\b", (ROOT / "alignment_core" / file).read_text()), name
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_have_a_target(page):
     for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", (ROOT / page).read_text()):

@@ -195,6 +195,13 @@ def test_values_out_of_range_are_refused(params):
         SamplingParams(**params)
 
 
+def test_a_message_names_the_field_and_keeps_the_text_of_the_request():
+    with pytest.raises(InvalidRequest, match=r"^stop must be .*'\{field\}'") as error:
+        SamplingParams(stop=("", "{field}"))
+    assert error.value.message_for("stops").startswith("stops must be ")
+    assert "'{field}'" in error.value.message_for("stops")
+
+
 @pytest.mark.parametrize(
     "config", [{}, {"static": True}, {"page_size": 3, "num_pages": 70}, {"num_speculative_tokens": 4}], ids=str
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from linalign import Prompt, SamplingParams
-from linalign.alignment_core.decoding import static_sampler
+from linalign.alignment_core.decoding import policy, static_sampler
 from linalign.alignment_core.decoding.alignment import Mixing, principled_logits
 from linalign.alignment_core.decoding.static_draw import PREPARED, Filters, draw_from_logits, leading, weights_above
 from linalign.alignment_core.decoding.static_sampler import StaticSampler, compiled_draw
@@ -152,6 +152,20 @@ def test_sequences_without_fixed_shapes_are_drawn_in_the_same_step(tiny, batch_i
     for (prompt, _), outputs, setting in zip(requests, run_all(engine, requests), settings, strict=True):
         assert len(judge(oracle, prompt, outputs, **setting)) == 12
     assert engine.runner.graphs.num_runs > 20
+
+
+def test_reports_on_plain_tokens_edit_no_logits(tiny, monkeypatch):
+    """The graph has drawn them. The policy behind the report is the model's own."""
+    loaded, oracle = tiny
+    requests = [(aligned(0, 20), replace(GREEDY, max_tokens=5, logprobs=3)), (aligned(2.0, 20), GREEDY)]
+    edited, edit = [], policy.edit
+    monkeypatch.setattr(policy, "edit", lambda y, next_tokens: edited.append(len(y)) or edit(y, next_tokens))
+    outputs, _ = run_all(make_engine(loaded, num_pages=100, static=True), requests)
+    assert edited == []
+    assert [len(report.top) for output in outputs for report in output.logprobs] == [3] * 5
+    judge(oracle, requests[0][0], outputs)
+    run_all(make_engine(loaded, num_pages=100, static=True), [(aligned(2.0, 20), replace(GREEDY, logprobs=3))])
+    assert edited  # aligned reports need the plausible set
 
 
 def test_several_principles():
