@@ -67,7 +67,7 @@ class SamplingParams:
         seed: 64 bits. None draws a fresh seed.
 
     The end of the reply:
-        max_tokens: Longest reply. None means up to the end of the context.
+        max_tokens: Longest reply; shorter if the context leaves less. None means up to the end of the context.
         stop: Strings that end the reply and are not part of it.
         stop_token_ids: Tokens that end the reply, in addition to the model's end-of-sequence tokens.
         ignore_eos: Whether the model's own ends of sequence do not end the reply.

@@ -38,10 +38,13 @@ def code_of(error: InvalidRequest | RequestFailed | EngineDead | None) -> str:
 
 def described(error: InvalidRequest, path: str) -> tuple[str, str | None]:
     """The error's message, and the invalid field's name on the endpoint with this path."""
-    field = error.field
-    if field is None:
+    if error.field is None:
         return str(error), None
-    name = FIELDS_OF.get(path, {}).get(field) or FIELDS.get(field, field)
-    if name.startswith("variables."):
-        name = "chat_template_kwargs." + name.removeprefix("variables.")
+    name = name_on(path, error.field)
     return error.message_for(name), name
+
+
+def name_on(path: str, field: str) -> str:
+    """The name of a field of the library, or of a chat completion, on the endpoint with this path."""
+    name = FIELDS_OF.get(path, {}).get(field) or FIELDS.get(field, field)
+    return "chat_template_kwargs." + name.removeprefix("variables.") if name.startswith("variables.") else name

@@ -28,6 +28,7 @@ class Exchange:
     leave: Callable[[int], None] = lambda _: None  # call for choices that have ended
     charge: Callable[[int], None] = lambda _: None  # takes tokens, of all branches, from the key's allowance
     error_code: str | None = None  # of the response
+    ignored: list[str] = field(default_factory=list)  # paths of fields without an effect
     num_prompt_tokens: int = 0
     num_completion_tokens: int = 0
     finish_reasons: list[str] = field(default_factory=list)

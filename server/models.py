@@ -9,9 +9,9 @@ from linalign.server.state import ServerState
 Body = TypeVar("Body", bound=AlignmentFields)
 
 
-def preset_of(model: str, state: ServerState) -> Preset:
+def preset_of(model: str | None, state: ServerState) -> Preset:
     """The preset that the name of a model stands for; an empty one for the model itself. Raises ModelNotFound."""
-    if model == state.engine.model_id:
+    if model is None or model == state.engine.model_id:
         return Preset()
     name = model.removeprefix(f"{state.engine.model_id}:")
     if name == model or name not in state.presets:
@@ -24,4 +24,5 @@ def with_preset(body: Body, state: ServerState) -> Body:
     preset = preset_of(body.model, state)
     given = {name for name in body.model_fields_set if getattr(body, name) is not None}
     names = (preset.model_fields_set - given) & set(type(body).model_fields)
-    return body.model_copy(update={name: getattr(preset, name) for name in names})
+    model = state.engine.model_id if body.model is None else body.model
+    return body.model_copy(update={"model": model, **{name: getattr(preset, name) for name in names}})

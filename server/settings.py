@@ -45,6 +45,7 @@ class Settings(BaseSettings):
         "host": "network",
         "api_keys": "API keys",
         "max_queued_requests": "limits",
+        "strict_fields": "requests",
         "default_alignment_ratio": "alignment",
         "log_format": "observability",
         "config": "others",
@@ -234,6 +235,10 @@ exit status:
         title="FILE",
         description="YAML file of named presets, which requests choose as model NAME:PRESET (default: teacher and "
         "others)",
+    )
+    strict_fields: CliImplicitFlag[bool] = Field(
+        False,
+        description="refuse fields that would have no effect, with a 400; by default a response header names them",
     )
     log_format: Literal["text", "json"] = Field("text", description="format of the log on stderr")
     otlp_traces_endpoint: str | None = Field(

@@ -54,26 +54,25 @@ class Limits:
                 raise InvalidRequest(f"{FIELD}: the model has no token {id}", field)
 
     def _room(self, lengths: list[int], max_tokens: int | None) -> int:
-        """Tokens of a reply after branches of these lengths: max_tokens if it is set, or as many as fit."""
+        """Tokens of a reply after branches of these lengths: at most max_tokens, and at most as many as fit."""
         longest = max(lengths)
-        if max_tokens is None:
+        left = self.max_model_len - longest
+        max_tokens = left if max_tokens is None else min(max_tokens, left)
+        if self._num_pages(lengths, max_tokens) > self.pool.num_pages:
             num_cached = self.pool.num_pages // len(lengths) * self.pool.page_size
-            max_tokens = max(1, min(self.max_model_len, num_cached) - longest)
-        if longest + max_tokens > self.max_model_len:
-            raise InvalidRequest(
-                f"the prompt has {_in_words(lengths)} tokens and {FIELD} is {max_tokens}, but the context holds "
-                f"{self.max_model_len}, including the reply",
-                "max_tokens",
-                "too_long",
-            )
-        pages = sum(self.pool.pages_for(length + max_tokens) for length in lengths)
+            max_tokens = max(1, min(max_tokens, num_cached - longest))
+        pages = self._num_pages(lengths, max_tokens)
         if pages > self.pool.num_pages:
             raise InvalidRequest(
                 f"{len(lengths)} branches of up to {longest + max_tokens} tokens need {pages} pages of KV cache, "
-                f"but there are {self.pool.num_pages}; set a smaller {FIELD}",
-                "max_tokens",
+                f"but there are {self.pool.num_pages}",
+                "prompt",
+                "too_long",
             )
         return max_tokens
+
+    def _num_pages(self, lengths: list[int], max_tokens: int) -> int:
+        return sum(self.pool.pages_for(length + max_tokens) for length in lengths)
 
 
 def _in_words(lengths: list[int]) -> str:

@@ -6,7 +6,8 @@ from pydantic import Discriminator, Field, Tag
 
 from linalign import SamplingParams
 from linalign.alignment_core.request import MAX_LOGPROBS
-from linalign.server.protocol.generation import FAIL_FAST, GenerationRequest, TokenId, field_error
+from linalign.server.protocol.generation import GenerationRequest
+from linalign.server.protocol.schema import FAIL_FAST, WHOLE, TokenId, field_error
 
 MAX_PROMPTS = 256
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -32,15 +33,18 @@ class CompletionRequest(GenerationRequest):
     """OpenAI's request, with the alignment fields. A principle is a line of text before the prompt."""
 
     prompt: Prompts
-    max_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="0 needs echo: no new tokens")
+    max_tokens: Annotated[int, WHOLE, Field(ge=-1)] | None = Field(
+        None,
+        description="shortened to what the context leaves (default: 16); -1: no limit; 0 needs echo: no new tokens",
+    )
     echo: bool | None = Field(
         None, description="the reply starts with the prompt; with logprobs, also with its log-probabilities"
     )
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    logprobs: Annotated[int, WHOLE, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @classmethod
     def unsupported(cls) -> dict[str, Any]:
-        return {"suffix": "", "best_of": 1, "store": False}
+        return {"suffix": "", "best_of": 1}
 
     def check(self) -> None:
         super().check()
@@ -60,7 +64,8 @@ class CompletionRequest(GenerationRequest):
 
     def sampling_params(self, **more: Any) -> SamplingParams:
         max_tokens = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
-        return super().sampling_params(max_tokens=max_tokens, logprobs=self.logprobs, trace=self.traces, **more)
+        given = {"max_tokens": None if max_tokens < 0 else max_tokens, "logprobs": self.logprobs, "trace": self.traces}
+        return super().sampling_params(**{**given, **more})
 
     @property
     def traces(self) -> bool:

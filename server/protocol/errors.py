@@ -14,9 +14,8 @@ from starlette.types import Receive, Scope, Send
 from linalign import EngineBusy, EngineDead, InvalidRequest, RequestFailed
 from linalign.server.core_errors import CODES, described
 from linalign.server.exchange import KeyBusy, exchange_of
-from linalign.server.protocol.generation import Schema
+from linalign.server.protocol.ignored_fields import similar_name
 from linalign.server.protocol.strict_json import InvalidBody
-from linalign.server.settings import did_you_mean
 
 MAX_MESSAGE = 1000  # characters; messages may quote the client's input
 
@@ -77,10 +76,10 @@ async def on_validation_error(request: Request, error: Exception) -> JSONRespons
             path.append(first["ctx"]["discriminator"].strip("'"))
     param = ".".join(str(part) for part in path) if path else None
     if first["type"] == "extra_forbidden":
-        known = _known_fields()
-        where = ".".join(map(str, path[:-1])) or request.url.path
-        hint = f": {where} has no such field" if name in known else did_you_mean(str(name)[:MAX_MESSAGE], known)
-        return error_response(400, f"unknown field {name!r}{hint}", param, "unknown_field")
+        return error_response(400, f"unknown field {name!r}", param, "unknown_field")
+    if first["type"] == "missing" and (misspelt := similar_name(str(name), first["input"])):
+        param = ".".join(str(part) for part in (*above, misspelt))
+        return error_response(400, f"unknown field {misspelt!r}; did you mean {name}?", param, "unknown_field")
     message = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
     return error_response(400, f"{param}: {message}" if param else message, param, "invalid_value")
 
@@ -108,14 +107,6 @@ def _fields(location: Sequence[str | int]) -> list[str | int]:
             path == ["response_format"] or (len(path) == 2 and path[0] == "messages")
         )
     return path
-
-
-def _known_fields() -> list[str]:
-    """Field names of all requests, because a misspelt field may also be at the wrong level."""
-    schemas = [Schema]
-    for schema in schemas:
-        schemas += schema.__subclasses__()
-    return sorted({name for schema in schemas for name in schema.model_fields})
 
 
 async def on_invalid_request(request: Request, error: Exception) -> JSONResponse:

@@ -2,10 +2,9 @@
 
 import json
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import ConfigDict, Field, model_validator
 
 from linalign import Principle, SamplingParams
 from linalign.alignment_core.methods import Method
@@ -22,18 +21,21 @@ from linalign.alignment_core.request import (
     MIN_SEED,
     Structure,
 )
+from linalign.server.protocol.schema import (
+    FAIL_FAST,
+    WHOLE,
+    MaxTokens,
+    OpenSchema,
+    Request,
+    Schema,
+    TokenId,
+    field_error,
+)
+from linalign.server.protocol.strict_json import InvalidBody, strict
 
-
-def field_error(param: str, message: str, kind: str = "invalid_value") -> PydanticCustomError:
-    """An error for one field, to be raised by validators of the whole body. param: The field's name."""
-    return PydanticCustomError(kind, "{message}", {"message": message, "param": param})
-
-
-FAIL_FAST = Field(fail_fast=True)  # report only the first error of a list, because there may be millions
 Ratio = Annotated[float, Field(ge=MIN_RATIO, le=MAX_RATIO)]
-TokenId = Annotated[int, Field(ge=0)]
 Penalty = Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)]
-Seed = Annotated[int, Field(ge=MIN_SEED, le=MAX_SEED)]
+Seed = Annotated[int, WHOLE, Field(ge=MIN_SEED, le=MAX_SEED)]
 # OpenAI's bounds, because metadata is returned with every event of a response.
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
@@ -43,61 +45,77 @@ CacheSalt = Annotated[
 ]
 
 
-class Schema(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
-
-
 class PrincipleItem(Schema):
     text: Annotated[str, Field(min_length=1)]
     weight: Annotated[float, Field(ge=0)] = 1.0
     ratio: Ratio | None = None
 
 
-class StreamOptions(Schema):
-    include_usage: bool = False
-    continuous_usage_stats: bool = Field(False, description="usage in every chunk; needs include_usage")
-    include_obfuscation: Literal[False] | None = Field(None, description="never added to chunks")
+class StreamOptions(OpenSchema):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = Field(None, description="usage in every chunk; needs include_usage")
 
 
-class TextFormat(Schema):
+class TextFormat(OpenSchema):
     type: Literal["text"]
 
 
-class JsonObjectFormat(Schema):
+class JsonObjectFormat(OpenSchema):
     type: Literal["json_object"]
+    schema_: dict[str, Any] | None = Field(None, alias="schema", description="as in llama.cpp")
+
+    def structure(self, field: str) -> Structure:
+        return Structure("json_schema", json.dumps({"type": "object"} if self.schema_ is None else self.schema_), field)
 
 
-class JsonSchema(Schema):
-    name: str
+class JsonSchema(OpenSchema):
+    name: str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool | None = Field(None, description="no effect: replies always follow the schema")
     description: str | None = None
 
 
-class JsonSchemaFormat(Schema):
+class JsonSchemaFormat(OpenSchema):
     type: Literal["json_schema"]
     json_schema: JsonSchema
+
+    def structure(self, field: str) -> Structure:
+        return Structure("json_schema", json.dumps(self.json_schema.schema_), field)
 
 
 class StructuredOutputs(Schema):
     """A constraint on the reply. Exactly one of these fields is set."""
 
+    json_: str | dict[str, Any] | None = Field(None, alias="json", description="a JSON schema, or its text")
+    json_object: Literal[True] | None = None
     regex: str | None = None
     choice: Annotated[list[str], Field(min_length=1), FAIL_FAST] | None = None
     grammar: str | None = Field(None, description="Lark or GBNF")
 
     @model_validator(mode="after")
     def _has_exactly_one(self) -> "StructuredOutputs":
-        if sum(value is not None for value in (self.regex, self.choice, self.grammar)) != 1:
-            raise ValueError("give exactly one of regex, choice and grammar")
+        if (
+            sum(value is not None for value in (self.json_, self.json_object, self.regex, self.choice, self.grammar))
+            != 1
+        ):
+            raise ValueError("give exactly one of json, json_object, regex, choice and grammar")
+        if isinstance(self.json_, str):
+            try:
+                strict(self.json_)
+            except (ValueError, InvalidBody) as error:
+                raise ValueError(f"json is not valid JSON: {error}") from error
         return self
 
     def structure(self) -> Structure:
+        name = "structured_outputs"
+        if self.json_ is not None or self.json_object:
+            schema = {"type": "object"} if self.json_ is None else self.json_
+            return Structure("json_schema", schema if isinstance(schema, str) else json.dumps(schema), name)
         if self.regex is not None:
-            return Structure("regex", self.regex, "structured_outputs")
+            return Structure("regex", self.regex, name)
         if self.choice is not None:
-            return Structure("choice", json.dumps(self.choice), "structured_outputs")
-        return Structure("grammar", self.grammar or "", "structured_outputs")
+            return Structure("choice", json.dumps(self.choice), name)
+        return Structure("grammar", self.grammar or "", name)
 
 
 ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
@@ -122,36 +140,10 @@ class Preset(Alignment):
     principle_placement: Literal["system", "user"] | None = None
 
 
-class AlignmentFields(Alignment):
+class AlignmentFields(Request, Alignment):
     """The alignment fields of a request."""
 
-    model: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_neutral_values_of_unsupported_fields(cls, body: Any) -> Any:
-        """Drop unsupported fields that clients send with their default value. Other values are an error."""
-        if not isinstance(body, dict):
-            return body
-        for name, neutral in cls.unsupported().items():
-            if name in body:
-                if body[name] is not None and not _equal(body[name], neutral):
-                    raise field_error(name, f"{name} is not supported", "unsupported_field")
-                body = {key: value for key, value in body.items() if key != name}
-        return body
-
-    @classmethod
-    def unsupported(cls) -> dict[str, Any]:
-        """Unsupported fields of OpenAI's API, with their values that have no effect."""
-        return {}
-
-    @model_validator(mode="after")
-    def _is_consistent(self) -> Self:
-        self.check()
-        return self
-
-    def check(self) -> None:
-        """Check combinations of fields. Raises PydanticCustomError, made by `field_error`."""
+    model_config = ConfigDict(extra="allow")
 
     def principles(self, default_ratio: float) -> list[Principle]:
         ratio = default_ratio if self.alignment_ratio is None else self.alignment_ratio
@@ -168,14 +160,14 @@ class GenerationRequest(AlignmentFields):
     (`extra_body` in the SDKs).
     """
 
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    n: Annotated[int, WHOLE, Field(ge=1, le=128)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = Field(None, description="0 or -1: no limit")
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="0: the most probable token")
+    top_k: Annotated[int, WHOLE, Field(ge=-1)] | None = Field(None, description="0 or -1: no limit")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Seed | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = Field(
+    max_tokens: MaxTokens = None
+    min_tokens: Annotated[int, WHOLE, Field(ge=0)] | None = Field(
         None, description="a complete structured reply may be shorter"
     )
     stop: str | Annotated[list[str], Field(max_length=MAX_STOP_STRINGS)] | None = None
@@ -198,10 +190,9 @@ class GenerationRequest(AlignmentFields):
     def check(self) -> None:
         super().check()
         if self.stream_options is not None and not self.stream:
-            raise field_error("stream_options", "stream_options needs stream: true")
-        if self.stream_options and self.stream_options.continuous_usage_stats and not self.stream_options.include_usage:
-            name = "stream_options.continuous_usage_stats"
-            raise field_error(name, f"{name} needs include_usage: true")
+            self._ignored.append("stream_options")
+        if self.user is not None:
+            self._ignored.append("user")
         if self.structured_outputs is not None and not isinstance(self.response_format, TextFormat | None):
             raise field_error("structured_outputs", "structured_outputs and response_format exclude each other")
 
@@ -211,8 +202,8 @@ class GenerationRequest(AlignmentFields):
         """
         given: dict[str, Any] = {
             "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": None if self.top_k is None else max(self.top_k, 0),
+            "top_p": self.top_p or None,
+            "top_k": 1 if self.top_p == 0 else None if self.top_k is None else max(self.top_k, 0),
             "min_p": self.min_p,
             "seed": self.seed,
             "max_tokens": self.max_tokens,
@@ -235,17 +226,10 @@ class GenerationRequest(AlignmentFields):
     def structure(self) -> Structure | None:
         if self.structured_outputs:
             return self.structured_outputs.structure()
-        match self.response_format:
-            case JsonObjectFormat():
-                return Structure("json_schema", '{"type": "object"}', "response_format")
-            case JsonSchemaFormat(json_schema=json_schema):
-                return Structure("json_schema", json.dumps(json_schema.schema_), "response_format")
+        if isinstance(self.response_format, JsonObjectFormat | JsonSchemaFormat):
+            return self.response_format.structure("response_format")
         return None
 
 
 def _or_none(make: Callable[[Any], Any], value: Any) -> Any:
     return None if value is None else make(value)
-
-
-def _equal(value: Any, neutral: Any) -> bool:
-    return type(value) in (type(neutral), int) and bool(value == neutral)

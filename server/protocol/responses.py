@@ -2,28 +2,22 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, PrivateAttr, Tag, model_validator
+from pydantic import Discriminator, Field, PrivateAttr, Tag
 from pydantic_core import PydanticCustomError
 
 from linalign.alignment_core.request import MAX_LOGPROBS
 from linalign.server.core_errors import RESPONSE_FIELDS
-from linalign.server.protocol.chat_request import (
-    MAX_TOOLS,
+from linalign.server.protocol.chat_messages import (
     AnyMessage,
     AssistantMessage,
-    ChatCompletionRequest,
-    Function,
     FunctionCall,
-    FunctionName,
-    NamedTool,
     SystemMessage,
-    Tool,
     ToolCall,
     ToolMessage,
     UserMessage,
 )
+from linalign.server.protocol.chat_request import ChatCompletionRequest, Effort
 from linalign.server.protocol.generation import (
-    FAIL_FAST,
     AlignmentFields,
     CacheSalt,
     JsonObjectFormat,
@@ -31,34 +25,46 @@ from linalign.server.protocol.generation import (
     JsonSchemaFormat,
     Metadata,
     ResponseFormat,
-    Schema,
     Seed,
     TextFormat,
-    field_error,
+)
+from linalign.server.protocol.schema import FAIL_FAST, WHOLE, MaxTokens, OpenSchema, field_error
+from linalign.server.protocol.tools import (
+    MAX_TOOLS,
+    Function,
+    FunctionName,
+    NamedTool,
+    OtherTool,
+    Tool,
+    kind_of_tool,
 )
 
+LOGPROBS = "message.output_text.logprobs"  # the only value of `include` that has an effect
 
-class _Item(Schema):
+
+class _Item(OpenSchema):
     id: str | None = Field(None, description="output items that are sent back have it, and status")
     status: str | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_empty_fields(cls, item: Any) -> Any:
-        """Drop empty fields of output items, because SDKs send them back with the input."""
-        if not isinstance(item, dict):
-            return item
-        return {key: value for key, value in item.items() if key in cls.model_fields or value is not None}
 
-
-class InputText(Schema):
+class InputText(OpenSchema):
     type: Literal["input_text", "output_text", "text"]
     text: str
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    annotations: list[Any] | None = Field(None, description="no effect; output items that are sent back have it")
     logprobs: list[Any] | None = Field(None, description="no effect; output items that are sent back have it")
 
 
-Content = str | Annotated[list[InputText], Field(min_length=1), FAIL_FAST]
+class Refusal(OpenSchema):
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        return self.refusal
+
+
+Part = Annotated[InputText | Refusal, Field(discriminator="type")]
+Content = str | Annotated[list[Part], FAIL_FAST]
 
 
 class InputMessage(_Item):
@@ -79,7 +85,7 @@ class FunctionCallItem(_Item):
     type: Literal["function_call"]
     call_id: str
     name: str
-    arguments: str
+    arguments: str | dict[str, Any] | None = None
 
     def as_chat(self) -> AnyMessage:
         function = FunctionCall.model_construct(name=self.name, arguments=self.arguments)
@@ -90,28 +96,30 @@ class FunctionCallItem(_Item):
 class FunctionCallOutput(_Item):
     type: Literal["function_call_output"]
     call_id: str
-    output: Content
+    output: Content | None = None
 
     def as_chat(self) -> AnyMessage:
         return ToolMessage.model_construct(role="tool", tool_call_id=self.call_id, content=_joined(self.output))
 
 
-class ReasoningText(Schema):
+class ReasoningText(OpenSchema):
     type: Literal["reasoning_text"]
     text: str
 
 
 class ReasoningItem(_Item):
     type: Literal["reasoning"]
-    summary: Annotated[list[Any], Field(max_length=0)] | None = None
+    summary: list[Any] | None = Field(None, description="no effect")
     content: Annotated[list[ReasoningText], FAIL_FAST] | None = None
 
     def as_chat(self) -> AnyMessage:
         text = "".join(part.text for part in self.content or ())
-        return AssistantMessage.model_construct(role="assistant", reasoning_content=text)
+        return AssistantMessage.model_construct(role="assistant", reasoning_content=text or None)
 
 
-def _joined(content: str | list[InputText]) -> str:
+def _joined(content: str | list[InputText | Refusal] | None) -> str:
+    if content is None:
+        return ""
     return content if isinstance(content, str) else "\n".join(part.text for part in content)
 
 
@@ -137,26 +145,30 @@ class FunctionTool(Function):
         return Tool.model_construct(type="function", function=Function.model_construct(**function))
 
 
-class FunctionChoice(Schema):
+AnyTool = Annotated[
+    Annotated[FunctionTool, Tag("function")] | Annotated[OtherTool, Tag("other")], Discriminator(kind_of_tool)
+]
+
+
+class FunctionChoice(OpenSchema):
     type: Literal["function"]
     name: str
 
 
-class JsonSchemaText(Schema):
+class JsonSchemaText(OpenSchema):
     type: Literal["json_schema"]
-    name: str
+    name: str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None
     description: str | None = None
 
 
-class TextOptions(Schema):
-    verbosity: Literal["medium"] | None = None
+class TextOptions(OpenSchema):
     format: Annotated[TextFormat | JsonObjectFormat | JsonSchemaText, Field(discriminator="type")] | None = None
 
 
-class Reasoning(Schema):
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+class Reasoning(OpenSchema):
+    effort: Effort | None = None
 
 
 class ResponsesRequest(AlignmentFields):
@@ -164,22 +176,22 @@ class ResponsesRequest(AlignmentFields):
 
     input: str | Annotated[list[Item], Field(min_length=1), FAIL_FAST]
     instructions: str | None = None
-    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_output_tokens: MaxTokens = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_logprobs: Annotated[int, WHOLE, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     text: TextOptions | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS), FAIL_FAST] | None = None
+    tools: Annotated[list[AnyTool], Field(max_length=MAX_TOOLS), FAIL_FAST] | None = None
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
     stream: bool | None = None
-    store: bool | None = Field(None, description="no effect: nothing is stored, and the response has store: false")
+    store: bool | None = Field(None, description="ignored: nothing is stored, and the response has store: false")
     metadata: Metadata | None = Field(None, description="returned unchanged")
     user: str | None = None
     cache_salt: CacheSalt | None = None
     previous_response_id: str | None = None
-    include: Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=1)] | None = None
+    include: list[str] | None = Field(None, description=f"{LOGPROBS}; other values are ignored")
     seed: Seed | None = None
     principle_placement: Literal["system", "user"] | None = None
     _chat: ChatCompletionRequest = PrivateAttr()
@@ -192,6 +204,11 @@ class ResponsesRequest(AlignmentFields):
         super().check()
         if self.previous_response_id is not None:
             raise field_error("previous_response_id", "this server stores no responses; send the whole input")
+        if self.store:
+            self._ignored.append("store")
+        if self.user is not None:
+            self._ignored.append("user")
+        self._ignored += dict.fromkeys(f"include.{name}" for name in self.include or () if name != LOGPROBS)
         messages = self._messages()
         if not messages:
             raise field_error("input", "input has no message")
@@ -216,7 +233,9 @@ class ResponsesRequest(AlignmentFields):
             if getattr(self, name) is not None
         }
         if self.tools is not None:
-            fields["tools"] = [tool.as_chat() for tool in self.tools]
+            tools = [tool.as_chat() if isinstance(tool, FunctionTool) else tool for tool in self.tools]
+            fields["tools"] = tools
+            self._ignored += dict.fromkeys(f"tools.{tool.type}" for tool in tools if isinstance(tool, OtherTool))
         choice = self.tool_choice
         if isinstance(choice, FunctionChoice):
             function = FunctionName.model_construct(name=choice.name)
@@ -225,7 +244,7 @@ class ResponsesRequest(AlignmentFields):
             fields["tool_choice"] = choice
         if self.text and self.text.format:
             fields["response_format"] = _chat_format(self.text.format)
-        if self.include or self.top_logprobs is not None:
+        if LOGPROBS in (self.include or ()) or self.top_logprobs:
             fields |= {"logprobs": True, "top_logprobs": self.top_logprobs or 0}
         if self.reasoning and self.reasoning.effort is not None:
             fields["reasoning_effort"] = self.reasoning.effort
@@ -269,21 +288,9 @@ SAME_IN_CHAT = ("temperature", "top_p", "parallel_tool_calls", "stream", "seed",
 UNSUPPORTED: dict[str, Any] = {
     "alignment_trace": False,
     "background": False,
-    "truncation": "disabled",
     "conversation": None,
     "prompt": None,
-    "max_tool_calls": None,
-    "service_tier": "auto",
-    "prompt_cache_key": None,
-    "prompt_cache_options": None,
-    "prompt_cache_retention": None,
-    "safety_identifier": None,
     "moderation": None,
-    "image": None,
-    "access_programs": None,
-    "background_options": None,
-    "context_management": None,
-    "stream_options": None,
 }
 
 
@@ -291,6 +298,6 @@ def _chat_format(format: TextFormat | JsonObjectFormat | JsonSchemaText) -> Resp
     if not isinstance(format, JsonSchemaText):
         return format
     schema = JsonSchema.model_construct(
-        name=format.name, schema=format.schema_, strict=format.strict, description=format.description
+        name=format.name, schema_=format.schema_, strict=format.strict, description=format.description
     )
     return JsonSchemaFormat.model_construct(type="json_schema", json_schema=schema)

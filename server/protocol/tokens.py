@@ -5,7 +5,8 @@ from typing import Annotated
 from pydantic import Field
 
 from linalign.server.protocol.chat_request import ChatFields
-from linalign.server.protocol.generation import FAIL_FAST, AlignmentFields, Schema, TokenId, field_error
+from linalign.server.protocol.generation import AlignmentFields
+from linalign.server.protocol.schema import FAIL_FAST, Request, TokenId, field_error
 
 
 class TokenizeRequest(ChatFields):
@@ -23,6 +24,5 @@ class TokenizeRequest(ChatFields):
                     raise field_error(name, f"{name} needs messages instead of prompt")
 
 
-class DetokenizeRequest(Schema):
-    model: str
+class DetokenizeRequest(Request):
     tokens: Annotated[list[TokenId], Field(max_length=1 << 18), FAIL_FAST]

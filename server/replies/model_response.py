@@ -8,7 +8,7 @@ from typing import Any
 from linalign import InvalidRequest, Output
 from linalign.server.core_errors import described
 from linalign.server.engine_client import EngineClient
-from linalign.server.protocol.responses import ResponsesRequest
+from linalign.server.protocol.responses import FunctionTool, ResponsesRequest
 from linalign.server.replies.events import FAILURES, Event
 from linalign.server.replies.objects import logprob_object, usage_object
 from linalign.server.replies.submission import Replies
@@ -25,7 +25,8 @@ class ModelResponse:
         self._token_bytes, self._parser = engine.token_bytes, parser
         self._items = _Items()
         self._pending: list[dict[str, Any]] = []  # log-probabilities of tokens whose text has not been emitted
-        tools = [tool.model_dump(exclude_none=True) | {"strict": tool.strict} for tool in body.tools or ()]
+        functions = [tool for tool in body.tools or () if isinstance(tool, FunctionTool)]
+        tools = [{"type": "function", "strict": tool.strict, **tool.as_openai()["function"]} for tool in functions]
         choice = body.tool_choice or "auto"
         self._num_reasoning_tokens = 0
         self._response: dict[str, Any] = {

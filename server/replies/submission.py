@@ -62,7 +62,7 @@ class Replies:
         loop, replies = asyncio.get_running_loop(), cls(state.engine, n)
         measure = state.measures.listener(prompt, exchange.began)
         operation = "chat" if isinstance(body, ChatCompletionRequest) else "text_completion"
-        span = Generation(state.tracer, operation, body.model, prompt, params, n)
+        span = Generation(state.tracer, operation, body.model or "", prompt, params, n)
         key = exchange.key if state.settings.separates_keys else None
         prompt = replace(prompt, salt=_salt(key, body.cache_salt))
 

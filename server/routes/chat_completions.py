@@ -9,11 +9,11 @@ from fastapi import APIRouter, Request, Response
 
 from linalign import Prompt
 from linalign.server.engine_client import EngineClient
-from linalign.server.models import with_preset
 from linalign.server.protocol.chat_request import ChatCompletionRequest
 from linalign.server.replies.chat_completion import PATH, ChatCompletion
 from linalign.server.replies.events import STREAMED, event_stream
 from linalign.server.replies.submission import Replies, gather
+from linalign.server.routes.acceptance import accept, note_if_shortened, rendering_of
 from linalign.server.routes.strict_route import StrictRoute
 from linalign.server.state import state_of
 from linalign.server.threads import in_thread
@@ -26,13 +26,14 @@ router = APIRouter(route_class=StrictRoute)
 @router.post(PATH, response_model=None, responses=STREAMED)
 async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response | dict[str, Any]:
     state = state_of(request)
-    body = with_preset(body, state)
+    body = accept(body, request)
     replies, prompt, new_parser = await submit_chat(body, request)
     completion = ChatCompletion(state.engine, body, state.fingerprint, prompt, new_parser)
     if body.stream:
         options = body.stream_options
-        usage, continuous = (options.include_usage, options.continuous_usage_stats) if options else (False, False)
-        return event_stream(completion.events(replies, usage, continuous), [replies])
+        has_usage = bool(options and options.include_usage)
+        has_counts = has_usage and bool(options and options.continuous_usage_stats)
+        return event_stream(completion.events(replies, has_usage, has_counts), [replies])
     outputs = await gather([replies], request)
     return completion.whole(outputs[0], replies.n) if outputs else Response(status_code=499)
 
@@ -48,17 +49,18 @@ async def submit_chat(
     engine = state.engine
     engine.refuse_early()
     principles = body.principles(state.settings.default_alignment_ratio)
-    messages = [message.rendered() for message in body.messages]
     placement = body.principle_placement or "system"
-    rendering = body.rendering()
+    rendering = rendering_of(body, request)
 
     def build() -> tuple[Prompt, str]:
+        messages = body.rendered_messages()
         method = body.alignment_method or "linear"
         prompt = engine.prompts.build(messages, principles, placement, rendering, method)
         return prompt, "" if rendering.continues else engine.prompts.generation_prompt(rendering)
 
     prompt, generation_prompt = await in_thread(request, build)
     params = body.sampling_params(**_for_tools(body, engine, end_of_thinking(generation_prompt)))
+    note_if_shortened(request, [prompt], params.max_tokens, body.max_tokens_field)
     max_calls = 1 if body.parallel_tool_calls is False else math.inf
     (replies,) = await Replies.submit(request, body, [prompt], params)
     return replies, prompt, lambda: ReplyParser(engine.tokenizer, generation_prompt, rendering.tools, max_calls)

@@ -6,11 +6,11 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from linalign import Prompt
-from linalign.server.models import with_preset
 from linalign.server.protocol.completions import CompletionRequest
 from linalign.server.replies.events import STREAMED, event_stream
 from linalign.server.replies.submission import Replies, gather
 from linalign.server.replies.text_completion import PATH, TextCompletion
+from linalign.server.routes.acceptance import accept, note_if_shortened
 from linalign.server.routes.strict_route import StrictRoute
 from linalign.server.state import state_of
 from linalign.server.threads import in_thread
@@ -23,7 +23,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     state = state_of(request)
     engine = state.engine
     engine.refuse_early()
-    body = with_preset(body, state)
+    body = accept(body, request)
     principles = body.principles(state.settings.default_alignment_ratio)
 
     def build() -> tuple[list[tuple[int, ...]], list[Prompt]]:
@@ -33,6 +33,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
 
     texts, prompts = await in_thread(request, build)
     params = body.sampling_params()
+    note_if_shortened(request, prompts, params.max_tokens, "max_tokens")
     needs_engine = [bool(params.max_tokens or prompt.given) for prompt in prompts]
     submitted = iter(await Replies.submit(request, body, list(itertools.compress(prompts, needs_engine)), params))
     replies = [

@@ -9,6 +9,7 @@ from linalign.server.protocol.responses import ResponsesRequest
 from linalign.server.replies.events import STREAMED, event_stream
 from linalign.server.replies.model_response import PATH, ModelResponse
 from linalign.server.replies.submission import gather
+from linalign.server.routes.acceptance import accept
 from linalign.server.routes.chat_completions import submit_chat
 from linalign.server.routes.strict_route import StrictRoute
 from linalign.server.state import state_of
@@ -20,6 +21,7 @@ router = APIRouter(route_class=StrictRoute)
 async def create_response(body: ResponsesRequest, request: Request) -> Response | dict[str, Any]:
     state = state_of(request)
     engine = state.engine
+    body = accept(body, request)
     chat = with_preset(body.chat, state)
     replies, _, new_parser = await submit_chat(chat, request)
     response = ModelResponse(engine, body, new_parser())

@@ -1,13 +1,18 @@
-"""Routes that parse JSON bodies strictly."""
+"""Routes that parse JSON bodies strictly, and whose responses name the fields without an effect."""
 
+import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
+from linalign.server.exchange import exchange_of
+from linalign.server.protocol.ignored_fields import HEADER, header_of
 from linalign.server.protocol.strict_json import InvalidBody, strict
 from linalign.server.threads import LONG, in_thread
+
+log = logging.getLogger(__name__)
 
 
 class StrictRoute(APIRoute):
@@ -17,7 +22,11 @@ class StrictRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def handle_strictly(request: Request) -> Response:
-            return await handle(StrictRequest(request.scope, request.receive))
+            response = await handle(StrictRequest(request.scope, request.receive))
+            if ignored := exchange_of(request.scope).ignored:
+                response.headers[HEADER] = header_of(ignored)
+                log.debug("Ignored fields: %s", response.headers[HEADER])
+            return response
 
         return handle_strictly
 

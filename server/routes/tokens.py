@@ -5,8 +5,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from linalign import InvalidRequest
-from linalign.server.models import preset_of, with_preset
+from linalign.server.models import preset_of
 from linalign.server.protocol.tokens import DetokenizeRequest, TokenizeRequest
+from linalign.server.routes.acceptance import accept, note_ignored, rendering_of
 from linalign.server.routes.strict_route import StrictRoute
 from linalign.server.state import state_of
 from linalign.server.threads import in_thread
@@ -18,17 +19,15 @@ router = APIRouter(route_class=StrictRoute)
 async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     """The token ids of the first branch, which usage counts, and of all branches: principled ones, then the base."""
     engine = state_of(request).engine
-    body = with_preset(body, state_of(request))
+    body = accept(body, request)
     principles = body.principles(state_of(request).settings.default_alignment_ratio)
     method = body.alignment_method or "linear"
     if body.messages is None:
         prompt = await in_thread(request, engine.prompts.build_text, body.prompt or "", principles, method=method)
     else:
-        messages = [message.rendered() for message in body.messages]
+        messages, rendering = body.rendered_messages(), rendering_of(body, request)
         placement = body.principle_placement or "system"
-        prompt = await in_thread(
-            request, engine.prompts.build, messages, principles, placement, body.rendering(), method
-        )
+        prompt = await in_thread(request, engine.prompts.build, messages, principles, placement, rendering, method)
     branches: list[dict[str, Any]] = [
         {"branch": "principled", "weight": weight, "ratio": ratio, "tokens": list(ids)}
         for ids, weight, ratio in zip(prompt.principled, prompt.weights, prompt.ratios, strict=True)
@@ -42,6 +41,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str]:
     engine = state_of(request).engine
+    note_ignored(request, body.ignored)
     preset_of(body.model, state_of(request))
     for id in body.tokens:
         if id >= engine.vocab_size:

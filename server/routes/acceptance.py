@@ -1,0 +1,53 @@
+"""What every endpoint does with a request first: it completes the request, and notes the fields that have no effect."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TypeVar
+
+from fastapi import Request
+
+from linalign import Prompt
+from linalign.alignment_core.text.chat_template import RESERVED, Rendering
+from linalign.server.core_errors import name_on
+from linalign.server.exchange import exchange_of
+from linalign.server.models import with_preset
+from linalign.server.protocol.chat_request import ChatFields
+from linalign.server.protocol.generation import AlignmentFields
+from linalign.server.protocol.strict_json import InvalidBody
+from linalign.server.state import state_of
+
+Body = TypeVar("Body", bound=AlignmentFields)
+OFF = (None, False, "none", "disabled")  # values of template variables that ask for nothing
+ACCEPTED = {"metadata", "user"}  # bookkeeping that --strict-fields accepts too
+
+
+def accept(body: Body, request: Request) -> Body:
+    """The request with the values of its preset. Raises ModelNotFound, and InvalidBody with --strict-fields."""
+    note_ignored(request, body.ignored)
+    return with_preset(body, state_of(request))
+
+
+def note_ignored(request: Request, paths: Iterable[str]) -> None:
+    """Name fields in the response's header. Raises InvalidBody with --strict-fields."""
+    paths = dict.fromkeys(paths)
+    if state_of(request).settings.strict_fields:
+        for path in paths.keys() - ACCEPTED:
+            raise InvalidBody(f"{path} has no effect on this server, which is strict", path, "unknown_field")
+    exchange_of(request.scope).ignored += paths
+
+
+def rendering_of(body: ChatFields, request: Request) -> Rendering:
+    """How the template renders the chat, without variables that it does not use."""
+    rendering, known = body.rendering(), state_of(request).engine.prompts.variables | RESERVED
+    unknown = {name: value for name, value in rendering.variables.items() if name not in known}
+    path = request.scope["route"].path
+    note_ignored(request, [name_on(path, f"variables.{name}") for name, value in unknown.items() if value not in OFF])
+    used = {name: value for name, value in rendering.variables.items() if name in known}
+    return replace(rendering, variables=used)
+
+
+def note_if_shortened(request: Request, prompts: Iterable[Prompt], max_tokens: int | None, field: str) -> None:
+    """Note max_tokens, which the endpoint calls `field`, if the context leaves less."""
+    longest = max((len(ids) + len(prompt.given) for prompt in prompts for ids in prompt.branches), default=0)
+    if max_tokens and longest < state_of(request).engine.max_model_len < longest + max_tokens:
+        note_ignored(request, [name_on(request.scope["route"].path, field)])
