@@ -129,7 +129,7 @@ class Engine:
                 max_tokens=max_tokens,
                 stop_token_ids=params.stop_token_ids | (frozenset() if params.ignore_eos else self.eos_token_ids),
                 eos_token_ids=self.eos_token_ids,
-                text=TextStream(self._decode, params.stop, before, skipped),
+                text=TextStream(self._decode, params.stop, before, skipped, params.uncut),
                 outputs=OutputChannel(on_output),
                 choice=choice,
                 matcher=self.grammars.matcher(params.structure) if params.structure else None,

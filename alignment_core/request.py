@@ -49,12 +49,29 @@ class Structure:
         from. A grammar in Lark or GBNF. For "lark", a grammar in llguidance's own form, which may hold JSON schemas.
     name: What errors call the structure.
     after: A mark, in Lark, up to which the reply is free.
+    instead: A grammar in llguidance's form that the reply may match instead.
+    json_after: A text after which the JSON of the reply begins, each time; "" if the reply itself is JSON.
     """
 
     kind: Literal["json_schema", "regex", "choice", "grammar", "lark"]
     text: str
     name: str = "structure"
     after: str = ""
+    instead: str = ""
+    json_after: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Uncut:
+    """A part of a reply that stop strings do not end, such as a call.
+
+    begins: Texts that begin the part. end: The text that ends it; "" if only the end of the reply does.
+    is_first: Whether the part is only at the beginning of the reply, after white space.
+    """
+
+    begins: tuple[str, ...]
+    end: str = ""
+    is_first: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +86,7 @@ class SamplingParams:
     The end of the reply:
         max_tokens: Longest reply; shorter if the context leaves less. None means up to the end of the context.
         stop: Strings that end the reply and are not part of it.
+        uncut: The part of the reply in which stop strings have no effect.
         stop_token_ids: Tokens that end the reply, in addition to the model's end-of-sequence tokens.
         ignore_eos: Whether the model's own ends of sequence do not end the reply.
         min_tokens: Before this many tokens only max_tokens ends the reply.
@@ -98,6 +116,7 @@ class SamplingParams:
     seed: int | None = None
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    uncut: Uncut | None = None
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     min_tokens: int = 0

@@ -5,13 +5,16 @@ transformers' ResponseParser finds the marked regions, with the tokenizer's own 
 
 import json
 import math
+import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_parsing import ResponseParser
+
+from linalign.alignment_core.request import Uncut
 
 Delta = dict[str, Any]
 VERBATIM = {"strip": False}
@@ -22,9 +25,11 @@ class CallFormat:
     """How a family of models writes calls: `begin`, JSON objects with `separator` between them, `end`.
 
     region: The region of calls, for transformers' parser. arguments: The key of the arguments in the JSON object.
+    uncut: The part of a reply with calls that stop strings do not end.
     """
 
     region: Mapping[str, Any]
+    uncut: Uncut
     begin: str
     end: str
     separator: str
@@ -33,12 +38,21 @@ class CallFormat:
 
 
 HERMES = CallFormat(
-    {"open": "<tool_call>", "close": "</tool_call>"}, "<tool_call>\n", "\n</tool_call>", "\n</tool_call>\n<tool_call>\n"
+    {"open": "<tool_call>", "close": "</tool_call>"},
+    Uncut(("<tool_call>",), "</tool_call>"),
+    "<tool_call>\n",
+    "\n</tool_call>",
+    "\n</tool_call>\n<tool_call>\n",
 )
 LLAMA = CallFormat(
-    {"open_pattern": r'^\s{0,16}+(?:<\|python_tag\|>)?+(?=\s{0,16}+\{\s{0,16}+")'}, "", "", "; ", "parameters"
+    {"open_pattern": r'^\s{0,16}+(?:<\|python_tag\|>)?+(?=\s{0,16}+\{\s{0,16}+")'},
+    Uncut(("{", "<|python_tag|>"), is_first=True),
+    "",
+    "",
+    "; ",
+    "parameters",
 )
-MISTRAL = CallFormat({"open": "[TOOL_CALLS]"}, "[TOOL_CALLS][", "]", ", ", id_length=9)
+MISTRAL = CallFormat({"open": "[TOOL_CALLS]"}, Uncut(("[TOOL_CALLS]",)), "[TOOL_CALLS][", "]", ", ", id_length=9)
 THINKING = {"<think>": "</think>", "[THINK]": "[/THINK]"}
 
 
@@ -53,6 +67,8 @@ def call_format(tokenizer: PreTrainedTokenizerBase) -> CallFormat:
 
 
 PIECE = 256  # characters
+MIN_MARK = 3  # characters that tell the beginning of a mark from other text
+CALL_BEGIN = re.compile(r'\s*\{\s*"name"')  # of a call that is JSON without a mark
 # Errors of an invalid region of a tokenizer's own template. The rest of the reply is then text.
 BROKEN = (ValueError, RecursionError)
 
@@ -73,13 +89,15 @@ class ReplyParser:
     ) -> None:
         self._format = call_format(tokenizer)
         own = getattr(tokenizer, "response_template", None)
-        self._is_own = own is not None
+        self._is_own, self._has_tools = own is not None, bool(tools)
         if not self._is_own:
             generation_prompt = generation_prompt[_thinking_start(generation_prompt) :]
         self._parser = ResponseParser(
             own or _template(tokenizer, self._format, bool(tools)), generation_prompt, tools=list(tools)
         )
         self._num_calls, self._max_calls = 0, max_calls
+        # Where no mark begins a call, only the name of a function tells it from other JSON.
+        self._names = {tool["function"]["name"] for tool in tools} if self._format is LLAMA else None
         self._ended = self._is_broken = False
         self._scanner: _CallScanner | None = None
         self._raw: list[str] = []
@@ -103,11 +121,16 @@ class ReplyParser:
         return deltas
 
     def finish(self) -> list[Delta]:
+        """The end of the message. A call that has only begun is left out."""
         self._ended = True
         try:
-            return [] if self._is_broken else self._deltas(self._parser.finalize()[1])
+            deltas = [] if self._is_broken else self._deltas(self._parser.finalize()[1])
         except BROKEN:
             return []
+        if not self._is_own and self._has_tools and deltas and "content" in deltas[-1]:
+            text = _without_begun_mark(deltas[-1]["content"], self._format.region.get("open", ""))
+            deltas[-1:] = [{"content": text}] if text else []
+        return deltas
 
     def _deltas(self, events: list[dict[str, Any]]) -> list[Delta]:
         deltas = [delta for event in events for delta in self._of(event)]
@@ -129,16 +152,17 @@ class ReplyParser:
 
     def _of_call(self, event: dict[str, Any]) -> list[Delta]:
         if event["type"] == "region_open":
-            self._scanner, self._raw = _CallScanner(self._format, self._num_calls), []
+            self._scanner, self._raw = _CallScanner(self._format, self._num_calls, self._names), []
             return []
         assert self._scanner is not None
         if event["type"] == "region_chunk":
             self._raw.append(event["text"])
             return self._scanner.feed(event["text"])
         if self._scanner.num_calls == self._num_calls:  # not a call after all
-            region = self._format.region
-            close = "" if self._ended else region.get("close", "")
-            return [{"content": f"{region.get('open', '')}{''.join(self._raw)}{close}"}]
+            region, raw = self._format.region, "".join(self._raw)
+            if self._ended and ("open" in region or (self._scanner.is_open and CALL_BEGIN.match(raw))):
+                return []
+            return [{"content": f"{region.get('open', '')}{raw}{region.get('close', '')}"}]
         self._num_calls = self._scanner.num_calls
         return []
 
@@ -158,6 +182,12 @@ class ReplyParser:
                 ]
                 self._num_calls += 1
         return deltas
+
+
+def _without_begun_mark(text: str, mark: str) -> str:
+    """The text without the beginning of a mark at its end."""
+    sizes = range(len(mark) - 1, MIN_MARK - 1, -1)
+    return next((text[:-size] for size in sizes if text.endswith(mark[:size])), text)
 
 
 def _thinking_start(generation_prompt: str) -> int:
@@ -185,9 +215,10 @@ def _template(tokenizer: PreTrainedTokenizerBase, form: CallFormat, has_tools: b
 class _CallScanner:
     """Finds the name and the arguments of calls in JSON text while it arrives."""
 
-    def __init__(self, form: CallFormat, num_calls: int) -> None:
+    def __init__(self, form: CallFormat, num_calls: int, names: Container[str] | None) -> None:
+        """names: The names of functions; None if any name is one."""
         self.num_calls = num_calls  # calls so far, including those of other regions
-        self._format = form
+        self._format, self._names = form, names
         self._depth = 0
         self._reset()
 
@@ -200,6 +231,11 @@ class _CallScanner:
         self._name: str | None = None
         self._held: list[str] = []
         self._has_arguments = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a JSON object has begun and not ended."""
+        return self._depth > 0
 
     def feed(self, text: str) -> list[Delta]:
         deltas: list[Delta] = []
@@ -256,6 +292,8 @@ class _CallScanner:
     def _end_member(self) -> list[Delta]:
         key, value, self._key = self._key, "".join(self._value).strip(), None
         if key == "name" and self._name is None and (name := _unquoted(value)):
+            if self._names is not None and name not in self._names:
+                return []
             self._name = name
             self.num_calls += 1
             return [_call_start(self.num_calls - 1, name, self._format), *self._flush()]

@@ -3,16 +3,17 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from linalign import InvalidRequest
-from linalign.alignment_core.decoding.grammars import PLAIN_JSON, STRICT, refuse_in_schema
+from linalign.alignment_core.decoding.grammars import PLAIN_JSON, STRICT, embedded, leniently_embedded
 from linalign.alignment_core.request import Structure
 from linalign.server.tool_calls import HERMES, LLAMA, CallFormat, call_format
 
-JSON_OPTIONS = {**PLAIN_JSON, **STRICT}
+ANY_OBJECT = {"type": "object", "x-guidance": {**PLAIN_JSON, **STRICT}}
 NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 Tools = Sequence[Mapping[str, Any]]
 
@@ -20,9 +21,18 @@ Tools = Sequence[Mapping[str, Any]]
 def required_calls(tokenizer: PreTrainedTokenizerBase, tools: Tools, parallel: bool, after: str = "") -> Structure:
     """The structure of replies that consist of at least one call. after: See `Structure`."""
     form = _known_format(tokenizer, "can't be required; use 'auto'", "tool_choice")
-    parts = [literal(form.begin, tokenizer), _calls(form, tools, parallel), json.dumps(form.end) if form.end else ""]
-    rules = [f"start: {' '.join(filter(None, parts))}", *_rules(form, tools, [True] * len(tools))]
-    return Structure("lark", "\n".join(rules), "tools", after)
+    grammar = _only_calls(form, tokenizer, tools, parallel)
+    return Structure("lark", grammar, "tools", after, json_after=form.begin)
+
+
+def calls_or(structure: Structure, tokenizer: PreTrainedTokenizerBase, tools: Tools, parallel: bool) -> Structure:
+    """The structure of replies that either consist of calls or match another structure."""
+    form = _known_format(tokenizer, f"can't be combined with {structure.name}", "tools")
+    if form is LLAMA and structure.kind == "json_schema":  # calls are JSON too, so both are one schema
+        either = [_call_schema(tool, form) for tool in tools] + [json.loads(structure.text)]
+        moved = [_moved(schema, f"#/anyOf/{index}") for index, schema in enumerate(either)]
+        return replace(structure, text=json.dumps({"anyOf": moved}))
+    return replace(structure, instead=_only_calls(form, tokenizer, tools, parallel))
 
 
 def strict_calls(tokenizer: PreTrainedTokenizerBase, tools: Tools, parallel: bool, after: str = "") -> Structure:
@@ -37,8 +47,9 @@ def strict_calls(tokenizer: PreTrainedTokenizerBase, tools: Tools, parallel: boo
         block = f"before {json.dumps(form.begin.removeprefix(mark))} {calls} {end}"
         rules = [f"start: ({block})* TEXT", r"TEXT: /(.|\n)*/"]
         rules.append(f"before{'' if is_token else '[lazy]'}: TEXT {literal(mark, tokenizer)}")
-    strict = [bool(tool["function"].get("strict")) for tool in tools]
-    return Structure("lark", "\n".join([*rules, *_rules(form, tools, strict)]), "tools", after)
+    schemas = [_enforced(tool) if tool["function"].get("strict") else ANY_OBJECT for tool in tools]
+    begin = "" if form is LLAMA else form.begin
+    return Structure("lark", "\n".join([*rules, *_rules(form, tools, schemas)]), "tools", after, json_after=begin)
 
 
 def _known_format(tokenizer: PreTrainedTokenizerBase, problem: str, param: str) -> CallFormat:
@@ -47,25 +58,58 @@ def _known_format(tokenizer: PreTrainedTokenizerBase, problem: str, param: str) 
     return call_format(tokenizer)
 
 
+def _only_calls(form: CallFormat, tokenizer: PreTrainedTokenizerBase, tools: Tools, parallel: bool) -> str:
+    """A grammar in Lark of at least one call."""
+    parts = [literal(form.begin, tokenizer), _calls(form, tools, parallel), json.dumps(form.end) if form.end else ""]
+    return "\n".join([f"start: {' '.join(filter(None, parts))}", *_rules(form, tools, list(map(_enforced, tools)))])
+
+
 def _calls(form: CallFormat, tools: Tools, parallel: bool) -> str:
     call = "(" + " | ".join(f"call_{index}" for index in range(len(tools))) + ")"
     return f"{call} ({json.dumps(form.separator)} {call})*" if parallel else call
 
 
-def _rules(form: CallFormat, tools: Tools, strict: Sequence[bool]) -> list[str]:
-    """The rules for call_0, call_1 and so on. Raises InvalidRequest."""
+def _rules(form: CallFormat, tools: Tools, schemas: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The rules for call_0, call_1 and so on."""
     rules = []
-    for index, (tool, is_strict) in enumerate(zip(tools, strict, strict=True)):
-        function = tool["function"]
-        schema = {"type": "object", **(function.get("parameters") or NOTHING)} if is_strict else {"type": "object"}
-        try:
-            refuse_in_schema(schema)
-        except ValueError as error:
-            raise InvalidRequest(f"the parameters of {function['name']} can't be used: {error}", "tools") from error
-        head = f'{{"name": {json.dumps(function["name"])}, "{form.arguments}": '
+    for index, (tool, schema) in enumerate(zip(tools, schemas, strict=True)):
+        head = f'{{"name": {json.dumps(tool["function"]["name"])}, "{form.arguments}": '
         rules.append(f"call_{index}: {json.dumps(head)} arguments_{index} {json.dumps('}')}")
-        rules.append(f"arguments_{index}: %json {json.dumps({**schema, 'x-guidance': JSON_OPTIONS})}")
+        rules.append(f"arguments_{index}: %json {json.dumps(schema)}")
     return rules
+
+
+def _parameters(tool: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "object", **(tool["function"].get("parameters") or NOTHING)}
+
+
+def _enforced(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of the arguments. If the tool is not strict, without what can't be enforced. Raises InvalidRequest."""
+    schema = _parameters(tool)
+    try:
+        return embedded(schema)
+    except (TypeError, ValueError) as error:
+        if not tool["function"].get("strict"):
+            return leniently_embedded(schema)
+        message = f"the parameters of {tool['function']['name']} can't be used: {error}"
+        raise InvalidRequest(message, "tools") from error
+
+
+def _call_schema(tool: Mapping[str, Any], form: CallFormat) -> dict[str, Any]:
+    """The schema of a whole call."""
+    schema = _moved(_enforced(tool), f"#/properties/{form.arguments}")
+    schema.pop("x-guidance")
+    members = {"name": {"const": tool["function"]["name"]}, form.arguments: schema}
+    return {"type": "object", "properties": members, "required": [*members], "additionalProperties": False}
+
+
+def _moved(value: Any, place: str) -> Any:
+    """A schema whose references still hold when the schema is at this place of another one."""
+    if isinstance(value, dict):
+        is_reference = isinstance(value.get("$ref"), str) and value["$ref"].startswith("#")
+        moved = {key: _moved(item, place) for key, item in value.items()}
+        return {**moved, "$ref": place + value["$ref"][1:]} if is_reference else moved
+    return [_moved(item, place) for item in value] if isinstance(value, list) else value
 
 
 def literal(text: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -7,7 +7,6 @@ frequency penalties, biases, forbidden tokens.
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,8 +84,7 @@ class Edits:
             return None
         forbidden = torch.zeros(len(y), dtype=torch.bool)
         if matcher is not None:
-            allowed = np.frombuffer(matcher.compute_bitmask(), np.uint8)
-            forbidden = torch.from_numpy(np.unpackbits(allowed, count=len(y), bitorder="little") == 0)
+            forbidden = torch.from_numpy(~matcher.allowed(len(y)))
         unended = forbidden.index_fill(0, unwanted, value=True)
         return forbidden if unended.all() else unended  # a complete structure may end the reply
 

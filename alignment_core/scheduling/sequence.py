@@ -14,9 +14,8 @@ from linalign.alignment_core.scheduling.speculation import PromptLookup
 from linalign.alignment_core.text.detokenizer import TextStream
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher
-
     from linalign.alignment_core.decoding.edits import Edits
+    from linalign.alignment_core.decoding.json_runs import ReplyMatcher
 
 
 class Status(Enum):
@@ -74,7 +73,7 @@ class Sequence:
     text: TextStream  # token ids to text
     outputs: OutputChannel
     choice: int = 0  # number among the choices of the request
-    matcher: "LLMatcher | None" = None  # where the reply is in its structure
+    matcher: "ReplyMatcher | None" = None  # where the reply is in its structure
     status: Status = Status.WAITING
     branches: list[Branch] = field(init=False)  # the principled ones, then the base
     output_ids: list[int] = field(default_factory=list)  # the reply so far, given tokens included

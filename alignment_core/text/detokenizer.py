@@ -1,10 +1,13 @@
-"""Converts token ids to text, one token at a time: whole characters only, and never part of a stop string."""
+"""Converts token ids to text, one token at a time: whole characters only."""
 
 import re
 from collections.abc import Callable, Container, Sequence
 
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from linalign.alignment_core.request import Uncut
+from linalign.alignment_core.text.stop_strings import StopStrings
 
 REPLACEMENT = "\ufffd"
 MAX_TOKENS_PER_CHARACTER = 4  # UTF-8 needs at most four bytes, and a token carries at least one
@@ -25,19 +28,24 @@ class TextStream:
         stop: tuple[str, ...] = (),
         before: Sequence[int] = (),
         skipped: Container[int] = frozenset(),
+        uncut: Uncut | None = None,
     ) -> None:
         """
         decode: Converts token ids to text.
         stop: Strings that end the text; they are not part of it.
         before: Token ids of the text that this text continues.
         skipped: Token ids that are ignored, such as control tokens.
+        uncut: The part of the text that stop strings do not end.
         """
-        self.stopped = False
         self._decode, self._skipped = decode, skipped
-        self._stops = [_Stop(text) for text in stop]
+        self._stops = StopStrings(stop, uncut)
         self._window = self._window_of([id for id in before[-3 * NUM_BEFORE :] if id not in skipped])
         self._num_shown = len(self._window)  # leading tokens of the window whose text has been returned
-        self._held = ""  # text held back, as it may be the beginning of a stop string
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the text."""
+        return self._stops.stopped
 
     def add(self, token_id: int, may_stop: bool = True) -> str:
         """The text that is complete with this token. Sets `stopped` if a stop string ends the text.
@@ -59,7 +67,7 @@ class TextStream:
             return ""  # for example a leading space, which has text only if another token follows
         self._window = self._window[self._num_shown :]
         self._num_shown = settled - self._num_shown
-        return self._until_stop(text[len(shown) :], may_stop)
+        return self._stops.until_stop(text[len(shown) :], may_stop)
 
     def _window_of(self, before: list[int]) -> list[int]:
         """The last tokens of `before`, as context; none if `before` ends in the middle of a character."""
@@ -73,59 +81,7 @@ class TextStream:
         if self.stopped:
             return ""
         shown = self._decode(self._window[: self._num_shown])
-        text = self._until_stop(self._decode(self._window)[len(shown) :])
-        held, self._held = self._held, ""
-        return text if self.stopped else text + held
-
-    def _until_stop(self, text: str, may_stop: bool = True) -> str:
-        ends = [(stop, stop.end_in(text, may_stop)) for stop in self._stops]
-        complete = [(end, end - len(stop.text)) for stop, end in ends if end is not None]
-        text, num_before = self._held + text, len(self._held)
-        if complete:
-            self.stopped = True
-            self._held = ""
-            _, begin = min(complete)  # the first to be complete, however the text is cut into tokens
-            return text[: num_before + begin]
-        keep = max((stop.num_matched for stop in self._stops), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-
-class _Stop:
-    """A stop string, and how many of its first characters the text so far ends with.
-
-    The automaton of Knuth, Morris and Pratt, built only as far as it is needed, so that the time is linear in the
-    length of the text for any text and stop string.
-    """
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.num_matched = 0
-        self._borders = [0]  # of the first 1, 2 … characters: length of the longest proper prefix that is a suffix
-
-    def end_in(self, more: str, counts: bool) -> int | None:
-        """Number of characters of `more`, the next piece of text, after which the string is first complete.
-
-        None if the string is not complete, or if `counts` is false.
-        """
-        for place, character in enumerate(more, 1):
-            self.num_matched = self._next(self.num_matched, character)
-            if self.num_matched == len(self.text):
-                if counts:
-                    return place
-                self.num_matched = self._borders[-1]
-        return None
-
-    def _next(self, num: int, character: str) -> int:
-        while num and self.text[num] != character:
-            num = self._borders[num - 1]
-        num += self.text[num] == character
-        if num > len(self._borders):  # the border of the last character follows from the one before
-            border = self._borders[-1]
-            while border and self.text[border] != character:
-                border = self._borders[border - 1]
-            self._borders.append(border + (self.text[border] == character))
-        return num
+        return self._stops.until_stop(self._decode(self._window)[len(shown) :]) + self._stops.finish()
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

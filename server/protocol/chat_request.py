@@ -108,6 +108,11 @@ class ChatCompletionRequest(GenerationRequest, ChatFields):
         }
 
     @property
+    def parallel(self) -> bool:
+        """Whether a reply may have several calls."""
+        return self.parallel_tool_calls is not False and not self.functions
+
+    @property
     def max_tokens_field(self) -> str:
         """The field that the client has used for the longest reply."""
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"

@@ -58,7 +58,7 @@ class ModelNotFound(Exception):
         super().__init__(f"The model {model!r} does not exist")
 
 
-async def on_validation_error(request: Request, error: Exception) -> JSONResponse:
+async def on_validation_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = max(error.errors(), key=_rank)
     if "param" in first.get("ctx", {}):  # made by `field_error`

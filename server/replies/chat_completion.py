@@ -49,8 +49,8 @@ class ChatCompletion:
         deltas = parser.feed("".join(output.text for output in outputs)) + parser.finish()
         return {
             "index": last.choice,
-            "message": message_of(deltas),
-            "finish_reason": _finish_reason(last, any("tool_calls" in delta for delta in deltas)),
+            "message": self._named(message_of(deltas)),
+            "finish_reason": self._finish_reason(last, any("tool_calls" in delta for delta in deltas)),
             "logprobs": self._logprobs(outputs),
             **self._trace(outputs),
         }
@@ -80,9 +80,9 @@ class ChatCompletion:
                 deltas = parser.feed(output.text) + (parser.finish() if output.finish_reason else [])
                 for number, delta in enumerate(deltas or ([{}] if output.logprobs else [])):
                     calls[index] |= "tool_calls" in delta
-                    yield chunk(index, delta, output=None if number else output)
+                    yield chunk(index, self._named(delta), output=None if number else output)
                 if output.finish_reason:
-                    yield chunk(index, {}, _finish_reason(output, calls[index]))
+                    yield chunk(index, {}, self._finish_reason(output, calls[index]))
                 if output.usage:
                     usages.append(output.usage)
             if include_usage:
@@ -108,6 +108,16 @@ class ChatCompletion:
         reports = [report for output in outputs for report in output.logprobs]
         return {"alignment": [trace_object(report, self._token_bytes) for report in reports]}
 
+    def _named(self, delta: Delta) -> Delta:
+        """A delta or message under all the names that clients know."""
+        if "reasoning_content" in delta:
+            delta = {**delta, "reasoning": delta["reasoning_content"]}
+        if self._body.functions and "tool_calls" in delta:
+            (call,) = delta.pop("tool_calls")
+            delta["function_call"] = call["function"]
+        return delta
 
-def _finish_reason(last: Output, has_calls: bool) -> str | None:
-    return "tool_calls" if has_calls and last.finish_reason == "stop" else last.finish_reason
+    def _finish_reason(self, last: Output, has_calls: bool) -> str | None:
+        if has_calls and last.finish_reason == "stop":
+            return "function_call" if self._body.functions else "tool_calls"
+        return last.finish_reason

@@ -13,12 +13,12 @@ from linalign.server.protocol.chat_request import ChatCompletionRequest
 from linalign.server.replies.chat_completion import PATH, ChatCompletion
 from linalign.server.replies.events import STREAMED, event_stream
 from linalign.server.replies.submission import Replies, gather
-from linalign.server.routes.acceptance import accept, note_if_shortened, rendering_of
+from linalign.server.routes.acceptance import accept, note_if_shortened, note_ignored, rendering_of
 from linalign.server.routes.strict_route import StrictRoute
 from linalign.server.state import state_of
 from linalign.server.threads import in_thread
-from linalign.server.tool_calls import ReplyParser, end_of_thinking, marks_are_special
-from linalign.server.tool_grammars import literal, required_calls, strict_calls
+from linalign.server.tool_calls import ReplyParser, call_format, end_of_thinking, marks_are_special
+from linalign.server.tool_grammars import calls_or, literal, required_calls, strict_calls
 
 router = APIRouter(route_class=StrictRoute)
 
@@ -59,9 +59,12 @@ async def submit_chat(
         return prompt, "" if rendering.continues else engine.prompts.generation_prompt(rendering)
 
     prompt, generation_prompt = await in_thread(request, build)
-    params = body.sampling_params(**_for_tools(body, engine, end_of_thinking(generation_prompt)))
+    if body.requires_call and body.structure():
+        note_ignored(request, ["response_format" if body.structured_outputs is None else "structured_outputs"])
+    more = await in_thread(request, _for_tools, body, engine, end_of_thinking(generation_prompt))
+    params = body.sampling_params(**more)
     note_if_shortened(request, [prompt], params.max_tokens, body.max_tokens_field)
-    max_calls = 1 if body.parallel_tool_calls is False else math.inf
+    max_calls = math.inf if body.parallel else 1
     (replies,) = await Replies.submit(request, body, [prompt], params)
     return replies, prompt, lambda: ReplyParser(engine.tokenizer, generation_prompt, rendering.tools, max_calls)
 
@@ -69,14 +72,17 @@ async def submit_chat(
 def _for_tools(body: ChatCompletionRequest, engine: EngineClient, mark: str) -> dict[str, Any]:
     """Sampling parameters for tools and reasoning. mark: The end of reasoning that the prompt has begun, or ""."""
     after = mark and literal(mark, engine.tokenizer)
-    tools, parallel = body.callable_tools(), body.parallel_tool_calls is not False
+    tools, parallel = body.callable_tools(), body.parallel
     more: dict[str, Any] = {}
     if body.requires_call:
         more["structure"] = required_calls(engine.tokenizer, tools, parallel and body.tool_choice == "required", after)
+    elif structure := body.structure():
+        structure = replace(structure, after=after, json_after=mark)
+        more["structure"] = calls_or(structure, engine.tokenizer, tools, parallel) if tools else structure
     elif any(tool["function"].get("strict") for tool in tools):
         more["structure"] = strict_calls(engine.tokenizer, tools, parallel, after)
-    elif after and (structure := body.structure()):
-        more["structure"] = replace(structure, after=after)
+    if tools:
+        more["uncut"] = call_format(engine.tokenizer).uncut
     if tools and marks_are_special(engine.tokenizer):
         more["skip_special_tokens"] = False
     return more

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from linalign.alignment_core.text.detokenizer import TextStream, TokenBytes, special_ids
+from linalign.alignment_core.text.stop_strings import StopStrings
 
 
 def stream(decode, ids, stop=()):
@@ -95,14 +96,14 @@ def test_the_time_of_stop_strings_is_linear(piece, last, stop):
     """Time of a short and of a longer text that nearly matches a stop string, or with a stop string of a megabyte."""
 
     def seconds(num):
-        text = TextStream("".join, (stop,))
+        text = StopStrings((stop,))
         began = time.process_time()
         for _ in range(0, num, 8):
-            text._until_stop(piece * 8)  # like a token of eight letters
-            text._until_stop(last)
+            text.until_stop(piece * 8)  # like a token of eight letters
+            text.until_stop(last)
         for _ in range(num // 8):
-            text._until_stop(piece * 8)
-        text._until_stop(last)
+            text.until_stop(piece * 8)
+        text.until_stop(last)
         return time.process_time() - began
 
     short, long = (statistics.median(seconds(num) for _ in range(5)) for num in (20_000, 80_000))
