@@ -6,6 +6,7 @@ import socket
 from collections import deque
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 MAX_HEADER_BYTES = 64 << 10
@@ -40,6 +41,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     _num_header_bytes = 0  # since the last chunk of a body
     _num_parsed = 0  # bytes of the first of _unread
+    _parses_again = False  # whether the request has a header Upgrade
     _is_last = False  # whether nothing is read after the latest request
     _answered: RequestResponseCycle | None = None
     _awaits_client = _awaits_headers = True
@@ -99,7 +101,14 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _take(self, data: bytes) -> None:
         self._num_header_bytes += len(data)
-        super().data_received(data)
+        try:
+            self._unset_keepalive_if_required()
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            if not self._is_last:
+                self._parse_without_upgrade(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("")
         if self._num_header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
             if self.cycle is None or (self._awaits_headers and self.cycle.response_complete):
                 self.transport.write(TOO_LONG)
@@ -121,18 +130,30 @@ class BoundedProtocol(HttpToolsProtocol):
         else:
             self.transport.abort()
 
-    def _unsupported_upgrade_warning(self) -> None:
-        """No warning: such a request is answered and logged as one without an upgrade."""
+    def _parse_without_upgrade(self, rest: bytes) -> None:
+        """Parse the request again without its header Upgrade. rest: The received bytes after the headers.
 
+        The server ignores the header, which Java's HTTP client sends with every request (h2c), but httptools skips the
+        body of a request that has it.
+        """
+        headers = [b"%s: %s\r\n" % header for header in self.headers if header[0] != b"upgrade"]
+        line = b"%s %s HTTP/%s\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self._take(line + b"".join(headers) + b"\r\n" + rest)
     def on_message_begin(self) -> None:
         self._awaits_client = self._awaits_headers = True
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
+        is_upgrade, is_connect = self.parser.should_upgrade(), self.parser.get_method() == b"CONNECT"
+        self._parses_again = is_upgrade and not is_connect
+        if self._parses_again:
+            return
         self._num_header_bytes = 0
         self._awaits_headers = False
         super().on_headers_complete()
-        if self.parser.should_upgrade():  # httptools then reads no body: the bytes after the headers are no request
+        if is_connect:  # the bytes after the headers are no request
             self._is_last, self.cycle.keep_alive = True, False
         if len(self.pipeline) > MAX_PIPELINED:
             self.transport.abort()
@@ -145,6 +166,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._parses_again:
+            return
         self._num_header_bytes = 0
         self._awaits_client = False  # between requests uvicorn's own timer runs
         super().on_message_complete()

@@ -129,14 +129,35 @@ def test_a_request_with_an_upgrade_is_answered_and_logged(tmp_path, protocol):
 
 
 @pytest.mark.parametrize("protocol", [b"websocket", b"h2c"])
-def test_a_body_after_an_upgrade_request_is_not_parsed_as_a_request(small, protocol):
-    """httptools does not parse it. If a proxy forwards it as a body, the server must not answer twice."""
-    for length in (3000, 4096, 9000):
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: " + protocol
-        head += b"\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (length + len(HEALTH))
-        body = HELLO + b" " * (4096 * (1 + length // 4096) - len(head) - len(HELLO)) + HEALTH
+def test_the_body_of_an_upgrade_request_is_read(small, protocol):
+    """Java's HTTP client sends `Upgrade: h2c`. The next request of the connection is answered, too."""
+    body = json.dumps({"model": "smollm2", "prompt": "Hi", "max_tokens": 2}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: "
+    head += protocol + b"\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\nContent-Length: %d\r\n" % len(body)
+    head += b"Content-Type: application/json\r\n\r\n"
+    for pieces in ([head + body + HEALTH], [head, body, HEALTH], [head[:90], head[90:] + body[:5], body[5:] + HEALTH]):
         with connected(small) as connection:
-            connection.sendall(head + body.ljust(length + len(HEALTH)))
+            for piece in pieces:
+                connection.sendall(piece)
+                time.sleep(0.05)  # so that the pieces arrive separately, which only makes the test harder
+            connection.shutdown(socket.SHUT_WR)
+            received = receive_all(connection)
+        assert received.count(b"HTTP/1.1 200 OK") == 2
+        assert b'"object":"text_completion"' in received
+        assert b'{"status":"ok"}' in received
+
+
+@pytest.mark.parametrize("protocol", [b"websocket", b"h2c"])
+def test_a_body_after_an_upgrade_request_is_not_parsed_as_a_request(small, protocol):
+    """The server must not answer a request that is inside a body."""
+    for num_slices in (1, 2, 3):
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: " + protocol
+        head += b"\r\nContent-Type: application/json\r\nContent-Length: %06d\r\n\r\n"
+        padding = b" " * (4096 * num_slices - len(head) - 2 - len(HELLO))  # the server parses slices of 4096 bytes
+        body = HELLO + padding + HEALTH
+        with connected(small) as connection:
+            connection.sendall(head % len(body) + body)
+            connection.shutdown(socket.SHUT_WR)
             assert receive_all(connection).count(b"HTTP/1.1 ") == 1
 
 
