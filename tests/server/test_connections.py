@@ -18,6 +18,7 @@ pytestmark = pytest.mark.slow
 
 HELLO = json.dumps({"model": "smollm2", "prompt": "Hello", "max_tokens": 1, "temperature": 0}).encode()
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+LAST = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"  # after it, the server ends the connection
 
 
 @pytest.fixture(scope="module")
@@ -135,12 +136,11 @@ def test_the_body_of_an_upgrade_request_is_read(small, protocol):
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: "
     head += protocol + b"\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\nContent-Length: %d\r\n" % len(body)
     head += b"Content-Type: application/json\r\n\r\n"
-    for pieces in ([head + body + HEALTH], [head, body, HEALTH], [head[:90], head[90:] + body[:5], body[5:] + HEALTH]):
+    for pieces in ([head + body + LAST], [head, body, LAST], [head[:90], head[90:] + body[:5], body[5:] + LAST]):
         with connected(small) as connection:
             for piece in pieces:
                 connection.sendall(piece)
                 time.sleep(0.05)  # so that the pieces arrive separately, which only makes the test harder
-            connection.shutdown(socket.SHUT_WR)
             received = receive_all(connection)
         assert received.count(b"HTTP/1.1 200 OK") == 2
         assert b'"object":"text_completion"' in received
@@ -156,9 +156,8 @@ def test_a_body_after_an_upgrade_request_is_not_parsed_as_a_request(small, proto
         padding = b" " * (4096 * num_slices - len(head) - 2 - len(HELLO))  # the server parses slices of 4096 bytes
         body = HELLO + padding + HEALTH
         with connected(small) as connection:
-            connection.sendall(head % len(body) + body)
-            connection.shutdown(socket.SHUT_WR)
-            assert receive_all(connection).count(b"HTTP/1.1 ") == 1
+            connection.sendall(head % len(body) + body + LAST)
+            assert receive_all(connection).count(b"HTTP/1.1 ") == 2
 
 
 @pytest.mark.parametrize("length", [100, 5000, 100_000])
