@@ -16,6 +16,7 @@ from sse_starlette.sse import AppStatus
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
+from linalign.server.alignment_sources import APPLIED_HEADER
 from linalign.server.engine_client import EngineClient
 from linalign.server.metrics import Measures
 from linalign.server.middleware import auth
@@ -23,8 +24,9 @@ from linalign.server.middleware.access_log import AccessLog
 from linalign.server.middleware.allowed_hosts import AllowedHosts
 from linalign.server.middleware.body_limit import BodyLimit
 from linalign.server.middleware.key_limits import KeyLimits
-from linalign.server.presets import load_presets
+from linalign.server.presets import load_presets, presets_of_keys
 from linalign.server.protocol.errors import HANDLERS, ErrorResponse
+from linalign.server.protocol.ignored_fields import HEADER
 from linalign.server.routes import chat_completions, completions, metrics, models, playground, responses, tokens
 from linalign.server.settings import Settings
 from linalign.server.state import ServerState
@@ -51,11 +53,13 @@ def create_app(engine: EngineClient, settings: Settings) -> FastAPI:
         await asyncio.to_thread(tracing.close)
 
     AppStatus.enable_automatic_graceful_drain = False  # streams may finish like other replies
+    presets = load_presets(settings.presets)
     measures, tracing = Measures(), Tracing(settings.otlp_traces_endpoint)
     state = ServerState(
         engine=engine,
         settings=settings,
-        presets=load_presets(settings.presets),
+        presets=presets,
+        key_presets=presets_of_keys(settings.key_presets, presets) if "key" in settings.alignment_from else {},
         measures=measures,
         tracer=tracing.tracer,
         long_bodies=ThreadPoolExecutor(1, "long-bodies"),
@@ -95,7 +99,7 @@ def _middleware(settings: Settings, measures: Measures) -> list[Middleware]:
     if settings.allowed_names is not None:
         layers.append(Middleware(AllowedHosts, settings.allowed_names))
     if settings.cors_origins:
-        headers = [REQUEST_ID, "Retry-After"]
+        headers = [REQUEST_ID, "Retry-After", HEADER, APPLIED_HEADER]
         origins = list(settings.cors_origins)
         layers.append(Middleware(CORSMiddleware, origins, ["GET", "POST"], ["*"], expose_headers=headers))
     if settings.api_keys:

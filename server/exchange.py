@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from starlette.types import Scope
 
@@ -18,6 +19,25 @@ class KeyBusy(Exception):
         self.code, self.wait = code, wait
 
 
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What a request is aligned with, and where that comes from: body, headers, model or key."""
+
+    principle_from: str
+    ratio_from: str  # "default" if no source has a ratio
+    ratios: list[float]  # of each principle
+    method: str
+
+    def details(self) -> dict[str, Any]:
+        """The fields of `usage.alignment_details`."""
+        return asdict(self)
+
+    def header(self) -> str:
+        """The response header's value, a dictionary of RFC 9651."""
+        ratios = " ".join(str(round(ratio, 3)) for ratio in self.ratios)
+        return f"principle={self.principle_from}, ratio=({ratios});from={self.ratio_from}, method={self.method}"
+
+
 @dataclass(slots=True)
 class Exchange:
     """Filled while the request is processed. Counts are the user's view, of all prompts and choices together."""
@@ -28,6 +48,7 @@ class Exchange:
     leave: Callable[[int], None] = lambda _: None  # call for choices that have ended
     charge: Callable[[int], None] = lambda _: None  # takes tokens, of all branches, from the key's allowance
     error_code: str | None = None  # of the response
+    applied: Applied | None = None  # what the request is aligned with
     ignored: list[str] = field(default_factory=list)  # paths of fields without an effect
     num_prompt_tokens: int = 0
     num_completion_tokens: int = 0

@@ -141,6 +141,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
         self._take(line + b"".join(headers) + b"\r\n" + rest)
+
     def on_message_begin(self) -> None:
         self._awaits_client = self._awaits_headers = True
         super().on_message_begin()

@@ -17,16 +17,20 @@ def is_open_to_everyone(file: Path) -> bool:
     return bool(file.stat().st_mode & stat.S_IROTH)
 
 
-def keys_of(file: Path) -> tuple[bytes, ...]:
-    """The hashes of the keys in a file, one per line. Empty lines and lines that begin with # are skipped.
+def keys_of(file: Path) -> dict[bytes, str]:
+    """The hashes of the keys in a file, each with the name of its default preset, or "".
 
-    Raises ValueError.
+    A line is KEY, or KEY preset=NAME. Empty lines and lines that begin with # are skipped. Raises ValueError.
     """
     try:
         lines = [line.strip() for line in file.read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"the API keys of {file} can't be read: {type(error).__name__}") from error
-    keys = tuple(hashed(line) for line in lines if line and not line.startswith("#"))
+    keys = dict[bytes, str]()
+    for line in lines:
+        key, _, rest = line.partition(" preset=")
+        if line and not line.startswith("#"):
+            keys[hashed(key.strip())] = rest.strip()
     if not keys:
         raise ValueError(f"{file} has no API key")
     return keys

@@ -1,28 +1,51 @@
-"""The names under which the model is served: its own, and one for each preset."""
+"""The names under which the model is served: its own, and one for each preset, both with or without a ratio."""
 
-from typing import TypeVar
+from collections.abc import Mapping
 
+from linalign.alignment_core.request import MAX_RATIO, MIN_RATIO
 from linalign.server.protocol.errors import ModelNotFound
-from linalign.server.protocol.generation import AlignmentFields, Preset
+from linalign.server.protocol.generation import Preset
+from linalign.server.protocol.strict_json import InvalidBody
 from linalign.server.state import ServerState
-
-Body = TypeVar("Body", bound=AlignmentFields)
 
 
 def preset_of(model: str | None, state: ServerState) -> Preset:
-    """The preset that the name of a model stands for; an empty one for the model itself. Raises ModelNotFound."""
-    if model is None or model == state.engine.model_id:
+    """The preset that the name of a model stands for; an empty one for the model itself.
+
+    Names are MODEL, MODEL:PRESET, MODEL@RATIO and MODEL:PRESET@RATIO. Raises ModelNotFound, and InvalidBody for a ratio
+    out of range.
+    """
+    own = state.engine.model_id
+    if model is None or model == own:
         return Preset()
-    name = model.removeprefix(f"{state.engine.model_id}:")
-    if name == model or name not in state.presets:
+    suffix = model.removeprefix(own)
+    if suffix == model or suffix[0] not in ":@" or "model" not in state.settings.alignment_from:
         raise ModelNotFound(model)
-    return state.presets[name]
+    try:
+        return preset_named(suffix.removeprefix(":"), state.presets)
+    except KeyError as error:
+        raise ModelNotFound(model) from error
+    except ValueError as error:
+        raise InvalidBody(f"model: {error}", "model", "invalid_value") from error
 
 
-def with_preset(body: Body, state: ServerState) -> Body:
-    """The request, with the values of its preset in fields that it leaves out. Raises ModelNotFound."""
-    preset = preset_of(body.model, state)
-    given = {name for name in body.model_fields_set if getattr(body, name) is not None}
-    names = (preset.model_fields_set - given) & set(type(body).model_fields)
-    model = state.engine.model_id if body.model is None else body.model
-    return body.model_copy(update={"model": model, **{name: getattr(preset, name) for name in names}})
+def preset_named(name: str, presets: Mapping[str, Preset]) -> Preset:
+    """The preset PRESET, PRESET@RATIO or, for an empty preset with a ratio, @RATIO. Raises KeyError, ValueError."""
+    if name in presets:
+        return presets[name]
+    base, separator, ratio = name.rpartition("@")
+    if not separator:
+        raise KeyError(name)
+    preset = presets[base] if base else Preset()
+    return preset.model_copy(update={"alignment_ratio": ratio_of(ratio)})
+
+
+def ratio_of(text: str) -> float:
+    """The ratio that a text spells. Raises ValueError."""
+    try:
+        ratio = float(text)
+    except ValueError:
+        ratio = float("nan")
+    if not MIN_RATIO <= ratio <= MAX_RATIO:
+        raise ValueError(f"the ratio must be a number in [{MIN_RATIO:g}, {MAX_RATIO:g}]")
+    return ratio

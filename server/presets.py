@@ -1,11 +1,13 @@
-"""Reads presets from a YAML file."""
+"""Reads presets from a YAML file, and finds them by name."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from linalign.server.command_line import describe_errors
+from linalign.server.models import preset_named
 from linalign.server.protocol.generation import Preset
 
 SHIPPED = Path(__file__).parent.parent / "configs" / "presets.yaml"
@@ -29,3 +31,14 @@ def load_presets(file: Path | None) -> dict[str, Preset]:
         except ValueError as error:
             raise ValueError(f"the presets of {file} can't be used: {name} has invalid text") from error
     return presets
+
+
+def presets_of_keys(names: Mapping[bytes, str], presets: Mapping[str, Preset]) -> dict[bytes | None, Preset]:
+    """The default presets of API keys. Raises ValueError for a name that is no preset."""
+    found = dict[bytes | None, Preset]()
+    for key, name in names.items():
+        try:
+            found[key] = preset_named(name, presets)
+        except KeyError as error:
+            raise ValueError(f"an API key has the default preset {name}, which does not exist") from error
+    return found

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliApp,
@@ -27,6 +27,7 @@ from linalign.server.hosts import ANY, host_of, is_this_machine
 from linalign.server.keys import hashed, keys_of
 
 PREFIX = "LINALIGN_"
+ALIGNMENT_SOURCES = ("body", "headers", "model", "key")
 # Help for options of the commands that are clients of a server.
 FIRST_MODEL = "model name (default: the first that the server lists)"
 API_KEY = "API key of the server; visible in process lists (default: LINALIGN_API_KEY)"
@@ -46,7 +47,7 @@ class Settings(BaseSettings):
         "api_keys": "API keys",
         "max_queued_requests": "limits",
         "strict_fields": "requests",
-        "default_alignment_ratio": "alignment",
+        "alignment_from": "alignment",
         "log_format": "observability",
         "config": "others",
     }
@@ -191,7 +192,10 @@ exit status:
         repr=False,
     )
     api_keys_file: Path | None = Field(
-        None, title="FILE", description="file of more keys, one per line; # starts a comment (default: none)"
+        None,
+        title="FILE",
+        description="file of more keys, one per line; # starts a comment. KEY preset=NAME, or NAME@RATIO, sets the "
+        "key's default preset (default: none)",
     )
     max_requests_per_key: int | None = Field(
         None,
@@ -223,6 +227,12 @@ exit status:
     max_body_bytes: int = Field(
         8 << 20, ge=1024, title="BYTES", description="longest request body; longer ones get a 413"
     )
+    alignment_from: Annotated[tuple[str, ...], NoDecode] = Field(
+        ALIGNMENT_SOURCES,
+        title="SOURCES",
+        description="comma-separated sources that requests may use for principle and ratio: body, headers, model (its "
+        "name), key (in the file of keys)",
+    )
     default_alignment_ratio: float = Field(
         DEFAULT_RATIO,
         ge=MIN_RATIO,
@@ -248,8 +258,11 @@ exit status:
         "linalign[otel] (default: none)",
     )
     config: Path | None = Field(None, title="FILE", description="YAML file with settings (default: none)")
+    _key_presets: dict[bytes, str] = PrivateAttr(default_factory=dict)
 
-    @field_validator("api_keys", "cors_origins", "allowed_hosts", "forwarded_allow_ips", mode="before")
+    @field_validator(
+        "api_keys", "cors_origins", "allowed_hosts", "forwarded_allow_ips", "alignment_from", mode="before"
+    )
     @classmethod
     def _split(cls, given: Any, info: ValidationInfo) -> Any:
         """Split "a,b", or the strings of a list."""
@@ -258,6 +271,14 @@ exit status:
             raise ValueError("must be strings: put them in quotes")
         parts = [part.strip() for item in given for part in item.split(",")]
         return [hashed(part) for part in parts] if info.field_name == "api_keys" else parts
+
+    @field_validator("alignment_from")
+    @classmethod
+    def _are_sources(cls, sources: tuple[str, ...]) -> tuple[str, ...]:
+        for source in sources:
+            if source not in ALIGNMENT_SOURCES:
+                raise ValueError(f"{source} is not one of {', '.join(ALIGNMENT_SOURCES)}")
+        return sources
 
     @field_validator("cors_origins")
     @classmethod
@@ -286,11 +307,17 @@ exit status:
     @model_validator(mode="after")
     def _read_keys(self) -> Self:
         if self.api_keys_file:
-            self.api_keys += keys_of(self.api_keys_file)
+            self._key_presets = keys_of(self.api_keys_file)
+            self.api_keys += tuple(self._key_presets)
         for name in ("max_requests_per_key", "max_tokens_per_minute_per_key", "prefix_cache_per_key"):
             if getattr(self, name) and not self.api_keys:
                 raise ValueError(f"{name} needs api_keys")
         return self
+
+    @property
+    def key_presets(self) -> dict[bytes, str]:
+        """Names of default presets by the hash of an API key."""
+        return {key: preset for key, preset in self._key_presets.items() if preset}
 
     @property
     def allowed_names(self) -> tuple[str, ...] | None:

@@ -18,6 +18,7 @@ class ServerState:
     engine: EngineClient
     settings: Settings
     presets: Mapping[str, Preset]  # by name
+    key_presets: Mapping[bytes | None, Preset]  # by the hash of an API key
     measures: Measures  # metrics
     tracer: Tracer  # for spans of requests to the engine
     long_bodies: ThreadPoolExecutor  # the one thread that works on requests with long bodies

@@ -57,12 +57,12 @@ def checked_settings(args: list[str]) -> "Settings":
     from linalign.alignment_core.loading import preflight
     from linalign.server.address import AddressTaken, check_address
     from linalign.server.command_line import describe_errors
-    from linalign.server.presets import load_presets
+    from linalign.server.presets import load_presets, presets_of_keys
     from linalign.server.settings import load_settings
 
     try:
         settings = load_settings(args)
-        load_presets(settings.presets)
+        presets_of_keys(settings.key_presets, load_presets(settings.presets))
         preflight.check(
             settings.model,
             device=settings.device,

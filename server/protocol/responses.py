@@ -223,7 +223,8 @@ class ResponsesRequest(AlignmentFields):
     @property
     def chat(self) -> ChatCompletionRequest:
         """The request as a chat completion. Its parts are already validated."""
-        return self._chat
+        names = (*AlignmentFields.model_fields, "principle_placement")
+        return self._chat.model_copy(update={name: getattr(self, name) for name in names})
 
     def _chat_fields(self) -> dict[str, Any]:
         """Fields of the chat completion, without messages."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from linalign import Output, Prompt, Usage
 from linalign.server.engine_client import EngineClient
+from linalign.server.exchange import Applied
 from linalign.server.protocol.chat_request import ChatCompletionRequest
 from linalign.server.replies.events import DONE, FAILURES, Event, failure
 from linalign.server.replies.objects import logprob_object, token_counts, trace_object, usage_object
@@ -26,9 +27,10 @@ class ChatCompletion:
         fingerprint: str,
         prompt: Prompt,
         new_parser: Callable[[], ReplyParser],
+        applied: Applied | None,
     ) -> None:
-        """new_parser: Creates the parser of one choice."""
-        self._body = body
+        """new_parser: Creates the parser of one choice. applied: What the request is aligned with."""
+        self._body, self._applied = body, applied
         self._new_parser = new_parser
         self._token_bytes = engine.token_bytes
         self._num_prompt_tokens = len(prompt.principled[0])
@@ -41,7 +43,7 @@ class ChatCompletion:
 
     def whole(self, outputs: Sequence[Output], n: int) -> dict[str, Any]:
         choices = [self._choice([output for output in outputs if output.choice == index]) for index in range(n)]
-        usage = usage_object([output.usage for output in outputs if output.usage])
+        usage = usage_object([output.usage for output in outputs if output.usage], self._applied)
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage}
 
     def _choice(self, outputs: Sequence[Output]) -> dict[str, Any]:
@@ -86,7 +88,7 @@ class ChatCompletion:
                 if output.usage:
                     usages.append(output.usage)
             if include_usage:
-                yield self._event(choices=[], usage=usage_object(usages))
+                yield self._event(choices=[], usage=usage_object(usages, self._applied))
             yield DONE
         except FAILURES as error:
             yield failure(error, PATH)

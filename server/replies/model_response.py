@@ -8,6 +8,7 @@ from typing import Any
 from linalign import InvalidRequest, Output
 from linalign.server.core_errors import described
 from linalign.server.engine_client import EngineClient
+from linalign.server.exchange import Applied
 from linalign.server.protocol.responses import FunctionTool, ResponsesRequest
 from linalign.server.replies.events import FAILURES, Event
 from linalign.server.replies.objects import logprob_object, usage_object
@@ -21,7 +22,11 @@ ResponseEvent = dict[str, Any]
 class ModelResponse:
     """Creates the reply of one request: `whole` for a single object, `events` for a stream."""
 
-    def __init__(self, engine: EngineClient, body: ResponsesRequest, parser: ReplyParser) -> None:
+    def __init__(
+        self, engine: EngineClient, body: ResponsesRequest, parser: ReplyParser, applied: Applied | None
+    ) -> None:
+        """applied: What the request is aligned with."""
+        self._applied = applied
         self._token_bytes, self._parser = engine.token_bytes, parser
         self._items = _Items()
         self._pending: list[dict[str, Any]] = []  # log-probabilities of tokens whose text has not been emitted
@@ -102,7 +107,7 @@ class ModelResponse:
                 reason = "max_output_tokens" if output.finish_reason == "length" else "abort"
                 self._response["incomplete_details"] = {"reason": reason}
             assert output.usage is not None
-            usage = usage_object([output.usage])
+            usage = usage_object([output.usage], self._applied)
             cached = usage["prompt_tokens_details"]["cached_tokens"]
             self._response["usage"] = {
                 "input_tokens": usage["prompt_tokens"],

@@ -5,6 +5,7 @@ from typing import Any
 
 from linalign import TokenLogprob, Usage
 from linalign.alignment_core.output import IMPOSSIBLE
+from linalign.server.exchange import Applied
 
 
 def logprob_object(report: TokenLogprob, token_bytes: Callable[[int], bytes]) -> dict[str, Any]:
@@ -39,8 +40,11 @@ def trace_object(report: TokenLogprob, token_bytes: Callable[[int], bytes]) -> d
     return fields
 
 
-def usage_object(usages: Sequence[Usage]) -> dict[str, Any]:
-    """The usage of all choices together. OpenAI's fields count the prompt once, alignment_details all branches."""
+def usage_object(usages: Sequence[Usage], applied: Applied | None) -> dict[str, Any]:
+    """The usage of all choices together. OpenAI's fields count the prompt once, alignment_details all branches.
+
+    applied: What the request is aligned with.
+    """
     return {
         **token_counts(usages[0].prompt_tokens, sum(usage.completion_tokens for usage in usages)),
         # That of the choice that ran first, because the others reuse its prompt.
@@ -49,6 +53,7 @@ def usage_object(usages: Sequence[Usage]) -> dict[str, Any]:
             "branches": usages[0].branches,
             "branch_tokens_computed": sum(usage.branch_tokens_computed for usage in usages),
             "prefix_cached_tokens": sum(usage.prefix_cached_tokens for usage in usages),
+            **(applied.details() if applied else {}),
         },
     }
 

@@ -13,6 +13,7 @@ from linalign import Output, Prompt, TokenLogprob, Usage
 from linalign.alignment_core.output import IMPOSSIBLE
 from linalign.alignment_core.text.detokenizer import TextStream, special_ids
 from linalign.server.engine_client import EngineClient
+from linalign.server.exchange import Applied
 from linalign.server.protocol.completions import CompletionRequest
 from linalign.server.replies.events import DONE, FAILURES, Event, failure
 from linalign.server.replies.objects import trace_object, usage_object
@@ -34,8 +35,10 @@ class TextCompletion:
         body: CompletionRequest,
         texts: Sequence[tuple[int, ...]],
         prompts: Sequence[Prompt],
+        applied: Applied | None,
     ) -> None:
-        """texts: The token ids of the request's prompts, without principles."""
+        """texts: The token ids of the request's prompts, without principles. applied: What they are aligned with."""
+        self._applied = applied
         self._engine, self._body, self._texts, self._prompts, self._n = engine, body, texts, prompts, body.n or 1
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
@@ -54,12 +57,12 @@ class TextCompletion:
                 reported = self._token_reports(number).of(of_choice)
                 choices.append(self._choice(number * self._n + index, text, of_choice[-1].finish_reason, reported))
         usages = [[output.usage for output in of_prompt if output.usage] for of_prompt in outputs]
-        return {**self._head, "choices": choices, "usage": _sum(usages)}
+        return {**self._head, "choices": choices, "usage": _sum(usages, self._applied)}
 
     async def events(self, replies: Sequence[Replies]) -> AsyncIterator[Event]:
         options = self._body.stream_options
-        include_usage = options is not None and options.include_usage
-        continuous = options is not None and options.continuous_usage_stats
+        include_usage = bool(options and options.include_usage)
+        continuous = include_usage and bool(options and options.continuous_usage_stats)
         usages: list[list[Usage]] = [[] for _ in replies]
         counts = [[-len(prompt.given)] * self._n for prompt in self._prompts]
         num_prompt_tokens = sum(len(prompt.principled[0]) + len(prompt.given) for prompt in self._prompts)
@@ -89,7 +92,7 @@ class TextCompletion:
                 if output.usage:
                     usages[number].append(output.usage)
             if include_usage:
-                yield event([], _sum(usages))
+                yield event([], _sum(usages, self._applied))
             yield DONE
         except FAILURES as error:
             yield failure(error, PATH)
@@ -219,9 +222,9 @@ async def _merged(replies: Sequence[Replies]) -> AsyncIterator[tuple[int, Output
             task.cancel()
 
 
-def _sum(usages: Sequence[Sequence[Usage]]) -> dict[str, Any]:
-    """The usage of all prompts together."""
-    objects = [usage_object(of_prompt) for of_prompt in usages]
+def _sum(usages: Sequence[Sequence[Usage]], applied: Applied | None) -> dict[str, Any]:
+    """The usage of all prompts together. applied: What the request is aligned with."""
+    objects = [usage_object(of_prompt, None) for of_prompt in usages]
     total = {name: sum(usage[name] for usage in objects) for name in objects[0] if name.endswith("_tokens")}
     cached = sum(usage["prompt_tokens_details"]["cached_tokens"] for usage in objects)
     details = [usage["alignment_details"] for usage in objects]
@@ -231,5 +234,6 @@ def _sum(usages: Sequence[Sequence[Usage]]) -> dict[str, Any]:
         "alignment_details": {
             **{name: sum(detail[name] for detail in details) for name in details[0]},
             "branches": max(detail["branches"] for detail in details),
+            **(applied.details() if applied else {}),
         },
     }

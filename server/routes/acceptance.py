@@ -8,9 +8,9 @@ from fastapi import Request
 
 from linalign import Prompt
 from linalign.alignment_core.text.chat_template import RESERVED, Rendering
+from linalign.server.alignment_sources import aligned
 from linalign.server.core_errors import name_on
 from linalign.server.exchange import exchange_of
-from linalign.server.models import with_preset
 from linalign.server.protocol.chat_request import ChatFields
 from linalign.server.protocol.generation import AlignmentFields
 from linalign.server.protocol.strict_json import InvalidBody
@@ -22,9 +22,9 @@ ACCEPTED = {"metadata", "user"}  # bookkeeping that --strict-fields accepts too
 
 
 def accept(body: Body, request: Request) -> Body:
-    """The request with the values of its preset. Raises ModelNotFound, and InvalidBody with --strict-fields."""
+    """The request with the alignment fields of all sources. Raises ModelNotFound, InvalidBody."""
     note_ignored(request, body.ignored)
-    return with_preset(body, state_of(request))
+    return aligned(body, request)
 
 
 def note_ignored(request: Request, paths: Iterable[str]) -> None:

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from linalign import Prompt
 from linalign.server.engine_client import EngineClient
+from linalign.server.exchange import exchange_of
 from linalign.server.protocol.chat_request import ChatCompletionRequest
 from linalign.server.replies.chat_completion import PATH, ChatCompletion
 from linalign.server.replies.events import STREAMED, event_stream
@@ -28,7 +29,9 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     state = state_of(request)
     body = accept(body, request)
     replies, prompt, new_parser = await submit_chat(body, request)
-    completion = ChatCompletion(state.engine, body, state.fingerprint, prompt, new_parser)
+    completion = ChatCompletion(
+        state.engine, body, state.fingerprint, prompt, new_parser, exchange_of(request.scope).applied
+    )
     if body.stream:
         options = body.stream_options
         has_usage = bool(options and options.include_usage)

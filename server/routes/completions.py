@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from linalign import Prompt
+from linalign.server.exchange import exchange_of
 from linalign.server.protocol.completions import CompletionRequest
 from linalign.server.replies.events import STREAMED, event_stream
 from linalign.server.replies.submission import Replies, gather
@@ -40,7 +41,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         next(submitted) if needed else Replies.empty(engine, prompt, body.n or 1)
         for prompt, needed in zip(prompts, needs_engine, strict=True)
     ]
-    completion = TextCompletion(engine, state.fingerprint, body, texts, prompts)
+    completion = TextCompletion(engine, state.fingerprint, body, texts, prompts, exchange_of(request.scope).applied)
     if body.stream:
         return event_stream(completion.events(replies), replies)
     outputs = await gather(replies, request)

@@ -4,7 +4,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from linalign.server.models import with_preset
+from linalign.server.exchange import exchange_of
 from linalign.server.protocol.responses import ResponsesRequest
 from linalign.server.replies.events import STREAMED, event_stream
 from linalign.server.replies.model_response import PATH, ModelResponse
@@ -20,11 +20,9 @@ router = APIRouter(route_class=StrictRoute)
 @router.post(PATH, response_model=None, responses=STREAMED)
 async def create_response(body: ResponsesRequest, request: Request) -> Response | dict[str, Any]:
     state = state_of(request)
-    engine = state.engine
     body = accept(body, request)
-    chat = with_preset(body.chat, state)
-    replies, _, new_parser = await submit_chat(chat, request)
-    response = ModelResponse(engine, body, new_parser())
+    replies, _, new_parser = await submit_chat(body.chat, request)
+    response = ModelResponse(state.engine, body, new_parser(), exchange_of(request.scope).applied)
     if body.stream:
         return event_stream(response.events(replies), [replies])
     outputs = await gather([replies], request)

@@ -1,4 +1,4 @@
-"""Routes that parse JSON bodies strictly, and whose responses name the fields without an effect."""
+"""Routes that parse JSON bodies strictly. Headers of their responses name the alignment and ignored fields."""
 
 import logging
 from collections.abc import Callable, Coroutine
@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
+from linalign.server.alignment_sources import APPLIED_HEADER
 from linalign.server.exchange import exchange_of
 from linalign.server.protocol.ignored_fields import HEADER, header_of
 from linalign.server.protocol.strict_json import InvalidBody, strict
@@ -23,8 +24,11 @@ class StrictRoute(APIRoute):
 
         async def handle_strictly(request: Request) -> Response:
             response = await handle(StrictRequest(request.scope, request.receive))
-            if ignored := exchange_of(request.scope).ignored:
-                response.headers[HEADER] = header_of(ignored)
+            exchange = exchange_of(request.scope)
+            if exchange.applied:
+                response.headers[APPLIED_HEADER] = exchange.applied.header()
+            if exchange.ignored:
+                response.headers[HEADER] = header_of(exchange.ignored)
                 log.debug("Ignored fields: %s", response.headers[HEADER])
             return response
 
