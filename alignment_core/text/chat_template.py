@@ -60,6 +60,8 @@ class ChatTemplate:
         """The rendered chat. Tool and system messages are rewritten if the template does not support them."""
         if not self.knows_tools:
             messages = _without_tool_messages(messages)
+        elif not self._shows_text_arguments:
+            messages = _with_object_arguments(messages)
         if not self._has_system_role:
             messages = _without_system_role(messages)
         return self._render(messages, rendering)
@@ -73,6 +75,16 @@ class ChatTemplate:
     def knows_tools(self) -> bool:
         """Whether the template reads `tools`, so that it describes them to the model itself."""
         return "tools" in self._variables
+
+    @cached_property
+    def _shows_text_arguments(self) -> bool:
+        """Whether the template shows arguments of calls that are a text instead of an object."""
+        mark, user = new_mark(), {"role": "user", "content": "Hello"}
+        call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": mark}}
+        try:
+            return mark in self._render([user, {"role": "assistant", "content": "", "tool_calls": [call]}], Rendering())
+        except InvalidRequest:
+            return False
 
     @cached_property
     def _variables(self) -> frozenset[str]:
@@ -173,6 +185,21 @@ def _with_clock(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _with_object_arguments(messages: Messages) -> Messages:
+    """Put arguments that are a text into an object, for templates that read their members."""
+
+    def changed(call: dict[str, Any]) -> dict[str, Any]:
+        arguments = call["function"]["arguments"]
+        if not isinstance(arguments, str):
+            return call
+        return {**call, "function": {**call["function"], "arguments": {"arguments": arguments}}}
+
+    return [
+        {**message, "tool_calls": list(map(changed, message["tool_calls"]))} if message.get("tool_calls") else message
+        for message in messages
+    ]
+
+
 def _without_tool_messages(messages: Messages) -> Messages:
     """Write tool calls and results as text, in the format of Hermes and Qwen, for templates without tools."""
     converted: Messages = []
@@ -181,16 +208,20 @@ def _without_tool_messages(messages: Messages) -> Messages:
             content = f"<tool_response>\n{message['content']}\n</tool_response>"
             converted.append({"role": "user", "content": content})
         elif message.get("tool_calls"):
-            calls = [
-                f"<tool_call>\n{json.dumps(call['function'], ensure_ascii=False)}\n</tool_call>"
-                for call in message["tool_calls"]
-            ]
+            calls = [f"<tool_call>\n{_call_text(call['function'])}\n</tool_call>" for call in message["tool_calls"]]
             converted.append(
                 {"role": "assistant", "content": "\n".join([*filter(None, [message.get("content")]), *calls])}
             )
         else:
             converted.append(message)
     return converted
+
+
+def _call_text(function: dict[str, Any]) -> str:
+    """A call as the model writes it. Arguments that are a text, such as JSON that was cut off, stay as they are."""
+    name, arguments = json.dumps(function["name"], ensure_ascii=False), function["arguments"]
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return f'{{"name": {name}, "arguments": {text}}}'
 
 
 def _without_system_role(messages: Messages) -> Messages:

@@ -18,9 +18,7 @@ pytestmark = pytest.mark.slow
 
 HELLO = json.dumps({"model": "smollm2", "prompt": "Hello", "max_tokens": 1, "temperature": 0}).encode()
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
-LAST = (
-    b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-)
+LAST = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
