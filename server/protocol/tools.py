@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from linalign.server.protocol.schema import OpenSchema
 
@@ -35,6 +35,7 @@ class Tool(OpenSchema):
 class OtherTool(OpenSchema):
     """A tool of another type, which this server can't run. It is ignored."""
 
+    model_config = ConfigDict(extra="ignore")
     type: str
 
 

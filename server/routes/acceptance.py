@@ -31,7 +31,7 @@ def note_ignored(request: Request, paths: Iterable[str]) -> None:
     """Name fields in the response's header. Raises InvalidBody with --strict-fields."""
     paths = dict.fromkeys(paths)
     if state_of(request).settings.strict_fields:
-        for path in paths.keys() - ACCEPTED:
+        for path in (path for path in paths if path not in ACCEPTED):
             raise InvalidBody(f"{path} has no effect on this server, which is strict", path, "unknown_field")
     exchange_of(request.scope).ignored += paths
 
