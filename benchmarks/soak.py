@@ -99,7 +99,7 @@ def request(rng: random.Random) -> tuple[str, dict[str, Any], int]:
     if kind == "tokenize":
         return "/tokenize", {"model": "smollm2", "prompt": text(rng, 300)}, 200
     if kind == "bad":
-        wrong = rng.choice([{"max_tokens": "x"}, {"unknown": 1}, {"max_tokens": 10**6}, {"alignment_ratio": 99}])
+        wrong = rng.choice([{"max_tokens": "x"}, {"temprature": 1}, {"min_tokens": 10**6}, {"alignment_ratio": 99}])
         return "/v1/completions", body | {"prompt": text(rng, 5)} | wrong, 400
     body["stream"] = rng.random() < 0.6
     if kind == "responses":

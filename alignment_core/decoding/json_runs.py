@@ -85,7 +85,8 @@ class ReplyMatcher:
 
     def __init__(self, matcher: "LLMatcher", runs: JsonRuns | None) -> None:
         self._matcher, self._runs = matcher, runs
-        self.is_stopped, self.is_error, self.get_error = matcher.is_stopped, matcher.is_error, matcher.get_error
+        self.is_accepting, self.is_stopped = matcher.is_accepting, matcher.is_stopped
+        self.is_error, self.get_error = matcher.is_error, matcher.get_error
 
     def consume_token(self, token: int) -> bool:
         """Follow the token that was drawn; False if the structure does not allow it."""

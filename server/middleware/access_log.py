@@ -71,6 +71,7 @@ class AccessLog:
             "client_left": has_left,
             "key": exchange.key and exchange.key.hex()[:8],
             "code": exchange.error_code,
+            "principle_from": exchange.applied and exchange.applied.principle_from,
             "prompt_tokens": exchange.num_prompt_tokens,
             "completion_tokens": exchange.num_completion_tokens,
             "finish_reasons": ",".join(dict.fromkeys(exchange.finish_reasons)),

@@ -14,7 +14,8 @@ from starlette.types import Receive, Scope, Send
 from linalign import EngineBusy, EngineDead, InvalidRequest, RequestFailed
 from linalign.server.core_errors import CODES, described
 from linalign.server.exchange import KeyBusy, exchange_of
-from linalign.server.protocol.ignored_fields import similar_name
+from linalign.server.protocol.ignored_fields import MAX_CHECKED, MAX_NAME, similar_name
+from linalign.server.protocol.schema import Schema
 from linalign.server.protocol.strict_json import InvalidBody
 
 MAX_MESSAGE = 1000  # characters; messages may quote the client's input
@@ -76,8 +77,11 @@ async def on_validation_error(_: Request, error: Exception) -> JSONResponse:
             path.append(first["ctx"]["discriminator"].strip("'"))
     param = ".".join(str(part) for part in path) if path else None
     if first["type"] == "extra_forbidden":
-        return error_response(400, f"unknown field {name!r}", param, "unknown_field")
-    if first["type"] == "missing" and (misspelt := similar_name(str(name), first["input"])):
+        similar = similar_name(str(name), _names_of_closed_objects())
+        hint = f"; did you mean {similar}?" if similar else ""
+        return error_response(400, f"unknown field {str(name)[:MAX_NAME]!r}{hint}", param, "unknown_field")
+    given = list(first["input"])[:MAX_CHECKED] if isinstance(first["input"], dict) else []
+    if first["type"] == "missing" and (misspelt := similar_name(str(name), given)):
         param = ".".join(str(part) for part in (*above, misspelt))
         return error_response(400, f"unknown field {misspelt!r}; did you mean {name}?", param, "unknown_field")
     message = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
@@ -107,6 +111,15 @@ def _fields(location: Sequence[str | int]) -> list[str | int]:
             path == ["response_format"] or (len(path) == 2 and path[0] == "messages")
         )
     return path
+
+
+def _names_of_closed_objects() -> set[str]:
+    """Field names of all objects in which an unknown field is an error."""
+    schemas = [Schema]
+    for schema in schemas:
+        schemas += schema.__subclasses__()
+    closed = [schema for schema in schemas if schema.model_config["extra"] == "forbid"]
+    return {field.alias or name for schema in closed for name, field in schema.model_fields.items()}
 
 
 async def on_invalid_request(request: Request, error: Exception) -> JSONResponse:

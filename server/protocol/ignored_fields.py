@@ -16,13 +16,13 @@ HEADER = "X-Linalign-Ignored"
 MAX_HEADER = 1000  # characters
 MAX_NAME = 100  # characters that are compared and shown
 MAX_CHECKED = 64  # unknown names of a request that are compared with known ones, because each takes a millisecond
-SIMILAR = 0.85  # of difflib's ratio, from which a name is a misspelling
+SIMILAR = 0.8  # of difflib's ratio, from which a name is a misspelling
 EMPTY: tuple[Any, ...] = (None, False, "", [], {})  # values that ask for nothing
 # Names that begin so are ours alone, so that an unknown one would silently change nothing.
 OURS = ("alignment", "principle")
 # Names of OpenAI's fields, or of another gateway's, that ask for nothing on endpoints that do not have them.
-HINTS = {"include", "metadata", "models", "parallel_tool_calls", "reasoning", "reasoning_effort"}
-HINTS |= {"store", "stream_options", "text", "truncation", "user"}
+HINTS = {"include", "metadata", "mode", "models", "parallel_tool_calls", "reasoning", "reasoning_effort"}
+HINTS |= {"store", "stream_options", "text", "truncation", "user", "user_id"}
 # Fields of other servers that would change the reply, and their values without an effect.
 ELSEWHERE: dict[str, Any] = {
     **dict.fromkeys(("extra_body", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar")),

@@ -146,7 +146,7 @@ class FunctionTool(Function):
 
 
 AnyTool = Annotated[
-    Annotated[FunctionTool, Tag("function")] | Annotated[OtherTool, Tag("other")], Discriminator(kind_of_tool)
+    Annotated[FunctionTool, Tag("function tool")] | Annotated[OtherTool, Tag("other tool")], Discriminator(kind_of_tool)
 ]
 
 

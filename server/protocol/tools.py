@@ -42,11 +42,13 @@ class OtherTool(OpenSchema):
 def kind_of_tool(tool: Any) -> str:
     """The tag of a tool in the union of functions and others."""
     if isinstance(tool, dict) and isinstance(tool.get("type"), str) and tool["type"] != "function":
-        return "other"
-    return "function"
+        return "other tool"
+    return "function tool"
 
 
-AnyTool = Annotated[Annotated[Tool, Tag("function")] | Annotated[OtherTool, Tag("other")], Discriminator(kind_of_tool)]
+AnyTool = Annotated[
+    Annotated[Tool, Tag("function tool")] | Annotated[OtherTool, Tag("other tool")], Discriminator(kind_of_tool)
+]
 
 
 class FunctionName(OpenSchema):

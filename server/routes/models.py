@@ -23,7 +23,7 @@ def _models(request: Request) -> list[dict[str, Any]]:
             "parent": state.engine.model_id,
             "preset": preset.model_dump(exclude_none=True),
         }
-        for name, preset in state.presets.items()
+        for name, preset in (state.presets.items() if "model" in state.settings.alignment_from else ())
     ]
     return [own, *presets]
 

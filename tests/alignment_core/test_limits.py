@@ -18,8 +18,7 @@ def test_prompts_that_do_not_fit_are_refused_before_compute(tiny):
     long = Prompt((tuple(range(5, 200)) * 3,))
     for prompt, params, field, code in [
         (long, SamplingParams(), "prompt", "too_long"),
-        (aligned(2.0), SamplingParams(max_tokens=500), "max_tokens", "too_long"),
-        (aligned(2.0), SamplingParams(max_tokens=400), "max_tokens", "invalid"),  # fits the context, not the KV cache
+        (aligned(2.0, length=400), SamplingParams(max_tokens=1), "prompt", "too_long"),  # fits the context only
     ]:
         with pytest.raises(InvalidRequest) as refusal:
             engine.submit(prompt, params, print)
@@ -35,10 +34,11 @@ def test_the_context_counts_the_longest_branch(tiny):
     assert outputs[-1].finish_reason == "length"
 
 
-def test_without_max_tokens_a_reply_is_as_long_as_context_and_cache_allow(tiny):
+@pytest.mark.parametrize("max_tokens", [None, 400, 1000])
+def test_a_reply_is_at_most_as_long_as_context_and_cache_allow(tiny, max_tokens):
     loaded, _ = tiny
     engine = make_engine(loaded, num_pages=8, page_size=16)  # 64 tokens per branch
-    params = SamplingParams(temperature=0, ignore_eos=True)
+    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=max_tokens)
     (outputs,) = run_all(engine, [(aligned(2.0), params)])
     assert len(token_ids(outputs)) == 64 - 39
     assert outputs[-1].finish_reason == "length"
@@ -55,8 +55,8 @@ def test_prompt_and_reply_may_fill_the_context_and_no_more(tiny):
     engine, prompt = make_engine(loaded, num_pages=100), aligned(0, length=500, extra=9)
     (outputs,) = run_all(engine, [(prompt, SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))])
     assert len(token_ids(outputs)) == 3
-    with pytest.raises(InvalidRequest, match="the context holds 512"):
-        engine.submit(prompt, SamplingParams(max_tokens=4), print)
+    (outputs,) = run_all(engine, [(prompt, SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))])
+    assert len(token_ids(outputs)) == 3
 
 
 BEFORE, PRINCIPLED = tuple(range(5, 25)), tuple(range(30, 60))

@@ -56,15 +56,16 @@ def test_the_objects_are_openais(url):
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-def test_a_call_that_is_cut_off_is_text_whole_and_streamed(client):
+def test_a_call_that_is_cut_off_in_its_name_is_left_out_whole_and_streamed(client):
     function = {"name": "look_up", "parameters": {"type": "object", "properties": {}}}
     fields = {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
     for max_tokens in (1, 3, 5):
         whole = create(client, max_tokens=max_tokens, **fields).choices[0]
         chunks = list(create(client, max_tokens=max_tokens, stream=True, **fields))
         assert whole.finish_reason == "length"
-        assert whole.message.content
-        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.message.content
+        assert chunks[-1].choices[0].finish_reason == "length"
+        assert whole.message.content == ""
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ""
 
 
 def test_a_stream_is_the_same_text_token_by_token(client):
@@ -142,7 +143,6 @@ BAD = [
     ({"temperature": float("nan")}, 400, "temperature", "finite"),
     ({"temperature": float("inf")}, 400, "temperature", "finite"),
     ({"max_tokens": 1.5}, 400, "max_tokens", "integer"),
-    ({"max_tokens": 8192}, 400, "max_tokens", "8192"),
     ({"messages": [{"role": "user", "content": "word " * 9000}]}, 400, "messages", "context"),
     ({"principle": "word " * 9000}, 400, "messages", "with the principle"),
     ({"messages": [{"role": "user", "content": "a\ud800b"}]}, 400, "messages.0.content", "Unicode"),
@@ -159,7 +159,7 @@ BAD = [
         "object",
     ),
     ({"add_generation_prompt": False}, 400, "add_generation_prompt", "opposite"),
-    ({"chat_template_kwargs": {"enable_thinking": False}}, 400, "chat_template_kwargs.enable_thinking", "template"),
+    ({"chat_template_kwargs": {"messages": "x"}}, 400, "chat_template_kwargs.messages", "template"),
     ({"metadata": {"a": "\ud800"}}, 400, "metadata.a", "surrogate"),
     (
         {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"title": "\ud800"}}}]},
@@ -174,12 +174,9 @@ BAD = [
         "finite",
     ),
     ({"prompt": "x"}, 400, "prompt", "no such field"),
-    ({"max_completion_tokens": 1}, 400, "max_tokens", "mean the same"),
-    ({"stream_options": {"include_usage": True}, "stream": False}, 400, "stream_options", "stream: true"),
+    ({"max_completion_tokens": 2}, 400, "max_tokens", "mean the same"),
     ({"alignment-ratio": 2}, 400, "alignment-ratio", "alignment_ratio"),
-    ({"": 2}, 400, "", "unknown field"),
-    ({"str": 2}, 400, "str", "unknown field"),
-    ({"messages": [{"role": "user", "content": "x", "x-y": 1}]}, 400, "messages.0.x-y", "'x-y'"),
+    ({"messages": [{"role": "user", "content": "x", "con-tent": 1}]}, 400, "messages.0.con-tent", "'con-tent'"),
     ({"principle": [{"text": "x"}] * 17}, 400, "principle", "at most 16"),
     ({"messages": [{"role": "user", "content": "word " * 400_000}]}, 400, "messages", "context"),
     ({"n": 0}, 400, "n", "greater"),
@@ -210,14 +207,12 @@ BAD = [
     ),
     ({"structured_outputs": {}}, 400, "structured_outputs", "exactly one"),
     ({"structured_outputs": {"regex": "a("}}, 400, "structured_outputs", "regex"),
-    ({"structured_outputs": {"json": {}}}, 400, "structured_outputs.json", "unknown field"),
+    ({"structured_outputs": {"jsn": {}}}, 400, "structured_outputs.jsn", "did you mean json?"),
+    ({"structured_outputs": {"json": "{"}}, 400, "structured_outputs", "not valid JSON"),
     ({"tools": [{"type": "function"}]}, 400, "tools.0.function", "required"),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, 400, "tools.0.function.name", "pattern"),
     ({"tool_choice": "required"}, 400, "tool_choice", "no such function"),
     ({"tool_choice": {"type": "function", "function": {"name": "x"}}}, 400, "tool_choice", "no such function"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.tool_call_id", "required"),
-    ({"messages": [{"role": "assistant"}]}, 400, "messages.0", "tool_calls"),
-    ({"messages": [{"role": "user", "content": []}]}, 400, "messages.0.content", "at least 1"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         400,
@@ -225,9 +220,7 @@ BAD = [
         "text",
     ),
     ({"continue_final_message": True}, 400, "continue_final_message", "assistant"),
-    ({"chat_template_kwargs": {"enable_thinking": True}}, 400, "chat_template_kwargs.enable_thinking", "does not know"),
-    ({"reasoning_effort": "low"}, 400, "reasoning_effort", "does not know"),
-    ({"store": True}, 400, "store", "not supported"),
+    ({"modalities": ["audio"]}, 400, "modalities", "not supported"),
     ({"principle": [{"text": "a", "weight": 0}]}, 400, "principle", "weight above 0"),
     ({"alignment_method": "x"}, 400, "alignment_method", "linear"),
 ]

@@ -116,7 +116,7 @@ def test_a_scored_text_is_seen_by_every_policy(url):
         ({"prompt": []}, "prompt", ""),
         ({"prompt": [10**9]}, "prompt", "no token"),
         ({"max_tokens": 0}, "max_tokens", "echo"),
-        ({"messages": []}, "messages", "/v1/completions has no such field"),
+        ({"messages": []}, "messages", "this endpoint has no such field"),
         ({"propmt": "x"}, "propmt", "did you mean prompt?"),
         ({"prompt": ["a"] * 300}, "prompt", "256"),
         ({"prompt": [[1], []]}, "prompt.1", "at least 1"),

@@ -140,8 +140,8 @@ def test_ends_and_refusals_are_counted_by_reason(url):
     before = scrape(url)
     chat(url, HISTORY, max_tokens=1)
     chat(url, HISTORY, max_tokens=40, stop=["e"])
-    chat(url, HISTORY, max_tokens=100_000)
-    chat(url, HISTORY, unknown=1)
+    chat(url, HISTORY * 200)
+    chat(url, HISTORY, temprature=1)
     abandoned = {"model": "smollm2", "messages": HISTORY, "stream": True, "ignore_eos": True}
     with httpx.stream("POST", url + "/v1/chat/completions", json=abandoned) as response:
         next(response.iter_lines())

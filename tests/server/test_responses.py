@@ -106,14 +106,13 @@ def test_a_tool_loop(client, stream):
     [
         ({"previous_response_id": "resp_1"}, "stores no responses"),
         ({"input": [{"type": "image"}]}, "no item of this type"),
-        ({"input": [{"type": "function_call", "call_id": "1", "nmae": "x", "arguments": "{}"}]}, "did you mean name"),
+        ({"input": [{"type": "function_call", "call_id": "1", "namme": "x", "arguments": "{}"}]}, "did you mean name"),
         ({"text": {"format": {"type": "json_schema", "name": "x", "schemaa": {}}}}, "'schemaa'; did you mean schema"),
-        ({"tools": [{"type": "web_search"}]}, "tools.0"),
+        ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "no such function"),
         ({"background": True}, "not supported"),
         ({"max_output_tokens": 0}, "greater"),
         ({"tool_choice": "required"}, "no such function"),
         ({"input": []}, "at least 1"),
-        ({"input": [{"type": "function_call", "call_id": "1", "name": "x", "arguments": "{"}]}, "JSON object"),
     ],
     ids=str,
 )
@@ -125,8 +124,8 @@ def test_invalid_requests_are_refused(client, change, message):
 def test_errors_use_the_endpoints_field_names(url):
     body = {"model": "smollm2", "input": "Hi."}
     for change, param in [
-        ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
-        ({"max_output_tokens": 10**6}, "max_output_tokens"),
+        ({"reasoning": {"effort": "very"}}, "reasoning.effort"),
+        ({"max_output_tokens": "x"}, "max_output_tokens"),
         ({"previous_response_id": "x"}, "previous_response_id"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"metadata": {"a": "\ud800"}}, "metadata.a"),
@@ -182,12 +181,12 @@ def test_every_token_has_its_log_probability(client, stream):
     assert bytes(byte for token in tokens for byte in token.bytes).decode() == response.output_text == f'"{text}"'
 
 
-@pytest.mark.parametrize("path", ["/v1/responses", "/v1/chat/completions"])
 @pytest.mark.parametrize(
     "metadata", [{f"k{i}": "v" for i in range(17)}, {"k" * 65: "v"}, {"k": "v" * 513}], ids=["many", "name", "value"]
 )
-def test_metadata_is_as_bounded_as_openais(url, path, metadata):
-    fields = {"input": "Hello"} if path == "/v1/responses" else {"messages": [{"role": "user", "content": "Hello"}]}
+def test_metadata_is_as_bounded_as_openais(url, metadata):
+    """/v1/responses returns it with every event."""
+    path, fields = "/v1/responses", {"input": "Hello"}
     refused = httpx.post(url + path, json={"model": "smollm2", "metadata": metadata, **fields})
     assert refused.status_code == 400
     assert refused.json()["error"]["param"].startswith("metadata")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from linalign.alignment_core.text.chat_template import RESERVED
 from tests.server.test_bad_input import (
     CHAT,
     COMPLETIONS,
@@ -124,12 +125,18 @@ VARIABLES = [
 @pytest.mark.parametrize("value", [True, 1, "{{ self }}", "x"])
 @pytest.mark.parametrize("name", VARIABLES)
 def test_variables_of_templates_can_not_replace_the_servers(url, name, value):
-    for path in (CHAT, TOKENIZE):
-        response = post(url, path, body_for(path, chat_template_kwargs={name: value}))
-        assert_refused(response, f"chat_template_kwargs.{name}", "does not know")
+    """Names that the server sets itself are refused, and names that the template does not use have no effect."""
+    response = post(url, CHAT, body_for(CHAT, chat_template_kwargs={name: value}))
+    as_tokens = post(url, TOKENIZE, body_for(TOKENIZE, chat_template_kwargs={name: value}))
+    if name in RESERVED:
+        for refused in (response, as_tokens):
+            assert_refused(refused, f"chat_template_kwargs.{name}", "does not know")
+    else:
+        assert response.headers["X-Linalign-Ignored"] == f"chat_template_kwargs.{name}"
+        assert as_tokens.json() == post(url, TOKENIZE, body_for(TOKENIZE)).json()
 
 
-@pytest.mark.parametrize("value", [None, [], {}, {"a": 1}])
+@pytest.mark.parametrize("value", [[], {}, {"a": 1}])
 def test_variables_of_templates_are_plain(url, value):
     for path in (CHAT, TOKENIZE):
         response = post(url, path, body_for(path, chat_template_kwargs={"messages": value}))

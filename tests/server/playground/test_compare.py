@@ -194,7 +194,7 @@ def test_without_a_clipboard_the_code_is_shown(page):
 
 
 def test_errors_of_the_server_are_shown(page):
-    set_tokens(page, 99_999)
+    page.get_by_label("Prompt", exact=True).fill("word " * 9000)
     page.get_by_role("button", name="Run").click()
     for title in COLUMNS:
         expect(column(page, title).get_by_role("alert")).to_contain_text("the context holds")
