@@ -85,6 +85,7 @@ class Output:
     logprobs: tuple[TokenLogprob, ...] = ()
     error: InvalidRequest | RequestFailed | None = None  # with "error"; None if the engine itself failed
     times: Times | None = None
+    stop_string: str | None = None  # of the last output: the stop string that has ended the reply
 
 
 def terminal_output(prompt: Prompt, choice: int, reason: FinishReason, num_tokens: int = 0) -> Output:

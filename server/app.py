@@ -27,7 +27,16 @@ from linalign.server.middleware.key_limits import KeyLimits
 from linalign.server.presets import load_presets, presets_of_keys
 from linalign.server.protocol.errors import HANDLERS, ErrorResponse
 from linalign.server.protocol.ignored_fields import HEADER
-from linalign.server.routes import chat_completions, completions, metrics, models, playground, responses, tokens
+from linalign.server.routes import (
+    chat_completions,
+    completions,
+    messages,
+    metrics,
+    models,
+    playground,
+    responses,
+    tokens,
+)
 from linalign.server.settings import Settings
 from linalign.server.state import ServerState
 from linalign.server.tracing import Tracing
@@ -78,6 +87,7 @@ def create_app(engine: EngineClient, settings: Settings) -> FastAPI:
     app.include_router(chat_completions.router)
     app.include_router(completions.router)
     app.include_router(responses.router)
+    app.include_router(messages.router)
     app.include_router(tokens.router)
     app.include_router(models.router)
     app.include_router(metrics.router)

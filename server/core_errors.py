@@ -22,8 +22,18 @@ RESPONSE_FIELDS = {
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
 }
+# Names of a chat completion's fields in /v1/messages.
+MESSAGES_FIELDS = {
+    "response_format": "output_config.format",
+    "reasoning_effort": "output_config.effort",
+    "stop": "stop_sequences",
+    "variables.enable_thinking": "thinking",
+    "variables.reasoning_effort": "output_config.effort",
+}
 FIELDS_OF: Mapping[str, Mapping[str, str]] = {
     "/v1/chat/completions": CHAT_FIELDS,
+    "/v1/messages": CHAT_FIELDS | MESSAGES_FIELDS,
+    "/v1/messages/count_tokens": CHAT_FIELDS | MESSAGES_FIELDS,
     "/v1/responses": RESPONSE_FIELDS
     | {name: RESPONSE_FIELDS.get(as_chat, as_chat) for name, as_chat in CHAT_FIELDS.items()},
 }

@@ -77,7 +77,7 @@ class ReplyParser:
     """Parses the text of one reply to the deltas of its message.
 
     generation_prompt: The part of the reply that the template has already written. tools: The callable tools.
-    max_calls: Further calls are dropped.
+    max_calls: Further calls are dropped. only_calls: Whether the reply must consist of calls.
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class ReplyParser:
         generation_prompt: str,
         tools: Sequence[Mapping[str, Any]],
         max_calls: float = math.inf,
+        only_calls: bool = False,
     ) -> None:
         self._format = call_format(tokenizer)
         own = getattr(tokenizer, "response_template", None)
@@ -96,6 +97,7 @@ class ReplyParser:
             own or _template(tokenizer, self._format, bool(tools)), generation_prompt, tools=list(tools)
         )
         self._num_calls, self._max_calls = 0, max_calls
+        self._min_mark = 1 if only_calls else MIN_MARK
         # Where no mark begins a call, only the name of a function tells it from other JSON.
         self._names = {tool["function"]["name"] for tool in tools} if self._format is LLAMA else None
         self._ended = self._is_broken = False
@@ -128,9 +130,15 @@ class ReplyParser:
         except BROKEN:
             return []
         if not self._is_own and self._has_tools and deltas and "content" in deltas[-1]:
-            text = _without_begun_mark(deltas[-1]["content"], self._format.region.get("open", ""))
+            text = self._without_begun_mark(deltas[-1]["content"])
             deltas[-1:] = [{"content": text}] if text else []
         return deltas
+
+    def _without_begun_mark(self, text: str) -> str:
+        """The text without the beginning of a mark at its end."""
+        mark = self._format.region.get("open", "")
+        sizes = range(len(mark) - 1, self._min_mark - 1, -1)
+        return next((text[:-size] for size in sizes if text.endswith(mark[:size])), text)
 
     def _deltas(self, events: list[dict[str, Any]]) -> list[Delta]:
         deltas = [delta for event in events for delta in self._of(event)]
@@ -182,12 +190,6 @@ class ReplyParser:
                 ]
                 self._num_calls += 1
         return deltas
-
-
-def _without_begun_mark(text: str, mark: str) -> str:
-    """The text without the beginning of a mark at its end."""
-    sizes = range(len(mark) - 1, MIN_MARK - 1, -1)
-    return next((text[:-size] for size in sizes if text.endswith(mark[:size])), text)
 
 
 def _thinking_start(generation_prompt: str) -> int:

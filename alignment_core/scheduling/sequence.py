@@ -153,7 +153,8 @@ class Sequence:
             prefix_cached_tokens=self.num_tokens_cached,
         )
         output = output or Output("", choice=self.choice)
-        return replace(output, finish_reason=reason, usage=usage, times=self.times)
+        stop_string = self.text.stop_string
+        return replace(output, finish_reason=reason, usage=usage, times=self.times, stop_string=stop_string)
 
 
 class NextToken(NamedTuple):

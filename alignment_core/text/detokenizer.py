@@ -45,7 +45,12 @@ class TextStream:
     @property
     def stopped(self) -> bool:
         """Whether a stop string has ended the text."""
-        return self._stops.stopped
+        return self._stops.found is not None
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that has ended the text."""
+        return self._stops.found
 
     def add(self, token_id: int, may_stop: bool = True) -> str:
         """The text that is complete with this token. Sets `stopped` if a stop string ends the text.

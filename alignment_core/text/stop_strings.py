@@ -6,11 +6,11 @@ from linalign.alignment_core.request import Uncut
 
 
 class StopStrings:
-    """The stop strings of one text. `stopped` says whether one of them has ended the text."""
+    """The stop strings of one text. `found` is the one that has ended the text."""
 
     def __init__(self, stop: tuple[str, ...], uncut: Uncut | None = None) -> None:
         """uncut: The part of the text that stop strings do not end."""
-        self.stopped = False
+        self.found: str | None = None
         self._stops = [_Pattern(text) for text in stop]
         self._uncut = _UncutPart(uncut) if uncut and stop else None
         self._held = ""  # text held back, as it may be the beginning of a stop string
@@ -23,14 +23,13 @@ class StopStrings:
         complete = []
         for start, piece in self._cut_pieces(text):
             ends = [(stop, stop.end_in(piece, may_stop)) for stop in self._stops]
-            complete = [(start + end, start + end - len(stop.text)) for stop, end in ends if end is not None]
+            complete = [(start + end, start + end - len(stop.text), stop.text) for stop, end in ends if end is not None]
             if complete:
                 break
         text, num_before = self._held + text, len(self._held)
         if complete:
-            self.stopped = True
             self._held = ""
-            _, begin = min(complete)  # the first to be complete, however the text is cut into tokens
+            _, begin, self.found = min(complete)  # the first to be complete, however the text is cut into tokens
             return text[: num_before + begin]
         keep = max((stop.num_matched for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]

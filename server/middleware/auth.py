@@ -16,7 +16,7 @@ OPEN_BELOW = "/playground/"
 
 
 class KeyRequired:
-    """ASGI middleware: "Authorization: Bearer KEY" with one of the keys, or a 401 in OpenAI's shape.
+    """ASGI middleware: "Authorization: Bearer KEY" or "X-Api-Key: KEY" with one of the keys, or a 401.
 
     hashes: SHA-256 of the keys. All of them are compared, in constant time.
     open: Paths without a key, like those below OPEN_BELOW. All other paths need a key, future routes included.
@@ -41,7 +41,8 @@ class KeyRequired:
 
     def _known(self, headers: Headers) -> bytes | None:
         """The hash of the request's key, if it is one of ours."""
-        scheme, _, key = headers.get("authorization", "").partition(" ")
+        authorization = headers.get("authorization") or f"Bearer {headers.get('x-api-key', '')}"
+        scheme, _, key = authorization.partition(" ")
         given = hashlib.sha256(key.strip().encode()).digest()
         matches = [known for known in self._hashes if hmac.compare_digest(given, known)]
         return matches[0] if matches and scheme.lower() == "bearer" else None

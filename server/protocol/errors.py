@@ -21,6 +21,15 @@ from linalign.server.protocol.strict_json import InvalidBody
 MAX_MESSAGE = 1000  # characters; messages may quote the client's input
 
 
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
 class ErrorObject(BaseModel):
     message: str
     type: str
@@ -39,10 +48,20 @@ class Refusal(JSONResponse):
 
     def __init__(self, status: int, error: dict[str, str | None]) -> None:
         super().__init__({"error": error}, status)
-        self._code = error["code"]
+        self._code, self._error = error["code"], error
+
+    def _use_anthropics_shape(self) -> None:
+        """{"type": "error", "error": {…}}, with Anthropic's types of errors."""
+        kind = ANTHROPIC_TYPES.get(
+            self.status_code, "api_error" if self.status_code >= 500 else "invalid_request_error"
+        )
+        self.body = self.render({"type": "error", "error": {**self._error, "type": kind}})
+        self.headers["Content-Length"] = str(len(self.body))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange_of(scope).error_code = self._code
+        if scope["path"].removeprefix(scope.get("root_path", "")).startswith("/v1/messages"):
+            self._use_anthropics_shape()
         await super().__call__(scope, receive, send)
 
 
@@ -67,22 +86,18 @@ async def on_validation_error(_: Request, error: Exception) -> JSONResponse:
     if first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type", "dict_type"):
         text = "the body must be a JSON object, sent as Content-Type: application/json"
         return error_response(400, text, code="invalid_body")
-    *above, name = first["loc"][1:] or ("",)
-    path = _fields(above)
+    name = str(first["loc"][-1])
+    path = _path(first["loc"][1:], error.body, ends_with_name=first["type"] == "missing")
+    if first["type"].startswith("union_tag"):
+        path.append(first["ctx"]["discriminator"].strip("'"))
+    param = ".".join(map(str, path)) or None
     if first["type"] == "extra_forbidden":
-        path.append(name)
-    else:
-        path = _fields(first["loc"][1:])
-        if first["type"].startswith("union_tag"):
-            path.append(first["ctx"]["discriminator"].strip("'"))
-    param = ".".join(str(part) for part in path) if path else None
-    if first["type"] == "extra_forbidden":
-        similar = similar_name(str(name), _names_of_closed_objects())
+        similar = similar_name(name, _names_of_closed_objects())
         hint = f"; did you mean {similar}?" if similar else ""
-        return error_response(400, f"unknown field {str(name)[:MAX_NAME]!r}{hint}", param, "unknown_field")
+        return error_response(400, f"unknown field {name[:MAX_NAME]!r}{hint}", param, "unknown_field")
     given = list(first["input"])[:MAX_CHECKED] if isinstance(first["input"], dict) else []
-    if first["type"] == "missing" and (misspelt := similar_name(str(name), given)):
-        param = ".".join(str(part) for part in (*above, misspelt))
+    if first["type"] == "missing" and (misspelt := similar_name(name, given)):
+        param = ".".join(map(str, (*path[:-1], misspelt)))
         return error_response(400, f"unknown field {misspelt!r}; did you mean {name}?", param, "unknown_field")
     message = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
     return error_response(400, f"{param}: {message}" if param else message, param, "invalid_value")
@@ -99,18 +114,19 @@ def _rank(problem: Mapping[str, Any]) -> tuple[bool, bool, int, bool]:
     return is_wrong_type, kind == "extra_forbidden", len(place), kind not in ("string_type", "list_type")
 
 
-def _fields(location: Sequence[str | int]) -> list[str | int]:
-    """The path of a field in the body. Pydantic's locations also hold names of union members; these are left out."""
+def _path(location: Sequence[str | int], body: Any, ends_with_name: bool) -> list[str | int]:
+    """The path of a field in the body. Pydantic's locations also hold names of union members; these are left out.
+
+    ends_with_name: Whether the last part is the name of a field that is missing in the body.
+    """
     path: list[str | int] = []
-    follows_tagged_union = False
+    value = body
     for part in location:
-        is_member = isinstance(part, str) and (not part.isidentifier() or part[0].isupper() or part in ("str", "dict"))
-        if not is_member and not follows_tagged_union:
+        is_key = isinstance(value, dict) and part in value
+        if is_key or (isinstance(value, list) and isinstance(part, int) and part < len(value)):
             path.append(part)
-        follows_tagged_union = not follows_tagged_union and (
-            path == ["response_format"] or (len(path) == 2 and path[0] == "messages")
-        )
-    return path
+            value = value[part]
+    return [*path, location[-1]] if ends_with_name else path
 
 
 def _names_of_closed_objects() -> set[str]:

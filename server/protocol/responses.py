@@ -2,11 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, PrivateAttr, Tag
-from pydantic_core import PydanticCustomError
+from pydantic import Discriminator, Field, Tag
 
 from linalign.alignment_core.request import MAX_LOGPROBS
 from linalign.server.core_errors import RESPONSE_FIELDS
+from linalign.server.protocol.chat_like import ChatLike
 from linalign.server.protocol.chat_messages import (
     AnyMessage,
     AssistantMessage,
@@ -16,9 +16,8 @@ from linalign.server.protocol.chat_messages import (
     ToolMessage,
     UserMessage,
 )
-from linalign.server.protocol.chat_request import ChatCompletionRequest, Effort
+from linalign.server.protocol.chat_request import Effort
 from linalign.server.protocol.generation import (
-    AlignmentFields,
     CacheSalt,
     JsonObjectFormat,
     JsonSchema,
@@ -171,7 +170,7 @@ class Reasoning(OpenSchema):
     effort: Effort | None = None
 
 
-class ResponsesRequest(AlignmentFields):
+class ResponsesRequest(ChatLike):
     """OpenAI's request, with the alignment fields at the top level. The server stores no responses."""
 
     input: str | Annotated[list[Item], Field(min_length=1), FAIL_FAST]
@@ -194,7 +193,6 @@ class ResponsesRequest(AlignmentFields):
     include: list[str] | None = Field(None, description=f"{LOGPROBS}; other values are ignored")
     seed: Seed | None = None
     principle_placement: Literal["system", "user"] | None = None
-    _chat: ChatCompletionRequest = PrivateAttr()
 
     @classmethod
     def unsupported(cls) -> dict[str, Any]:
@@ -212,31 +210,14 @@ class ResponsesRequest(AlignmentFields):
         messages = self._messages()
         if not messages:
             raise field_error("input", "input has no message")
-        self._chat = ChatCompletionRequest.model_construct(messages=messages, **self._chat_fields())
-        try:
-            self._chat.check()
-        except PydanticCustomError as error:
-            param = (error.context or {})["param"]
-            param = "messages" if param.startswith("messages.") else param  # a client of this endpoint has no messages
-            raise field_error(RESPONSE_FIELDS.get(param, param), error.message()) from error
-
-    @property
-    def chat(self) -> ChatCompletionRequest:
-        """The request as a chat completion. Its parts are already validated."""
-        names = (*AlignmentFields.model_fields, "principle_placement")
-        return self._chat.model_copy(update={name: getattr(self, name) for name in names})
+        self.convert(messages, self._chat_fields(), SAME_IN_CHAT, RESPONSE_FIELDS)
 
     def _chat_fields(self) -> dict[str, Any]:
-        """Fields of the chat completion, without messages."""
-        fields: dict[str, Any] = {
-            name: getattr(self, name)
-            for name in (*AlignmentFields.model_fields, *SAME_IN_CHAT)
-            if getattr(self, name) is not None
-        }
+        """Fields of the chat completion that have other names here."""
+        fields: dict[str, Any] = {}
         if self.tools is not None:
             tools = [tool.as_chat() if isinstance(tool, FunctionTool) else tool for tool in self.tools]
             fields["tools"] = tools
-            self._ignored += dict.fromkeys(f"tools.{tool.type}" for tool in tools if isinstance(tool, OtherTool))
         choice = self.tool_choice
         if isinstance(choice, FunctionChoice):
             function = FunctionName.model_construct(name=choice.name)

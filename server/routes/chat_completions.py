@@ -8,9 +8,10 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from linalign import Prompt
+from linalign.alignment_core.text.chat_template import Rendering
 from linalign.server.engine_client import EngineClient
 from linalign.server.exchange import exchange_of
-from linalign.server.protocol.chat_request import ChatCompletionRequest
+from linalign.server.protocol.chat_request import ChatCompletionRequest, ChatFields
 from linalign.server.replies.chat_completion import PATH, ChatCompletion
 from linalign.server.replies.events import STREAMED, event_stream
 from linalign.server.replies.submission import Replies, gather
@@ -48,28 +49,32 @@ async def submit_chat(
 
     Raises InvalidRequest, EngineDead, EngineBusy, KeyBusy.
     """
-    state = state_of(request)
-    engine = state.engine
+    engine = state_of(request).engine
     engine.refuse_early()
-    principles = body.principles(state.settings.default_alignment_ratio)
-    placement = body.principle_placement or "system"
-    rendering = rendering_of(body, request)
-
-    def build() -> tuple[Prompt, str]:
-        messages = body.rendered_messages()
-        method = body.alignment_method or "linear"
-        prompt = engine.prompts.build(messages, principles, placement, rendering, method)
-        return prompt, "" if rendering.continues else engine.prompts.generation_prompt(rendering)
-
-    prompt, generation_prompt = await in_thread(request, build)
+    prompt, rendering = await build_prompt(body, request)
+    begun = "" if rendering.continues else await in_thread(request, engine.prompts.generation_prompt, rendering)
     if body.requires_call and body.structure():
         note_ignored(request, ["response_format" if body.structured_outputs is None else "structured_outputs"])
-    more = await in_thread(request, _for_tools, body, engine, end_of_thinking(generation_prompt))
+    more = await in_thread(request, _for_tools, body, engine, end_of_thinking(begun))
     params = body.sampling_params(**more)
     note_if_shortened(request, [prompt], params.max_tokens, body.max_tokens_field)
     max_calls = math.inf if body.parallel else 1
     (replies,) = await Replies.submit(request, body, [prompt], params)
-    return replies, prompt, lambda: ReplyParser(engine.tokenizer, generation_prompt, rendering.tools, max_calls)
+    tools, only_calls = rendering.tools, body.requires_call
+    return replies, prompt, lambda: ReplyParser(engine.tokenizer, begun, tools, max_calls, only_calls)
+
+
+async def build_prompt(body: ChatFields, request: Request) -> tuple[Prompt, Rendering]:
+    """The prompt of a chat, and how the template has rendered it. Raises InvalidRequest."""
+    state = state_of(request)
+    principles = body.principles(state.settings.default_alignment_ratio)
+    placement, method = body.principle_placement or "system", body.alignment_method or "linear"
+    rendering = rendering_of(body, request)
+
+    def build() -> Prompt:
+        return state.engine.prompts.build(body.rendered_messages(), principles, placement, rendering, method)
+
+    return await in_thread(request, build), rendering
 
 
 def _for_tools(body: ChatCompletionRequest, engine: EngineClient, mark: str) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from fastapi import APIRouter, Request
 from linalign import InvalidRequest
 from linalign.server.models import preset_of
 from linalign.server.protocol.tokens import DetokenizeRequest, TokenizeRequest
-from linalign.server.routes.acceptance import accept, note_ignored, rendering_of
+from linalign.server.routes.acceptance import accept, note_ignored
+from linalign.server.routes.chat_completions import build_prompt
 from linalign.server.routes.strict_route import StrictRoute
 from linalign.server.state import state_of
 from linalign.server.threads import in_thread
@@ -20,14 +21,12 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     """The token ids of the first branch, which usage counts, and of all branches: principled ones, then the base."""
     engine = state_of(request).engine
     body = accept(body, request)
-    principles = body.principles(state_of(request).settings.default_alignment_ratio)
-    method = body.alignment_method or "linear"
     if body.messages is None:
+        principles = body.principles(state_of(request).settings.default_alignment_ratio)
+        method = body.alignment_method or "linear"
         prompt = await in_thread(request, engine.prompts.build_text, body.prompt or "", principles, method=method)
     else:
-        messages, rendering = body.rendered_messages(), rendering_of(body, request)
-        placement = body.principle_placement or "system"
-        prompt = await in_thread(request, engine.prompts.build, messages, principles, placement, rendering, method)
+        prompt, _ = await build_prompt(body, request)
     branches: list[dict[str, Any]] = [
         {"branch": "principled", "weight": weight, "ratio": ratio, "tokens": list(ids)}
         for ids, weight, ratio in zip(prompt.principled, prompt.weights, prompt.ratios, strict=True)

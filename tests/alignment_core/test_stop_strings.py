@@ -17,7 +17,7 @@ def stopped(text, stop, uncut, size):
     stops, shown = StopStrings(stop, uncut), ""
     for start in range(0, len(text), size):
         shown += stops.until_stop(text[start : start + size])
-        if stops.stopped:
+        if stops.found:
             return shown, True
     return shown + stops.finish(), False
 

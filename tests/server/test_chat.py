@@ -185,7 +185,7 @@ BAD = [
     ({"top_logprobs": 2}, 400, "top_logprobs", "logprobs: true"),
     ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "20"),
     ({"logit_bias": {"x": 1}}, 400, "logit_bias.x", "pattern"),
-    ({"logit_bias": {"5": 101}}, 400, "logit_bias", "100"),
+    ({"logit_bias": {"5": 101}}, 400, "logit_bias.5", "100"),
     ({"logit_bias": {"99999999": 1}}, 400, "logit_bias", "no token"),
     ({"presence_penalty": 2.1}, 400, "presence_penalty", "2"),
     ({"repetition_penalty": 0}, 400, "repetition_penalty", "greater"),
@@ -305,6 +305,6 @@ def test_a_dead_engine_shows_in_health_and_errors(own_server, monkeypatch):
 def test_cached_tokens_do_not_depend_on_which_choice_ends_first():
     """The choice that runs first computes the prompt; the others reuse it."""
     usages = [Usage(30, cached, 5, 1, 30 - cached, 0, cached) for cached in (8, 24, 16)]
-    objects = [usage_object(order) for order in itertools.permutations(usages)]
+    objects = [usage_object(order, None) for order in itertools.permutations(usages)]
     assert objects == [objects[0]] * 6
     assert objects[0]["prompt_tokens_details"] == {"cached_tokens": 8}
