@@ -9,7 +9,8 @@ from urllib.parse import unquote_to_bytes
 from fastapi import Request
 
 from linalign.server.exchange import Applied, exchange_of
-from linalign.server.models import preset_of, ratio_of
+from linalign.server.models import preset_of
+from linalign.server.presets import ratio_of
 from linalign.server.protocol.generation import AlignmentFields, Preset
 from linalign.server.protocol.strict_json import InvalidBody
 from linalign.server.state import state_of

@@ -6,8 +6,8 @@ from pathlib import Path
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from linalign.alignment_core.request import MAX_RATIO, MIN_RATIO
 from linalign.server.command_line import describe_errors
-from linalign.server.models import preset_named
 from linalign.server.protocol.generation import Preset
 
 SHIPPED = Path(__file__).parent.parent / "configs" / "presets.yaml"
@@ -42,3 +42,25 @@ def presets_of_keys(names: Mapping[bytes, str], presets: Mapping[str, Preset]) -
         except KeyError as error:
             raise ValueError(f"an API key has the default preset {name}, which does not exist") from error
     return found
+
+
+def preset_named(name: str, presets: Mapping[str, Preset]) -> Preset:
+    """The preset PRESET, PRESET@RATIO or, for an empty preset with a ratio, @RATIO. Raises KeyError, ValueError."""
+    if name in presets:
+        return presets[name]
+    base, separator, ratio = name.rpartition("@")
+    if not separator:
+        raise KeyError(name)
+    preset = presets[base] if base else Preset()
+    return preset.model_copy(update={"alignment_ratio": ratio_of(ratio)})
+
+
+def ratio_of(text: str) -> float:
+    """The ratio that a text spells. Raises ValueError."""
+    try:
+        ratio = float(text)
+    except ValueError:
+        ratio = float("nan")
+    if not MIN_RATIO <= ratio <= MAX_RATIO:
+        raise ValueError(f"the ratio must be a number in [{MIN_RATIO:g}, {MAX_RATIO:g}]")
+    return ratio

@@ -31,6 +31,7 @@ SERVER = (
     ("middleware",),
     ("presets", "state"),
     ("models", "threads"),
+    ("alignment_sources",),
     ("replies",),
     ("routes",),
     ("app",),

@@ -102,7 +102,6 @@ class ChatCompletionRequest(GenerationRequest, ChatFields):
         return {
             "modalities": ["text"],
             "audio": None,
-            "web_search_options": None,
             "moderation": None,
             "best_of": 1,
         }

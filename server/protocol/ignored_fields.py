@@ -22,7 +22,7 @@ EMPTY: tuple[Any, ...] = (None, False, "", [], {})  # values that ask for nothin
 OURS = ("alignment", "principle")
 # Names of OpenAI's fields, or of another gateway's, that ask for nothing on endpoints that do not have them.
 HINTS = {"include", "metadata", "mode", "models", "parallel_tool_calls", "reasoning", "reasoning_effort"}
-HINTS |= {"output_config", "store", "stream_options", "thinking", "text", "truncation", "user", "user_id"}
+HINTS |= {"output_config", "speed", "store", "stream_options", "thinking", "text", "truncation", "user", "user_id"}
 # Fields of other servers that would change the reply, and their values without an effect.
 ELSEWHERE: dict[str, Any] = {
     **dict.fromkeys(("extra_body", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar")),

@@ -152,6 +152,10 @@ class MessagesRequest(ChatLike):
     cache_salt: CacheSalt | None = None
     principle_placement: Literal["system", "user"] | None = None
 
+    @classmethod
+    def unsupported(cls) -> dict[str, Any]:
+        return {"alignment_trace": False}
+
     def check(self) -> None:
         super().check()
         messages = [*self._system(), *(one for message in self.messages for one in message.as_chat())]

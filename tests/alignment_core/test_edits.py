@@ -258,7 +258,6 @@ def test_edits_are_copied_to_the_device_once(tiny, monkeypatch):
     loaded, oracle = tiny
     moved, move = [], edits.to_device
     monkeypatch.setattr(edits, "to_device", lambda x, device: moved.append(x.numel()) or move(x, device))
-    monkeypatch.setattr(edits.np, "unpackbits", lambda *_, **__: pytest.fail("there is no structure"))
     stops, biases = frozenset(range(100, 299)), {id: (id % 7) / 3 for id in range(299)}
     setting = {"presence_penalty": 0.7, "frequency_penalty": 0.4, "repetition_penalty": 1.2}
     params = replace(GREEDY, logit_bias=biases, stop_token_ids=stops, min_tokens=12, **setting)

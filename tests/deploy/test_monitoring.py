@@ -231,5 +231,5 @@ def send_one_of_each(url):
     """Send requests for a plain reply, an aligned one with a trace, and one that is refused."""
     chat = {"model": "smollm2", "messages": [{"role": "user", "content": "How do I get to work?"}], "max_tokens": 8}
     aligned = {"principle": "Encourage cycling.", "alignment_trace": True}
-    for extra, status in (({}, 200), (aligned, 200), ({"unknown": 1}, 400)):
+    for extra, status in (({}, 200), (aligned, 200), ({"temprature": 1}, 400)):
         assert httpx.post(url + "/v1/chat/completions", json=chat | extra, timeout=60).status_code == status

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from linalign.server.app import REQUEST_ID
-from linalign.server.models import preset_named
+from linalign.server.presets import preset_named
 from linalign.server.protocol.generation import Preset
 from linalign.server.settings import load_settings
 from tests.server.test_chat import CHAT, PRINCIPLE, create

@@ -129,7 +129,7 @@ def test_fields_that_look_like_ours_are_refused(url, endpoint, fields, param, hi
     [
         ("chat/completions", {"guided_json": {"type": "object"}}),
         ("chat/completions", {"extra_body": {"principle": "Be kind."}}),
-        ("chat/completions", {"web_search_options": {"user_location": None}}),
+        ("chat/completions", {"audio": {"voice": "alloy"}}),
         ("chat/completions", {"modalities": ["text", "audio"]}),
         ("chat/completions", {"use_beam_search": True}),
         ("completions", {"suffix": "end"}),
