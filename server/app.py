@@ -27,6 +27,7 @@ from linalign.server.middleware.key_limits import KeyLimits
 from linalign.server.presets import load_presets, presets_of_keys
 from linalign.server.protocol.errors import HANDLERS, ErrorResponse
 from linalign.server.protocol.ignored_fields import HEADER
+from linalign.server.response_store import ResponseStore
 from linalign.server.routes import (
     chat_completions,
     completions,
@@ -69,6 +70,7 @@ def create_app(engine: EngineClient, settings: Settings) -> FastAPI:
         settings=settings,
         presets=presets,
         key_presets=presets_of_keys(settings.key_presets, presets) if "key" in settings.alignment_from else {},
+        responses=ResponseStore(settings.responses_store) if settings.responses_store else None,
         measures=measures,
         tracer=tracing.tracer,
         long_bodies=ThreadPoolExecutor(1, "long-bodies"),

@@ -46,7 +46,7 @@ class Settings(BaseSettings):
         "host": "network",
         "api_keys": "API keys",
         "max_queued_requests": "limits",
-        "strict_fields": "requests",
+        "responses_store": "requests",
         "alignment_from": "alignment",
         "log_format": "observability",
         "config": "others",
@@ -245,6 +245,13 @@ exit status:
         title="FILE",
         description="YAML file of named presets, which requests choose as model NAME:PRESET (default: teacher and "
         "others)",
+    )
+    responses_store: int = Field(
+        0,
+        ge=0,
+        title="N",
+        description="most responses of each key that /v1/responses keeps in memory, for previous_response_id, until an "
+        "hour after their last use; 0: none",
     )
     strict_fields: CliImplicitFlag[bool] = Field(
         False,

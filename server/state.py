@@ -10,6 +10,7 @@ from starlette.requests import Request
 from linalign.server.engine_client import EngineClient
 from linalign.server.metrics import Measures
 from linalign.server.protocol.generation import Preset
+from linalign.server.response_store import ResponseStore
 from linalign.server.settings import Settings
 
 
@@ -19,6 +20,7 @@ class ServerState:
     settings: Settings
     presets: Mapping[str, Preset]  # by name
     key_presets: Mapping[bytes | None, Preset]  # by the hash of an API key
+    responses: ResponseStore | None  # conversations of /v1/responses, if they are kept
     measures: Measures  # metrics
     tracer: Tracer  # for spans of requests to the engine
     long_bodies: ThreadPoolExecutor  # the one thread that works on requests with long bodies

@@ -28,7 +28,7 @@ SERVER = (
     ("local_engine", "metrics", "shutdown", "tool_calls", "tracing"),
     ("exchange", "settings", "tool_grammars"),
     ("protocol",),
-    ("middleware",),
+    ("middleware", "response_store"),
     ("presets", "state"),
     ("models", "threads"),
     ("alignment_sources",),

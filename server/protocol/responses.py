@@ -1,8 +1,9 @@
 """The request schema of /v1/responses, and its conversion to a chat completion."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, TypeAdapter
 
 from linalign.alignment_core.request import MAX_LOGPROBS
 from linalign.server.core_errors import RESPONSE_FIELDS
@@ -16,7 +17,7 @@ from linalign.server.protocol.chat_messages import (
     ToolMessage,
     UserMessage,
 )
-from linalign.server.protocol.chat_request import Effort
+from linalign.server.protocol.chat_request import ChatCompletionRequest, Effort
 from linalign.server.protocol.generation import (
     CacheSalt,
     JsonObjectFormat,
@@ -171,7 +172,7 @@ class Reasoning(OpenSchema):
 
 
 class ResponsesRequest(ChatLike):
-    """OpenAI's request, with the alignment fields at the top level. The server stores no responses."""
+    """OpenAI's request, with the alignment fields at the top level."""
 
     input: str | Annotated[list[Item], Field(min_length=1), FAIL_FAST]
     instructions: str | None = None
@@ -185,7 +186,7 @@ class ResponsesRequest(ChatLike):
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
     stream: bool | None = None
-    store: bool | None = Field(None, description="ignored: nothing is stored, and the response has store: false")
+    store: bool | None = Field(None, description="keep the response, by default if the server keeps responses")
     metadata: Metadata | None = Field(None, description="returned unchanged")
     user: str | None = None
     cache_salt: CacheSalt | None = None
@@ -200,10 +201,6 @@ class ResponsesRequest(ChatLike):
 
     def check(self) -> None:
         super().check()
-        if self.previous_response_id is not None:
-            raise field_error("previous_response_id", "this server stores no responses; send the whole input")
-        if self.store:
-            self._ignored.append("store")
         if self.user is not None:
             self._ignored.append("user")
         self._ignored += dict.fromkeys(f"include.{name}" for name in self.include or () if name != LOGPROBS)
@@ -235,23 +232,41 @@ class ResponsesRequest(ChatLike):
         return fields
 
     def _messages(self) -> list[AnyMessage]:
-        messages: list[AnyMessage] = []
-        if self.instructions is not None:
-            messages.append(SystemMessage.model_construct(role="system", content=self.instructions))
         if isinstance(self.input, str):
-            return [*messages, UserMessage.model_construct(role="user", content=self.input)]
-        for item in self.input:
-            message, last = item.as_chat(), messages[-1] if messages else None
-            if (
-                isinstance(last, AssistantMessage)
-                and isinstance(message, AssistantMessage)
-                and (last.content is None or message.content is None)
-            ):
-                _merge(last, message)
-            else:
-                messages.append(message)
-        # Leave out replies that have only reasoning.
-        return [m for m in messages if m.content is not None or (isinstance(m, AssistantMessage) and m.tool_calls)]
+            messages: list[AnyMessage] = [UserMessage.model_construct(role="user", content=self.input)]
+        else:
+            messages = _messages_of(self.input)
+        if self.instructions is not None:
+            messages.insert(0, SystemMessage.model_construct(role="system", content=self.instructions))
+        return messages
+
+    def continued(self, chat: ChatCompletionRequest, earlier: Sequence[AnyMessage]) -> ChatCompletionRequest:
+        """The chat completion with earlier messages in front of the input, behind the instructions."""
+        first = 0 if self.instructions is None else 1
+        messages = [*chat.messages[:first], *earlier, *chat.messages[first:]]
+        return chat.model_copy(update={"messages": messages})
+
+    def conversation(self, chat: ChatCompletionRequest, output: Sequence[Any]) -> list[AnyMessage]:
+        """The messages of the chat completion, without instructions, and those of output items."""
+        first = 0 if self.instructions is None else 1
+        return [*chat.messages[first:], *_messages_of(TypeAdapter(list[Item]).validate_python(output))]
+
+
+def _messages_of(items: Sequence[Item]) -> list[AnyMessage]:
+    """The messages of items. Consecutive parts of one reply become one message."""
+    messages: list[AnyMessage] = []
+    for item in items:
+        message, last = item.as_chat(), messages[-1] if messages else None
+        if (
+            isinstance(last, AssistantMessage)
+            and isinstance(message, AssistantMessage)
+            and (last.content is None or message.content is None)
+        ):
+            _merge(last, message)
+        else:
+            messages.append(message)
+    # Leave out replies that have only reasoning.
+    return [m for m in messages if m.content is not None or (isinstance(m, AssistantMessage) and m.tool_calls)]
 
 
 def _merge(message: AssistantMessage, part: AssistantMessage) -> None:

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from linalign import InvalidRequest, Output
@@ -17,16 +17,22 @@ from linalign.server.tool_calls import Delta, ReplyParser
 
 PATH = "/v1/responses"
 ResponseEvent = dict[str, Any]
+Keep = Callable[[str, list[dict[str, Any]]], None]  # takes the id of a response, and its output items
 
 
 class ModelResponse:
     """Creates the reply of one request: `whole` for a single object, `events` for a stream."""
 
     def __init__(
-        self, engine: EngineClient, body: ResponsesRequest, parser: ReplyParser, applied: Applied | None
+        self,
+        engine: EngineClient,
+        body: ResponsesRequest,
+        parser: ReplyParser,
+        applied: Applied | None,
+        keep: Keep | None,
     ) -> None:
-        """applied: What the request is aligned with."""
-        self._applied = applied
+        """applied: What the request is aligned with. keep: Keeps the response; None if it should not be kept."""
+        self._applied, self._keep = applied, keep
         self._token_bytes, self._parser = engine.token_bytes, parser
         self._items = _Items()
         self._pending: list[dict[str, Any]] = []  # log-probabilities of tokens whose text has not been emitted
@@ -46,8 +52,8 @@ class ModelResponse:
             "instructions": body.instructions,
             "metadata": body.metadata or {},
             "parallel_tool_calls": body.parallel_tool_calls is not False,
-            "previous_response_id": None,
-            "store": False,
+            "previous_response_id": body.previous_response_id,
+            "store": keep is not None,
             "temperature": body.temperature,
             "top_p": body.top_p,
             "max_output_tokens": body.max_output_tokens,
@@ -120,6 +126,8 @@ class ModelResponse:
                 "total_tokens": usage["total_tokens"],
                 "alignment_details": usage["alignment_details"],
             }
+            if self._keep is not None:
+                self._keep(self._response["id"], self._response["output"])
         return events
 
 

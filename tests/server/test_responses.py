@@ -104,7 +104,7 @@ def test_a_tool_loop(client, stream):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"previous_response_id": "resp_1"}, "stores no responses"),
+        ({"previous_response_id": "resp_1"}, "keeps no responses"),
         ({"input": [{"type": "image"}]}, "no item of this type"),
         ({"input": [{"type": "function_call", "call_id": "1", "namme": "x", "arguments": "{}"}]}, "did you mean name"),
         ({"text": {"format": {"type": "json_schema", "name": "x", "schemaa": {}}}}, "'schemaa'; did you mean schema"),
