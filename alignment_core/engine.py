@@ -17,6 +17,7 @@ import torch
 from linalign.alignment_core.assembly import Sizes, build_loop
 from linalign.alignment_core.cpu.kernels import release_threads
 from linalign.alignment_core.decoding.grammars import Grammars
+from linalign.alignment_core.decoding.thinking import ThinkingBudget
 from linalign.alignment_core.engine_config import EngineConfig
 from linalign.alignment_core.errors import EngineDead
 from linalign.alignment_core.loading.loader import LoadedModel, load
@@ -133,6 +134,7 @@ class Engine:
                 outputs=OutputChannel(on_output),
                 choice=choice,
                 matcher=self.grammars.matcher(params.structure) if params.structure else None,
+                thinking=ThinkingBudget(params.thinking, self.token_bytes) if params.thinking else None,
             )
             for choice in range(n)
         ]

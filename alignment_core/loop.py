@@ -159,6 +159,8 @@ class Loop:
         is_stop = ended = may_stop and token in sequence.stop_token_ids
         is_end = is_stop or (sequence.matcher is not None and token in sequence.eos_token_ids)
         text = "" if is_end or is_given else sequence.text.add(token, may_stop)
+        if sequence.thinking is not None and not is_given:
+            sequence.thinking.take(token)
         if sequence.matcher is not None and not is_stop and not is_given:
             sequence.matcher.consume_token(token)
             ended = sequence.matcher.is_stopped()

@@ -48,7 +48,8 @@ class Structure:
     kind, text: A JSON schema. A regular expression that matches the whole reply. A JSON list of strings to choose
         from. A grammar in Lark or GBNF. For "lark", a grammar in llguidance's own form, which may hold JSON schemas.
     name: What errors call the structure.
-    after: A mark, in Lark, up to which the reply is free.
+    after: A mark, in Lark, up to which the reply is free. before: A mark, in Lark, with which this free part begins; it
+        may then be left out. "" if the prompt has begun it.
     instead: A grammar in llguidance's form that the reply may match instead.
     json_after: A text after which the JSON of the reply begins, each time; "" if the reply itself is JSON.
     """
@@ -57,8 +58,25 @@ class Structure:
     text: str
     name: str = "structure"
     after: str = ""
+    before: str = ""
     instead: str = ""
     json_after: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Thinking:
+    """A bound for the reasoning at the beginning of a reply.
+
+    budget: Tokens after which the mark that ends the reasoning is forced; tokens of marks do not count.
+    begin, end: The marks, as text. end_ids: The tokens of the second one.
+    is_begun: Whether the prompt ends with the first mark.
+    """
+
+    budget: int
+    begin: str
+    end: str
+    end_ids: tuple[int, ...]
+    is_begun: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +116,7 @@ class SamplingParams:
             prompt and the reply (Keskar et al., "CTRL", 2019).
         logit_bias: Token id to a number in [-100, 100] that is added to its logit.
         structure: What the reply must look like. Tokens that would break the structure are edited out.
+        thinking: A bound for the reasoning. Where it ends, all tokens but those of the mark are edited out.
 
     The output:
         skip_special_tokens: Whether the text omits control tokens.
@@ -126,6 +145,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     skip_special_tokens: bool = True
     structure: Structure | None = None
+    thinking: Thinking | None = None
     logprobs: int | None = None
     trace: bool = False
     alignment_top_p: float | None = None
@@ -157,6 +177,9 @@ class SamplingParams:
         for bias in self.logit_bias.values():
             _require_within("logit_bias", bias, -MAX_BIAS, MAX_BIAS)
         _require_within("logprobs", self.logprobs or 0, 0, MAX_LOGPROBS)
+        if self.thinking is not None:
+            _require(self.thinking.budget >= 0, "thinking", "≥ 0 tokens", self.thinking.budget)
+            _require(bool(self.thinking.end_ids), "thinking", "ended by a mark", self.thinking.end)
         _require(mass is None or 0 < mass <= 1, "alignment_top_p", "in (0, 1]", mass)
         _require(t_p is None or 0 < t_p < math.inf, "alignment_temperature", "a finite number > 0", t_p)
 
@@ -176,7 +199,7 @@ class SamplingParams:
     @property
     def edits(self) -> bool:
         """Whether the principled logits are edited."""
-        return bool(self.penalises or self.logit_bias or self.min_tokens or self.structure)
+        return bool(self.penalises or self.logit_bias or self.min_tokens or self.structure or self.thinking)
 
 
 @dataclass(frozen=True, slots=True)

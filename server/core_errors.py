@@ -27,6 +27,7 @@ MESSAGES_FIELDS = {
     "response_format": "output_config.format",
     "reasoning_effort": "output_config.effort",
     "stop": "stop_sequences",
+    "thinking_token_budget": "thinking.budget_tokens",
     "variables.enable_thinking": "thinking",
     "variables.reasoning_effort": "output_config.effort",
 }

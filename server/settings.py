@@ -257,6 +257,12 @@ exit status:
         False,
         description="refuse fields that would have no effect, with a 400; by default a response header names them",
     )
+    thinking_budgets: Annotated[dict[str, int], NoDecode] = Field(
+        {},
+        title="BUDGETS",
+        description="most tokens of reasoning by reasoning_effort, such as low=512,medium=2048; requests may set "
+        "thinking_token_budget (default: none)",
+    )
     log_format: Literal["text", "json"] = Field("text", description="format of the log on stderr")
     otlp_traces_endpoint: str | None = Field(
         None,
@@ -278,6 +284,23 @@ exit status:
             raise ValueError("must be strings: put them in quotes")
         parts = [part.strip() for item in given for part in item.split(",")]
         return [hashed(part) for part in parts] if info.field_name == "api_keys" else parts
+
+    @field_validator("thinking_budgets", mode="before")
+    @classmethod
+    def _read_budgets(cls, given: Any) -> Any:
+        """Read "low=512,medium=2048", or a mapping."""
+        if not isinstance(given, str):
+            return given
+        pairs = [part.partition("=") for part in given.split(",") if part.strip()]
+        return {name.strip(): number.strip() for name, _, number in pairs}
+
+    @field_validator("thinking_budgets")
+    @classmethod
+    def _are_budgets(cls, budgets: dict[str, int]) -> dict[str, int]:
+        for name, number in budgets.items():
+            if number < 0:
+                raise ValueError(f"{name}={number} is not a number of tokens")
+        return budgets
 
     @field_validator("alignment_from")
     @classmethod

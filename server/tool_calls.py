@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_parsing import ResponseParser
 
 from linalign.alignment_core.request import Uncut
+from linalign.server.reasoning import THINKING, thinking_start
 
 Delta = dict[str, Any]
 VERBATIM = {"strip": False}
@@ -53,7 +54,6 @@ LLAMA = CallFormat(
     "parameters",
 )
 MISTRAL = CallFormat({"open": "[TOOL_CALLS]"}, Uncut(("[TOOL_CALLS]",)), "[TOOL_CALLS][", "]", ", ", id_length=9)
-THINKING = {"<think>": "</think>", "[THINK]": "[/THINK]"}
 
 
 def call_format(tokenizer: PreTrainedTokenizerBase) -> CallFormat:
@@ -92,7 +92,7 @@ class ReplyParser:
         own = getattr(tokenizer, "response_template", None)
         self._is_own, self._has_tools = own is not None, bool(tools)
         if not self._is_own:
-            generation_prompt = generation_prompt[_thinking_start(generation_prompt) :]
+            generation_prompt = generation_prompt[thinking_start(generation_prompt) :]
         self._parser = ResponseParser(
             own or _template(tokenizer, self._format, bool(tools)), generation_prompt, tools=list(tools)
         )
@@ -190,18 +190,6 @@ class ReplyParser:
                 ]
                 self._num_calls += 1
         return deltas
-
-
-def _thinking_start(generation_prompt: str) -> int:
-    """The index of the last mark of reasoning in a template's text; the end of the text if there is none."""
-    places = (generation_prompt.rfind(mark) for mark in THINKING)
-    return min((place for place in places if place >= 0), default=len(generation_prompt))
-
-
-def end_of_thinking(generation_prompt: str) -> str:
-    """The mark that ends the reasoning that the template has begun; "" if it has begun none."""
-    thoughts = generation_prompt[_thinking_start(generation_prompt) :]
-    return next((end for mark, end in THINKING.items() if thoughts.startswith(mark) and end not in thoughts), "")
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, form: CallFormat, has_tools: bool) -> dict[str, Any]:

@@ -18,11 +18,11 @@ NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 Tools = Sequence[Mapping[str, Any]]
 
 
-def required_calls(tokenizer: PreTrainedTokenizerBase, tools: Tools, parallel: bool, after: str = "") -> Structure:
-    """The structure of replies that consist of at least one call. after: See `Structure`."""
+def required_calls(tokenizer: PreTrainedTokenizerBase, tools: Tools, parallel: bool) -> Structure:
+    """The structure of replies that consist of at least one call."""
     form = _known_format(tokenizer, "can't be required; use 'auto'", "tool_choice")
     grammar = _only_calls(form, tokenizer, tools, parallel)
-    return Structure("lark", grammar, "tools", after, json_after=form.begin)
+    return Structure("lark", grammar, "tools", json_after=form.begin)
 
 
 def calls_or(structure: Structure, tokenizer: PreTrainedTokenizerBase, tools: Tools, parallel: bool) -> Structure:

@@ -24,7 +24,7 @@ CORE = (
     ("engine",),
 )
 SERVER = (
-    ("address", "command_line", "core_errors", "engine_client", "hosts", "http_protocol", "keys", "logs"),
+    ("address", "command_line", "core_errors", "engine_client", "hosts", "http_protocol", "keys", "logs", "reasoning"),
     ("local_engine", "metrics", "shutdown", "tool_calls", "tracing"),
     ("exchange", "settings", "tool_grammars"),
     ("protocol",),

@@ -78,6 +78,8 @@ class Edits:
 
     def _forbidden(self, y: Tensor, sequence: Sequence, position: int) -> Tensor | None:
         """The forbidden tokens, [V] bool on the host; None if there are none."""
+        if sequence.thinking is not None and (forced := sequence.thinking.forced) is not None:
+            return torch.ones(len(y), dtype=torch.bool).index_fill(0, torch.tensor([forced]), value=False)
         matcher = sequence.matcher
         unwanted = self._ends if position < sequence.params.min_tokens else self._later_ends
         if matcher is None and not len(unwanted):

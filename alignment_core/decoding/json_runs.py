@@ -33,7 +33,8 @@ class TokenRuns:
 class JsonRuns:
     """Follows the JSON of a reply, and forbids tokens that would make a run too long.
 
-    begin: The text after which JSON begins, each time; "" if it begins at once.
+    begin: The text after which JSON begins, each time; "" if it begins at once. A reply that begins with an object has
+        no such text.
     """
 
     def __init__(self, tokens: TokenRuns, begin: str) -> None:
@@ -50,10 +51,13 @@ class JsonRuns:
 
     def _take(self, byte: bytes) -> None:
         if not self._depth:
+            begins_at_once = byte == b"{" and not self._before.strip()
             self._before = (self._before + byte)[-len(self._begin) :]
             if self._before == self._begin:
                 self._depth, self._before = 1, b""
-            return
+            if not begins_at_once:
+                return
+            self._depth, self._before = 1, b""
         if self._escaped:
             self._escaped = False
             self._num_spaces = self._num_spaces + 1 if byte in ESCAPED_SPACES else 0

@@ -16,6 +16,7 @@ from linalign.alignment_core.text.detokenizer import TextStream
 if TYPE_CHECKING:
     from linalign.alignment_core.decoding.edits import Edits
     from linalign.alignment_core.decoding.json_runs import ReplyMatcher
+    from linalign.alignment_core.decoding.thinking import ThinkingBudget
 
 
 class Status(Enum):
@@ -74,6 +75,7 @@ class Sequence:
     outputs: OutputChannel
     choice: int = 0  # number among the choices of the request
     matcher: "ReplyMatcher | None" = None  # where the reply is in its structure
+    thinking: "ThinkingBudget | None" = None  # where the reply is in its reasoning, if that is bounded
     status: Status = Status.WAITING
     branches: list[Branch] = field(init=False)  # the principled ones, then the base
     output_ids: list[int] = field(default_factory=list)  # the reply so far, given tokens included
@@ -107,7 +109,8 @@ class Sequence:
     def needs_last_token(self) -> bool:
         """Whether the host must know the last token before the next one can be drawn: for edits that depend on it, and
         while given tokens remain."""
-        return self.params.penalises or self.matcher is not None or self.num_replied < 0
+        is_thinking = self.thinking is not None and not self.thinking.is_over
+        return self.params.penalises or self.matcher is not None or is_thinking or self.num_replied < 0
 
     @property
     def remaining_given(self) -> tuple[int, ...]:

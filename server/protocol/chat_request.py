@@ -9,7 +9,7 @@ from linalign.alignment_core.request import MAX_LOGPROBS
 from linalign.alignment_core.text.chat_template import Rendering
 from linalign.server.protocol.chat_messages import Message, rendered
 from linalign.server.protocol.generation import AlignmentFields, GenerationRequest
-from linalign.server.protocol.schema import FAIL_FAST, WHOLE, MaxTokens, field_error
+from linalign.server.protocol.schema import FAIL_FAST, WHOLE, MaxTokens, ThinkingBudget, field_error
 from linalign.server.protocol.tools import MAX_TOOLS, AnyTool, Function, FunctionName, NamedTool, OtherTool, Tool
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -95,6 +95,7 @@ class ChatCompletionRequest(GenerationRequest, ChatFields):
     max_completion_tokens: MaxTokens = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, WHOLE, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    thinking_token_budget: ThinkingBudget = None
     parallel_tool_calls: bool | None = Field(None, description="false keeps only the first call")
 
     @classmethod

@@ -19,7 +19,7 @@ from linalign.server.protocol.chat_messages import (
 )
 from linalign.server.protocol.chat_request import Effort
 from linalign.server.protocol.generation import CacheSalt, JsonSchema, JsonSchemaFormat, Seed
-from linalign.server.protocol.schema import FAIL_FAST, WHOLE, MaxTokens, OpenSchema
+from linalign.server.protocol.schema import FAIL_FAST, WHOLE, MaxTokens, OpenSchema, ThinkingBudget
 from linalign.server.protocol.tools import MAX_TOOLS, Function, FunctionName, NamedTool, OtherTool, Tool
 
 # Claude Code puts a text that changes with each request in front of the system text. It would spoil the prefix cache.
@@ -121,6 +121,7 @@ class ToolChoice(OpenSchema):
 
 class ThinkingConfig(OpenSchema):
     type: str = Field(description="disabled, or another value: for chat templates that use enable_thinking")
+    budget_tokens: ThinkingBudget = None
 
 
 class OutputFormat(OpenSchema):
@@ -180,6 +181,7 @@ class MessagesRequest(ChatLike):
             fields["parallel_tool_calls"] = False if choice.disable_parallel_tool_use else None
         if self.thinking is not None:
             fields["chat_template_kwargs"] = {"enable_thinking": self.thinking.type != "disabled"}
+            fields["thinking_token_budget"] = self.thinking.budget_tokens
         if self.output_config is not None:
             fields["reasoning_effort"] = self.output_config.effort
             if format := self.output_config.format:

@@ -28,7 +28,7 @@ from linalign.server.protocol.generation import (
     Seed,
     TextFormat,
 )
-from linalign.server.protocol.schema import FAIL_FAST, WHOLE, MaxTokens, OpenSchema, field_error
+from linalign.server.protocol.schema import FAIL_FAST, WHOLE, MaxTokens, OpenSchema, ThinkingBudget, field_error
 from linalign.server.protocol.tools import (
     MAX_TOOLS,
     Function,
@@ -185,6 +185,7 @@ class ResponsesRequest(ChatLike):
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
+    thinking_token_budget: ThinkingBudget = None
     stream: bool | None = None
     store: bool | None = Field(None, description="keep the response, by default if the server keeps responses")
     metadata: Metadata | None = Field(None, description="returned unchanged")
@@ -281,7 +282,16 @@ def _merge(message: AssistantMessage, part: AssistantMessage) -> None:
 
 
 # Fields of the same name and meaning in a chat completion.
-SAME_IN_CHAT = ("temperature", "top_p", "parallel_tool_calls", "stream", "seed", "principle_placement", "cache_salt")
+SAME_IN_CHAT = (
+    "temperature",
+    "top_p",
+    "parallel_tool_calls",
+    "thinking_token_budget",
+    "stream",
+    "seed",
+    "principle_placement",
+    "cache_salt",
+)
 UNSUPPORTED: dict[str, Any] = {
     "alignment_trace": False,
     "background": False,

@@ -29,6 +29,11 @@ MaxTokens = Annotated[
     UNLIMITED,
     Field(description="shortened to what the context leaves; -1: no limit"),
 ]
+ThinkingBudget = Annotated[
+    Annotated[int, Field(ge=0)] | None,
+    WHOLE,
+    Field(description="most tokens of reasoning; then the mark that ends the reasoning is forced"),
+]
 TokenId = Annotated[int, Field(ge=0)]  # not WHOLE, because prompts may have 100,000
 
 

@@ -39,10 +39,13 @@ def note_ignored(request: Request, paths: Iterable[str]) -> None:
 def rendering_of(body: ChatFields, request: Request) -> Rendering:
     """How the template renders the chat, without variables that it does not use."""
     rendering, known = body.rendering(), state_of(request).engine.prompts.variables | RESERVED
-    unknown = {name: value for name, value in rendering.variables.items() if name not in known}
+    variables = dict(rendering.variables)
+    if "enable_thinking" in known and (effort := variables.get("reasoning_effort")) is not None:
+        variables.setdefault("enable_thinking", effort != "none")
+    unknown = {name: value for name, value in variables.items() if name not in known}
     path = request.scope["route"].path
     note_ignored(request, [name_on(path, f"variables.{name}") for name, value in unknown.items() if value not in OFF])
-    used = {name: value for name, value in rendering.variables.items() if name in known}
+    used = {name: value for name, value in variables.items() if name in known}
     return replace(rendering, variables=used)
 
 

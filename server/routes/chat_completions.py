@@ -8,10 +8,13 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from linalign import Prompt
+from linalign.alignment_core.request import Thinking
 from linalign.alignment_core.text.chat_template import Rendering
+from linalign.server.core_errors import name_on
 from linalign.server.engine_client import EngineClient
 from linalign.server.exchange import exchange_of
 from linalign.server.protocol.chat_request import ChatCompletionRequest, ChatFields
+from linalign.server.reasoning import Marks, thinking_budget, thinking_marks
 from linalign.server.replies.chat_completion import PATH, ChatCompletion
 from linalign.server.replies.events import STREAMED, event_stream
 from linalign.server.replies.submission import Replies, gather
@@ -19,7 +22,7 @@ from linalign.server.routes.acceptance import accept, note_if_shortened, note_ig
 from linalign.server.routes.strict_route import StrictRoute
 from linalign.server.state import state_of
 from linalign.server.threads import in_thread
-from linalign.server.tool_calls import ReplyParser, call_format, end_of_thinking, marks_are_special
+from linalign.server.tool_calls import ReplyParser, call_format, marks_are_special
 from linalign.server.tool_grammars import calls_or, literal, required_calls, strict_calls
 
 router = APIRouter(route_class=StrictRoute)
@@ -55,8 +58,9 @@ async def submit_chat(
     begun = "" if rendering.continues else await in_thread(request, engine.prompts.generation_prompt, rendering)
     if body.requires_call and body.structure():
         note_ignored(request, ["response_format" if body.structured_outputs is None else "structured_outputs"])
-    more = await in_thread(request, _for_tools, body, engine, end_of_thinking(begun))
-    params = body.sampling_params(**more)
+    marks = thinking_marks(engine.tokenizer, begun)
+    more = await in_thread(request, _for_tools, body, engine, marks)
+    params = body.sampling_params(thinking=_thinking(body, request, marks), **more)
     note_if_shortened(request, [prompt], params.max_tokens, body.max_tokens_field)
     max_calls = math.inf if body.parallel else 1
     (replies,) = await Replies.submit(request, body, [prompt], params)
@@ -77,20 +81,33 @@ async def build_prompt(body: ChatFields, request: Request) -> tuple[Prompt, Rend
     return await in_thread(request, build), rendering
 
 
-def _for_tools(body: ChatCompletionRequest, engine: EngineClient, mark: str) -> dict[str, Any]:
-    """Sampling parameters for tools and reasoning. mark: The end of reasoning that the prompt has begun, or ""."""
-    after = mark and literal(mark, engine.tokenizer)
-    tools, parallel = body.callable_tools(), body.parallel
+def _thinking(body: ChatCompletionRequest, request: Request, marks: Marks | None) -> Thinking | None:
+    """The bound for the reply's reasoning: the request's, or that of its effort in the settings."""
+    state, budget = state_of(request), body.thinking_token_budget
+    if budget is None:
+        budget = state.settings.thinking_budgets.get(body.reasoning_effort or "")
+    elif marks is None and budget:
+        note_ignored(request, [name_on(request.scope["route"].path, "thinking_token_budget")])
+    return None if marks is None or budget is None else thinking_budget(state.engine.tokenizer, marks, budget)
+
+
+def _for_tools(body: ChatCompletionRequest, engine: EngineClient, marks: Marks | None) -> dict[str, Any]:
+    """Sampling parameters for tools and structures, behind the reasoning. marks: Of the reasoning."""
+    tokenizer, tools, parallel = engine.tokenizer, body.callable_tools(), body.parallel
+    after = literal(marks.end, tokenizer) if marks else ""
+    before = literal(marks.begin, tokenizer) if marks and not marks.is_begun else ""
     more: dict[str, Any] = {}
     if body.requires_call:
-        more["structure"] = required_calls(engine.tokenizer, tools, parallel and body.tool_choice == "required", after)
-    elif structure := body.structure():
-        structure = replace(structure, after=after, json_after=mark)
-        more["structure"] = calls_or(structure, engine.tokenizer, tools, parallel) if tools else structure
-    elif any(tool["function"].get("strict") for tool in tools):
-        more["structure"] = strict_calls(engine.tokenizer, tools, parallel, after)
+        structure = required_calls(tokenizer, tools, parallel and body.named_function is None)
+        more["structure"] = replace(structure, after=after, before=before)
+    elif format := body.structure():
+        format = calls_or(format, tokenizer, tools, parallel) if tools else format
+        json_after = marks.end if marks else ""
+        more["structure"] = replace(format, after=after, before=before, json_after=json_after)
+    elif any(tool["function"].get("strict") for tool in tools):  # this structure begins with any text
+        more["structure"] = strict_calls(tokenizer, tools, parallel, "" if before else after)
     if tools:
-        more["uncut"] = call_format(engine.tokenizer).uncut
-    if tools and marks_are_special(engine.tokenizer):
+        more["uncut"] = call_format(tokenizer).uncut
+    if (tools or marks) and marks_are_special(tokenizer):
         more["skip_special_tokens"] = False
     return more

@@ -97,10 +97,10 @@ def test_the_log_has_a_line_for_every_request(cluster):
 def test_bad_input_is_refused_as_by_one_server(cluster, url):
     pair = cluster[0] + "/pair"
     for fields in (
-        {"tempratur": 1},
+        {"temprature": 1},
         {"n": 100},
         {"model": "other"},
-        {"max_tokens": 10**6},
+        {"min_tokens": 10**6},
         {"logit_bias": {"99999999": 1}},
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}},
     ):

@@ -74,9 +74,7 @@ def test_without_the_setting_the_answer_says_what_to_do(client):
     assert response.headers["X-Linalign-Ignored"] == "store"
     first = response.parse()
     assert first.store is False
-    with pytest.raises(
-        openai.BadRequestError, match="start the server with --responses-store"
-    ):
+    with pytest.raises(openai.BadRequestError, match="start the server with --responses-store"):
         client.responses.create(**FIELDS, input="Go on.", previous_response_id=first.id)
 
 

@@ -3,6 +3,7 @@
 import json
 import statistics
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from linalign import InvalidRequest, SamplingParams
 from linalign.alignment_core.decoding.grammars import Grammars
 from linalign.alignment_core.request import Structure
-from linalign.server.tool_calls import HERMES, LLAMA, MISTRAL, ReplyParser, call_format, end_of_thinking, message_of
+from linalign.server.tool_calls import HERMES, LLAMA, MISTRAL, ReplyParser, call_format, message_of
 from linalign.server.tool_grammars import required_calls, strict_calls
 from tests.engines import aligned, make_engine, run_all, tiny_pair
 
@@ -261,17 +262,14 @@ def test_later_calls_are_dropped_without_parallel_calls(family):
 
 
 def test_a_structure_begins_where_the_reasoning_ends(grammars, tokenizer):
-    mark = end_of_thinking("<|im_start|>assistant\n<think>\n")
-    assert mark == "</think>"
-    assert end_of_thinking("<|im_start|>assistant\n<think>\n\n</think>\n\n") == end_of_thinking("assistant\n") == ""
-    after = json.dumps(mark)
+    after, before = json.dumps("</think>"), json.dumps("<think>")
     structures = [
         (Structure("json_schema", '{"type": "integer"}', after=after), "7"),
         (Structure("regex", "a+b", after=after), "aab"),
         (Structure("choice", '["yes", "n.o"]', after=after), "n.o"),
         (Structure("grammar", 'start: "x" "y"', after=after), "xy"),
         (
-            required_calls(tokenizer_of("qwen"), TOOLS, False, after),
+            replace(required_calls(tokenizer_of("qwen"), TOOLS, False), after=after),
             FREE["qwen"][2].removeprefix("Well.\n").removesuffix("\nSo."),
         ),
     ]
@@ -279,6 +277,11 @@ def test_a_structure_begins_where_the_reasoning_ends(grammars, tokenizer):
         assert accepts(grammars, tokenizer, structure, f"Hm {{1}}\n</think>\n\n{text}"), structure
         assert not accepts(grammars, tokenizer, structure, text)
         assert not accepts(grammars, tokenizer, structure, f"Hm\n</think>\n\n{text}!")
+        optional = replace(structure, before=before)  # the model itself begins the reasoning, or leaves it out
+        for thoughts in ("", "<think>\nHm {1}\n</think>\n\n", "<think></think>"):
+            assert accepts(grammars, tokenizer, optional, thoughts + text), structure
+            assert not accepts(grammars, tokenizer, optional, f"{thoughts}{text}!")
+        assert not accepts(grammars, tokenizer, optional, f"Hm</think>{text}")
 
 
 CALL = '<tool_call>{"name": "weather", "arguments": '

@@ -1,0 +1,47 @@
+"""The marks of reasoning in replies, and bounds for it."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from linalign.alignment_core.request import Thinking
+
+THINKING = {"<think>": "</think>", "[THINK]": "[/THINK]"}
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """The marks of the reasoning in a reply. is_begun: Whether the prompt ends with the first one."""
+
+    begin: str
+    end: str
+    is_begun: bool
+
+
+def thinking_start(generation_prompt: str) -> int:
+    """The index of the last mark of reasoning in a template's text; the end of the text if there is none."""
+    places = (generation_prompt.rfind(mark) for mark in THINKING)
+    return min((place for place in places if place >= 0), default=len(generation_prompt))
+
+
+def thinking_marks(tokenizer: PreTrainedTokenizerBase, generation_prompt: str) -> Marks | None:
+    """The marks of the reasoning that a reply may have. None if the model does not reason, or the prompt has ended the
+    reasoning.
+
+    generation_prompt: The part of the reply that the template has already written.
+    """
+    thoughts = generation_prompt[thinking_start(generation_prompt) :]
+    for begin, end in THINKING.items():
+        if thoughts.startswith(begin):
+            return None if end in thoughts else Marks(begin, end, True)
+        if generation_prompt.rstrip().endswith(end):
+            return None
+        if begin in str(tokenizer.chat_template):
+            return Marks(begin, end, False)
+    return None
+
+
+def thinking_budget(tokenizer: PreTrainedTokenizerBase, marks: Marks, budget: int) -> Thinking:
+    """A bound for the reasoning between these marks, in tokens."""
+    ids = tuple(tokenizer.encode(marks.end, add_special_tokens=False))
+    return Thinking(budget, marks.begin, marks.end, ids, marks.is_begun)
