@@ -100,7 +100,7 @@ def test_bad_input_is_refused_as_by_one_server(cluster, url):
         {"temprature": 1},
         {"n": 100},
         {"model": "other"},
-        {"min_tokens": 10**6},
+        {"presence_penalty": 9},
         {"logit_bias": {"99999999": 1}},
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}},
     ):
