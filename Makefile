@@ -1,5 +1,5 @@
 .PHONY: setup serve lint test quick test-long check-old vendor pictures
-TESTED := .venv/.ready .venv/.cuda .venv/clients/.ready .venv/playground/.ready
+TESTED := .venv/.ready .venv/.cuda .venv/clients/.ready .venv/agents/.ready .venv/playground/.ready
 PYTHON ?= python3
 PYTEST := HF_HUB_OFFLINE=1 .venv/bin/pytest
 SIDE_BY_SIDE := -n 3 --dist loadfile --no-loadscope-reorder # three on two cores, because tests also wait for processes
@@ -24,7 +24,13 @@ serve: setup
 .venv/clients/.ready: tests/clients/requirements.txt
 	$(PYTHON) -m venv .venv/clients
 	.venv/clients/bin/pip install --progress-bar on -r tests/clients/requirements.txt
-	npm install --silent --no-audit --no-fund --prefix .venv/clients openai@7.57.0 axe-core@4.14.1
+	npm install --silent --no-audit --no-fund --prefix .venv/clients openai@7.57.0 axe-core@4.14.1 \
+	  ai@6.0.326 @ai-sdk/openai@3.0.141 @ai-sdk/openai-compatible@2.0.92 zod@4.6.7
+	touch $@
+
+.venv/agents/.ready: tests/clients/agents.txt
+	$(PYTHON) -m venv .venv/agents
+	.venv/agents/bin/pip install --progress-bar on -r tests/clients/agents.txt
 	touch $@
 
 .venv/playground/.ready: server/playground/package.json

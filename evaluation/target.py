@@ -10,7 +10,7 @@ import httpx
 from linalign import Engine, EngineConfig, load
 from linalign.server.app import create_app
 from linalign.server.local_engine import LocalEngine
-from linalign.server.settings import load_settings
+from linalign.server.settings_loading import load_settings
 
 
 class Target:

@@ -77,7 +77,7 @@ def _described(field: FieldInfo) -> str:
     description, default = field.description or "", field.default
     if field.is_required():
         return f"{description} (required)"
-    if default in (None, "") or field.default_factory:
+    if default in (None, "", {}) or field.default_factory:
         return description
     shown = {True: "on", False: "off"}[default] if isinstance(default, bool) else default
     if isinstance(default, tuple):

@@ -26,7 +26,7 @@ CORE = (
 SERVER = (
     ("address", "command_line", "core_errors", "engine_client", "hosts", "http_protocol", "keys", "logs", "reasoning"),
     ("local_engine", "metrics", "shutdown", "tool_calls", "tracing"),
-    ("exchange", "settings", "tool_grammars"),
+    ("exchange", "settings", "settings_loading", "tool_grammars"),
     ("protocol",),
     ("middleware", "response_store"),
     ("presets", "state"),

@@ -21,7 +21,8 @@ from linalign.server.commands.serve import build_engine
 from linalign.server.local_engine import LocalEngine
 from linalign.server.presets import load_presets
 from linalign.server.protocol.errors import error_response
-from linalign.server.settings import Settings, check_variables
+from linalign.server.settings import Settings
+from linalign.server.settings_loading import check_variables
 from linalign.server.shutdown import step_timeout
 from ray import serve
 from ray.serve import Application

@@ -58,7 +58,7 @@ def checked_settings(args: list[str]) -> "Settings":
     from linalign.server.address import AddressTaken, check_address
     from linalign.server.command_line import describe_errors
     from linalign.server.presets import load_presets, presets_of_keys
-    from linalign.server.settings import load_settings
+    from linalign.server.settings_loading import load_settings
 
     try:
         settings = load_settings(args)

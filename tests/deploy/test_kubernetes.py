@@ -12,7 +12,8 @@ from ray.serve.schema import ServeDeploySchema
 
 from linalign.ray.application import build
 from linalign.server.metrics import ENGINE_METRICS
-from linalign.server.settings import Settings, load_settings
+from linalign.server.settings import Settings
+from linalign.server.settings_loading import load_settings
 
 FOLDER = Path(__file__).parents[2] / "deploy/kubernetes"
 RELEASE = "1.34"  # of Kubernetes; kubernetes-validate includes its schema

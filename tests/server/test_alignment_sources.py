@@ -11,7 +11,7 @@ import pytest
 from linalign.server.app import REQUEST_ID
 from linalign.server.presets import preset_named
 from linalign.server.protocol.generation import Preset
-from linalign.server.settings import load_settings
+from linalign.server.settings_loading import load_settings
 from tests.server.test_chat import CHAT, PRINCIPLE, create
 from tests.serving import serving
 

@@ -12,7 +12,8 @@ from starlette.testclient import TestClient
 
 from linalign.server.app import create_app
 from linalign.server.local_engine import LocalEngine
-from linalign.server.settings import Settings, load_settings
+from linalign.server.settings import Settings
+from linalign.server.settings_loading import load_settings
 from tests.engines import make_engine
 from tests.serving import KEY, serving
 

@@ -1,6 +1,6 @@
 """Third-party clients against a real server process. Each uses a principle in the way that it supports.
 
-They are installed in .venv/clients by `make test`.
+They are installed in .venv/clients and .venv/agents by `make test`.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from tests.serving import serving
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent.parent
-CLIENTS = ROOT / ".venv" / "clients"
+CLIENTS, AGENTS = ROOT / ".venv" / "clients", ROOT / ".venv" / "agents"
 HERE = ROOT / "tests" / "clients"
 
 
@@ -68,6 +68,28 @@ def test_langchain(api):
 
 def test_litellm(api, client):
     output = json.loads(run(CLIENTS / "bin/python", HERE / "litellm_chat.py", api).splitlines()[-1])
+    extra = {"principle": PRINCIPLE, "alignment_ratio": 2}
+    assert output["text"] == create(client, extra).choices[0].message.content
+
+
+def test_the_ai_sdk(api, client):
+    script = CLIENTS / "ai_sdk.mjs"  # Node looks for modules beside the script
+    script.write_text((HERE / "ai_sdk.mjs").read_text())
+    output = json.loads(run("node", script, api).splitlines()[-1])
+    extra = {"principle": PRINCIPLE, "alignment_ratio": 2}
+    assert output["text"] == create(client, extra).choices[0].message.content
+
+
+@pytest.mark.parametrize("script", ["agents_sdk.py", "pydantic_ai_chat.py"])
+def test_agents(api, client, script):
+    output = json.loads(run(AGENTS / "bin/python", HERE / script, api).splitlines()[-1])
+    messages = [{"role": "system", "content": "You are a mayor."}, *CHAT]
+    expected = create(client, {"principle": PRINCIPLE, "alignment_ratio": 2}, messages=messages, max_tokens=100)
+    assert output["text"] == expected.choices[0].message.content
+
+
+def test_anthropics_sdk(url, client):
+    output = json.loads(run(AGENTS / "bin/python", HERE / "anthropic_messages.py", url).splitlines()[-1])
     extra = {"principle": PRINCIPLE, "alignment_ratio": 2}
     assert output["text"] == create(client, extra).choices[0].message.content
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from linalign.server.http_protocol import MAX_PIPELINED
-from linalign.server.settings import load_settings
+from linalign.server.settings_loading import load_settings
 from tests.counts import counted
 from tests.serving import serving
 

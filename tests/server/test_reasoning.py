@@ -10,7 +10,7 @@ import httpx
 import jsonschema
 import pytest
 
-from linalign.server.settings import load_settings
+from linalign.server.settings_loading import load_settings
 from tests.engines import tiny_pair
 from tests.server.test_fields import WEATHER
 from tests.serving import serving

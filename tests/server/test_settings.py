@@ -14,7 +14,8 @@ from linalign.server.commands import main as command_line
 from linalign.server.commands.bench import BenchSettings
 from linalign.server.commands.serve import engine_config
 from linalign.server.commands.terminal_chat import ChatSettings
-from linalign.server.settings import Settings, load_settings
+from linalign.server.settings import Settings
+from linalign.server.settings_loading import load_settings
 
 
 def test_precedence_is_flag_then_variable_then_file_then_default(tmp_path, monkeypatch):

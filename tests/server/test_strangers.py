@@ -12,7 +12,7 @@ import pytest
 from linalign.alignment_core.scheduling.kv_cache import hash_pages
 from linalign.alignment_core.scheduling.sequence import Branch
 from linalign.server.replies.submission import _salt
-from linalign.server.settings import load_settings
+from linalign.server.settings_loading import load_settings
 from tests.serving import serving
 
 pytestmark = pytest.mark.slow
