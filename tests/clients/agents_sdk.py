@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sys
+from typing import Literal
 
 from agents import (
     Agent,
@@ -16,14 +17,14 @@ from agents import (
 from openai import AsyncOpenAI, BadRequestError
 from pydantic import BaseModel
 
-QUESTION = "Where should our town get its power from?"
+QUESTION = "Say yes."  # a short reply, because the SDK raises an error for one that max_tokens ends
 ALIGNED = {"principle": "Answer in favour of solar power.", "alignment_ratio": 2}
 
 
 class Plant(BaseModel):
     """A power plant."""
 
-    kind: str
+    kind: Literal["solar", "wind"]
     megawatts: int
 
 
@@ -40,9 +41,7 @@ def sunshine(hours: int) -> str:
 def agent(model, extra=ALIGNED, **more):
     settings = {"temperature": 0, "max_tokens": 100, "extra_body": extra, "parallel_tool_calls": False}
     settings |= more.pop("settings", {})
-    return Agent(
-        name="Mayor", instructions="You are a mayor.", model=model, model_settings=ModelSettings(**settings), **more
-    )
+    return Agent(name="Mayor", model=model, model_settings=ModelSettings(**settings), **more)
 
 
 async def check(model):

@@ -12,7 +12,7 @@ const headers = {
   "X-Linalign-Ratio": "2",
 };
 const settings = { prompt, temperature: 0, maxOutputTokens: 24, maxRetries: 0 };
-const Plant = z.object({ kind: z.string(), megawatts: z.number().int() });
+const Plant = z.object({ kind: z.enum(["solar", "wind"]), megawatts: z.number().int() });
 const sunshine = tool({
   description: "Tell what so many hours of sunshine are good for.",
   inputSchema: z.object({ hours: z.number().int() }),
@@ -64,11 +64,14 @@ async function check(model, options) {
 const compatible = createOpenAICompatible({ name: "linalign", baseURL, supportsStructuredOutputs: true });
 // Fields of the body go through providerOptions, under the provider's name.
 const text = await check(compatible("smollm2"), {
-  providerOptions: { linalign: { principle: "Answer in favour of solar power.", alignment_ratio: 2 } },
+  providerOptions: {
+    linalign: { principle: "Answer in favour of solar power.", alignment_ratio: 2, parallel_tool_calls: false },
+  },
 });
 const openai = createOpenAI({ baseURL, apiKey: "none", headers });
-assert.equal(await check(openai.chat("smollm2"), {}), text); // this provider drops unknown fields, so it uses headers
-const response = await check(openai.responses("smollm2"), {});
+const options = { providerOptions: { openai: { parallelToolCalls: false } } };
+assert.equal(await check(openai.chat("smollm2"), options), text); // this provider drops unknown fields, so it uses headers
+const response = await check(openai.responses("smollm2"), options);
 
 await assert.rejects(
   generateText({ ...settings, model: compatible("smollm2"), providerOptions: { linalign: { alignment_ration: 2 } } }),

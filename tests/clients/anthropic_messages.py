@@ -2,6 +2,7 @@
 
 import json
 import sys
+from typing import Literal
 
 import anthropic
 from pydantic import BaseModel
@@ -18,7 +19,7 @@ client = anthropic.Anthropic(base_url=sys.argv[1], api_key="none", max_retries=0
 class Plant(BaseModel):
     """A power plant."""
 
-    kind: str
+    kind: Literal["solar", "wind"]
     megawatts: int
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sys
+from typing import Literal
 
 from pydantic import BaseModel
 from pydantic_ai import Agent, ModelHTTPError, NativeOutput, RunContext, Tool
@@ -16,7 +17,7 @@ ALIGNED = {"principle": "Answer in favour of solar power.", "alignment_ratio": 2
 class Plant(BaseModel):
     """A power plant."""
 
-    kind: str
+    kind: Literal["solar", "wind"]
     megawatts: int
 
 

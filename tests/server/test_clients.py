@@ -80,9 +80,15 @@ def test_the_ai_sdk(api, client):
     assert output["text"] == create(client, extra).choices[0].message.content
 
 
-@pytest.mark.parametrize("script", ["agents_sdk.py", "pydantic_ai_chat.py"])
-def test_agents(api, client, script):
-    output = json.loads(run(AGENTS / "bin/python", HERE / script, api).splitlines()[-1])
+def test_the_agents_sdk(api, client):
+    output = json.loads(run(AGENTS / "bin/python", HERE / "agents_sdk.py", api).splitlines()[-1])
+    extra, messages = {"principle": PRINCIPLE, "alignment_ratio": 2}, [{"role": "user", "content": "Say yes."}]
+    expected = create(client, extra, messages=messages, max_tokens=100).choices[0].message.content
+    assert output == {"text": expected, "response": expected}
+
+
+def test_pydantic_ai(api, client):
+    output = json.loads(run(AGENTS / "bin/python", HERE / "pydantic_ai_chat.py", api).splitlines()[-1])
     messages = [{"role": "system", "content": "You are a mayor."}, *CHAT]
     expected = create(client, {"principle": PRINCIPLE, "alignment_ratio": 2}, messages=messages, max_tokens=100)
     assert output["text"] == expected.choices[0].message.content
