@@ -112,3 +112,28 @@ def test_a_strict_tool_names_what_cannot_be_enforced(url):
         assert "look-ahead" in error["message"]
         assert "call_0" not in error["message"]  # a rule of our grammar
         assert "start:" not in error["message"]
+
+
+def test_what_codex_sends_is_served(url):
+    """codex_request.json is what Codex CLI 0.171.0 sends, with texts shortened. Codex can set headers."""
+    body = json.loads((Path(__file__).parent / "codex_request.json").read_text())
+    headers = {"X-Linalign-Principle": "Answer%20in%20one%20word."}
+    body |= {"max_output_tokens": 12, "temperature": 0}
+    response = httpx.post(url + "/v1/responses", json=body, headers=headers, timeout=120)
+    assert response.status_code == 200, response.text
+    assert set(response.headers["X-Linalign-Ignored"].split(", ")) == {
+        "client_metadata",
+        "include.reasoning.encrypted_content",
+        "prompt_cache_key",
+        "reasoning.summary",
+        "tools.namespace",
+        "tools.web_search",
+    }
+    events = [json.loads(line[6:]) for line in response.text.split("\n") if line.startswith("data: ")]
+    last = events[-1]["response"]
+    assert events[-1]["type"] in ("response.completed", "response.incomplete")
+    assert last["usage"]["alignment_details"]["principle_from"] == "headers"
+    assert {tool["type"] for tool in last["tools"]} == {"function"}
+    # Codex sends the items of a reply back with the next turn.
+    again = {**body, "input": [*body["input"], *last["output"], body["input"][-1]]}
+    assert httpx.post(url + "/v1/responses", json=again, timeout=120).status_code == 200
