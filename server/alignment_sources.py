@@ -36,7 +36,8 @@ def aligned(body: Body, request: Request) -> Body:
     for source in ("body", "headers"):
         if sources[source] and source not in state.settings.alignment_from:
             message = f"this server takes no alignment fields from the {source}"
-            raise InvalidBody(message, next(iter(sources[source])), "alignment_source_disabled")
+            field = min(sources[source]) if source == "body" else PRINCIPLE_HEADER
+            raise InvalidBody(message, field, "alignment_source_disabled")
     if exchange.key in state.key_presets and not any("principle" in values for values in sources.values()):
         sources["key"] = _values(state.key_presets[exchange.key])
     chosen: dict[str, tuple[str, Any]] = {}

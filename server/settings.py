@@ -21,6 +21,7 @@ from linalign.server.hosts import ANY, host_of, is_this_machine
 from linalign.server.keys import hashed, keys_of
 
 PREFIX = "LINALIGN_"
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 ALIGNMENT_SOURCES = ("body", "headers", "model", "key")
 # Help for options of the commands that are clients of a server.
 FIRST_MODEL = "model name (default: the first that the server lists)"
@@ -225,7 +226,7 @@ exit status:
         ALIGNMENT_SOURCES,
         title="SOURCES",
         description="comma-separated sources that requests may use for principle and ratio: body, headers, model (its "
-        "name), key (in the file of keys)",
+        "name), key (in the file of keys); none for none",
     )
     default_alignment_ratio: float = Field(
         DEFAULT_RATIO,
@@ -292,13 +293,15 @@ exit status:
     @classmethod
     def _are_budgets(cls, budgets: dict[str, int]) -> dict[str, int]:
         for name, number in budgets.items():
-            if number < 0:
-                raise ValueError(f"{name}={number} is not a number of tokens")
+            if name not in EFFORTS or number < 0:
+                raise ValueError(f"{name}={number} is not an effort ({', '.join(EFFORTS)}) and a number of tokens")
         return budgets
 
     @field_validator("alignment_from")
     @classmethod
     def _are_sources(cls, sources: tuple[str, ...]) -> tuple[str, ...]:
+        if sources == ("none",):
+            return ()
         for source in sources:
             if source not in ALIGNMENT_SOURCES:
                 raise ValueError(f"{source} is not one of {', '.join(ALIGNMENT_SOURCES)}")

@@ -68,7 +68,7 @@ def call_format(tokenizer: PreTrainedTokenizerBase) -> CallFormat:
 
 PIECE = 256  # characters
 MIN_MARK = 3  # characters that tell the beginning of a mark from other text
-CALL_BEGIN = re.compile(r'\s*\{\s*"name"')  # of a call that is JSON without a mark
+CALL_BEGIN = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]*)')  # of a call that is JSON without a mark
 # Errors of an invalid region of a tokenizer's own template. The rest of the reply is then text.
 BROKEN = (ValueError, RecursionError)
 
@@ -168,11 +168,20 @@ class ReplyParser:
             return self._scanner.feed(event["text"])
         if self._scanner.num_calls == self._num_calls:  # not a call after all
             region, raw = self._format.region, "".join(self._raw)
-            if self._ended and ("open" in region or (self._scanner.is_open and CALL_BEGIN.match(raw))):
+            if self._ended and self._may_become_call(raw):
                 return []
-            return [{"content": f"{region.get('open', '')}{raw}{region.get('close', '')}"}]
+            close = "" if self._ended else region.get("close", "")
+            return [{"content": f"{region.get('open', '')}{raw}{close}"}]
         self._num_calls = self._scanner.num_calls
         return []
+
+    def _may_become_call(self, raw: str) -> bool:
+        """Whether the beginning of a region may be the beginning of a call, in which no name is complete."""
+        assert self._scanner is not None
+        if self._names is None:
+            return not raw.strip() or raw.lstrip()[0] in "{["
+        begun = CALL_BEGIN.match(raw)
+        return bool(begun and self._scanner.is_open and any(name.startswith(begun[1]) for name in self._names))
 
     def _of_own_call(self, event: dict[str, Any]) -> list[Delta]:
         if event["type"] != "region_close":

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from linalign import InvalidRequest
 from linalign.alignment_core.decoding.grammars import PLAIN_JSON, STRICT, embedded, leniently_embedded
+from linalign.alignment_core.decoding.schemas import MAX_LENGTH
 from linalign.alignment_core.request import Structure
 from linalign.server.tool_calls import HERMES, LLAMA, CallFormat, call_format
 
@@ -61,7 +62,14 @@ def _known_format(tokenizer: PreTrainedTokenizerBase, problem: str, param: str) 
 def _only_calls(form: CallFormat, tokenizer: PreTrainedTokenizerBase, tools: Tools, parallel: bool) -> str:
     """A grammar in Lark of at least one call."""
     parts = [literal(form.begin, tokenizer), _calls(form, tools, parallel), json.dumps(form.end) if form.end else ""]
-    return "\n".join([f"start: {' '.join(filter(None, parts))}", *_rules(form, tools, list(map(_enforced, tools)))])
+    start, schemas = f"start: {' '.join(filter(None, parts))}", list(map(_enforced, tools))
+    grammar = "\n".join([start, *_rules(form, tools, schemas)])
+    if len(grammar) <= MAX_LENGTH:
+        return grammar
+    smaller = [
+        schema if tool["function"].get("strict") else ANY_OBJECT for tool, schema in zip(tools, schemas, strict=True)
+    ]
+    return "\n".join([start, *_rules(form, tools, smaller)])
 
 
 def _calls(form: CallFormat, tools: Tools, parallel: bool) -> str:

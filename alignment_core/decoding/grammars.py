@@ -15,9 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from linalign.alignment_core.decoding.json_runs import JsonRuns, ReplyMatcher, TokenRuns
 from linalign.alignment_core.decoding.schemas import (
     MAX_DEPTH,
+    MAX_LENGTH,
     MAX_LITERALS,
+    MAX_REFERENCES,
     length_of_literals,
     prepared,
+    without_descriptions,
     without_refused,
 )
 from linalign.alignment_core.errors import FIELD, InvalidRequest
@@ -29,9 +32,8 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 MAX_CACHED = 32  # compiled structures, of up to 40 MB each
-MAX_REFERENCES = 500  # beyond, llguidance may overflow its stack
 # Measured on the worst structures: none compiles for a second, and no mask takes much of a step.
-MAX_LENGTH, QUICK_LENGTH = 1 << 17, 1 << 13
+QUICK_LENGTH = 1 << 13
 SIZES: dict[str, Any] = {
     "step_max_items": 10_000,
     "max_lexer_states": 20_000,
@@ -62,13 +64,15 @@ class Grammars:
 
     def pool(self, structure: Structure) -> ThreadPoolExecutor:
         """The threads for calls of `matcher`. Long structures have their own, so short ones do not wait for them."""
-        return self._pools[len(structure.text) > QUICK_LENGTH]
+        return self._pools[len(structure.text) + len(structure.instead) > QUICK_LENGTH]
 
     def matcher(self, structure: Structure) -> ReplyMatcher:
         """A matcher at the beginning of a reply. Raises InvalidRequest if llguidance can't enforce the structure."""
         matcher = self._compiled(structure).deep_copy()
         has_json = structure.kind in ("json_schema", "lark")
-        return ReplyMatcher(matcher, JsonRuns(self._tokens, structure.json_after) if has_json else None)
+        return ReplyMatcher(
+            matcher, JsonRuns(self._tokens, structure.json_after, bool(structure.before)) if has_json else None
+        )
 
     def _compile(self, structure: Structure) -> "LLMatcher":
         import llguidance
@@ -119,7 +123,7 @@ class Grammars:
 
 
 def _refuse_bombs(structure: Structure) -> None:
-    text, kind = structure.text, structure.kind
+    text, kind = structure.text + structure.instead, structure.kind
     depth = 0
     if kind in ("regex", "grammar", "lark"):
         steps = (1 if character in "[{(" else -1 if character in "]})" else 0 for character in text)
@@ -187,7 +191,7 @@ def embedded(schema: Any, options: "JsonCompileOptions" = STRICT) -> dict[str, A
     """A schema as a Lark grammar of kind "lark" holds it, after %json. Raises TypeError, ValueError."""
     from llguidance import LLMatcher, LLParserLimits
 
-    schema = prepared(schema)
+    schema = without_descriptions(prepared(schema))
     grammar = LLMatcher.grammar_from_json_schema(schema, PLAIN_JSON, options)
     if error := LLMatcher.validate_grammar(grammar, limits=LLParserLimits(**OF_JSON)):
         raise ValueError(_in_words(error))

@@ -17,6 +17,7 @@ MAX_DIGITS = 16  # of a number, before and after the decimal point
 MAX_SPACES = 64  # in a string
 DIGITS, SPACES = b"0123456789", b" "
 ESCAPED_SPACES = b"ntr"
+BETWEEN = b" \n\t\r,;{}[]"  # bytes between the calls of a list, and around them
 Mask = NDArray[np.bool_]
 
 
@@ -28,17 +29,19 @@ class TokenRuns:
         tokens = [token_bytes(id) for id in range(vocab_size)]
         self.digits = np.array([len(token) - len(token.lstrip(DIGITS)) for token in tokens], np.uint16)
         self.spaces = np.array([_num_spaces(token) for token in tokens], np.uint16)
+        self.has_long_digits = bool((self.digits > MAX_DIGITS).any())
+        self.has_long_spaces = bool((self.spaces > MAX_SPACES).any())
 
 
 class JsonRuns:
     """Follows the JSON of a reply, and forbids tokens that would make a run too long.
 
-    begin: The text after which JSON begins, each time; "" if it begins at once. A reply that begins with an object has
-        no such text.
+    begin: The text after which JSON begins, each time; "" if it begins at once. may_begin_at_once: Whether a reply that
+        begins with an object does not have this text.
     """
 
-    def __init__(self, tokens: TokenRuns, begin: str) -> None:
-        self._tokens, self._begin = tokens, begin.encode()
+    def __init__(self, tokens: TokenRuns, begin: str, may_begin_at_once: bool = False) -> None:
+        self._tokens, self._begin, self._may_begin_at_once = tokens, begin.encode(), may_begin_at_once
         self._before = b""  # the end of the text in front of the JSON
         self._depth = 0 if begin else 1  # of objects and lists; 0 in front of the JSON
         self._in_string = self._escaped = False
@@ -51,13 +54,16 @@ class JsonRuns:
 
     def _take(self, byte: bytes) -> None:
         if not self._depth:
-            begins_at_once = byte == b"{" and not self._before.strip()
+            begins_at_once = self._may_begin_at_once and byte == b"{" and not self._before.strip()
             self._before = (self._before + byte)[-len(self._begin) :]
             if self._before == self._begin:
                 self._depth, self._before = 1, b""
             if not begins_at_once:
                 return
             self._depth, self._before = 1, b""
+        if self._depth == 1 and self._begin and not self._in_string and byte not in BETWEEN:  # the JSON has ended
+            self._depth, self._before = 0, byte
+            return
         if self._escaped:
             self._escaped = False
             self._num_spaces = self._num_spaces + 1 if byte in ESCAPED_SPACES else 0
@@ -68,9 +74,7 @@ class JsonRuns:
         else:
             self._num_spaces = self._num_spaces + 1 if byte in SPACES else 0
             if self._begin and not self._in_string:
-                self._depth += (byte in b"{[") - (byte in b"}]")
-                if self._depth == 1 and byte in b"}]":
-                    self._depth = 0
+                self._depth = max(1, self._depth + (byte in b"{[") - (byte in b"}]"))
         self._num_digits = self._num_digits + 1 if byte in DIGITS else 0
 
     @property
@@ -78,10 +82,11 @@ class JsonRuns:
         """Tokens that would make a run too long, [V]; None if there are none."""
         if not self._depth or self._escaped:
             return None
-        num, lengths, most = (self._num_digits, self._tokens.digits, MAX_DIGITS)
+        num, lengths, most, has_long = self._num_digits, self._tokens.digits, MAX_DIGITS, self._tokens.has_long_digits
         if self._in_string:
-            num, lengths, most = (self._num_spaces, self._tokens.spaces, MAX_SPACES)
-        return lengths > most - num if num else None
+            num, lengths, most = self._num_spaces, self._tokens.spaces, MAX_SPACES
+            has_long = self._tokens.has_long_spaces
+        return lengths > max(most - num, 0) if num or has_long else None
 
 
 class ReplyMatcher:
@@ -115,8 +120,8 @@ def _num_spaces(token: bytes) -> int:
     while True:
         if token[place : place + 1] and token[place : place + 1] in SPACES:
             place += 1
-        elif token[place : place + 1] == b"\\" and token[place + 1 : place + 2] and token[place + 1] in ESCAPED_SPACES:
-            place += 2
+        elif token[place : place + 1] == b"\\" and token[place + 1 : place + 2] in (b"", b"n", b"t", b"r"):
+            place += 2  # a backslash at the end of a token may begin such an escape
         else:
             return num
         num += 1

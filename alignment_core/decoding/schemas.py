@@ -1,10 +1,12 @@
 """JSON schemas: what can't be enforced is refused, what restricts nothing is left out, and objects are closed."""
 
+import json
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from typing import Any
 
-MAX_DEPTH = 100  # beyond, llguidance may overflow its stack
+MAX_LENGTH = 1 << 17  # characters
+MAX_REFERENCES, MAX_DEPTH = 500, 100  # beyond, llguidance may overflow its stack
 # Measured on the worst schemas: none compiles for a second, and no mask takes much of a step.
 MAX_LITERALS, LONG_LITERAL = 1 << 14, 256  # the time of a mask grows with the literal that the reply is writing
 MAX_TRIED = 64  # patterns of a schema
@@ -62,6 +64,13 @@ def _without_annotations(schema: Any) -> Any:
     if "format" in schema and schema["format"] not in FORMATS:
         schema.pop("format")
     return schema
+
+
+def without_descriptions(schema: Any) -> Any:
+    """The schema without texts for the model, which would make a grammar long."""
+    if not isinstance(schema, dict):
+        return schema
+    return _mapped({key: value for key, value in schema.items() if key not in NOT_ENFORCED}, without_descriptions)
 
 
 def without_refused(schema: Any, is_pattern: Callable[[str], bool], num_left: int = MAX_TRIED) -> Any:
@@ -138,8 +147,11 @@ def refuse_in_schema(schema: Any) -> None:
 
     minProperties is refused beyond the required properties, because llguidance counts a repeated name twice.
     """
-    multiples = num_pattern_properties = 0
+    if (length := len(json.dumps(schema))) > MAX_LENGTH:
+        raise ValueError(f"it has {length} characters, more than {MAX_LENGTH}")
+    multiples = num_pattern_properties = num_references = 0
     for item in _dicts(schema):
+        num_references += "$ref" in item
         min_properties, required = item.get("minProperties"), item.get("required")
         num_required = len(required) if isinstance(required, list) else 0
         if isinstance(min_properties, int) and min_properties > max(1, num_required):
@@ -155,6 +167,7 @@ def refuse_in_schema(schema: Any) -> None:
     for size, maximum, unit in (
         (length_of_literals(schema), MAX_LITERALS, "characters in long strings"),
         (num_pattern_properties, MAX_PATTERN_PROPERTIES, "patternProperties"),
+        (num_references, MAX_REFERENCES, "references"),
         (multiples, MAX_MULTIPLES, "in its multipleOf together"),
         (joined[0], MAX_JOINED_PATTERNS, "patterns for one string"),
         (joined[1], 1, "multipleOf for one number"),
@@ -218,5 +231,8 @@ def resolved(root: Any, reference: str) -> Any:
     value = root
     for name in reference.removeprefix("#").split("/")[1:]:
         name = name.replace("~1", "/").replace("~0", "~")
-        value = value.get(name) if isinstance(value, dict) else None
+        if isinstance(value, list):
+            value = value[int(name)] if name.isdecimal() and int(name) < len(value) else None
+        else:
+            value = value.get(name) if isinstance(value, dict) else None
     return value

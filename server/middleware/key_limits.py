@@ -11,7 +11,7 @@ from linalign.server.exchange import KeyBusy, exchange_of
 from linalign.server.protocol.errors import key_busy
 
 AT_ONCE = ("key_requests", 1.0)  # code, and seconds to wait
-WITHOUT_MODEL = ("/tokenize", "/detokenize")
+WITHOUT_MODEL = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
 
 
 class Bucket:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from linalign import Principle, SamplingParams
+from linalign.alignment_core.decoding.schemas import MAX_LENGTH
 from linalign.alignment_core.methods import Method
 from linalign.alignment_core.request import (
     MAX_BIAS,
@@ -100,17 +101,21 @@ class StructuredOutputs(Schema):
         ):
             raise ValueError("give exactly one of json, json_object, regex, choice and grammar")
         if isinstance(self.json_, str):
+            if len(self.json_) > MAX_LENGTH:
+                raise ValueError(f"json has {len(self.json_)} characters, more than {MAX_LENGTH}")
             try:
-                strict(self.json_)
+                schema = strict(self.json_)
             except (ValueError, InvalidBody) as error:
                 raise ValueError(f"json is not valid JSON: {error}") from error
+            if not isinstance(schema, dict):
+                raise ValueError("json must be a schema, an object")
+            self.json_ = schema  # whatever its spelling was
         return self
 
     def structure(self) -> Structure:
         name = "structured_outputs"
         if self.json_ is not None or self.json_object:
-            schema = {"type": "object"} if self.json_ is None else self.json_
-            return Structure("json_schema", schema if isinstance(schema, str) else json.dumps(schema), name)
+            return Structure("json_schema", json.dumps({"type": "object"} if self.json_ is None else self.json_), name)
         if self.regex is not None:
             return Structure("regex", self.regex, name)
         if self.choice is not None:

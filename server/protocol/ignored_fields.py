@@ -5,6 +5,7 @@ for other servers. It is an error if it looks like a misspelt field of ours, or 
 """
 
 import difflib
+import re
 from collections.abc import Collection, Iterator
 from typing import Any
 from urllib.parse import quote
@@ -16,6 +17,8 @@ HEADER = "X-Linalign-Ignored"
 MAX_HEADER = 1000  # characters
 MAX_NAME = 100  # characters that are compared and shown
 MAX_CHECKED = 64  # unknown names of a request that are compared with known ones, because each takes a millisecond
+MIN_NAME = 4  # characters of a name that can be a misspelling
+IDENTIFIER = re.compile("(_i|I)ds?$")  # names of identifiers, which no field of ours resembles by mistake
 SIMILAR = 0.8  # of difflib's ratio, from which a name is a misspelling
 EMPTY: tuple[Any, ...] = (None, False, "", [], {})  # values that ask for nothing
 # Names that begin so are ours alone, so that an unknown one would silently change nothing.
@@ -23,6 +26,10 @@ OURS = ("alignment", "principle")
 # Names of OpenAI's fields, or of another gateway's, that ask for nothing on endpoints that do not have them.
 HINTS = {"include", "metadata", "mode", "models", "parallel_tool_calls", "reasoning", "reasoning_effort"}
 HINTS |= {"output_config", "speed", "store", "stream_options", "thinking", "text", "truncation", "user", "user_id"}
+WITH_FORMAT = ("text", "output_config")  # hints, unless they hold a format of the reply
+# Values without an effect of fields that other endpoints have.
+NEUTRAL: dict[str, Any] = {"n": 1, "best_of": 1, "repetition_penalty": 1, "top_k": -1, "tool_choice": "auto"}
+NEUTRAL |= {"modalities": ["text"], "response_format": {"type": "text"}}
 # Fields of other servers that would change the reply, and their values without an effect.
 ELSEWHERE: dict[str, Any] = {
     **dict.fromkeys(("extra_body", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "grammar")),
@@ -56,19 +63,21 @@ def ignored_fields(body: BaseModel, elsewhere: Collection[str]) -> list[str]:
     for place, model in _models(body, ()):
         others = elsewhere if model is body else ()
         for name, value in (model.model_extra or {}).items():
-            if value in EMPTY:
+            if value in (None, "", [], {}):
                 continue
             if (name, type(model)) not in checked and len(checked) < MAX_CHECKED:
                 checked.add((name, type(model)))
-                _refuse_misspelling(name, place, type(model), others)
+                _refuse_misspelling(name, value, place, type(model), others)
+            if value in EMPTY or value == NEUTRAL.get(name):
+                continue
             ignored[".".join(part for part in (*place, name) if isinstance(part, str))] = None
     return list(ignored)
 
 
 def header_of(ignored: Collection[str]) -> str:
     """The header's value: the paths, percent-encoded, as many as fit."""
-    text, paths = "", [quote(path, safe=".-_$[]") for path in ignored]
-    for path in paths:
+    text = ""
+    for path in (quote(path[:MAX_NAME], safe=".-_$[]") for path in ignored):
         if len(text) + len(path) > MAX_HEADER:
             return f"{text}, ..." if text else "..."
         text = f"{text}, {path}" if text else path
@@ -78,13 +87,20 @@ def header_of(ignored: Collection[str]) -> str:
 def similar_name(name: str, known: Collection[str]) -> str | None:
     """The known name of which `name` is a misspelling, if there is one."""
     by_letters = {_letters(one): one for one in known}
+    if _letters(name) in by_letters:
+        return by_letters[_letters(name)]
+    if len(name) < MIN_NAME or IDENTIFIER.search(name):
+        return None
     matches = difflib.get_close_matches(_letters(name[:MAX_NAME]), list(by_letters), n=1, cutoff=SIMILAR)
     return by_letters[matches[0]] if matches else None
 
 
-def _refuse_misspelling(name: str, place: Place, schema: type[BaseModel], others: Collection[str]) -> None:
+def _refuse_misspelling(name: str, value: Any, place: Place, schema: type[BaseModel], others: Collection[str]) -> None:
     known = [field.alias or own for own, field in schema.model_fields.items()]
-    if name in others and name not in HINTS:
+    is_format = name in WITH_FORMAT and isinstance(value, dict) and value.get("format") not in (None, {"type": "text"})
+    if name in others and (is_format or name not in HINTS):
+        if value in EMPTY or value == NEUTRAL.get(name):
+            return
         hint = ": this endpoint has no such field"
     elif name.startswith(OURS) or (name not in HINTS and similar_name(name, known)):
         similar = similar_name(name, known)

@@ -55,15 +55,15 @@ Block = Annotated[TextPart | ToolUse | ToolResult | Thinking | RedactedThinking,
 
 class InputMessage(OpenSchema):
     role: Literal["user", "assistant", "system"]
-    content: str | Annotated[list[Block], FAIL_FAST]
+    content: str | Annotated[list[Block], FAIL_FAST] | None = None
 
     def as_chat(self) -> list[AnyMessage]:
         """The message as chat messages: results of tools first, then the text."""
-        content = self.content
+        content = self.content or ""
         blocks: Sequence[Block] = [TextPart(type="text", text=content)] if isinstance(content, str) else content
         text = "\n".join(block.text for block in blocks if isinstance(block, TextPart))
         if self.role == "system":
-            return [SystemMessage.model_construct(role="system", content=text)]
+            return [SystemMessage.model_construct(role="system", content=_without_billing_header(text))]
         if self.role == "assistant":
             return [_reply(text, blocks)]
         results: list[AnyMessage] = [
@@ -73,6 +73,11 @@ class InputMessage(OpenSchema):
         ]
         has_text = not results or any(isinstance(block, TextPart) for block in blocks)
         return [*results, UserMessage.model_construct(role="user", content=text)] if has_text else results
+
+
+def _without_billing_header(text: str) -> str:
+    """The text without the header's line at its beginning."""
+    return text.partition("\n")[2].lstrip("\n") if text.startswith(BILLING_HEADER) else text
 
 
 def _reply(text: str, blocks: Sequence[Block]) -> AssistantMessage:
@@ -164,10 +169,11 @@ class MessagesRequest(ChatLike):
 
     def _system(self) -> list[AnyMessage]:
         texts = [self.system] if isinstance(self.system, str) else [part.text for part in self.system or ()]
-        kept = [text for text in texts if not text.startswith(BILLING_HEADER)]
-        if len(kept) < len(texts):
+        kept = [_without_billing_header(text) for text in texts]
+        if kept != texts:
             self._ignored.append(f"system.{BILLING_HEADER}")
-        return [SystemMessage.model_construct(role="system", content="\n".join(kept))] if kept else []
+        content = "\n".join(filter(None, kept))
+        return [SystemMessage.model_construct(role="system", content=content)] if content else []
 
     def _chat_fields(self) -> dict[str, Any]:
         """Fields of the chat completion that have other names here."""
@@ -193,9 +199,9 @@ class MessagesRequest(ChatLike):
     def _continues(self) -> bool:
         """Whether the reply continues the last message: the assistant's, with a text and without calls."""
         last = self.messages[-1]
-        if last.role != "assistant":
+        if last.role != "assistant" or not last.content:
             return False
-        return isinstance(last.content, str) or all(isinstance(block, TextPart) for block in last.content)
+        return isinstance(last.content, str) or isinstance(last.content[-1], TextPart)
 
 
 # Fields of the same name and meaning in a chat completion.

@@ -70,7 +70,7 @@ Content = str | Annotated[list[Part], FAIL_FAST]
 class InputMessage(_Item):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    content: Content | None = None
 
     def as_chat(self) -> AnyMessage:
         content = _joined(self.content)
@@ -85,7 +85,7 @@ class FunctionCallItem(_Item):
     type: Literal["function_call"]
     call_id: str
     name: str
-    arguments: str | dict[str, Any] | None = None
+    arguments: str | dict[str, Any] | list[Any] | None = None
 
     def as_chat(self) -> AnyMessage:
         function = FunctionCall.model_construct(name=self.name, arguments=self.arguments)

@@ -63,7 +63,8 @@ class Request(OpenSchema):
             return body
         refused = {**ELSEWHERE, **cls.unsupported()}
         for name in body.keys() & (refused.keys() - cls.model_fields.keys()):
-            if body[name] not in EMPTY and not _equal(body[name], refused[name]):
+            neutral = refused[name]
+            if body[name] is not None and body[name] != neutral and (neutral is not None or body[name] not in EMPTY):
                 hint = f"; {INSTEAD[name]}" if name in INSTEAD else ""
                 raise field_error(name, f"{name} is not supported{hint}", "unsupported_field")
         return {name: value for name, value in body.items() if name in cls.model_fields or name not in refused}
@@ -94,7 +95,3 @@ def _names_of_all_requests() -> set[str]:
     for request in requests:
         requests += request.__subclasses__()
     return {name for request in requests for name in (*request.model_fields, *request.unsupported())}
-
-
-def _equal(value: Any, neutral: Any) -> bool:
-    return type(value) in (type(neutral), int, float) and bool(value == neutral)

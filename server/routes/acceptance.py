@@ -42,10 +42,14 @@ def rendering_of(body: ChatFields, request: Request) -> Rendering:
     variables = dict(rendering.variables)
     if "enable_thinking" in known and (effort := variables.get("reasoning_effort")) is not None:
         variables.setdefault("enable_thinking", effort != "none")
+        known |= {"reasoning_effort"}
+    if variables.get("reasoning_effort") in state_of(request).settings.thinking_budgets:
+        known |= {"reasoning_effort"}
     unknown = {name: value for name, value in variables.items() if name not in known}
     path = request.scope["route"].path
     note_ignored(request, [name_on(path, f"variables.{name}") for name, value in unknown.items() if value not in OFF])
-    used = {name: value for name, value in variables.items() if name in known}
+    in_template = state_of(request).engine.prompts.variables | RESERVED
+    used = {name: value for name, value in variables.items() if name in in_template}
     return replace(rendering, variables=used)
 
 

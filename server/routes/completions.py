@@ -34,7 +34,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
 
     texts, prompts = await in_thread(request, build)
     params = body.sampling_params()
-    note_if_shortened(request, prompts, params.max_tokens, "max_tokens")
+    note_if_shortened(request, prompts, body.max_tokens, "max_tokens")
     needs_engine = [bool(params.max_tokens or prompt.given) for prompt in prompts]
     submitted = iter(await Replies.submit(request, body, list(itertools.compress(prompts, needs_engine)), params))
     replies = [

@@ -5,7 +5,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from linalign.server.protocol.errors import ModelNotFound
+from linalign.server.models import preset_of
 from linalign.server.state import state_of
 
 router = APIRouter()
@@ -36,10 +36,12 @@ async def list_models(request: Request) -> dict[str, Any]:
 
 @router.get("/v1/models/{id:path}")
 async def retrieve_model(id: str, request: Request) -> dict[str, Any]:
-    for model in _models(request):
+    own, *presets = _models(request)
+    for model in (own, *presets):
         if model["id"] == id:
             return model
-    raise ModelNotFound(id)
+    preset = preset_of(id, state_of(request))  # with a ratio in the name
+    return own | {"id": id, "parent": own["id"], "preset": preset.model_dump(exclude_none=True)}
 
 
 @router.head("/health", include_in_schema=False)

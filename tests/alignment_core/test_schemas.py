@@ -12,6 +12,7 @@ from linalign.alignment_core.decoding.grammars import leniently_embedded
 from linalign.alignment_core.decoding.json_runs import MAX_DIGITS, MAX_SPACES, JsonRuns, TokenRuns
 from linalign.alignment_core.decoding.schemas import prepared
 from linalign.alignment_core.request import Structure
+from linalign.server.protocol.generation import StructuredOutputs
 from tests.engines import GREEDY, aligned, make_engine, run_all, tiny_pair, token_ids
 from tests.oracle import Setting
 
@@ -103,9 +104,9 @@ def test_references_in_a_circle_end(target):
     assert prepared(schema) == schema
 
 
-def test_references_that_are_nested_too_deeply_are_refused():
-    with pytest.raises(ValueError, match="nested too deeply"):
-        prepared({"allOf": [{"$ref": "#/$defs/d0"}, TEXT], "$defs": chain(2000, TEXT)})
+def test_long_chains_of_references_are_refused():
+    with pytest.raises(ValueError, match="601 references"):
+        prepared({"allOf": [{"$ref": "#/$defs/d0"}, TEXT], "$defs": chain(600, TEXT)})
 
 
 @pytest.mark.parametrize(
@@ -132,6 +133,20 @@ def test_nothing_but_an_object_is_kept_of_a_bomb():
         deep = members(a=deep)
     assert leniently_embedded(deep)["type"] == "object"
     assert "properties" not in leniently_embedded(deep)
+
+
+@pytest.mark.parametrize("spelling", ["$", "\\u0024"])
+def test_chains_of_references_do_not_reach_the_library(spelling):
+    """llguidance overflows its stack, which ends the process."""
+    links = [{"allOf": [{"$ref": f"#/prefixItems/{i + 1}"}]} for i in range(2000)]
+    schema = {"type": "object", "properties": {"a": {"$ref": "#/prefixItems/0"}}, "prefixItems": [*links, {}]}
+    with pytest.raises(ValueError, match="references"):
+        compiled(schema)
+    assert "properties" not in leniently_embedded(schema)
+    text = json.dumps(schema).replace("$", spelling)
+    outputs = StructuredOutputs.model_validate({"json": text})
+    with pytest.raises(ValueError, match="references"):
+        compiled(json.loads(outputs.structure().text))
 
 
 # Runs
@@ -179,7 +194,7 @@ def test_digits_of_numbers_are_bounded():
 def test_white_space_in_strings_is_bounded():
     assert MAX_SPACES == 64
     assert forbidden_after(['{"a": ', '"', *["    "] * 15]) == set()
-    assert forbidden_after(['{"a": ', '"', *["    "] * 16]) == {" ", "    ", "\\n", "\\n\\n  x"}
+    assert forbidden_after(['{"a": ', '"', *["    "] * 16]) == {" ", "    ", "\\n", "\\n\\n  x", "\\"}
     assert forbidden_after(['{"a": ', '"', *["\\n"] * 62]) == {"    ", "\\n\\n  x"}
     assert forbidden_after(['{"a": ', '"', *["\\", "n"] * 62]) == {"    ", "\\n\\n  x"}
     assert forbidden_after(['{"a": ', '"', *["    "] * 16, "x "]) == set()
@@ -191,6 +206,7 @@ def test_only_json_is_bounded():
     assert forbidden_after(["456"] * 20, begin="<call>") == set()
     assert forbidden_after(["456", '"', "<call>", '{"a": ', *["456"] * 6], begin="<call>") >= {"1", "456"}
     assert forbidden_after(["<call>", '{"a": ', "1", "}", *["456"] * 6], begin="<call>") == set()
+    assert forbidden_after(["<call>", '{"a": ', "1", "}", '{"a": ', *["456"] * 6], begin="<call>") >= {"1", "456"}
 
 
 NUMBER = Structure("json_schema", json.dumps({**closed(a={"type": "number"}), "required": ["a"]}))

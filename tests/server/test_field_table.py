@@ -188,9 +188,10 @@ something:
   `metadata`.
 - **400**: the field would change the reply, and the server does not support it. The error names the field.
 
-A field with an empty or neutral value (null, false, "", [], {}) is always accepted. A field that is in none of these
-columns is ignored in the same way, unless it looks like a misspelling of one of them: then it is a 400 that names the
-nearest one. Fields of other servers that would change the reply, such as `guided_json`, are a 400, too.
+Every optional field may be null. A field that is ignored or a 400 may have a value that asks for nothing, such as false
+or []. A field that is in none of these columns is ignored in the same way, unless it looks like a misspelling of one of
+them: then it is a 400 that names the nearest one. Fields of other servers that would change the reply, such as
+`guided_json`, are a 400, too.
 `tests/server/test_field_table.py` writes this page.
 """
 

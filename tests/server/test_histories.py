@@ -83,6 +83,8 @@ def test_messages_without_content_are_accepted(url, messages):
     "items",
     [
         [ASK, {"role": "assistant", "content": []}, ON],
+        [ASK, {"role": "assistant", "content": None}, ON],
+        [ASK, {"type": "function_call", "call_id": "a", "name": "f", "arguments": [1]}, ON],
         [ASK, {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm"}], "encrypted_content": "x"}, ON],
         [ASK, {"type": "message", "role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}, ON],
         [ASK, {"type": "function_call_output", "call_id": "a", "output": None}, ON],

@@ -78,6 +78,7 @@ NEUTRAL = [
     ("chat/completions", {"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": False}}),
     ("chat/completions", {"use_beam_search": False, "length_penalty": 1.0, "guided_json": None, "mirostat": 0}),
     ("completions", {"suffix": None, "best_of": 1, "grammar": "", "skip_special_tokens": True}),
+    ("responses", {"n": 1, "top_k": -1, "repetition_penalty": 1.0, "response_format": {"type": "text"}}),
     ("responses", {"background": False, "conversation": None, "reasoning": {"effort": "none", "summary": None}}),
 ]
 
@@ -96,7 +97,10 @@ def test_values_that_ask_for_nothing_are_not_named(url, strict, endpoint, fields
         ("chat/completions", {"temprature": 1}, "temprature", "did you mean temperature?"),
         ("chat/completions", {"maxTokens": 1}, "maxTokens", "did you mean max_tokens?"),
         ("chat/completions", {"principal": "Be kind."}, "principal", "did you mean principle?"),
+        ("chat/completions", {"temprature": 0}, "temprature", "did you mean temperature?"),
+        ("chat/completions", {"alignement_ratio": 0}, "alignement_ratio", "did you mean alignment_ratio?"),
         ("chat/completions", {"alignment_strength": 2}, "alignment_strength", "no such field"),
+        ("chat/completions", {"text": {"format": {"type": "json_object"}}}, "text", "this endpoint has no such field"),
         ("chat/completions", {"messages": None, "message": CHAT["messages"]}, "message", "did you mean messages?"),
         (
             "chat/completions",
@@ -132,6 +136,8 @@ def test_fields_that_look_like_ours_are_refused(url, endpoint, fields, param, hi
         ("chat/completions", {"audio": {"voice": "alloy"}}),
         ("chat/completions", {"modalities": ["text", "audio"]}),
         ("chat/completions", {"use_beam_search": True}),
+        ("chat/completions", {"skip_special_tokens": False}),
+        ("chat/completions", {"typical_p": 0}),
         ("completions", {"suffix": "end"}),
         ("completions", {"best_of": 3}),
         ("responses", {"background": True}),
@@ -174,6 +180,11 @@ def test_ignored_fields_are_in_the_debug_log(tmp_path):
 def test_headers_hold_any_name():
     assert header_of(["a.b", "c d\r\n", "é"]) == "a.b, c%20d%0D%0A, %C3%A9"
     assert len(header_of([f"field{i}" for i in range(1000)])) <= MAX_HEADER + 5
+
+
+@pytest.mark.parametrize("name", ["modelId", "message_id", "stream_id", "uid", "content_id"])
+def test_names_of_identifiers_are_no_misspellings(name):
+    assert similar_name(name, ["model", "messages", "stream", "id", "content"]) is None
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,12 @@ def test_a_volatile_header_in_the_system_text_does_not_spoil_the_prefix_cache(ur
     assert second["usage"]["cache_read_input_tokens"] >= 64
 
 
+def test_only_the_line_of_the_volatile_header_is_left_out(url, client):
+    expected = create(client, messages=[{"role": "system", "content": "You are a mayor."}, *CHAT])
+    found = message(url, system=BILLING.format("a1b2c") + "\n\nYou are a mayor.")
+    assert found["content"][0]["text"] == expected.choices[0].message.content
+
+
 CODE = {  # the parts of what Claude Code sends
     "messages": [
         {

@@ -95,6 +95,8 @@ REPLIES = [
     ("qwen", "", "<tool_call>nothing of it</tool_call>", {"content": "<tool_call>nothing of it</tool_call>"}, []),
     ("qwen", "", "a < b <tool", {"content": "a < b "}, []),  # the beginning of a mark
     ("qwen", "", "a < b <t", {"content": "a < b <t"}, []),
+    ("qwen", "", "Write <tool_call> and then JSON.", {"content": "Write <tool_call> and then JSON."}, []),
+    ("llama", "", '{"name": "Bob", "life": "He w', {"content": '{"name": "Bob", "life": "He w'}, []),
     ("qwen", "", 'So. <tool_call>\n{"name": "wea', {"content": "So. "}, []),
     ("mistral", "", "So. [TOOL_CAL", {"content": "So. "}, []),
     ("mistral", "", '[TOOL_CALLS][{"na', {}, []),
