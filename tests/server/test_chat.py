@@ -207,7 +207,7 @@ BAD = [
     ),
     ({"structured_outputs": {}}, 400, "structured_outputs", "exactly one"),
     ({"structured_outputs": {"regex": "a("}}, 400, "structured_outputs", "regex"),
-    ({"structured_outputs": {"jsn": {}}}, 400, "structured_outputs.jsn", "did you mean json?"),
+    ({"structured_outputs": {"regx": "a"}}, 400, "structured_outputs.regx", "did you mean regex?"),
     ({"structured_outputs": {"json": "{"}}, 400, "structured_outputs", "not valid JSON"),
     ({"tools": [{"type": "function"}]}, 400, "tools.0.function", "required"),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, 400, "tools.0.function.name", "pattern"),
