@@ -105,7 +105,7 @@ def test_references_in_a_circle_end(target):
 
 
 def test_long_chains_of_references_are_refused():
-    with pytest.raises(ValueError, match="its references are nested too deeply|601 references"):
+    with pytest.raises(ValueError, match="references"):
         prepared({"allOf": [{"$ref": "#/$defs/d0"}, TEXT], "$defs": chain(600, TEXT)})
 
 
