@@ -90,7 +90,7 @@ async def on_validation_error(_: Request, error: Exception) -> JSONResponse:
     path = _path(first["loc"][1:], error.body, ends_with_name=first["type"] == "missing")
     if first["type"].startswith("union_tag"):
         path.append(first["ctx"]["discriminator"].strip("'"))
-    param = ".".join(map(str, path)) or None
+    param = ".".join(str(part)[:MAX_NAME] for part in path) or None
     if first["type"] == "extra_forbidden":
         similar = similar_name(name, _names_of_closed_objects())
         hint = f"; did you mean {similar}?" if similar else ""

@@ -116,7 +116,7 @@ def test_a_scored_text_is_seen_by_every_policy(url):
         ({"prompt": []}, "prompt", ""),
         ({"prompt": [10**9]}, "prompt", "no token"),
         ({"max_tokens": 0}, "max_tokens", "echo"),
-        ({"messages": []}, "messages", "this endpoint has no such field"),
+        ({"messages": [1]}, "messages", "this endpoint has no such field"),
         ({"propmt": "x"}, "propmt", "did you mean prompt?"),
         ({"prompt": ["a"] * 300}, "prompt", "256"),
         ({"prompt": [[1], []]}, "prompt.1", "at least 1"),
@@ -242,7 +242,9 @@ def test_a_reply_continues_the_text_of_its_prompt(small_words, given, echo, prin
     assert ids[0] == tokenizer.bos_token_id
     prompt = engine.prompts.build_text(ids, [Principle(principle)] if principle else [], body.scores)
     params = replace(body.sampling_params(), max_tokens=3)
-    (choice,) = TextCompletion(engine, "", body, [ids], [prompt]).whole(run_all(engine, [(prompt, params)]))["choices"]
+    (choice,) = TextCompletion(engine, "", body, [ids], [prompt], None).whole(run_all(engine, [(prompt, params)]))[
+        "choices"
+    ]
     text, offsets = choice["text"], choice["logprobs"]["text_offset"]
     shown_prompt = (given if isinstance(given, str) else tokenizer.decode(given)) if echo else ""
     assert text == shown_prompt + " hi hi hi"
