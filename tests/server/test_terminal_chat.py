@@ -80,7 +80,7 @@ def start_chat(url):
     def start_chat(*args):
         terminal = Terminal(url, *args)
         terminals.append(terminal)
-        assert "smollm2 at " in terminal.until(r"\n>$")
+        assert re.search(r"smollm2\S* at ", terminal.until(r"\n>$"))
         return terminal
 
     yield start_chat
