@@ -64,13 +64,14 @@ def create_app(engine: EngineClient, settings: Settings) -> FastAPI:
 
     AppStatus.enable_automatic_graceful_drain = False  # streams may finish like other replies
     presets = load_presets(settings.presets)
+    store = ResponseStore(settings.responses_store, settings.max_body_bytes)
     measures, tracing = Measures(), Tracing(settings.otlp_traces_endpoint)
     state = ServerState(
         engine=engine,
         settings=settings,
         presets=presets,
         key_presets=presets_of_keys(settings.key_presets, presets) if "key" in settings.alignment_from else {},
-        responses=ResponseStore(settings.responses_store) if settings.responses_store else None,
+        responses=store if settings.responses_store else None,
         measures=measures,
         tracer=tracing.tracer,
         long_bodies=ThreadPoolExecutor(1, "long-bodies"),
@@ -100,6 +101,10 @@ def create_app(engine: EngineClient, settings: Settings) -> FastAPI:
             measures.expect(path)
     _list_models(app.openapi(), [engine.model_id, *(f"{engine.model_id}:{name}" for name in state.presets)])
     return app
+
+
+def _response_store(settings: Settings) -> ResponseStore | None:
+    return ResponseStore(settings.responses_store, settings.max_body_bytes) if settings.responses_store else None
 
 
 def _middleware(settings: Settings, measures: Measures) -> list[Middleware]:

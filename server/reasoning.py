@@ -1,11 +1,14 @@
 """The marks of reasoning in replies, and bounds for it."""
 
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Literal
 
 from linalign.alignment_core.request import Thinking
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 THINKING = {"<think>": "</think>", "[THINK]": "[/THINK]"}
 
 
@@ -24,7 +27,7 @@ def thinking_start(generation_prompt: str) -> int:
     return min((place for place in places if place >= 0), default=len(generation_prompt))
 
 
-def thinking_marks(tokenizer: PreTrainedTokenizerBase, generation_prompt: str) -> Marks | None:
+def thinking_marks(tokenizer: "PreTrainedTokenizerBase", generation_prompt: str) -> Marks | None:
     """The marks of the reasoning that a reply may have. None if the model does not reason, or the prompt has ended the
     reasoning.
 
@@ -41,7 +44,7 @@ def thinking_marks(tokenizer: PreTrainedTokenizerBase, generation_prompt: str) -
     return None
 
 
-def thinking_budget(tokenizer: PreTrainedTokenizerBase, marks: Marks, budget: int) -> Thinking:
+def thinking_budget(tokenizer: "PreTrainedTokenizerBase", marks: Marks, budget: int) -> Thinking:
     """A bound for the reasoning between these marks, in tokens."""
     ids = tuple(tokenizer.encode(marks.end, add_special_tokens=False))
     return Thinking(budget, marks.begin, marks.end, ids, marks.is_begun)

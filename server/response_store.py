@@ -5,7 +5,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from linalign.server.protocol.chat_messages import AnyMessage
+from linalign.server.protocol.chat_messages import AnyMessage, num_characters
 
 LIFETIME = 3600.0  # seconds since the last use of a response
 
@@ -21,12 +21,16 @@ class Conversation:
 class ResponseStore:
     """The newest conversations of each API key. Conversations share the messages that they have in common."""
 
-    def __init__(self, max_responses: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """max_responses: Most responses of each key; the one that was not used for the longest time is dropped."""
-        self._max_responses, self._clock = max_responses, clock
+    def __init__(self, max_responses: int, max_characters: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """max_responses: Most responses of each key; the one that was not used for the longest time is dropped.
+        max_characters: Longest conversation; longer ones are not kept.
+        """
+        self._max_responses, self._max_characters, self._clock = max_responses, max_characters, clock
         self._of_key: defaultdict[bytes | None, OrderedDict[str, Conversation]] = defaultdict(OrderedDict)
 
     def put(self, key: bytes | None, response_id: str, messages: Sequence[AnyMessage]) -> None:
+        if sum(map(num_characters, messages)) > self._max_characters:
+            return
         responses = self._of_key[key]
         responses[response_id] = Conversation(tuple(messages), self._clock() + LIFETIME)
         while len(responses) > self._max_responses:

@@ -19,9 +19,9 @@ from pydantic_settings import (
 from linalign.alignment_core.request import DEFAULT_RATIO, MAX_RATIO, MIN_RATIO
 from linalign.server.hosts import ANY, host_of, is_this_machine
 from linalign.server.keys import hashed, keys_of
+from linalign.server.reasoning import Effort
 
 PREFIX = "LINALIGN_"
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 ALIGNMENT_SOURCES = ("body", "headers", "model", "key")
 # Help for options of the commands that are clients of a server.
 FIRST_MODEL = "model name (default: the first that the server lists)"
@@ -246,13 +246,13 @@ exit status:
         ge=0,
         title="N",
         description="most responses of each key that /v1/responses keeps in memory, for previous_response_id, until an "
-        "hour after their last use; 0: none",
+        "hour after their last use; conversations above max_body_bytes are not kept; 0: none",
     )
     strict_fields: CliImplicitFlag[bool] = Field(
         False,
         description="refuse fields that would have no effect, with a 400; by default a response header names them",
     )
-    thinking_budgets: Annotated[dict[str, int], NoDecode] = Field(
+    thinking_budgets: Annotated[dict[Effort, Annotated[int, Field(ge=0)]], NoDecode] = Field(
         {},
         title="BUDGETS",
         description="most tokens of reasoning by reasoning_effort, such as low=512,medium=2048; requests may set "
@@ -288,14 +288,6 @@ exit status:
             return given
         pairs = [part.partition("=") for part in given.split(",") if part.strip()]
         return {name.strip(): number.strip() for name, _, number in pairs}
-
-    @field_validator("thinking_budgets")
-    @classmethod
-    def _are_budgets(cls, budgets: dict[str, int]) -> dict[str, int]:
-        for name, number in budgets.items():
-            if name not in EFFORTS or number < 0:
-                raise ValueError(f"{name}={number} is not an effort ({', '.join(EFFORTS)}) and a number of tokens")
-        return budgets
 
     @field_validator("alignment_from")
     @classmethod

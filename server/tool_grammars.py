@@ -9,8 +9,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from linalign import InvalidRequest
-from linalign.alignment_core.decoding.grammars import PLAIN_JSON, STRICT, embedded, leniently_embedded
-from linalign.alignment_core.decoding.schemas import MAX_LENGTH
+from linalign.alignment_core.decoding.grammars import (
+    PLAIN_JSON,
+    STRICT,
+    embedded,
+    is_small_enough,
+    leniently_embedded,
+)
 from linalign.alignment_core.request import Structure
 from linalign.server.tool_calls import HERMES, LLAMA, CallFormat, call_format
 
@@ -64,7 +69,7 @@ def _only_calls(form: CallFormat, tokenizer: PreTrainedTokenizerBase, tools: Too
     parts = [literal(form.begin, tokenizer), _calls(form, tools, parallel), json.dumps(form.end) if form.end else ""]
     start, schemas = f"start: {' '.join(filter(None, parts))}", list(map(_enforced, tools))
     grammar = "\n".join([start, *_rules(form, tools, schemas)])
-    if len(grammar) <= MAX_LENGTH:
+    if is_small_enough(grammar):
         return grammar
     smaller = [
         schema if tool["function"].get("strict") else ANY_OBJECT for tool, schema in zip(tools, schemas, strict=True)

@@ -198,12 +198,22 @@ def embedded(schema: Any, options: "JsonCompileOptions" = STRICT) -> dict[str, A
     return {**schema, "x-guidance": {**PLAIN_JSON, **options}}
 
 
+def is_small_enough(grammar: str) -> bool:
+    """Whether a grammar in llguidance's Lark is within the limits. Short ones always are."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    if len(grammar) <= QUICK_LENGTH:
+        return True
+    return len(grammar) <= MAX_LENGTH and not LLMatcher.validate_grammar(grammar, limits=LLParserLimits(**OF_JSON))
+
+
 def leniently_embedded(schema: Any) -> dict[str, Any]:
     """`embedded`, without what can't be enforced. At least the value is an object."""
-    for attempt in (schema, without_refused(schema, _is_pattern), {"type": "object"}):
-        with contextlib.suppress(TypeError, ValueError):
-            return embedded(attempt, LENIENT)
-    raise AssertionError("an object can be enforced")
+    with contextlib.suppress(TypeError, ValueError):
+        return embedded(schema, LENIENT)
+    with contextlib.suppress(TypeError, ValueError):
+        return embedded(without_refused(schema, _is_pattern), LENIENT)
+    return embedded({"type": "object"})
 
 
 def _is_pattern(pattern: str) -> bool:

@@ -73,10 +73,10 @@ def without_descriptions(schema: Any) -> Any:
     return _mapped({key: value for key, value in schema.items() if key not in NOT_ENFORCED}, without_descriptions)
 
 
-def without_refused(schema: Any, is_pattern: Callable[[str], bool], num_left: int = MAX_TRIED) -> Any:
+def without_refused(schema: Any, is_pattern: Callable[[str], bool]) -> Any:
     """The schema without keywords that `refuse_in_schema` refuses, and without invalid patterns.
 
-    num_left: The number of patterns that are tried; further ones are left out.
+    is_pattern: Tries a pattern. Only the first MAX_TRIED are tried; further ones are left out.
     """
     num_tried = 0
 
@@ -86,7 +86,7 @@ def without_refused(schema: Any, is_pattern: Callable[[str], bool], num_left: in
             return schema
         copy = _mapped({key: value for key, value in schema.items() if key not in REFUSED}, change)
         num_tried += "pattern" in copy
-        if "pattern" in copy and (num_tried > num_left or not is_pattern(copy["pattern"])):
+        if "pattern" in copy and (num_tried > MAX_TRIED or not is_pattern(copy["pattern"])):
             copy.pop("pattern")
         return copy
 

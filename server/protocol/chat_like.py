@@ -20,7 +20,7 @@ class ChatLike(AlignmentFields):
     @property
     def chat(self) -> ChatCompletionRequest:
         """The request as a chat completion, with the alignment fields of this object."""
-        names = [name for name in (*AlignmentFields.model_fields, "principle_placement") if hasattr(self, name)]
+        names = (*AlignmentFields.model_fields, "principle_placement")
         return self._chat.model_copy(update={name: getattr(self, name) for name in names})
 
     def convert(

@@ -31,6 +31,7 @@ class RefusalPart(OpenSchema):
 class ThinkingPart(OpenSchema):
     type: Literal["thinking"]
     thinking: str
+    signature: str | None = Field(None, description="no effect")
 
 
 class ReasoningPart(OpenSchema):
@@ -139,6 +140,14 @@ def rendered(messages: Sequence[AnyMessage]) -> list[dict[str, Any]]:
     except ValueError:
         arguments = iter(texts)
     return [_rendered(message, arguments) for message in messages]
+
+
+def num_characters(message: AnyMessage) -> int:
+    """About how many characters a message holds."""
+    num = len(_joined(message.content))
+    if isinstance(message, AssistantMessage):
+        num += len(message.thoughts or "") + sum(len(call.function.arguments_text) for call in message.calls)
+    return num
 
 
 def _rendered(message: AnyMessage, arguments: Any) -> dict[str, Any]:

@@ -11,8 +11,7 @@ from linalign.server.protocol.chat_messages import Message, rendered
 from linalign.server.protocol.generation import AlignmentFields, GenerationRequest
 from linalign.server.protocol.schema import FAIL_FAST, WHOLE, MaxTokens, ThinkingBudget, field_error
 from linalign.server.protocol.tools import MAX_TOOLS, AnyTool, Function, FunctionName, NamedTool, OtherTool, Tool
-
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+from linalign.server.reasoning import Effort
 
 
 class ChatFields(AlignmentFields):

@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 HEADER = "X-Linalign-Ignored"
 MAX_HEADER = 1000  # characters
 MAX_NAME = 100  # characters that are compared and shown
-MAX_CHECKED = 64  # unknown names of a request that are compared with known ones, because each takes a millisecond
+MAX_CHECKED = 64  # unknown names of a request that are compared with known ones; each takes 0.1 ms of the event loop
 MIN_NAME = 4  # characters of a name that can be a misspelling
 IDENTIFIER = re.compile("(_i|I)ds?$")  # names of identifiers, which no field of ours resembles by mistake
 SIMILAR = 0.8  # of difflib's ratio, from which a name is a misspelling

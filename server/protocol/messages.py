@@ -11,16 +11,18 @@ from linalign.server.protocol.chat_messages import (
     AnyMessage,
     AssistantMessage,
     FunctionCall,
+    RedactedThinkingPart,
     SystemMessage,
     TextPart,
+    ThinkingPart,
     ToolCall,
     ToolMessage,
     UserMessage,
 )
-from linalign.server.protocol.chat_request import Effort
 from linalign.server.protocol.generation import CacheSalt, JsonSchema, JsonSchemaFormat, Seed
 from linalign.server.protocol.schema import FAIL_FAST, WHOLE, MaxTokens, OpenSchema, ThinkingBudget
 from linalign.server.protocol.tools import MAX_TOOLS, Function, FunctionName, NamedTool, OtherTool, Tool
+from linalign.server.reasoning import Effort
 
 # Claude Code puts a text that changes with each request in front of the system text. It would spoil the prefix cache.
 BILLING_HEADER = "x-anthropic-billing-header"
@@ -40,17 +42,7 @@ class ToolResult(OpenSchema):
     is_error: bool | None = Field(None, description="no effect; the content says what went wrong")
 
 
-class Thinking(OpenSchema):
-    type: Literal["thinking"]
-    thinking: str
-    signature: str | None = Field(None, description="no effect")
-
-
-class RedactedThinking(OpenSchema):
-    type: Literal["redacted_thinking"]
-
-
-Block = Annotated[TextPart | ToolUse | ToolResult | Thinking | RedactedThinking, Field(discriminator="type")]
+Block = Annotated[TextPart | ToolUse | ToolResult | ThinkingPart | RedactedThinkingPart, Field(discriminator="type")]
 
 
 class InputMessage(OpenSchema):
@@ -86,7 +78,7 @@ def _reply(text: str, blocks: Sequence[Block]) -> AssistantMessage:
         for one in blocks
         if isinstance(one, ToolUse)
     ]
-    thoughts = "\n".join(block.thinking for block in blocks if isinstance(block, Thinking))
+    thoughts = "\n".join(block.thinking for block in blocks if isinstance(block, ThinkingPart))
     return AssistantMessage.model_construct(
         role="assistant", content=text, reasoning_content=thoughts or None, tool_calls=calls or None
     )

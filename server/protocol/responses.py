@@ -12,12 +12,13 @@ from linalign.server.protocol.chat_messages import (
     AnyMessage,
     AssistantMessage,
     FunctionCall,
+    RefusalPart,
     SystemMessage,
     ToolCall,
     ToolMessage,
     UserMessage,
 )
-from linalign.server.protocol.chat_request import ChatCompletionRequest, Effort
+from linalign.server.protocol.chat_request import ChatCompletionRequest
 from linalign.server.protocol.generation import (
     CacheSalt,
     JsonObjectFormat,
@@ -38,6 +39,7 @@ from linalign.server.protocol.tools import (
     Tool,
     kind_of_tool,
 )
+from linalign.server.reasoning import Effort
 
 LOGPROBS = "message.output_text.logprobs"  # the only value of `include` that has an effect
 
@@ -54,16 +56,7 @@ class InputText(OpenSchema):
     logprobs: list[Any] | None = Field(None, description="no effect; output items that are sent back have it")
 
 
-class Refusal(OpenSchema):
-    type: Literal["refusal"]
-    refusal: str
-
-    @property
-    def text(self) -> str:
-        return self.refusal
-
-
-Part = Annotated[InputText | Refusal, Field(discriminator="type")]
+Part = Annotated[InputText | RefusalPart, Field(discriminator="type")]
 Content = str | Annotated[list[Part], FAIL_FAST]
 
 
@@ -117,7 +110,7 @@ class ReasoningItem(_Item):
         return AssistantMessage.model_construct(role="assistant", reasoning_content=text or None)
 
 
-def _joined(content: str | list[InputText | Refusal] | None) -> str:
+def _joined(content: str | list[InputText | RefusalPart] | None) -> str:
     if content is None:
         return ""
     return content if isinstance(content, str) else "\n".join(part.text for part in content)

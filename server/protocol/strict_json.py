@@ -18,7 +18,9 @@ Place = tuple["Place", str | int] | None  # the place of the container, and the 
 
 
 class InvalidBody(HTTPException):
-    """A body that is invalid before its fields are validated. param: The field at fault, if known."""
+    """A request that is invalid, found out before or after its fields are validated. param: The field or header at
+    fault, if known.
+    """
 
     def __init__(self, message: str, param: str | None = None, code: str = "invalid_json") -> None:
         super().__init__(400, message)

@@ -29,27 +29,28 @@ def accept(body: Body, request: Request) -> Body:
 
 def note_ignored(request: Request, paths: Iterable[str]) -> None:
     """Name fields in the response's header. Raises InvalidBody with --strict-fields."""
-    paths = dict.fromkeys(paths)
-    if state_of(request).settings.strict_fields:
-        for path in (path for path in paths if path not in ACCEPTED):
-            raise InvalidBody(f"{path} has no effect on this server, which is strict", path, "unknown_field")
+    paths = list(dict.fromkeys(paths))
+    refused = [path for path in paths if path not in ACCEPTED]
+    if refused and state_of(request).settings.strict_fields:
+        message = f"{refused[0]} has no effect, and this server refuses such fields"
+        raise InvalidBody(message, refused[0], "unknown_field")
     exchange_of(request.scope).ignored += paths
 
 
 def rendering_of(body: ChatFields, request: Request) -> Rendering:
     """How the template renders the chat, without variables that it does not use."""
-    rendering, known = body.rendering(), state_of(request).engine.prompts.variables | RESERVED
-    variables = dict(rendering.variables)
-    if "enable_thinking" in known and (effort := variables.get("reasoning_effort")) is not None:
+    state, rendering = state_of(request), body.rendering()
+    known = state.engine.prompts.variables | RESERVED
+    variables, effort = dict(rendering.variables), body.reasoning_effort
+    sets_thinking = effort is not None and "enable_thinking" in known
+    if sets_thinking:
         variables.setdefault("enable_thinking", effort != "none")
-        known |= {"reasoning_effort"}
-    if variables.get("reasoning_effort") in state_of(request).settings.thinking_budgets:
-        known |= {"reasoning_effort"}
-    unknown = {name: value for name, value in variables.items() if name not in known}
+    used = {name: value for name, value in variables.items() if name in known}
+    ignored = {name for name, value in variables.items() if name not in known and value not in OFF}
+    if sets_thinking or effort in state.settings.thinking_budgets:
+        ignored.discard("reasoning_effort")
     path = request.scope["route"].path
-    note_ignored(request, [name_on(path, f"variables.{name}") for name, value in unknown.items() if value not in OFF])
-    in_template = state_of(request).engine.prompts.variables | RESERVED
-    used = {name: value for name, value in variables.items() if name in in_template}
+    note_ignored(request, [name_on(path, f"variables.{name}") for name in variables if name in ignored])
     return replace(rendering, variables=used)
 
 

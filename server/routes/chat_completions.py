@@ -20,7 +20,7 @@ from linalign.server.replies.events import STREAMED, event_stream
 from linalign.server.replies.submission import Replies, gather
 from linalign.server.routes.acceptance import accept, note_if_shortened, note_ignored, rendering_of
 from linalign.server.routes.strict_route import StrictRoute
-from linalign.server.state import state_of
+from linalign.server.state import ServerState, state_of
 from linalign.server.threads import in_thread
 from linalign.server.tool_calls import ReplyParser, call_format, marks_are_special
 from linalign.server.tool_grammars import calls_or, literal, required_calls, strict_calls
@@ -52,14 +52,20 @@ async def submit_chat(
 
     Raises InvalidRequest, EngineDead, EngineBusy, KeyBusy.
     """
-    engine = state_of(request).engine
+    state = state_of(request)
+    engine = state.engine
     engine.refuse_early()
-    prompt, rendering = await build_prompt(body, request)
-    begun = "" if rendering.continues else await in_thread(request, engine.prompts.generation_prompt, rendering)
     if body.requires_call and body.structure():
         note_ignored(request, ["response_format" if body.structured_outputs is None else "structured_outputs"])
-    marks = thinking_marks(engine.tokenizer, begun)
-    more = await in_thread(request, _for_tools, body, engine, marks)
+    rendering = rendering_of(body, request)
+
+    def build() -> tuple[Prompt, str, Marks | None, dict[str, Any]]:
+        prompt = build_prompt(body, rendering, state)
+        begun = "" if rendering.continues else engine.prompts.generation_prompt(rendering)
+        marks = thinking_marks(engine.tokenizer, begun)
+        return prompt, begun, marks, _for_tools(body, engine, marks)
+
+    prompt, begun, marks, more = await in_thread(request, build)
     params = body.sampling_params(thinking=_thinking(body, request, marks), **more)
     note_if_shortened(request, [prompt], params.max_tokens, body.max_tokens_field)
     max_calls = math.inf if body.parallel else 1
@@ -68,24 +74,18 @@ async def submit_chat(
     return replies, prompt, lambda: ReplyParser(engine.tokenizer, begun, tools, max_calls, only_calls)
 
 
-async def build_prompt(body: ChatFields, request: Request) -> tuple[Prompt, Rendering]:
-    """The prompt of a chat, and how the template has rendered it. Raises InvalidRequest."""
-    state = state_of(request)
+def build_prompt(body: ChatFields, rendering: Rendering, state: ServerState) -> Prompt:
+    """The prompt of a chat. Call it in a thread. Raises InvalidRequest."""
     principles = body.principles(state.settings.default_alignment_ratio)
     placement, method = body.principle_placement or "system", body.alignment_method or "linear"
-    rendering = rendering_of(body, request)
-
-    def build() -> Prompt:
-        return state.engine.prompts.build(body.rendered_messages(), principles, placement, rendering, method)
-
-    return await in_thread(request, build), rendering
+    return state.engine.prompts.build(body.rendered_messages(), principles, placement, rendering, method)
 
 
 def _thinking(body: ChatCompletionRequest, request: Request, marks: Marks | None) -> Thinking | None:
     """The bound for the reply's reasoning: the request's, or that of its effort in the settings."""
     state, budget = state_of(request), body.thinking_token_budget
     if budget is None:
-        budget = state.settings.thinking_budgets.get(body.reasoning_effort or "")
+        budget = state.settings.thinking_budgets.get(body.reasoning_effort) if body.reasoning_effort else None
     elif marks is None and budget:
         note_ignored(request, [name_on(request.scope["route"].path, "thinking_token_budget")])
     return None if marks is None or budget is None else thinking_budget(state.engine.tokenizer, marks, budget)

@@ -9,9 +9,11 @@ from linalign.server.protocol.messages import MessagesRequest
 from linalign.server.replies.events import STREAMED, event_stream
 from linalign.server.replies.message import PATH, ModelMessage
 from linalign.server.replies.submission import gather
-from linalign.server.routes.acceptance import accept
+from linalign.server.routes.acceptance import accept, rendering_of
 from linalign.server.routes.chat_completions import build_prompt, submit_chat
 from linalign.server.routes.strict_route import StrictRoute
+from linalign.server.state import state_of
+from linalign.server.threads import in_thread
 
 router = APIRouter(route_class=StrictRoute)
 
@@ -31,5 +33,6 @@ async def create_message(body: MessagesRequest, request: Request) -> Response | 
 async def count_tokens(body: MessagesRequest, request: Request) -> dict[str, int]:
     """The tokens of the prompt, of its first branch."""
     body = accept(body, request)
-    prompt, _ = await build_prompt(body.chat, request)
+    chat = body.chat
+    prompt = await in_thread(request, build_prompt, chat, rendering_of(chat, request), state_of(request))
     return {"input_tokens": len(prompt.principled[0])}

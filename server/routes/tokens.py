@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from linalign import InvalidRequest
 from linalign.server.models import preset_of
 from linalign.server.protocol.tokens import DetokenizeRequest, TokenizeRequest
-from linalign.server.routes.acceptance import accept, note_ignored
+from linalign.server.routes.acceptance import accept, note_ignored, rendering_of
 from linalign.server.routes.chat_completions import build_prompt
 from linalign.server.routes.strict_route import StrictRoute
 from linalign.server.state import state_of
@@ -26,7 +26,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
         method = body.alignment_method or "linear"
         prompt = await in_thread(request, engine.prompts.build_text, body.prompt or "", principles, method=method)
     else:
-        prompt, _ = await build_prompt(body, request)
+        prompt = await in_thread(request, build_prompt, body, rendering_of(body, request), state_of(request))
     branches: list[dict[str, Any]] = [
         {"branch": "principled", "weight": weight, "ratio": ratio, "tokens": list(ids)}
         for ids, weight, ratio in zip(prompt.principled, prompt.weights, prompt.ratios, strict=True)

@@ -263,6 +263,28 @@ def test_tools_go_where_the_template_puts_them_and_stay_data(tokenizer):
         assert "<|im_end|>Oslo" in text
 
 
+ARGUMENTS = "{% for name, value in c.function.arguments.items() %}{{ name }}={{ value }};{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        ("{{ c.function.arguments | tojson }}", r'"{\"city\": \"Par"'),
+        ("{{ c.function.arguments }}", '{"city": "Par'),
+        (ARGUMENTS, 'arguments={"city": "Par;'),  # the template reads members, so the text becomes one
+    ],
+)
+def test_arguments_that_are_no_object_reach_every_template(tokenizer, shown, expected):
+    calls = "{% for c in m.tool_calls or [] %}" + shown + "{% endfor %}"
+    template = "{{ tools }}{% for m in messages %}{{ m.role }}: {{ m.content }}" + calls + "\\n{% endfor %}"
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"city": "Par'}}
+    whole = {"id": "2", "type": "function", "function": {"name": "f", "arguments": {"city": "Rome"}}}
+    chat = [*QUESTION, {"role": "assistant", "content": "", "tool_calls": [call, whole]}]
+    text = tokenizer.decode(builder(tokenizer, template).build(chat).principled[0])
+    assert expected in text
+    assert "city=Rome" in text or '"Rome"' in text or "'Rome'" in text
+
+
 @pytest.mark.parametrize("system", [True, False])
 def test_templates_without_tools_get_tools_in_the_system_message(tokenizer, system):
     """The tools go into the system prompt, and a default or given system prompt is kept."""

@@ -3,6 +3,7 @@
 import openai
 import pytest
 
+from linalign.server.protocol.chat_messages import AssistantMessage, UserMessage
 from linalign.server.response_store import LIFETIME, ResponseStore
 from tests.server.test_chat import CHAT
 from tests.server.test_fields import ALIGNED, WEATHER
@@ -80,20 +81,30 @@ def test_without_the_setting_the_answer_says_what_to_do(client):
 
 def test_conversations_expire_after_their_last_use():
     now = 0.0
-    store = ResponseStore(2, lambda: now)
-    store.put(None, "a", ["first"])
-    store.put(b"key", "a", ["other"])
-    store.put(None, "b", ["first", "second"])
-    assert store.get(None, "a") == ("first",)
-    store.put(None, "c", ["third"])
+    first, second, third = (UserMessage(role="user", content=text) for text in ("first", "second", "third"))
+    store = ResponseStore(2, 100, lambda: now)
+    store.put(None, "a", [first])
+    store.put(b"key", "a", [second])
+    store.put(None, "b", [first, second])
+    assert store.get(None, "a") == (first,)
+    store.put(None, "c", [third])
     assert store.get(None, "b") is None  # used least recently
-    assert store.get(b"key", "a") == ("other",)
+    assert store.get(b"key", "a") == (second,)
     now = LIFETIME - 1
-    assert store.get(None, "c") == ("third",)
+    assert store.get(None, "c") == (third,)
     now = LIFETIME + 1
-    assert store.get(None, "c") == ("third",)
+    assert store.get(None, "c") == (third,)
     for key, id in ((None, "a"), (b"key", "a"), (b"other", "a")):
         assert store.get(key, id) is None
     now = 3 * LIFETIME
     assert store.get(None, "c") is None
     assert not any(store._of_key.values())
+
+
+def test_long_conversations_are_not_kept():
+    store = ResponseStore(9, 100)
+    short, long = (AssistantMessage(role="assistant", reasoning_content="x" * num) for num in (60, 120))
+    store.put(None, "a", [short])
+    store.put(None, "b", [short, short])
+    store.put(None, "c", [long])
+    assert [store.get(None, name) for name in "abc"] == [(short,), None, None]

@@ -12,7 +12,7 @@ from linalign import InvalidRequest, SamplingParams
 from linalign.alignment_core.decoding.grammars import Grammars
 from linalign.alignment_core.request import Structure
 from linalign.server.tool_calls import HERMES, LLAMA, MISTRAL, ReplyParser, call_format, message_of
-from linalign.server.tool_grammars import required_calls, strict_calls
+from linalign.server.tool_grammars import calls_or, required_calls, strict_calls
 from tests.engines import aligned, make_engine, run_all, tiny_pair
 
 TOOLS = [
@@ -241,6 +241,58 @@ def test_calls_of_strict_tools_keep_to_their_schemas(family, grammars, tokenizer
     both = f"{call[:-1]}, {second}" if family == "mistral" else call + second
     assert accepts(grammars, tokenizer, structure, both), both
     assert accepts(grammars, tokenizer, alone, both) == (family == "qwen")  # whose parser drops the second call
+
+
+ANSWER = {"type": "object", "properties": {"name": {"$ref": "#/$defs/word"}}, "required": ["name"]}
+ANSWER |= {"$defs": {"word": {"type": "string"}}}
+
+
+@pytest.mark.parametrize("family", FREE)
+def test_a_format_beside_tools_allows_calls_and_the_format_alone(family, grammars, tokenizer):
+    *_, call = FREE[family]
+    call = call.removeprefix("Well.\n").removesuffix("\nSo.")
+    formats = [
+        (Structure("json_schema", json.dumps(ANSWER), "response_format"), '{"name": "weather"}'),
+        (Structure("regex", "[a-c]+", "structured_outputs"), "abc"),
+        (Structure("choice", '["yes", "no"]', "structured_outputs"), "yes"),
+        (Structure("grammar", 'start: "x" "y"', "structured_outputs"), "xy"),
+    ]
+    for format, text in formats:
+        structure = calls_or(format, tokenizer_of(family), TOOLS, False)
+        for allowed in (text, call):
+            assert accepts(grammars, tokenizer, structure, allowed), (format, allowed)
+        for refused in ("Hello", "", call.replace("Rome", "Paris"), call.replace("weather", "rain"), f"{text}{call}"):
+            assert not accepts(grammars, tokenizer, structure, refused), (format, refused)
+
+
+@pytest.mark.parametrize("family", FREE)
+def test_references_in_tools_beside_a_format_still_hold(family, grammars, tokenizer):
+    """In Llama's format the schemas of the tools become parts of another schema."""
+    parts = {"A": {"properties": {"city": {"enum": ["Rome"]}}}, "B": {"properties": {"days": {"enum": [3]}}}}
+    parameters = {"allOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/$defs/B"}], "$defs": parts}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+    call = FREE[family][2].removeprefix("Well.\n").removesuffix("\nSo.")
+    format = Structure("json_schema", json.dumps(ANSWER), "response_format")
+    structure = calls_or(format, tokenizer_of(family), [tool], False)
+    assert accepts(grammars, tokenizer, structure, call)
+    assert not accepts(grammars, tokenizer, structure, call.replace("Rome", "Oslo"))
+
+
+@pytest.mark.parametrize("enumerated", [False, True], ids=["long texts", "long enumerations"])
+def test_tools_that_are_too_large_together_are_not_refused(grammars, enumerated):
+    """A set of tools whose schemas are too large together: only the tools that are strict keep theirs."""
+    words = [f"word{i}" for i in range(2000)] if enumerated else [{"x": "y" * 200}]
+    properties = {f"p{i}": {"enum": words} for i in range(3 if enumerated else 20)}
+    parameters = {"type": "object", "properties": properties}
+    tools = [
+        {"type": "function", "function": {"name": f"f{i}", "parameters": parameters, "strict": False}}
+        for i in range(60)
+    ]
+    structure = required_calls(tokenizer_of("qwen"), tools, False)
+    assert "word7" not in structure.text
+    assert not grammars.matcher(structure).is_error()
+    few = required_calls(tokenizer_of("qwen"), tools[:1], False)
+    assert ("word7" in few.text) == enumerated
 
 
 def test_an_unknown_call_format_is_refused_for_schemas():
