@@ -55,8 +55,8 @@ FAULTS = {
     ),
     "limits: a reply may be a token longer than the context": Fault(
         "alignment_core/scheduling/limits.py",
-        "if longest + max_tokens > self.max_model_len:",
-        "if longest + max_tokens > self.max_model_len + 1:",
+        "left = self.max_model_len - longest",
+        "left = self.max_model_len - longest + 1",
         "tests/alignment_core/test_limits.py",
     ),
     "auth: a path is open that has an open one in it": Fault(

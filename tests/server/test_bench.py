@@ -35,7 +35,7 @@ def test_bench_measures_a_server(url, tmp_path, load):
 
 def test_failures_are_counted_and_not_averaged(url, tmp_path):
     file = tmp_path / "result.json"
-    args = ["--requests", "2", "--warmup", "0", "--max-tokens", "100000", "--output", str(file)]
+    args = ["--requests", "2", "--warmup", "0", "--principle", "too long " * 8192, "--output", str(file)]
     printed = bench(url, *args, cold=True).stdout
     assert printed.count("400: ") == 2
     result = json.loads(file.read_text())
