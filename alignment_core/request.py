@@ -48,15 +48,17 @@ class Structure:
     kind, text: A JSON schema. A regular expression that matches the whole reply. A JSON list of strings to choose
         from. A grammar in Lark or GBNF. For "lark", a grammar in llguidance's own form, which may hold JSON schemas.
     name: What errors call the structure.
+    head: A mark, in Lark, in front of the structure.
     after: A mark, in Lark, up to which the reply is free. before: A mark, in Lark, with which this free part begins; it
         may then be left out. "" if the prompt has begun it.
-    instead: A grammar in llguidance's form that the reply may match instead.
+    instead: A grammar in llguidance's form that the reply may match instead of head and structure.
     json_after: A text after which the JSON of the reply begins, each time; "" if the reply itself is JSON.
     """
 
     kind: Literal["json_schema", "regex", "choice", "grammar", "lark"]
     text: str
     name: str = "structure"
+    head: str = ""
     after: str = ""
     before: str = ""
     instead: str = ""

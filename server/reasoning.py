@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from linalign.alignment_core.request import Thinking
+from linalign.server import harmony
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -14,11 +15,16 @@ THINKING = {"<think>": "</think>", "[THINK]": "[/THINK]"}
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """The marks of the reasoning in a reply. is_begun: Whether the prompt ends with the first one."""
+    """The marks of the reasoning in a reply.
+
+    is_begun: Whether the prompt ends with the first one. answer: The mark in front of an answer, with or without
+    reasoning.
+    """
 
     begin: str
     end: str
     is_begun: bool
+    answer: str = ""
 
 
 def thinking_start(generation_prompt: str) -> int:
@@ -33,6 +39,11 @@ def thinking_marks(tokenizer: "PreTrainedTokenizerBase", generation_prompt: str)
 
     generation_prompt: The part of the reply that the template has already written.
     """
+    if harmony.is_harmony(tokenizer):
+        is_begun = generation_prompt.endswith(harmony.ANALYSIS)
+        if not is_begun and not generation_prompt.endswith(harmony.ROLE):
+            return None
+        return Marks(harmony.ANALYSIS, harmony.END, is_begun, harmony.FINAL)
     thoughts = generation_prompt[thinking_start(generation_prompt) :]
     for begin, end in THINKING.items():
         if thoughts.startswith(begin):
@@ -44,7 +55,8 @@ def thinking_marks(tokenizer: "PreTrainedTokenizerBase", generation_prompt: str)
     return None
 
 
-def thinking_budget(tokenizer: "PreTrainedTokenizerBase", marks: Marks, budget: int) -> Thinking:
-    """A bound for the reasoning between these marks, in tokens."""
-    ids = tuple(tokenizer.encode(marks.end, add_special_tokens=False))
+def thinking_budget(tokenizer: "PreTrainedTokenizerBase", marks: Marks, budget: int, may_call: bool) -> Thinking:
+    """A bound for the reasoning between these marks, in tokens. may_call: Whether calls may follow the reasoning."""
+    end = marks.end if may_call else marks.end + marks.answer
+    ids = tuple(tokenizer.encode(end, add_special_tokens=False))
     return Thinking(budget, marks.begin, marks.end, ids, marks.is_begun)

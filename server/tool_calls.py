@@ -6,7 +6,6 @@ transformers' ResponseParser finds the marked regions, with the tokenizer's own 
 import json
 import math
 import re
-import secrets
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_parsing import ResponseParser
 
 from linalign.alignment_core.request import Uncut
+from linalign.server.deltas import Delta, arguments_delta, call_start, whole
+from linalign.server.harmony import is_harmony
 from linalign.server.reasoning import THINKING, thinking_start
 
-Delta = dict[str, Any]
 VERBATIM = {"strip": False}
 
 
@@ -53,12 +53,17 @@ LLAMA = CallFormat(
     "; ",
     "parameters",
 )
+HARMONY = CallFormat(  # calls are not in regions: see harmony.py
+    {}, Uncut((" to=functions.",), "<|call|>"), "<|message|>", "", ""
+)
 MISTRAL = CallFormat({"open": "[TOOL_CALLS]"}, Uncut(("[TOOL_CALLS]",)), "[TOOL_CALLS][", "]", ", ", id_length=9)
 
 
 def call_format(tokenizer: PreTrainedTokenizerBase) -> CallFormat:
     """The format that the chat template uses; Hermes for templates without tools."""
     template = str(tokenizer.chat_template)
+    if is_harmony(tokenizer):
+        return HARMONY
     if "[TOOL_CALLS]" in template:
         return MISTRAL
     if "<tool_call>" not in template and ("python_tag" in template or "ipython" in template):
@@ -107,11 +112,8 @@ class ReplyParser:
         self._trims = self._marked  # the white space between a mark and the text after it
 
     def feed(self, text: str) -> list[Delta]:
-        """Parse a part of the text.
-
-        The parser gets the text in pieces, because it searches its whole buffer for every mark; and letter by letter if
-        it may raise, so that it raises at the end of a mark.
-        """
+        # The parser gets the text in pieces, because it searches its whole buffer for every mark; and letter by letter
+        # if it may raise, so that it raises at the end of a mark.
         size, deltas = 1 if self._is_own else PIECE, list[Delta]()
         for start in range(0, len(text), size):
             if self._is_broken:
@@ -123,7 +125,6 @@ class ReplyParser:
         return deltas
 
     def finish(self) -> list[Delta]:
-        """The end of the message. A call that has only begun is left out."""
         self._ended = True
         try:
             deltas = [] if self._is_broken else self._deltas(self._parser.finalize()[1])
@@ -191,11 +192,11 @@ class ReplyParser:
         for value in values:
             function = value.get("function", value) if isinstance(value, dict) else None
             if isinstance(function, dict) and isinstance(function.get("name"), str):
-                arguments = _whole(json.dumps(function.get("arguments") or {}, ensure_ascii=False))
-                name = _whole(function["name"])
+                arguments = whole(json.dumps(function.get("arguments") or {}, ensure_ascii=False))
+                name = whole(function["name"])
                 deltas += [
-                    _call_start(self._num_calls, name, self._format),
-                    _arguments_delta(self._num_calls, arguments),
+                    call_start(self._num_calls, name, self._format.id_length),
+                    arguments_delta(self._num_calls, arguments),
                 ]
                 self._num_calls += 1
         return deltas
@@ -286,7 +287,7 @@ class _CallScanner:
         if self._name is None or not self._held:
             return []
         held, self._held = "".join(self._held), []
-        return [_arguments_delta(self.num_calls - 1, held)]
+        return [arguments_delta(self.num_calls - 1, held)]
 
     def _end_member(self) -> list[Delta]:
         key, value, self._key = self._key, "".join(self._value).strip(), None
@@ -295,7 +296,7 @@ class _CallScanner:
                 return []
             self._name = name
             self.num_calls += 1
-            return [_call_start(self.num_calls - 1, name, self._format), *self._flush()]
+            return [call_start(self.num_calls - 1, name, self._format.id_length), *self._flush()]
         if key in ("arguments", "parameters") and value.startswith('"'):
             self._has_arguments = True
             self._held.append(_unquoted(value) or "")
@@ -303,7 +304,7 @@ class _CallScanner:
         return []
 
     def _end_call(self) -> list[Delta]:
-        return [] if self._name is None or self._has_arguments else [_arguments_delta(self.num_calls - 1, "{}")]
+        return [] if self._name is None or self._has_arguments else [arguments_delta(self.num_calls - 1, "{}")]
 
 
 def _unquoted(text: str) -> str | None:
@@ -311,22 +312,7 @@ def _unquoted(text: str) -> str | None:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return _whole(value) if isinstance(value, str) else None
-
-
-def _whole(text: str) -> str:
-    """The text with halves of surrogate pairs replaced: JSON can spell them, a reply can't hold them."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _call_start(index: int, name: str, form: CallFormat) -> Delta:
-    id = secrets.token_hex(12)[: form.id_length] if form.id_length < 24 else f"call_{secrets.token_hex(12)}"
-    function = {"name": name, "arguments": ""}
-    return {"tool_calls": [{"index": index, "id": id, "type": "function", "function": function}]}
-
-
-def _arguments_delta(index: int, arguments: str) -> Delta:
-    return {"tool_calls": [{"index": index, "function": {"arguments": arguments}}]}
+    return whole(value) if isinstance(value, str) else None
 
 
 def _merged(deltas: list[Delta]) -> list[Delta]:
@@ -342,30 +328,9 @@ def _merged(deltas: list[Delta]) -> list[Delta]:
     return merged
 
 
-def message_of(deltas: Sequence[Delta]) -> dict[str, Any]:
-    """The complete message of these deltas."""
-    message: dict[str, Any] = {"role": "assistant", "content": None}
-    calls: dict[int, dict[str, Any]] = {}
-    for delta in deltas:
-        for name in ("content", "reasoning_content"):
-            if name in delta:
-                message[name] = (message.get(name) or "") + delta[name]
-        for call in delta.get("tool_calls", ()):
-            if "id" in call:
-                calls[call["index"]] = {
-                    "id": call["id"], "type": "function", "function": dict(call["function"]),
-                }  # fmt: skip
-            else:
-                calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
-    if calls:
-        message["tool_calls"] = list(calls.values())
-    elif message["content"] is None:
-        message["content"] = ""
-    return message
-
-
 def marks_are_special(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a mark of calls or of reasoning is a control token, which decoding leaves out."""
     marks = ["<tool_call>", "[TOOL_CALLS]", "<|python_tag|>", *THINKING, *THINKING.values()]
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return bool(getattr(tokenizer, "response_template", None)) or not special.isdisjoint(marks)
+    is_certain = is_harmony(tokenizer) or getattr(tokenizer, "response_template", None)
+    return bool(is_certain) or not special.isdisjoint(marks)

@@ -17,7 +17,8 @@ from linalign.alignment_core.decoding.grammars import (
     leniently_embedded,
 )
 from linalign.alignment_core.request import Structure
-from linalign.server.tool_calls import HERMES, LLAMA, CallFormat, call_format
+from linalign.server.harmony import FINAL
+from linalign.server.tool_calls import HARMONY, HERMES, LLAMA, CallFormat, call_format
 
 ANY_OBJECT = {"type": "object", "x-guidance": {**PLAIN_JSON, **STRICT}}
 NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -44,6 +45,11 @@ def calls_or(structure: Structure, tokenizer: PreTrainedTokenizerBase, tools: To
 def strict_calls(tokenizer: PreTrainedTokenizerBase, tools: Tools, parallel: bool, after: str = "") -> Structure:
     """The structure of replies with text and calls, of which calls of strict tools follow their schemas."""
     form = _known_format(tokenizer, "can't be constrained to a schema; leave strict out", "tools")
+    schemas = [_enforced(tool) if tool["function"].get("strict") else ANY_OBJECT for tool in tools]
+    if form is HARMONY:
+        calls = _harmony_calls(tokenizer, tools, schemas)
+        text = Structure("lark", "start: TEXT\nTEXT: /(.|\n)*/", "tools", literal(FINAL, tokenizer))
+        return replace(text, after=after, instead=calls, json_after=form.begin)
     calls, end = _calls(form, tools, parallel and form is not HERMES), json.dumps(form.end) if form.end else ""
     if form is LLAMA:  # a reply is either calls or text
         rules = [f"start: {calls} | TEXT", r"TEXT: /([^{ \n](.|\n)*)?/"]
@@ -53,9 +59,8 @@ def strict_calls(tokenizer: PreTrainedTokenizerBase, tools: Tools, parallel: boo
         block = f"before {json.dumps(form.begin.removeprefix(mark))} {calls} {end}"
         rules = [f"start: ({block})* TEXT", r"TEXT: /(.|\n)*/"]
         rules.append(f"before{'' if is_token else '[lazy]'}: TEXT {literal(mark, tokenizer)}")
-    schemas = [_enforced(tool) if tool["function"].get("strict") else ANY_OBJECT for tool in tools]
     begin = "" if form is LLAMA else form.begin
-    return Structure("lark", "\n".join([*rules, *_rules(form, tools, schemas)]), "tools", after, json_after=begin)
+    return Structure("lark", "\n".join([*rules, *_rules(form, tools, schemas)]), "tools", after=after, json_after=begin)
 
 
 def _known_format(tokenizer: PreTrainedTokenizerBase, problem: str, param: str) -> CallFormat:
@@ -66,15 +71,31 @@ def _known_format(tokenizer: PreTrainedTokenizerBase, problem: str, param: str) 
 
 def _only_calls(form: CallFormat, tokenizer: PreTrainedTokenizerBase, tools: Tools, parallel: bool) -> str:
     """A grammar in Lark of at least one call."""
-    parts = [literal(form.begin, tokenizer), _calls(form, tools, parallel), json.dumps(form.end) if form.end else ""]
-    start, schemas = f"start: {' '.join(filter(None, parts))}", list(map(_enforced, tools))
-    grammar = "\n".join([start, *_rules(form, tools, schemas)])
-    if is_small_enough(grammar):
-        return grammar
-    smaller = [
-        schema if tool["function"].get("strict") else ANY_OBJECT for tool, schema in zip(tools, schemas, strict=True)
-    ]
-    return "\n".join([start, *_rules(form, tools, smaller)])
+
+    def grammar(schemas: Sequence[Mapping[str, Any]]) -> str:
+        if form is HARMONY:  # in which a reply ends with a call
+            return _harmony_calls(tokenizer, tools, schemas)
+        end = json.dumps(form.end) if form.end else ""
+        parts = [literal(form.begin, tokenizer), _calls(form, tools, parallel), end]
+        return "\n".join([f"start: {' '.join(filter(None, parts))}", *_rules(form, tools, schemas)])
+
+    schemas = list(map(_enforced, tools))
+    if is_small_enough(whole := grammar(schemas)):
+        return whole
+    pairs = zip(tools, schemas, strict=True)
+    return grammar([schema if tool["function"].get("strict") else ANY_OBJECT for tool, schema in pairs])
+
+
+def _harmony_calls(tokenizer: PreTrainedTokenizerBase, tools: Tools, schemas: Sequence[Mapping[str, Any]]) -> str:
+    """A grammar in Lark of one call in OpenAI's harmony format, whose header may have either of two orders."""
+    rules = ["start: " + " | ".join(f"call_{index}" for index in range(len(tools)))]
+    for index, (tool, schema) in enumerate(zip(tools, schemas, strict=True)):
+        callee = f" to=functions.{tool['function']['name']}"
+        headers = [f"<|channel|>commentary{callee} <|constrain|>json", f"{callee}<|channel|>commentary json"]
+        first, second = (literal(f"{header}<|message|>", tokenizer) for header in headers)
+        rules += [f"call_{index}: ({first} | {second}) arguments_{index}"]
+        rules += [f"arguments_{index}: %json {json.dumps(schema)}"]
+    return "\n".join(rules)
 
 
 def _calls(form: CallFormat, tools: Tools, parallel: bool) -> str:

@@ -24,6 +24,8 @@ CORE = (
     ("engine",),
 )
 SERVER = (
+    ("deltas",),
+    ("harmony",),
     ("address", "command_line", "core_errors", "engine_client", "hosts", "http_protocol", "keys", "logs", "reasoning"),
     ("local_engine", "metrics", "shutdown", "tool_calls", "tracing"),
     ("exchange", "settings", "settings_loading", "tool_grammars"),

@@ -80,6 +80,8 @@ class Grammars:
         _refuse_bombs(structure)
         try:
             grammar = _grammar(structure)
+            if structure.head:
+                grammar = _joined_grammars("headed", f"start: {structure.head} @answer", {"answer": grammar})
             if structure.instead:
                 grammar = _either(structure.instead, grammar)
             if structure.after:

@@ -17,6 +17,15 @@ from transformers import PreTrainedTokenizerBase
 
 from linalign.alignment_core.errors import InvalidRequest
 from linalign.alignment_core.text import template_clock
+from linalign.alignment_core.text.message_rewriting import (
+    Messages,
+    described,
+    with_object_arguments,
+    with_reasoning_as_content,
+    with_single_calls,
+    without_system_role,
+    without_tool_messages,
+)
 from linalign.alignment_core.text.principle_place import new_mark
 
 # Template variables that users cannot set: this file or transformers sets them.
@@ -31,7 +40,6 @@ For each function call, return a JSON object with its name and arguments inside 
 <tool_call>
 {{"name": "function-name", "arguments": {{"argument": "value"}}}}
 </tool_call>"""
-Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +66,20 @@ class ChatTemplate:
 
     def text(self, messages: Messages, rendering: Rendering) -> str:
         """The rendered chat. Tool and system messages are rewritten if the template does not support them."""
-        if not self.knows_tools:
-            messages = _without_tool_messages(messages)
-        elif not self._shows_text_arguments:
-            messages = _with_object_arguments(messages)
+        messages = self._with_shown_calls(messages) if self.knows_tools else without_tool_messages(messages)
         if not self._has_system_role:
-            messages = _without_system_role(messages)
-        return self._render(messages, rendering)
+            messages = without_system_role(messages)
+        return self._render(messages, self._completed(rendering))
+
+    def _with_shown_calls(self, messages: Messages) -> Messages:
+        """Rewrite calls so that the template shows all that they say."""
+        if not self._shows_text_arguments:
+            messages = with_object_arguments(messages)
+        if not self._shows_every_call:
+            messages = with_single_calls(messages)
+        if not self._takes_reasoning_beside_content:
+            messages = with_reasoning_as_content(messages)
+        return messages
 
     @cached_property
     def variables(self) -> frozenset[str]:
@@ -79,10 +94,46 @@ class ChatTemplate:
     @cached_property
     def _shows_text_arguments(self) -> bool:
         """Whether the template shows arguments of calls that are a text instead of an object."""
-        mark, user = new_mark(), {"role": "user", "content": "Hello"}
-        call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": mark}}
+        mark = new_mark()
+        return mark in self._text_of_calls([mark])
+
+    @cached_property
+    def _shows_every_call(self) -> bool:
+        """Whether the template shows all calls of a message; gpt-oss's shows the first one."""
+        mark = new_mark()
+        return mark in self._text_of_calls([{}, {mark: 1}]) or mark not in self._text_of_calls([{mark: 1}])
+
+    @cached_property
+    def _takes_reasoning_beside_content(self) -> bool:
+        """Whether the template takes a call together with both; gpt-oss's refuses them."""
+        more = {"content": new_mark(), "reasoning_content": new_mark()}
+        return bool(self._text_of_calls([{}], **more)) or not self._text_of_calls([{}])
+
+    def _text_of_calls(self, arguments: Sequence[Any], **message: Any) -> str:
+        """A rendered message with calls that have these arguments; "" if the template refuses the message."""
+        calls = [{"id": "call00000", "type": "function", "function": {"name": "f", "arguments": a}} for a in arguments]
+        user, reply = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "", "tool_calls": calls}
         try:
-            return mark in self._render([user, {"role": "assistant", "content": "", "tool_calls": [call]}], Rendering())
+            return self._render([user, {**reply, **message}], Rendering())
+        except InvalidRequest:
+            return ""
+
+    def _completed(self, rendering: Rendering) -> Rendering:
+        """With descriptions of all tools, if the template needs them."""
+        if not rendering.tools or not self.knows_tools or self._takes_tools_without_description:
+            return rendering
+        return replace(rendering, tools=[described(tool) for tool in rendering.tools])
+
+    @cached_property
+    def _takes_tools_without_description(self) -> bool:
+        """Whether the template does not need descriptions of tools."""
+        function: dict[str, Any] = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+        tool = {"type": "function", "function": function}
+        return self._takes_tool(tool) or not self._takes_tool(described(tool))
+
+    def _takes_tool(self, tool: Mapping[str, Any]) -> bool:
+        try:
+            return bool(self._render([{"role": "user", "content": "Hello"}], Rendering([tool])))
         except InvalidRequest:
             return False
 
@@ -93,7 +144,7 @@ class ChatTemplate:
     def generation_prompt(self, rendering: Rendering | None = None) -> str:
         """The beginning of the reply that the template writes itself, such as its header and "<think>"."""
         chat = [{"role": "user", "content": "Hello"}]
-        rendering = rendering or Rendering()
+        rendering = self._completed(rendering or Rendering())
         without = self._apply(chat, rendering, add_generation_prompt=False)
         return self._apply(chat, rendering, add_generation_prompt=True).removeprefix(without)
 
@@ -105,7 +156,7 @@ class ChatTemplate:
         if not self._has_system_role:
             return ""
         mark, user = new_mark(), {"role": "user", "content": new_mark()}
-        rendering = replace(rendering, continues=False)
+        rendering = replace(self._completed(rendering), continues=False)
         try:
             default = self._render([user], rendering)
             shown = self._render([{"role": "system", "content": mark}, user], rendering)
@@ -183,64 +234,3 @@ def _with_clock(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     else:
         tokenizer.chat_template = template_clock.held_still(templates)
     return tokenizer
-
-
-def _with_object_arguments(messages: Messages) -> Messages:
-    """Put arguments that are a text into an object, for templates that read their members."""
-
-    def changed(call: dict[str, Any]) -> dict[str, Any]:
-        arguments = call["function"]["arguments"]
-        if not isinstance(arguments, str):
-            return call
-        return {**call, "function": {**call["function"], "arguments": {"arguments": arguments}}}
-
-    return [
-        {**message, "tool_calls": list(map(changed, message["tool_calls"]))} if message.get("tool_calls") else message
-        for message in messages
-    ]
-
-
-def _without_tool_messages(messages: Messages) -> Messages:
-    """Write tool calls and results as text, in the format of Hermes and Qwen, for templates without tools."""
-    converted: Messages = []
-    for message in messages:
-        if message["role"] == "tool":
-            content = f"<tool_response>\n{message['content']}\n</tool_response>"
-            converted.append({"role": "user", "content": content})
-        elif message.get("tool_calls"):
-            calls = [f"<tool_call>\n{_call_text(call['function'])}\n</tool_call>" for call in message["tool_calls"]]
-            converted.append(
-                {"role": "assistant", "content": "\n".join([*filter(None, [message.get("content")]), *calls])}
-            )
-        else:
-            converted.append(message)
-    return converted
-
-
-def _call_text(function: dict[str, Any]) -> str:
-    """A call as the model writes it. Arguments that are a text, such as JSON that was cut off, stay as they are."""
-    name, arguments = json.dumps(function["name"], ensure_ascii=False), function["arguments"]
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return f'{{"name": {name}, "arguments": {text}}}'
-
-
-def _without_system_role(messages: Messages) -> Messages:
-    """Put each system text at the beginning of the next user message, followed by a blank line.
-
-    That is the convention for models without a system role. Raises InvalidRequest if no user message follows.
-    """
-    folded: Messages = []
-    pending: list[str] = []
-    for message in messages:
-        if message["role"] == "system":
-            pending.append(message["content"])
-        elif message["role"] == "user" and pending:
-            folded.append({"role": "user", "content": "\n\n".join([*pending, message["content"]])})
-            pending = []
-        else:
-            folded.append(message)
-    if pending:
-        raise InvalidRequest(
-            "this model has no system role, so a system message needs a user message after it", "messages"
-        )
-    return folded

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from linalign.alignment_core.errors import FIELD, InvalidRequest
 from linalign.alignment_core.methods import METHODS, Method
 from linalign.alignment_core.request import MAX_PRINCIPLES, Principle, Prompt
-from linalign.alignment_core.text.chat_template import ChatTemplate, Messages, Rendering
+from linalign.alignment_core.text.chat_template import ChatTemplate, Rendering
+from linalign.alignment_core.text.message_rewriting import Messages
 from linalign.alignment_core.text.principle_place import Place, holds, new_mark, place_in
 from linalign.alignment_core.text.safe_encoding import SafeEncoder
 from linalign.alignment_core.text.safe_rendering import SafeChat, render_safely

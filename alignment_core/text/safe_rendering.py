@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from linalign.alignment_core.text.chat_template import ChatTemplate, Messages, Rendering
+from linalign.alignment_core.text.chat_template import ChatTemplate, Rendering
 from linalign.alignment_core.text.escaping import Escapes, Forbidden
+from linalign.alignment_core.text.message_rewriting import Messages
 from linalign.alignment_core.text.safe_encoding import SafeEncoder
 
 

@@ -6,13 +6,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from linalign import Output, Prompt, Usage
+from linalign.server.deltas import Delta, Parser, message_of
 from linalign.server.engine_client import EngineClient
 from linalign.server.exchange import Applied
 from linalign.server.protocol.chat_request import ChatCompletionRequest
 from linalign.server.replies.events import DONE, FAILURES, Event, failure
 from linalign.server.replies.objects import logprob_object, token_counts, trace_object, usage_object
 from linalign.server.replies.submission import Replies
-from linalign.server.tool_calls import Delta, ReplyParser, message_of
 
 PATH = "/v1/chat/completions"
 
@@ -26,7 +26,7 @@ class ChatCompletion:
         body: ChatCompletionRequest,
         fingerprint: str,
         prompt: Prompt,
-        new_parser: Callable[[], ReplyParser],
+        new_parser: Callable[[], Parser],
         applied: Applied | None,
     ) -> None:
         """new_parser: Creates the parser of one choice. applied: What the request is aligned with."""

@@ -7,12 +7,12 @@ from typing import Any
 
 from linalign import InvalidRequest, Output
 from linalign.server.core_errors import described
+from linalign.server.deltas import Delta, Parser
 from linalign.server.exchange import Applied
 from linalign.server.protocol.messages import MessagesRequest
 from linalign.server.replies.events import FAILURES, Event
 from linalign.server.replies.objects import usage_object
 from linalign.server.replies.submission import Replies
-from linalign.server.tool_calls import Delta, ReplyParser
 
 PATH = "/v1/messages"
 MessageEvent = dict[str, Any]
@@ -21,9 +21,7 @@ MessageEvent = dict[str, Any]
 class ModelMessage:
     """Creates the reply of one request: `whole` for a single object, `events` for a stream."""
 
-    def __init__(
-        self, body: MessagesRequest, parser: ReplyParser, num_prompt_tokens: int, applied: Applied | None
-    ) -> None:
+    def __init__(self, body: MessagesRequest, parser: Parser, num_prompt_tokens: int, applied: Applied | None) -> None:
         """applied: What the request is aligned with."""
         self._parser, self._applied = parser, applied
         self._arguments = ""  # of the call that is not complete

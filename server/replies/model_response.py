@@ -7,13 +7,13 @@ from typing import Any
 
 from linalign import InvalidRequest, Output
 from linalign.server.core_errors import described
+from linalign.server.deltas import Delta, Parser
 from linalign.server.engine_client import EngineClient
 from linalign.server.exchange import Applied
 from linalign.server.protocol.responses import FunctionTool, ResponsesRequest
 from linalign.server.replies.events import FAILURES, Event
 from linalign.server.replies.objects import logprob_object, usage_object
 from linalign.server.replies.submission import Replies
-from linalign.server.tool_calls import Delta, ReplyParser
 
 PATH = "/v1/responses"
 ResponseEvent = dict[str, Any]
@@ -27,7 +27,7 @@ class ModelResponse:
         self,
         engine: EngineClient,
         body: ResponsesRequest,
-        parser: ReplyParser,
+        parser: Parser,
         applied: Applied | None,
         keep: Keep | None,
     ) -> None:

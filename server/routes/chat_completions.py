@@ -7,10 +7,12 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from linalign import Prompt
+from linalign import InvalidRequest, Prompt
 from linalign.alignment_core.request import Thinking
 from linalign.alignment_core.text.chat_template import Rendering
+from linalign.server import harmony
 from linalign.server.core_errors import name_on
+from linalign.server.deltas import Parser
 from linalign.server.engine_client import EngineClient
 from linalign.server.exchange import exchange_of
 from linalign.server.protocol.chat_request import ChatCompletionRequest, ChatFields
@@ -45,9 +47,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     return completion.whole(outputs[0], replies.n) if outputs else Response(status_code=499)
 
 
-async def submit_chat(
-    body: ChatCompletionRequest, request: Request
-) -> tuple[Replies, Prompt, Callable[[], ReplyParser]]:
+async def submit_chat(body: ChatCompletionRequest, request: Request) -> tuple[Replies, Prompt, Callable[[], Parser]]:
     """Submit a chat. Returns its replies, its prompt, and a function that creates a parser for one choice.
 
     Raises InvalidRequest, EngineDead, EngineBusy, KeyBusy.
@@ -71,7 +71,13 @@ async def submit_chat(
     max_calls = math.inf if body.parallel else 1
     (replies,) = await Replies.submit(request, body, [prompt], params)
     tools, only_calls = rendering.tools, body.requires_call
-    return replies, prompt, lambda: ReplyParser(engine.tokenizer, begun, tools, max_calls, only_calls)
+
+    def new_parser() -> Parser:
+        if harmony.is_harmony(engine.tokenizer):
+            return harmony.HarmonyParser(begun, bool(tools), max_calls)
+        return ReplyParser(engine.tokenizer, begun, tools, max_calls, only_calls)
+
+    return replies, prompt, new_parser
 
 
 def build_prompt(body: ChatFields, rendering: Rendering, state: ServerState) -> Prompt:
@@ -88,24 +94,35 @@ def _thinking(body: ChatCompletionRequest, request: Request, marks: Marks | None
         budget = state.settings.thinking_budgets.get(body.reasoning_effort) if body.reasoning_effort else None
     elif marks is None and budget:
         note_ignored(request, [name_on(request.scope["route"].path, "thinking_token_budget")])
-    return None if marks is None or budget is None else thinking_budget(state.engine.tokenizer, marks, budget)
+    return (
+        None
+        if marks is None or budget is None
+        else thinking_budget(state.engine.tokenizer, marks, budget, may_call=bool(body.callable_tools()))
+    )
 
 
 def _for_tools(body: ChatCompletionRequest, engine: EngineClient, marks: Marks | None) -> dict[str, Any]:
     """Sampling parameters for tools and structures, behind the reasoning. marks: Of the reasoning."""
     tokenizer, tools, parallel = engine.tokenizer, body.callable_tools(), body.parallel
+    if marks is None and harmony.is_harmony(tokenizer):  # the reply continues an answer
+        if body.requires_call:
+            raise InvalidRequest("calls of this model can't continue a message", "tool_choice")
+        tools = []
     after = literal(marks.end, tokenizer) if marks else ""
     before = literal(marks.begin, tokenizer) if marks and not marks.is_begun else ""
+    head = literal(marks.answer, tokenizer) if marks else ""
     more: dict[str, Any] = {}
     if body.requires_call:
         structure = required_calls(tokenizer, tools, parallel and body.named_function is None)
         more["structure"] = replace(structure, after=after, before=before)
     elif format := body.structure():
         format = calls_or(format, tokenizer, tools, parallel) if tools else format
-        json_after = marks.end if marks else ""
-        more["structure"] = replace(format, after=after, before=before, json_after=json_after)
-    elif any(tool["function"].get("strict") for tool in tools):  # this structure begins with any text
-        more["structure"] = strict_calls(tokenizer, tools, parallel, "" if before else after)
+        json_after = (harmony.BODY if marks.answer else marks.end) if marks else ""
+        more["structure"] = replace(format, head=head, after=after, before=before, json_after=json_after)
+    elif any(tool["function"].get("strict") for tool in tools):
+        strict = strict_calls(tokenizer, tools, parallel)
+        # In most formats this structure begins with any text, such as the reasoning that the model begins.
+        more["structure"] = replace(strict, after=after, before=before) if head or not before else strict
     if tools:
         more["uncut"] = call_format(tokenizer).uncut
     if (tools or marks) and marks_are_special(tokenizer):

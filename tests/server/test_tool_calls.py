@@ -11,7 +11,8 @@ import pytest
 from linalign import InvalidRequest, SamplingParams
 from linalign.alignment_core.decoding.grammars import Grammars
 from linalign.alignment_core.request import Structure
-from linalign.server.tool_calls import HERMES, LLAMA, MISTRAL, ReplyParser, call_format, message_of
+from linalign.server.deltas import message_of
+from linalign.server.tool_calls import HERMES, LLAMA, MISTRAL, ReplyParser, call_format
 from linalign.server.tool_grammars import calls_or, required_calls, strict_calls
 from tests.engines import aligned, make_engine, run_all, tiny_pair
 

@@ -1,0 +1,118 @@
+"""OpenAI's harmony format, in which gpt-oss models reply: messages of the form `header <|message|> body`.
+
+    <|channel|>analysis<|message|>THOUGHTS<|end|><|start|>assistant<|channel|>final<|message|>ANSWER<|return|>
+    <|channel|>commentary to=functions.NAME <|constrain|>json<|message|>{"argument": 1}<|call|>
+
+The template writes the first `<|start|>assistant` itself. The package openai-harmony has a parser too, but for token
+ids of a vocabulary that it downloads.
+"""
+
+import math
+import re
+from typing import TYPE_CHECKING
+
+from linalign.server.deltas import Delta, arguments_delta, call_start
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROLE = "assistant"
+ANALYSIS, FINAL = "<|channel|>analysis<|message|>", "<|channel|>final<|message|>"
+BODY = "<|message|>"  # the mark in front of every body
+END = f"<|end|><|start|>{ROLE}"  # of a message that another one follows
+MIN_MARK = 3  # characters that tell the beginning of a mark from other text
+MARK = re.compile(r"<\|(start|channel|constrain|message|end|return|call)\|>")
+MARK_BEGUN = re.compile(r"<(\|[a-z]{0,9}\|?)?$")
+CALLED = re.compile(r" to=functions\.([^\s<]+)")
+
+
+def is_harmony(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the tokenizer's chat template writes this format, and the tokenizer has no response template."""
+    template = str(tokenizer.chat_template)
+    return FINAL in template and not getattr(tokenizer, "response_template", None)
+
+
+class HarmonyParser:
+    """Parses the text of one reply to the deltas of its message. Replies without any mark are content.
+
+    generation_prompt: The part of the reply that the template has already written; "" if the reply continues an answer.
+    has_tools: Whether the model may call tools. max_calls: Further calls are dropped.
+    """
+
+    def __init__(self, generation_prompt: str, has_tools: bool, max_calls: float = math.inf) -> None:
+        self._has_tools, self._max_calls, self._num_calls = has_tools, max_calls, 0
+        self._pending = ""  # text that may be the beginning of a mark
+        self._header: str | None = None  # of the message, without `<|start|>`; None in its body
+        self._field: str | None = "content"  # that the body belongs to; None if the body is dropped
+        begin = generation_prompt.rfind("<|start|>")
+        if begin >= 0:
+            self.feed(generation_prompt[begin:])
+
+    def feed(self, text: str) -> list[Delta]:
+        """Parse a part of the text."""
+        text, deltas, place = self._pending + text, list[Delta](), 0
+        for mark in MARK.finditer(text):
+            deltas += self._take(text[place : mark.start()])
+            deltas += self._take_mark(mark[0])
+            place = mark.end()
+        begun = MARK_BEGUN.search(text, place)
+        end = begun.start() if begun else len(text)
+        self._pending = text[end:]
+        return deltas + self._take(text[place:end])
+
+    def finish(self) -> list[Delta]:
+        """The end of the message. A mark or a header that has only begun is left out."""
+        deltas = [] if len(self._pending) >= MIN_MARK else self._take(self._pending)
+        if self._field == "tool_calls":
+            deltas += self._end_body()
+        return deltas
+
+    def _take(self, text: str) -> list[Delta]:
+        """A text without marks."""
+        if self._header is not None:
+            self._header += text
+            if not _is_plain_text(self._header):
+                return []
+            text, self._header, self._field = self._header.removeprefix(ROLE), None, "content"
+        if not text or self._field is None:
+            return []
+        if self._field == "tool_calls":
+            self._has_arguments = True
+            return [arguments_delta(self._num_calls - 1, text)]
+        return [{self._field: text}]
+
+    def _take_mark(self, mark: str) -> list[Delta]:
+        if self._header is not None and mark == "<|message|>":
+            header, self._header = self._header, None
+            return self._begin_body(header)
+        if self._header is not None and mark in ("<|channel|>", "<|constrain|>"):
+            self._header += mark
+            return []
+        if mark in ("<|start|>", "<|channel|>"):
+            self._header = mark.removeprefix("<|start|>")
+        return self._end_body()
+
+    def _begin_body(self, header: str) -> list[Delta]:
+        role, called = re.split(r"<|\s", header)[0], CALLED.search(header) if self._has_tools else None
+        if called is None:
+            # A call of a tool that the request does not have is a thought: these models know some tools themselves.
+            is_thought = "<|channel|>analysis" in header or " to=" in header
+            self._field = None if role not in ("", ROLE) else "reasoning_content" if is_thought else "content"
+            return []
+        self._num_calls += 1
+        self._has_arguments = False
+        self._field = "tool_calls" if self._num_calls <= self._max_calls else None
+        return [call_start(self._num_calls - 1, called[1])] if self._field else []
+
+    def _end_body(self) -> list[Delta]:
+        is_empty_call = self._field == "tool_calls" and not self._has_arguments
+        self._field = "content"
+        return [arguments_delta(self._num_calls - 1, "{}")] if is_empty_call else []
+
+
+def _is_plain_text(header: str) -> bool:
+    """Whether this beginning of a header is no header: the model writes a text behind its role."""
+    if MARK.search(header) or not header.startswith(ROLE):
+        return False
+    callee = header.removeprefix(ROLE)[: len(" to=")]
+    return not " to=".startswith(callee)
