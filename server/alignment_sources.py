@@ -48,8 +48,14 @@ def aligned(body: Body, request: Request) -> Body:
     body = body.model_copy(update={"model": model, **{name: value for name, (_, value) in chosen.items()}})
     if "principle" in chosen:
         ratios = [principle.ratio for principle in body.principles(state.settings.default_alignment_ratio)]
+        principle_from = chosen["principle"][0]
         ratio_from = chosen["alignment_ratio"][0] if "alignment_ratio" in chosen else "default"
-        exchange.applied = Applied(chosen["principle"][0], ratio_from, ratios, body.alignment_method or "linear")
+        if not isinstance(body.principle, str) and all(item.ratio is not None for item in body.principle or ()):
+            ratio_from = principle_from
+        exchange.applied = Applied(principle_from, ratio_from, ratios, body.alignment_method or "linear")
+    else:
+        names = {"headers": RATIO_HEADER, "model": "model"}
+        exchange.ignored += [names.get(source, name) for name, (source, _) in chosen.items() if source != "key"]
     return body
 
 

@@ -12,8 +12,9 @@ FIELDS = {
     "principles": "principle",
     "ratio": "alignment_ratio",
     "text": "prompt",
+    "variables.reasoning_effort": "reasoning_effort",
 }
-CHAT_FIELDS = {"logprobs": "top_logprobs", "prompt": "messages", "variables.reasoning_effort": "reasoning_effort"}
+CHAT_FIELDS = {"logprobs": "top_logprobs", "prompt": "messages"}
 # Names of a chat completion's fields in /v1/responses.
 RESPONSE_FIELDS = {
     "messages": "input",
@@ -21,6 +22,7 @@ RESPONSE_FIELDS = {
     "max_completion_tokens": "max_output_tokens",
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
+    "variables.reasoning_effort": "reasoning.effort",
 }
 # Names of a chat completion's fields in /v1/messages.
 MESSAGES_FIELDS = {

@@ -21,6 +21,7 @@ class EngineClient(Protocol):
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
     max_model_len: int
+    num_cache_tokens: int  # that the KV cache holds, of all branches together
     prompts: PromptBuilder
     token_bytes: TokenBytes
 

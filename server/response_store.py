@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from linalign.server.protocol.chat_messages import AnyMessage, num_characters
+from linalign.server.protocol.responses import Item
 
 LIFETIME = 3600.0  # seconds since the last use of a response
 
@@ -15,6 +16,7 @@ class Conversation:
     """The messages up to a response, that response included, without instructions."""
 
     messages: tuple[AnyMessage, ...]
+    items: tuple[Item, ...]  # of the response
     expires: float  # on the store's clock
 
 
@@ -28,11 +30,14 @@ class ResponseStore:
         self._max_responses, self._max_characters, self._clock = max_responses, max_characters, clock
         self._of_key: defaultdict[bytes | None, OrderedDict[str, Conversation]] = defaultdict(OrderedDict)
 
-    def put(self, key: bytes | None, response_id: str, messages: Sequence[AnyMessage]) -> None:
+    def put(
+        self, key: bytes | None, response_id: str, messages: Sequence[AnyMessage], items: Sequence[Item] = ()
+    ) -> None:
+        """items: Of the response."""
         if sum(map(num_characters, messages)) > self._max_characters:
             return
         responses = self._of_key[key]
-        responses[response_id] = Conversation(tuple(messages), self._clock() + LIFETIME)
+        responses[response_id] = Conversation(tuple(messages), tuple(items), self._clock() + LIFETIME)
         while len(responses) > self._max_responses:
             responses.popitem(last=False)
         self._drop_expired()
@@ -43,8 +48,14 @@ class ResponseStore:
         conversation = self._of_key[key].pop(response_id, None)
         if conversation is None:
             return None
-        self.put(key, response_id, conversation.messages)
+        self.put(key, response_id, conversation.messages, conversation.items)
         return conversation.messages
+
+    def items(self, key: bytes | None) -> dict[str, Item]:
+        """The items of all kept responses by their ids."""
+        self._drop_expired()
+        conversations = self._of_key[key].values()
+        return {item.id: item for conversation in conversations for item in conversation.items if item.id}
 
     def _drop_expired(self) -> None:
         """Drop expired conversations. In each key's order, those that expire first are first."""

@@ -228,7 +228,8 @@ def _is_pattern(pattern: str) -> bool:
 def _in_words(error: str) -> str:
     """llguidance's error without the parts that show its grammar, its states and its stacks."""
     message = error.partition("\n<")[0].rpartition("failed to compile JSON schema: ")[2]
-    return "\n".join(line for line in message.splitlines() if not re.match(r"\s*\d+ \| ", line))
+    lines = [line for line in message.splitlines() if not re.match(r"\s*\d+ \| ", line)]
+    return "\n".join(lines).replace("Expected f64", "Expected number")
 
 
 def _escaped(text: str) -> str:

@@ -59,7 +59,10 @@ class EngineReplica:
 
     def describe(self) -> Description:
         engine = self._engine
-        return Description(engine.model_id, engine.tokenizer, engine.vocab_size, engine.max_model_len)
+        num_cache_tokens = engine.pool.num_pages * engine.pool.page_size
+        return Description(
+            engine.model_id, engine.tokenizer, engine.vocab_size, engine.max_model_len, num_cache_tokens
+        )
 
     def record_replica_metadata(self) -> dict[str, int]:
         """Called by Ray once, for routers."""

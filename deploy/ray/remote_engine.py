@@ -47,6 +47,7 @@ class Description:
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
     max_model_len: int
+    num_cache_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,7 @@ class RemoteEngine:
         self.tokenizer = description.tokenizer
         self.vocab_size = description.vocab_size
         self.max_model_len = description.max_model_len
+        self.num_cache_tokens = description.num_cache_tokens
         self.prompts = PromptBuilder(description.tokenizer, description.max_model_len)
         self.token_bytes = TokenBytes(description.tokenizer)
         self._handle = handle

@@ -100,6 +100,7 @@ async def on_validation_error(_: Request, error: Exception) -> JSONResponse:
         param = ".".join(map(str, (*path[:-1], misspelt)))
         return error_response(400, f"unknown field {misspelt!r}; did you mean {name}?", param, "unknown_field")
     message = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
+    message = message.replace("valid dictionary", "valid object")
     return error_response(400, f"{param}: {message}" if param else message, param, "invalid_value")
 
 

@@ -55,7 +55,7 @@ class InputMessage(OpenSchema):
         blocks: Sequence[Block] = [TextPart(type="text", text=content)] if isinstance(content, str) else content
         text = "\n".join(block.text for block in blocks if isinstance(block, TextPart))
         if self.role == "system":
-            return [SystemMessage.model_construct(role="system", content=_without_billing_header(text))]
+            return [SystemMessage.model_construct(role="system", content=text)]
         if self.role == "assistant":
             return [_reply(text, blocks)]
         results: list[AnyMessage] = [
@@ -65,11 +65,6 @@ class InputMessage(OpenSchema):
         ]
         has_text = not results or any(isinstance(block, TextPart) for block in blocks)
         return [*results, UserMessage.model_construct(role="user", content=text)] if has_text else results
-
-
-def _without_billing_header(text: str) -> str:
-    """The text without the header's line at its beginning."""
-    return text.partition("\n")[2].lstrip("\n") if text.startswith(BILLING_HEADER) else text
 
 
 def _reply(text: str, blocks: Sequence[Block]) -> AssistantMessage:
@@ -156,16 +151,23 @@ class MessagesRequest(ChatLike):
 
     def check(self) -> None:
         super().check()
-        messages = [*self._system(), *(one for message in self.messages for one in message.as_chat())]
+        given = [*self._system(), *(one for message in self.messages for one in message.as_chat())]
+        messages = [kept for message in given if (kept := self._without_billing_header(message))]
         self.convert(messages, self._chat_fields(), SAME_IN_CHAT, MESSAGES_FIELDS)
 
     def _system(self) -> list[AnyMessage]:
         texts = [self.system] if isinstance(self.system, str) else [part.text for part in self.system or ()]
-        kept = [_without_billing_header(text) for text in texts]
-        if kept != texts:
-            self._ignored.append(f"system.{BILLING_HEADER}")
-        content = "\n".join(filter(None, kept))
+        content = "\n".join(filter(None, texts))
         return [SystemMessage.model_construct(role="system", content=content)] if content else []
+
+    def _without_billing_header(self, message: AnyMessage) -> AnyMessage | None:
+        """The message without the header's line at its beginning; None if a system message has no other text."""
+        content = message.content if isinstance(message, SystemMessage) else None
+        if not isinstance(content, str) or not content.startswith(BILLING_HEADER):
+            return message
+        self._ignored.append(f"system.{BILLING_HEADER}")
+        text = content.partition("\n")[2].lstrip("\n")
+        return SystemMessage.model_construct(role="system", content=text) if text else None
 
     def _chat_fields(self) -> dict[str, Any]:
         """Fields of the chat completion that have other names here."""

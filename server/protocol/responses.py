@@ -1,6 +1,6 @@
 """The request schema of /v1/responses, and its conversion to a chat completion."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, TypeAdapter
@@ -110,6 +110,13 @@ class ReasoningItem(_Item):
         return AssistantMessage.model_construct(role="assistant", reasoning_content=text or None)
 
 
+class ItemReference(OpenSchema):
+    """An item of an earlier response."""
+
+    type: Literal["item_reference"]
+    id: str
+
+
 def _joined(content: str | list[InputText | RefusalPart] | None) -> str:
     if content is None:
         return ""
@@ -125,7 +132,8 @@ Item = Annotated[
     Annotated[InputMessage, Tag("message item")]
     | Annotated[FunctionCallItem, Tag("function_call item")]
     | Annotated[FunctionCallOutput, Tag("function_call_output item")]
-    | Annotated[ReasoningItem, Tag("reasoning item")],
+    | Annotated[ReasoningItem, Tag("reasoning item")]
+    | Annotated[ItemReference, Tag("item_reference item")],
     Discriminator(_type, custom_error_type="invalid_item", custom_error_message="there is no item of this type"),
 ]
 
@@ -199,7 +207,7 @@ class ResponsesRequest(ChatLike):
             self._ignored.append("user")
         self._ignored += dict.fromkeys(f"include.{name}" for name in self.include or () if name != LOGPROBS)
         messages = self._messages()
-        if not messages:
+        if not messages and not self.references:
             raise field_error("input", "input has no message")
         self.convert(messages, self._chat_fields(), SAME_IN_CHAT, RESPONSE_FIELDS)
 
@@ -234,22 +242,41 @@ class ResponsesRequest(ChatLike):
             messages.insert(0, SystemMessage.model_construct(role="system", content=self.instructions))
         return messages
 
+    @property
+    def references(self) -> list[str]:
+        """The ids of items of earlier responses."""
+        return [item.id for item in self.input if isinstance(item, ItemReference)]
+
+    def resolved(self, items: Mapping[str, Item]) -> "ResponsesRequest":
+        """The request with items in place of the references to them."""
+        given = [items[item.id] if isinstance(item, ItemReference) else item for item in self.input]
+        body = self.model_copy(update={"input": given})
+        body.check()
+        return body
+
     def continued(self, chat: ChatCompletionRequest, earlier: Sequence[AnyMessage]) -> ChatCompletionRequest:
         """The chat completion with earlier messages in front of the input, behind the instructions."""
         first = 0 if self.instructions is None else 1
         messages = [*chat.messages[:first], *earlier, *chat.messages[first:]]
         return chat.model_copy(update={"messages": messages})
 
-    def conversation(self, chat: ChatCompletionRequest, output: Sequence[Any]) -> list[AnyMessage]:
+    def conversation(self, chat: ChatCompletionRequest, output: Sequence[Item]) -> list[AnyMessage]:
         """The messages of the chat completion, without instructions, and those of output items."""
         first = 0 if self.instructions is None else 1
-        return [*chat.messages[first:], *_messages_of(TypeAdapter(list[Item]).validate_python(output))]
+        return [*chat.messages[first:], *_messages_of(output)]
+
+
+def items_of(output: Sequence[Any]) -> list[Item]:
+    """The output of a response as items of a request."""
+    return TypeAdapter(list[Item]).validate_python(output)
 
 
 def _messages_of(items: Sequence[Item]) -> list[AnyMessage]:
     """The messages of items. Consecutive parts of one reply become one message."""
     messages: list[AnyMessage] = []
     for item in items:
+        if isinstance(item, ItemReference):  # not resolved yet
+            continue
         message, last = item.as_chat(), messages[-1] if messages else None
         if (
             isinstance(last, AssistantMessage)

@@ -55,7 +55,12 @@ def rendering_of(body: ChatFields, request: Request) -> Rendering:
 
 
 def note_if_shortened(request: Request, prompts: Iterable[Prompt], max_tokens: int | None, field: str) -> None:
-    """Note max_tokens, which the endpoint calls `field`, if the context leaves less."""
-    longest = max((len(ids) + len(prompt.given) for prompt in prompts for ids in prompt.branches), default=0)
-    if max_tokens and longest < state_of(request).engine.max_model_len < longest + max_tokens:
-        note_ignored(request, [name_on(request.scope["route"].path, field)])
+    """Note max_tokens, which the endpoint calls `field`, if the context or the KV cache leaves less."""
+    engine = state_of(request).engine
+    for prompt in prompts:
+        lengths = [len(ids) + len(prompt.given) for ids in prompt.branches]
+        needed = [length + (max_tokens or 0) for length in lengths]
+        fits = max(needed) <= engine.max_model_len and sum(needed) <= engine.num_cache_tokens
+        if not fits and max(lengths) < engine.max_model_len:
+            note_ignored(request, [name_on(request.scope["route"].path, field)])
+            return

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from linalign.server.exchange import exchange_of
 from linalign.server.protocol.chat_request import ChatCompletionRequest
-from linalign.server.protocol.responses import ResponsesRequest
+from linalign.server.protocol.responses import ResponsesRequest, items_of
 from linalign.server.protocol.strict_json import InvalidBody
 from linalign.server.replies.events import STREAMED, event_stream
 from linalign.server.replies.model_response import PATH, Keep, ModelResponse
@@ -21,7 +21,7 @@ router = APIRouter(route_class=StrictRoute)
 
 @router.post(PATH, response_model=None, responses=STREAMED)
 async def create_response(body: ResponsesRequest, request: Request) -> Response | dict[str, Any]:
-    body = accept(body, request)
+    body = _resolved(accept(body, request), request)
     chat = _continued(body, request)
     keep = _keep(body, chat, request)
     replies, _, new_parser = await submit_chat(chat, request)
@@ -30,6 +30,22 @@ async def create_response(body: ResponsesRequest, request: Request) -> Response 
         return event_stream(response.events(replies), [replies])
     outputs = await gather([replies], request)
     return response.whole(outputs[0]) if outputs else Response(status_code=499)
+
+
+def _resolved(body: ResponsesRequest, request: Request) -> ResponsesRequest:
+    """The request with the items that it refers to. Raises InvalidBody."""
+    if not body.references:
+        return body
+    store = state_of(request).responses
+    if store is None:
+        message = "this server keeps no items: send the items themselves, as clients do with store: false, or start "
+        raise InvalidBody(message + "the server with --responses-store N", "input", "unsupported_field")
+    items = store.items(exchange_of(request.scope).key)
+    for id in body.references:
+        if id not in items:
+            message = f"the item {id[:100]!r} is not kept (any more): send the item itself"
+            raise InvalidBody(message, "input", "item_not_found")
+    return body.resolved(items)
 
 
 def _continued(body: ResponsesRequest, request: Request) -> ChatCompletionRequest:
@@ -55,5 +71,9 @@ def _keep(body: ResponsesRequest, chat: ChatCompletionRequest, request: Request)
         return None
     if body.store is False:
         return None
-    put = store.put
-    return lambda response_id, output: put(key, response_id, body.conversation(chat, output))
+
+    def put(response_id: str, output: list[dict[str, Any]]) -> None:
+        items = items_of(output)
+        store.put(key, response_id, body.conversation(chat, items), items)
+
+    return put

@@ -138,6 +138,24 @@ def test_what_cannot_be_used_is_refused(open_server, path, fields, status, param
     assert (response.status_code, response.json()["error"]["param"]) == (status, param)
 
 
+def test_a_ratio_without_a_principle_is_named_as_ignored(open_server):
+    path = "/v1/chat/completions"
+    for fields, name in (
+        ({"alignment_ratio": 2}, "alignment_ratio"),
+        ({"headers": {"X-Linalign-Ratio": "2"}}, "X-Linalign-Ratio"),
+        ({"model": "smollm2@2"}, "model"),
+    ):
+        response = post(open_server, path, **fields)
+        assert applied(response) is None
+        assert response.headers["X-Linalign-Ignored"] == name
+
+
+def test_ratios_of_the_principles_come_from_the_principles(open_server):
+    own = [{"text": "Be formal.", "ratio": 3}]
+    fields = {"principle": own, "headers": {"X-Linalign-Ratio": "7"}}
+    assert applied(post(open_server, "/v1/chat/completions", **fields)) == ("body", 3.0, "body", "linear")
+
+
 @pytest.mark.parametrize("path", BODIES)
 def test_sources_can_be_switched_off(narrow_server, path):
     assert applied(post(narrow_server, path, **IN_BODY)) == ("body", 2.5, "body", "linear")

@@ -156,6 +156,20 @@ def test_a_tool_of_another_type_cannot_be_required(url):
         assert (response.status_code, response.json()["error"]["param"]) == (400, "tool_choice")
 
 
+def test_max_tokens_that_the_kv_cache_cuts_is_named(own_server):
+    """Four branches of this length fit the context, but not the cache together."""
+    url, engine = own_server
+    principles = [{"text": f"Be {word}."} for word in ("brief", "kind", "formal")]
+    fields = {"principle": principles, "max_tokens": 6000, "stop_token_ids": [5], "logit_bias": {"5": 100}}
+    response = post(url, "chat/completions", fields)
+    assert 6000 < engine.max_model_len
+    assert 4 * 6000 > engine.pool.num_pages * engine.pool.page_size
+    assert response.headers["X-Linalign-Ignored"] == "max_tokens"
+    assert "X-Linalign-Ignored" not in post(url, "chat/completions", {**fields, "max_tokens": 3000}).headers
+    alone = {**fields, "principle": principles[:1]}
+    assert "X-Linalign-Ignored" not in post(url, "chat/completions", alone).headers
+
+
 def test_many_unknown_fields_take_little_time_and_a_bounded_header(url):
     began = time.monotonic()
     response = post(url, "chat/completions", {f"unknown{i}é": i + 1 for i in range(9000)})

@@ -56,6 +56,21 @@ def test_a_tool_loop_sends_only_the_result(sdk):
     assert second.output_text == respond(sdk, input=whole, store=False, **fields).output_text
 
 
+def test_a_reference_is_the_item_itself(sdk):
+    """Vercel's AI SDK sends references in place of earlier replies, unless its option store is false."""
+    first = respond(sdk, input=CHAT)
+    (item,) = first.output
+    why = {"role": "user", "content": "Why?"}
+    found = respond(sdk, input=[*CHAT, {"type": "item_reference", "id": item.id}, why])
+    expected = respond(sdk, input=[*CHAT, item, why], store=False)
+    assert (found.output_text, found.usage.input_tokens) == (expected.output_text, expected.usage.input_tokens)
+    (second,) = found.output
+    assert respond(sdk, input=[{"type": "item_reference", "id": second.id}, why]).output_text
+    with pytest.raises(openai.BadRequestError, match="not kept") as error:
+        respond(sdk, input=[{"type": "item_reference", "id": "msg_unknown"}, why])
+    assert (error.value.param, error.value.code) == ("input", "item_not_found")
+
+
 def test_responses_are_kept_for_their_key_alone_and_within_the_bound(sdk, keeping):
     first = respond(sdk, input="Hi.", max_output_tokens=2)
     other = openai.OpenAI(base_url=keeping + "/v1", api_key="other-key", max_retries=0)
@@ -77,6 +92,8 @@ def test_without_the_setting_the_answer_says_what_to_do(client):
     assert first.store is False
     with pytest.raises(openai.BadRequestError, match="start the server with --responses-store"):
         client.responses.create(**FIELDS, input="Go on.", previous_response_id=first.id)
+    with pytest.raises(openai.BadRequestError, match="store: false"):
+        client.responses.create(**FIELDS, input=[{"type": "item_reference", "id": first.output[0].id}, *CHAT])
 
 
 def test_conversations_expire_after_their_last_use():
