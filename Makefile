@@ -1,5 +1,6 @@
-.PHONY: setup serve lint test quick test-long check-old vendor pictures
+.PHONY: setup serve lint test quick test-long check-old vendor client-matrix pictures
 TESTED := .venv/.ready .venv/.cuda .venv/clients/.ready .venv/agents/.ready .venv/playground/.ready
+MATRIX := $(patsubst tests/clients/matrix/%/,.venv/matrix/%/.ready,$(sort $(dir $(wildcard tests/clients/matrix/*/run.*))))
 PYTHON ?= python3
 PYTEST := HF_HUB_OFFLINE=1 .venv/bin/pytest
 SIDE_BY_SIDE := -n 3 --dist loadfile --no-loadscope-reorder # three on two cores, because tests also wait for processes
@@ -33,6 +34,18 @@ serve: setup
 	.venv/agents/bin/pip install --progress-bar on -r tests/clients/agents.txt
 	touch $@
 
+# Foreign clients for the long run, each in an environment of its own: tests/clients/matrix
+.venv/matrix/%/.ready: tests/clients/matrix/%/requirements.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --progress-bar on -r $<
+	touch $@
+
+.venv/matrix/%/.ready: tests/clients/matrix/%/package.json
+	mkdir -p $(@D)
+	cp $< $(@D)
+	npm install --silent --no-audit --no-fund --prefix $(@D)
+	touch $@
+
 .venv/playground/.ready: server/playground/package.json
 	mkdir -p .venv/playground
 	cp $< .venv/playground
@@ -54,7 +67,7 @@ test: $(TESTED) lint
 quick: $(TESTED)
 	$(PYTEST) -m "not slow and not alone and not long" $(SIDE_BY_SIDE) $(ARGS)
 
-test-long: $(TESTED) # all tests, with full counts and cold starts: docs/decisions/0021
+test-long: $(TESTED) $(MATRIX) # all tests, with full counts and cold starts: docs/decisions/0021
 	LONG_RUN=1 $(PYTEST) -m alone $(ALONE)
 	LONG_RUN=1 $(PYTEST) -m "not alone" $(SIDE_BY_SIDE)
 
@@ -73,6 +86,9 @@ check-old: .venv/old/.ready
 	HF_HUB_OFFLINE=1 TOKENIZER=.venv/old/tokenizer .venv/old/bin/pytest tests/alignment_core tests/test_gpu_benchmark.py tests/test_gpu_benchmark_load.py \
 	  --deselect tests/alignment_core/test_loading.py::test_a_gguf_file_by_its_path \
 	  --ignore tests/alignment_core/test_embedded.py -m "not alone and not long" -n 2 --dist loadfile $(ARGS)
+
+client-matrix: .venv/.ready $(MATRIX)
+	HF_HUB_OFFLINE=1 .venv/bin/python -m tests.clients.matrix > docs/client-matrix.md
 
 pictures: $(TESTED) # the README's screenshots
 	mkdir -p docs/images

@@ -20,6 +20,7 @@ ROLE = "assistant"
 ANALYSIS, FINAL = "<|channel|>analysis<|message|>", "<|channel|>final<|message|>"
 BODY = "<|message|>"  # the mark in front of every body
 END = f"<|end|><|start|>{ROLE}"  # of a message that another one follows
+MAX_HEADER = 256  # characters; the rest of a longer header is dropped
 MIN_MARK = 3  # characters that tell the beginning of a mark from other text
 MARK = re.compile(r"<\|(start|channel|constrain|message|end|return|call)\|>")
 MARK_BEGUN = re.compile(r"<(\|[a-z]{0,9}\|?)?$")
@@ -70,10 +71,11 @@ class HarmonyParser:
     def _take(self, text: str) -> list[Delta]:
         """A text without marks."""
         if self._header is not None:
-            self._header += text
-            if not _is_plain_text(self._header):
+            header = self._header + text
+            if not _is_plain_text(header):
+                self._header = header[:MAX_HEADER]
                 return []
-            text, self._header, self._field = self._header.removeprefix(ROLE), None, "content"
+            text, self._header, self._field = header.removeprefix(ROLE), None, "content"
         if not text or self._field is None:
             return []
         if self._field == "tool_calls":
@@ -86,7 +88,7 @@ class HarmonyParser:
             header, self._header = self._header, None
             return self._begin_body(header)
         if self._header is not None and mark in ("<|channel|>", "<|constrain|>"):
-            self._header += mark
+            self._header = (self._header + mark)[:MAX_HEADER]
             return []
         if mark in ("<|start|>", "<|channel|>"):
             self._header = mark.removeprefix("<|start|>")
@@ -112,7 +114,5 @@ class HarmonyParser:
 
 def _is_plain_text(header: str) -> bool:
     """Whether this beginning of a header is no header: the model writes a text behind its role."""
-    if MARK.search(header) or not header.startswith(ROLE):
-        return False
     callee = header.removeprefix(ROLE)[: len(" to=")]
-    return not " to=".startswith(callee)
+    return header.startswith(ROLE) and not " to=".startswith(callee) and not MARK.search(header)

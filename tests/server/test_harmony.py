@@ -75,6 +75,7 @@ REPLIES = {
         {"content": "Yes."},
     ),
     "no marks": ("Yes. a < b, a <| b <", {"content": "Yes. a < b, a <| b <"}),
+    "a long text": ("Yes. " * 100, {"content": "Yes. " * 100}),
     "a text that looks like a header": (" to be or not", {"content": " to be or not"}),
     "a mark that has begun": (f"{FINAL}Yes.<|ret", {"content": "Yes."}),
     "a header that has begun": (f"{FINAL}Yes.<|end|>{START} to=func", {"content": "Yes."}),
@@ -93,6 +94,14 @@ def parsed(parser, text, size):
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_messages_are_found_for_any_chunking(text, expected, size):
     assert parsed(HarmonyParser(f"<|start|>user<|message|>Hm?<|end|>{START}", True), text, size) == expected
+
+
+def test_a_header_without_end_takes_bounded_memory():
+    parser = HarmonyParser(START, True)
+    for text in ["<|channel|>final", *["x"] * 10_000]:
+        assert parser.feed(text) == []
+    assert len(parser._header) < 300
+    assert parser.finish() == []
 
 
 def test_what_the_template_has_begun():
