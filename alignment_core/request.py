@@ -50,7 +50,7 @@ class Structure:
     name: What errors call the structure.
     head: A mark, in Lark, in front of the structure.
     after: A mark, in Lark, up to which the reply is free. before: A mark, in Lark, with which this free part begins; it
-        may then be left out. "" if the prompt has begun it.
+        may then be left out. "" if the prompt has begun it. may_space: Whether white space may follow the first mark.
     instead: A grammar in llguidance's form that the reply may match instead of head and structure.
     json_after: A text after which the JSON of the reply begins, each time; "" if the reply itself is JSON.
     """
@@ -61,6 +61,7 @@ class Structure:
     head: str = ""
     after: str = ""
     before: str = ""
+    may_space: bool = True
     instead: str = ""
     json_after: str = ""
 
@@ -70,8 +71,9 @@ class Thinking:
     """A bound for the reasoning at the beginning of a reply.
 
     budget: Tokens after which the mark that ends the reasoning is forced; tokens of marks do not count.
-    begin, end: The marks, as text. end_ids: The tokens of the second one.
+    begin, end: The marks, as text. end_ids: The tokens of the second one, and of further text that is forced.
     is_begun: Whether the prompt ends with the first mark.
+    repeats: Whether reasoning may begin again behind an end mark. The budget is for all of it.
     """
 
     budget: int
@@ -79,6 +81,7 @@ class Thinking:
     end: str
     end_ids: tuple[int, ...]
     is_begun: bool = False
+    repeats: bool = False
 
 
 @dataclass(frozen=True, slots=True)

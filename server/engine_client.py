@@ -21,7 +21,8 @@ class EngineClient(Protocol):
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
     max_model_len: int
-    num_cache_tokens: int  # that the KV cache holds, of all branches together
+    num_pages: int  # of the KV cache
+    page_size: int  # tokens
     prompts: PromptBuilder
     token_bytes: TokenBytes
 

@@ -17,7 +17,8 @@ class LocalEngine:
         self.tokenizer = engine.tokenizer
         self.vocab_size = engine.vocab_size
         self.max_model_len = engine.max_model_len
-        self.num_cache_tokens = engine.pool.num_pages * engine.pool.page_size
+        self.num_pages = engine.pool.num_pages
+        self.page_size = engine.pool.page_size
         self.prompts = engine.prompts
         self.token_bytes = engine.token_bytes
 

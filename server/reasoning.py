@@ -59,4 +59,4 @@ def thinking_budget(tokenizer: "PreTrainedTokenizerBase", marks: Marks, budget: 
     """A bound for the reasoning between these marks, in tokens. may_call: Whether calls may follow the reasoning."""
     end = marks.end if may_call else marks.end + marks.answer
     ids = tuple(tokenizer.encode(end, add_special_tokens=False))
-    return Thinking(budget, marks.begin, marks.end, ids, marks.is_begun)
+    return Thinking(budget, marks.begin, marks.end, ids, marks.is_begun, repeats=bool(marks.answer))

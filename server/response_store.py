@@ -2,7 +2,7 @@
 
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from linalign.server.protocol.chat_messages import AnyMessage, num_characters
@@ -51,11 +51,16 @@ class ResponseStore:
         self.put(key, response_id, conversation.messages, conversation.items)
         return conversation.messages
 
-    def items(self, key: bytes | None) -> dict[str, Item]:
-        """The items of all kept responses by their ids."""
+    def items(self, key: bytes | None, ids: Collection[str]) -> dict[str, Item]:
+        """Items of kept responses by their ids, without those that are not kept."""
         self._drop_expired()
-        conversations = self._of_key[key].values()
-        return {item.id: item for conversation in conversations for item in conversation.items if item.id}
+        wanted, found = set(ids), dict[str, Item]()
+        for response_id, conversation in list(self._of_key[key].items()):
+            items = {item.id: item for item in conversation.items if item.id in wanted}
+            if items:
+                found |= items
+                self.get(key, response_id)  # which keeps the response for another lifetime
+        return found
 
     def _drop_expired(self) -> None:
         """Drop expired conversations. In each key's order, those that expire first are first."""

@@ -85,7 +85,7 @@ class Grammars:
             if structure.instead:
                 grammar = _either(structure.instead, grammar)
             if structure.after:
-                grammar = _behind(structure.before, structure.after, grammar)
+                grammar = _behind(structure.before, structure.after, structure.may_space, grammar)
         except (TypeError, ValueError) as error:
             raise InvalidRequest(f"{FIELD} can't be used: {error}", structure.name) from error
         limits = llguidance.LLParserLimits(**(OF_GRAMMARS if structure.kind == "grammar" else OF_JSON))
@@ -160,17 +160,18 @@ def _grammar(structure: Structure) -> str:
             return grammar_from("grammar", structure.text)
 
 
-def _behind(begin: str, end: str, grammar: str) -> str:
+def _behind(begin: str, end: str, may_space: bool, grammar: str) -> str:
     """A list of grammars: free text up to a mark, then the grammar. With a mark that begins the text, the text may also
     be left out.
     """
+    body = "/[ \\n]{0,4}/ @body" if may_space else "@body"
     rules = [
-        "start: before /[ \\n]{0,4}/ @body",
+        f"start: before {body}",
         f"before{'' if end.startswith('<[') else '[lazy]'}: ANY {end}",
         "ANY: /(.|\\n)*/",
     ]
     if begin:
-        rules[0] = f"start: {begin} before /[ \\n]{{0,4}}/ @body | @body"
+        rules[0] = f"start: {begin} before {body} | @body"
     return _joined_grammars("behind", "\n".join(rules), {"body": grammar})
 
 

@@ -20,9 +20,12 @@ from linalign.alignment_core.text import template_clock
 from linalign.alignment_core.text.message_rewriting import (
     Messages,
     described,
+    with_known_results,
     with_object_arguments,
     with_reasoning_as_content,
     with_single_calls,
+    with_text_arguments,
+    without_defaults,
     without_system_role,
     without_tool_messages,
 )
@@ -69,12 +72,18 @@ class ChatTemplate:
         messages = self._with_shown_calls(messages) if self.knows_tools else without_tool_messages(messages)
         if not self._has_system_role:
             messages = without_system_role(messages)
+        elif not self._shows_later_system_texts:
+            messages = [*messages[:1], *without_system_role(messages[1:])]
         return self._render(messages, self._completed(rendering))
 
     def _with_shown_calls(self, messages: Messages) -> Messages:
         """Rewrite calls so that the template shows all that they say."""
         if not self._shows_text_arguments:
             messages = with_object_arguments(messages)
+        elif not self._shows_object_arguments:
+            messages = with_text_arguments(messages)
+        if not self._takes_results_without_calls:
+            messages = with_known_results(messages)
         if not self._shows_every_call:
             messages = with_single_calls(messages)
         if not self._takes_reasoning_beside_content:
@@ -98,16 +107,39 @@ class ChatTemplate:
         return mark in self._text_of_calls([mark])
 
     @cached_property
+    def _shows_object_arguments(self) -> bool:
+        """Whether the template shows arguments of calls that are an object."""
+        mark = new_mark()
+        return mark in self._text_of_calls([{mark: 1}])
+
+    @cached_property
+    def _takes_results_without_calls(self) -> bool:
+        """Whether the template takes a result without its call, as in histories that were shortened."""
+        return self._takes([{"role": "tool", "tool_call_id": "call00000", "content": "1"}]) or not self._takes([])
+
+    @cached_property
+    def _shows_later_system_texts(self) -> bool:
+        """Whether the template shows a system message that is not the first message."""
+        mark, user = new_mark(), {"role": "user", "content": "Hello"}
+        try:
+            return mark in self._render([user, {"role": "system", "content": mark}, user], Rendering())
+        except InvalidRequest:
+            return False
+
+    @cached_property
     def _shows_every_call(self) -> bool:
         """Whether the template shows all calls of a message; gpt-oss's shows the first one."""
         mark = new_mark()
-        return mark in self._text_of_calls([{}, {mark: 1}]) or mark not in self._text_of_calls([{mark: 1}])
+        if self._shows_object_arguments:
+            return mark in self._text_of_calls([{}, {mark: 1}])
+        return mark in self._text_of_calls(["{}", mark]) or not self._shows_text_arguments
 
     @cached_property
     def _takes_reasoning_beside_content(self) -> bool:
         """Whether the template takes a call together with both; gpt-oss's refuses them."""
+        arguments: Any = {} if self._shows_object_arguments else "{}"
         more = {"content": new_mark(), "reasoning_content": new_mark()}
-        return bool(self._text_of_calls([{}], **more)) or not self._text_of_calls([{}])
+        return bool(self._text_of_calls([arguments], **more)) or not self._text_of_calls([arguments])
 
     def _text_of_calls(self, arguments: Sequence[Any], **message: Any) -> str:
         """A rendered message with calls that have these arguments; "" if the template refuses the message."""
@@ -119,21 +151,23 @@ class ChatTemplate:
             return ""
 
     def _completed(self, rendering: Rendering) -> Rendering:
-        """With descriptions of all tools, if the template needs them."""
+        """With descriptions of all tools if the template needs them, and without defaults that it refuses."""
         if not rendering.tools or not self.knows_tools or self._takes_tools_without_description:
             return rendering
-        return replace(rendering, tools=[described(tool) for tool in rendering.tools])
+        tools = [described(tool) for tool in rendering.tools]
+        return replace(rendering, tools=tools if self._takes([], tools) else without_defaults(tools))
 
     @cached_property
     def _takes_tools_without_description(self) -> bool:
         """Whether the template does not need descriptions of tools."""
         function: dict[str, Any] = {"name": "f", "parameters": {"type": "object", "properties": {}}}
         tool = {"type": "function", "function": function}
-        return self._takes_tool(tool) or not self._takes_tool(described(tool))
+        return self._takes([], [tool]) or not self._takes([], [described(tool)])
 
-    def _takes_tool(self, tool: Mapping[str, Any]) -> bool:
+    def _takes(self, messages: Messages, tools: Sequence[Mapping[str, Any]] = ()) -> bool:
+        """Whether the template takes tools, and messages behind one of the user."""
         try:
-            return bool(self._render([{"role": "user", "content": "Hello"}], Rendering([tool])))
+            return bool(self._render([{"role": "user", "content": "Hello"}, *messages], Rendering(tools)))
         except InvalidRequest:
             return False
 

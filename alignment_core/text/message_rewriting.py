@@ -1,7 +1,9 @@
 """Rewrites messages for chat templates that can't show them as they are: see ChatTemplate, which tries a template."""
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from linalign.alignment_core.errors import InvalidRequest
@@ -18,6 +20,21 @@ def with_object_arguments(messages: Messages) -> Messages:
             return call
         return {**call, "function": {**call["function"], "arguments": {"arguments": arguments}}}
 
+    return _with_calls(messages, changed)
+
+
+def with_text_arguments(messages: Messages) -> Messages:
+    """Write arguments that are an object as JSON, for templates that join texts."""
+
+    def changed(call: dict[str, Any]) -> dict[str, Any]:
+        arguments = call["function"]["arguments"]
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        return {**call, "function": {**call["function"], "arguments": text}}
+
+    return _with_calls(messages, changed)
+
+
+def _with_calls(messages: Messages, changed: Callable[[dict[str, Any]], dict[str, Any]]) -> Messages:
     return [
         {**message, "tool_calls": list(map(changed, message["tool_calls"]))} if message.get("tool_calls") else message
         for message in messages
@@ -25,22 +42,55 @@ def with_object_arguments(messages: Messages) -> Messages:
 
 
 def with_single_calls(messages: Messages) -> Messages:
-    """Split messages with several calls: one message for each call, with its result after it."""
+    """Split messages with several calls: one message for each call, with its results behind it."""
     split: Messages = []
+    turn = _Turn({"role": "assistant"})
     for message in messages:
-        calls = message.get("tool_calls") or []
-        if message["role"] == "tool" and (place := _place_of_call(split, message.get("tool_call_id"))):
-            split.insert(place, message)
+        if turn.parts and message["role"] == "tool":
+            turn.add(message)
             continue
-        split.append({**message, "tool_calls": calls[:1]} if calls else message)
-        split += [{"role": "assistant", "content": "", "tool_calls": [call]} for call in calls[1:]]
-    return split
+        split += itertools.chain(*turn.parts)
+        turn = _Turn(message)
+        if not turn.parts:
+            split.append(message)
+    return [*split, *itertools.chain(*turn.parts)]
 
 
-def _place_of_call(messages: Messages, id: str | None) -> int:
-    """The index behind the last message with a call of this id; 0 if there is none."""
-    places = (place for place, m in enumerate(messages, 1) if m.get("tool_calls") and m["tool_calls"][0]["id"] == id)
-    return max(places, default=0)
+class _Turn:
+    """The calls of a message. parts: A message for each call, with its results."""
+
+    def __init__(self, message: dict[str, Any]) -> None:
+        calls = message.get("tool_calls") or []
+        shared = [message, *({"role": "assistant", "content": ""} for _ in calls[1:])]
+        self.parts = [[{**one, "tool_calls": [call]}] for one, call in zip(shared, calls, strict=False)]
+        self._places = defaultdict[str, deque[int]](deque)  # of the calls with each id
+        for place, call in enumerate(calls):
+            self._places[call["id"]].append(place)
+        self._num_results = 0
+
+    def add(self, result: dict[str, Any]) -> None:
+        """Put a result behind the first call of its id that has none, or else behind the last one of its id.
+
+        Results with unknown ids are in the order of the calls.
+        """
+        places = self._places.get(result.get("tool_call_id") or "")
+        place = min(self._num_results, len(self.parts) - 1)
+        if places:
+            place = places.popleft() if len(places) > 1 else places[0]
+        self.parts[place].append(result)
+        self._num_results += 1
+
+
+def with_known_results(messages: Messages) -> Messages:
+    """Write results as texts of the user if no call precedes them, for templates that need the call."""
+    changed: Messages = []
+    has_calls = False
+    for message in messages:
+        if message["role"] == "assistant":
+            has_calls = bool(message.get("tool_calls"))
+        is_unknown = message["role"] == "tool" and not has_calls
+        changed.append({"role": "user", "content": message["content"]} if is_unknown else message)
+    return changed
 
 
 def with_reasoning_as_content(messages: Messages) -> Messages:
@@ -101,6 +151,13 @@ def without_system_role(messages: Messages) -> Messages:
             "this model has no system role, so a system message needs a user message after it", "messages"
         )
     return folded
+
+
+def without_defaults(schema: Any) -> Any:
+    """A tool or a schema without the default values of parameters."""
+    if isinstance(schema, Mapping):
+        return {key: without_defaults(value) for key, value in schema.items() if key != "default"}
+    return [without_defaults(item) for item in schema] if isinstance(schema, list) else schema
 
 
 def described(tool: Mapping[str, Any]) -> dict[str, Any]:

@@ -59,9 +59,13 @@ class EngineReplica:
 
     def describe(self) -> Description:
         engine = self._engine
-        num_cache_tokens = engine.pool.num_pages * engine.pool.page_size
         return Description(
-            engine.model_id, engine.tokenizer, engine.vocab_size, engine.max_model_len, num_cache_tokens
+            engine.model_id,
+            engine.tokenizer,
+            engine.vocab_size,
+            engine.max_model_len,
+            engine.pool.num_pages,
+            engine.pool.page_size,
         )
 
     def record_replica_metadata(self) -> dict[str, int]:

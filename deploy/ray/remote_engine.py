@@ -47,7 +47,8 @@ class Description:
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
     max_model_len: int
-    num_cache_tokens: int
+    num_pages: int
+    page_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,8 @@ class RemoteEngine:
         self.tokenizer = description.tokenizer
         self.vocab_size = description.vocab_size
         self.max_model_len = description.max_model_len
-        self.num_cache_tokens = description.num_cache_tokens
+        self.num_pages = description.num_pages
+        self.page_size = description.page_size
         self.prompts = PromptBuilder(description.tokenizer, description.max_model_len)
         self.token_bytes = TokenBytes(description.tokenizer)
         self._handle = handle

@@ -161,12 +161,16 @@ class MessagesRequest(ChatLike):
         return [SystemMessage.model_construct(role="system", content=content)] if content else []
 
     def _without_billing_header(self, message: AnyMessage) -> AnyMessage | None:
-        """The message without the header's line at its beginning; None if a system message has no other text."""
+        """The message without the header's line; None if a system message has no other text."""
         content = message.content if isinstance(message, SystemMessage) else None
-        if not isinstance(content, str) or not content.startswith(BILLING_HEADER):
+        if not isinstance(content, str) or BILLING_HEADER not in content:
+            return message
+        lines = content.split("\n")
+        kept = [line for line in lines if not line.startswith(BILLING_HEADER)]
+        if len(kept) == len(lines):
             return message
         self._ignored.append(f"system.{BILLING_HEADER}")
-        text = content.partition("\n")[2].lstrip("\n")
+        text = "\n".join(kept).strip("\n")
         return SystemMessage.model_construct(role="system", content=text) if text else None
 
     def _chat_fields(self) -> dict[str, Any]:

@@ -61,7 +61,7 @@ Content = str | Annotated[list[Part], FAIL_FAST]
 
 
 class InputMessage(_Item):
-    type: Literal["message"] = "message"
+    type: Literal["message"] | None = None
     role: Literal["system", "developer", "user", "assistant"]
     content: Content | None = None
 
@@ -113,7 +113,7 @@ class ReasoningItem(_Item):
 class ItemReference(OpenSchema):
     """An item of an earlier response."""
 
-    type: Literal["item_reference"]
+    type: Literal["item_reference"] | None = None
     id: str
 
 
@@ -124,8 +124,10 @@ def _joined(content: str | list[InputText | RefusalPart] | None) -> str:
 
 
 def _type(item: Any) -> Any:
-    kind = item.get("type", "message") if isinstance(item, dict) else "message"
-    return f"{kind} item"
+    if not isinstance(item, dict):
+        return "message item"
+    is_reference = "id" in item and "role" not in item
+    return f"{item.get('type') or ('item_reference' if is_reference else 'message')} item"
 
 
 Item = Annotated[
@@ -295,7 +297,7 @@ def _merge(message: AssistantMessage, part: AssistantMessage) -> None:
     if part.content is not None:
         message.content = part.content
     if part.reasoning_content is not None:
-        message.reasoning_content = part.reasoning_content
+        message.reasoning_content = "\n".join(filter(None, [message.reasoning_content, part.reasoning_content]))
     if part.tool_calls:
         message.tool_calls = message.tool_calls or []
         message.tool_calls += part.tool_calls

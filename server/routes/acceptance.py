@@ -1,5 +1,6 @@
 """What every endpoint does with a request first: it completes the request, and notes the fields that have no effect."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TypeVar
@@ -57,10 +58,11 @@ def rendering_of(body: ChatFields, request: Request) -> Rendering:
 def note_if_shortened(request: Request, prompts: Iterable[Prompt], max_tokens: int | None, field: str) -> None:
     """Note max_tokens, which the endpoint calls `field`, if the context or the KV cache leaves less."""
     engine = state_of(request).engine
-    for prompt in prompts:
+    for prompt in prompts if max_tokens else ():
         lengths = [len(ids) + len(prompt.given) for ids in prompt.branches]
         needed = [length + (max_tokens or 0) for length in lengths]
-        fits = max(needed) <= engine.max_model_len and sum(needed) <= engine.num_cache_tokens
+        num_pages = sum(math.ceil(length / engine.page_size) for length in needed)
+        fits = max(needed) <= engine.max_model_len and num_pages <= engine.num_pages
         if not fits and max(lengths) < engine.max_model_len:
             note_ignored(request, [name_on(request.scope["route"].path, field)])
             return

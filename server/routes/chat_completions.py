@@ -104,25 +104,26 @@ def _thinking(body: ChatCompletionRequest, request: Request, marks: Marks | None
 def _for_tools(body: ChatCompletionRequest, engine: EngineClient, marks: Marks | None) -> dict[str, Any]:
     """Sampling parameters for tools and structures, behind the reasoning. marks: Of the reasoning."""
     tokenizer, tools, parallel = engine.tokenizer, body.callable_tools(), body.parallel
-    if marks is None and harmony.is_harmony(tokenizer):  # the reply continues an answer
+    if marks is None and harmony.is_harmony(tokenizer):  # the prompt has begun the answer
         if body.requires_call:
-            raise InvalidRequest("calls of this model can't continue a message", "tool_choice")
+            raise InvalidRequest("a call of this model can't follow the beginning of an answer", "tool_choice")
         tools = []
     after = literal(marks.end, tokenizer) if marks else ""
     before = literal(marks.begin, tokenizer) if marks and not marks.is_begun else ""
     head = literal(marks.answer, tokenizer) if marks else ""
+    behind: dict[str, Any] = {"after": after, "before": before, "may_space": not head}
     more: dict[str, Any] = {}
     if body.requires_call:
         structure = required_calls(tokenizer, tools, parallel and body.named_function is None)
-        more["structure"] = replace(structure, after=after, before=before)
+        more["structure"] = replace(structure, **behind)
     elif format := body.structure():
         format = calls_or(format, tokenizer, tools, parallel) if tools else format
         json_after = (harmony.BODY if marks.answer else marks.end) if marks else ""
-        more["structure"] = replace(format, head=head, after=after, before=before, json_after=json_after)
+        more["structure"] = replace(format, head=head, json_after=json_after, **behind)
     elif any(tool["function"].get("strict") for tool in tools):
         strict = strict_calls(tokenizer, tools, parallel)
         # In most formats this structure begins with any text, such as the reasoning that the model begins.
-        more["structure"] = replace(strict, after=after, before=before) if head or not before else strict
+        more["structure"] = replace(strict, **behind) if head or not before else strict
     if tools:
         more["uncut"] = call_format(tokenizer).uncut
     if (tools or marks) and marks_are_special(tokenizer):

@@ -3,6 +3,7 @@
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from pydantic_core import PydanticCustomError
 
 from linalign.server.exchange import exchange_of
 from linalign.server.protocol.chat_request import ChatCompletionRequest
@@ -40,12 +41,15 @@ def _resolved(body: ResponsesRequest, request: Request) -> ResponsesRequest:
     if store is None:
         message = "this server keeps no items: send the items themselves, as clients do with store: false, or start "
         raise InvalidBody(message + "the server with --responses-store N", "input", "unsupported_field")
-    items = store.items(exchange_of(request.scope).key)
+    items = store.items(exchange_of(request.scope).key, body.references)
     for id in body.references:
         if id not in items:
             message = f"the item {id[:100]!r} is not kept (any more): send the item itself"
             raise InvalidBody(message, "input", "item_not_found")
-    return body.resolved(items)
+    try:
+        return body.resolved(items)
+    except PydanticCustomError as error:
+        raise InvalidBody(error.message(), (error.context or {})["param"], error.type) from error
 
 
 def _continued(body: ResponsesRequest, request: Request) -> ChatCompletionRequest:

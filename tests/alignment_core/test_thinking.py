@@ -14,9 +14,9 @@ PIECES = ["<th", "ink>", "\n", "a", "</think>", "</", "think", ">", "<think>a</t
 ENDS = {"whole": (4,), "in pieces": (5, 6, 7)}
 
 
-def forced_after(pieces, budget, is_begun=True, end_ids=(5, 6, 7)):
+def forced_after(pieces, budget, is_begun=True, end_ids=(5, 6, 7), repeats=False):
     """The tokens that are forced in a reply of these pieces, with the number of the piece that each one replaces."""
-    thinking = Thinking(budget, "<think>", "</think>", end_ids, is_begun)
+    thinking = Thinking(budget, "<think>", "</think>", end_ids, is_begun, repeats)
     followed = ThinkingBudget(thinking, lambda token: PIECES[token].encode())
     forced = []
     for number, piece in enumerate(pieces):
@@ -60,6 +60,24 @@ def test_nothing_is_forced_if_the_reasoning_ends_by_itself(pieces, budget, is_ov
 )
 def test_the_model_may_begin_the_reasoning_itself(pieces, forced):
     assert forced_after(pieces, 2, is_begun=False) == (forced, True)
+
+
+def test_a_budget_is_for_all_reasoning_of_a_reply():
+    pieces = ["a", "</think>", "<th", "ink>", *["a"] * 9]
+    assert forced_after(pieces, 3, end_ids=(4,), repeats=True) == ([(5, 4)], False)
+    again = ["a", "a", "a", "a", "<th", "ink>", "a"]  # in place of "a", the mark is forced
+    assert forced_after(again, 2, end_ids=(4,), repeats=True) == ([(2, 4)], False)
+
+
+def test_the_rest_of_a_mark_is_forced_that_the_model_has_begun():
+    assert forced_after(["a", "</", *["a"] * 5], 2) == ([(2, 6), (3, 7)], True)
+    assert forced_after(["a", "</", "think", "a"], 3) == ([(3, 7)], True)
+    assert forced_after(["b</thi", "nk>c", "a"], 1) == ([], True)  # the budget ends within a token of the mark
+    assert forced_after(["b</thi", "a", *["a"] * 5], 1) == ([(2, 5), (3, 6), (4, 7)], True)
+
+
+def test_all_tokens_are_forced_also_those_behind_the_mark():
+    assert forced_after(["a"] * 9, 1, end_ids=(4, 3, 2)) == ([(1, 4), (2, 3), (3, 2)], True)
 
 
 SCHEMA = Structure("json_schema", '{"enum": [1, 2]}', after='"</think>"', json_after="</think>")

@@ -217,7 +217,7 @@ def test_replicas_with_recent_stats_are_not_asked(tokenizer, monkeypatch):
         calls.append(name)
         return types.SimpleNamespace(results_async=answer)
 
-    engine = RemoteEngine(types.SimpleNamespace(broadcast=broadcast), Description("x", tokenizer, 300, 100, 1000))
+    engine = RemoteEngine(types.SimpleNamespace(broadcast=broadcast), Description("x", tokenizer, 300, 100, 100, 16))
 
     async def look(times):
         for _ in range(times):

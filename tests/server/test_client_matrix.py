@@ -1,4 +1,4 @@
-"""Foreign clients in environments of their own: chats, streams, tools, formats, errors, and alignment in their own way."""
+"""Foreign clients in environments of their own: chats, streams, tools, formats, errors, alignment in their own way."""
 
 import httpx
 import pytest

@@ -27,9 +27,12 @@ MARKS = [f"<|{name}|>" for name in ("start", "end", "message", "channel", "const
 TEMPLATE = """<|start|>system<|message|>Reasoning: {{ reasoning_effort or 'medium' }}<|end|>
 {%- if messages[0].role == 'system' or tools %}<|start|>developer<|message|>
 {%- if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}
-{%- for tool in tools %}{{ '// ' + tool.function.description + '\\n' + tool.function.name }}{% endfor %}<|end|>
+{%- for tool in tools %}{{ '// ' + tool.function.description + '\\n' + tool.function.name }}
+{%- for name, p in (tool.function.parameters or {'properties': {}}).properties.items() %}{{ name }}
+{%- if p.default is defined %}{{ ', default: ' + p.default }}{% endif %}{% endfor %}{% endfor %}<|end|>
 {%- endif %}
 {%- for m in messages %}
+{%- if m.role == 'tool' and not messages[loop.index0 - 1].tool_calls %}{{ raise_exception('no call') }}{% endif %}
 {%- if m.role == 'user' %}<|start|>user<|message|>{{ m.content }}<|end|>
 {%- elif m.role == 'tool' %}<|start|>functions to=assistant<|message|>{{ m.content }}<|end|>
 {%- elif m.tool_calls %}
@@ -45,7 +48,21 @@ TEMPLATE = """<|start|>system<|message|>Reasoning: {{ reasoning_effort or 'mediu
 REPLIES = {
     "answer": (f"{FINAL}Yes.<|return|>", {"content": "Yes."}),
     "thoughts": (f"{ANALYSIS}Hm.<|end|>{START}{FINAL}Yes.", {"content": "Yes.", "reasoning_content": "Hm."}),
-    "more thoughts": (f"{ANALYSIS}Hm.<|end|>{START}{ANALYSIS} So<|end|>", {"reasoning_content": "Hm. So"}),
+    "more thoughts": (f"{ANALYSIS}Hm.<|end|>{START}{ANALYSIS} So<|end|>", {"reasoning_content": "Hm.\n So"}),
+    "preamble and answer": (
+        f"<|channel|>commentary<|message|>I look.<|end|>{START}{FINAL}Done.",
+        {"content": "I look.\nDone."},
+    ),
+    "marks without meaning": (
+        f"{ANALYSIS}a <|message|>b<|constrain|><|end|>{START}{FINAL}Yes.",
+        {"reasoning_content": "a b", "content": "Yes."},
+    ),
+    "space behind the role": (
+        f"{ANALYSIS}Hm.<|end|>{START} \n{FINAL}Yes.",
+        {"reasoning_content": "Hm.", "content": "Yes."},
+    ),
+    "operators": ("f <|map", {"content": "f <|map"}),
+    "an operator at the end": ("f <|\n", {"content": "f <|\n"}),
     "call": (f"{CALL}{ARGUMENTS}<|call|>", {"calls": [("weather", ARGUMENTS)]}),
     "call, with the callee first": (
         f" to=functions.weather<|channel|>commentary json<|message|>{ARGUMENTS}",
@@ -59,7 +76,8 @@ REPLIES = {
         f"<|channel|>commentary<|message|>I look.<|end|>{START}{CALL}{ARGUMENTS}<|call|>",
         {"content": "I look.", "calls": [("weather", ARGUMENTS)]},
     ),
-    "call without arguments": (CALL, {"calls": [("weather", "{}")]}),
+    "call without arguments": (CALL + "<|call|>", {"calls": [("weather", "{}")]}),
+    "call of which only the header is there": (CALL, {}),
     "call that is cut off": (CALL + ARGUMENTS[:5], {"calls": [("weather", ARGUMENTS[:5])]}),
     "two calls": (
         f"{CALL}1<|call|>{START}{CALL}2<|call|>",
@@ -77,7 +95,7 @@ REPLIES = {
     "no marks": ("Yes. a < b, a <| b <", {"content": "Yes. a < b, a <| b <"}),
     "a long text": ("Yes. " * 100, {"content": "Yes. " * 100}),
     "a text that looks like a header": (" to be or not", {"content": " to be or not"}),
-    "a mark that has begun": (f"{FINAL}Yes.<|ret", {"content": "Yes."}),
+    "a mark that has begun": (f"{FINAL}Yes.<|retu", {"content": "Yes."}),
     "a header that has begun": (f"{FINAL}Yes.<|end|>{START} to=func", {"content": "Yes."}),
 }
 
@@ -194,12 +212,36 @@ def test_strict_tools_beside_text(server, gpt_oss):
     assert "tool_calls" not in text["message"]
 
 
-def test_a_budget_ends_reasoning_that_the_template_begins(server):
+@pytest.mark.parametrize("structure", [{"choice": ["yes", "no"]}, {"regex": "[ab]{3}"}, {"grammar": 'start: "x" "y"'}])
+def test_a_structure_is_the_whole_answer(server, structure):
+    for budget in (0, 1, 2, 3, 7):
+        begun = {"chat_template_kwargs": {"begin": ANALYSIS}, "thinking_token_budget": budget}
+        for fields in ({"thinking_token_budget": budget}, begun):
+            reply = choice(server, structured_outputs=structure, **fields)
+            content = reply["message"]["content"]
+            assert content in ("yes", "no", "xy") or (len(content) == 3 and set(content) <= {"a", "b"})
+            assert reply["finish_reason"] == "stop"
+
+
+def test_a_budget_holds_if_the_model_has_begun_the_mark_itself(server, gpt_oss):
+    """The budget ends within the mark that the model writes, and a grammar allows nothing else behind its beginning."""
+    bias = dict.fromkeys(map(str, gpt_oss.encode("<|end|>", add_special_tokens=False)), 95)
+    for budget in range(1, 7):
+        fields = {"thinking_token_budget": budget, "logit_bias": bias, "response_format": FORMAT}
+        reply = choice(server, chat_template_kwargs={"begin": ANALYSIS}, **fields)
+        jsonschema.validate(json.loads(reply["message"]["content"]), SCHEMA)
+
+
+def test_a_budget_ends_reasoning_that_the_template_begins(server, gpt_oss):
     begun = {"chat_template_kwargs": {"begin": ANALYSIS}}
     for budget in (0, 6):
-        message = choice(server, thinking_token_budget=budget, **begun)["message"]
+        reply = choice(server, thinking_token_budget=budget, logprobs=True, **begun)
+        tokens = [token["token"] for token in reply["logprobs"]["content"]]
+        mark = [gpt_oss.decode([id]) for id in gpt_oss.encode(f"<|end|>{START}{FINAL}", add_special_tokens=False)]
+        assert tokens[budget : budget + len(mark)] == mark  # the answer must follow
+        message = reply["message"]
         assert bool(message.get("reasoning_content")) == (budget > 0)
-        assert message["content"]  # not a second thought
+        assert message["content"]
     free = choice(server, **begun)["message"]
     assert free["reasoning_content"].startswith(message["reasoning_content"])
     assert not free["content"]
@@ -237,6 +279,11 @@ def test_histories_that_the_template_would_refuse(server):
     assert text.count("to=functions.weather") == 2
     assert "I look." in text
     assert "Hm." in text
+    later = shown(server, [*CHAT, {"role": "system", "content": "Be brief."}, *CHAT])
+    assert "Be brief." in later
+    assert "warm" in shown(server, [*CHAT, results[0]])
+    parameters = {"type": "object", "properties": {"days": {"enum": [1, 2], "default": 1}}}
+    assert "days" in shown(server, CHAT, tools=[{**tool, "function": {"name": "weather", "parameters": parameters}}])
 
 
 def shown(url, messages, **fields):

@@ -166,7 +166,9 @@ def test_a_volatile_header_in_the_system_text_does_not_spoil_the_prefix_cache(ur
 def test_only_the_line_of_the_volatile_header_is_left_out(url, client):
     expected = create(client, messages=[{"role": "system", "content": "You are a mayor."}, *CHAT])
     text = BILLING.format("a1b2c") + "\n\nYou are a mayor."
-    for fields in ({"system": text}, {"messages": [{"role": "system", "content": text}, *CHAT]}):
+    blocks = [{"type": "text", "text": part} for part in ("You are a mayor.", BILLING.format("a1b2c"))]
+    in_messages = [{"role": "system", "content": text}, *CHAT]
+    for fields in ({"system": text}, {"system": blocks}, {"messages": in_messages}):
         response = post(url, **fields)
         assert response.headers["X-Linalign-Ignored"] == "system.x-anthropic-billing-header"
         assert response.json()["content"][0]["text"] == expected.choices[0].message.content

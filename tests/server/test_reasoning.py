@@ -36,7 +36,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": [
 FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
 ALIGNED = {"principle": "Encourage cycling.", "alignment_ratio": 2}
 TOOL = {"type": "function", **WEATHER["function"]}
-SETTINGS = ("--thinking-budgets", "low=3,high=12")
+SETTINGS = ("--thinking-budgets", "low=3,high=12", "--responses-store", "9")
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +178,17 @@ def test_other_endpoints_have_the_same_budget(begun):
     assert "".join(delta.get("text", "") for delta in deltas) == expected["content"]
     again = [*CHAT, {"role": "assistant", "content": message["content"]}, *CHAT]
     assert post(begun, "/v1/messages", messages=again, max_tokens=3).status_code == 200
+
+
+def test_references_to_reasoning(begun):
+    """A reference to reasoning alone is no message, as the item itself is none."""
+    fields = {"thinking_token_budget": 5, "max_output_tokens": 20, "messages": None, "max_tokens": None}
+    output = post(begun, "/v1/responses", input=CHAT, **fields).json()["output"]
+    references = [{"type": "item_reference", "id": item["id"]} for item in output]
+    post(begun, "/v1/responses", input=[*CHAT, *references, *CHAT], **fields)
+    body = {**FIELDS, **fields, "input": references[:1]}
+    refused = httpx.post(begun + "/v1/responses", json=body, timeout=60)
+    assert (refused.status_code, refused.json()["error"]["message"]) == (400, "input has no message")
 
 
 def test_a_model_may_begin_its_reasoning_itself(itself, tokenizer):

@@ -4,6 +4,7 @@ import openai
 import pytest
 
 from linalign.server.protocol.chat_messages import AssistantMessage, UserMessage
+from linalign.server.protocol.responses import items_of
 from linalign.server.response_store import LIFETIME, ResponseStore
 from tests.server.test_chat import CHAT
 from tests.server.test_fields import ALIGNED, WEATHER
@@ -66,6 +67,7 @@ def test_a_reference_is_the_item_itself(sdk):
     assert (found.output_text, found.usage.input_tokens) == (expected.output_text, expected.usage.input_tokens)
     (second,) = found.output
     assert respond(sdk, input=[{"type": "item_reference", "id": second.id}, why]).output_text
+    assert respond(sdk, input=[{"id": second.id}, why]).output_text  # the type may be left out
     with pytest.raises(openai.BadRequestError, match="not kept") as error:
         respond(sdk, input=[{"type": "item_reference", "id": "msg_unknown"}, why])
     assert (error.value.param, error.value.code) == ("input", "item_not_found")
@@ -116,6 +118,26 @@ def test_conversations_expire_after_their_last_use():
     now = 3 * LIFETIME
     assert store.get(None, "c") is None
     assert not any(store._of_key.values())
+
+
+def test_references_keep_responses_alive():
+    now = 0.0
+    store = ResponseStore(2, 100, lambda: now)
+    items = items_of(
+        [{"type": "reasoning", "id": "rs_a", "summary": []}, {"role": "assistant", "id": "b", "content": "B"}]
+    )
+    store.put(None, "first", [], items)
+    store.put(None, "second", [])
+    assert store.items(None, ["rs_a", "c"]) == {"rs_a": items[0]}
+    store.put(None, "third", [])  # in place of the second one
+    assert store.items(None, ["b"]) == {"b": items[1]}
+    assert store.items(b"other", ["b"]) == {}
+    now = LIFETIME - 1
+    assert store.items(None, ["b"])
+    now = 2 * LIFETIME - 2
+    assert store.items(None, ["b"])
+    now = 3 * LIFETIME
+    assert store.items(None, ["b"]) == {}
 
 
 def test_long_conversations_are_not_kept():

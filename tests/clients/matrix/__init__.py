@@ -1,8 +1,9 @@
-"""Programs that use foreign clients, each with an environment of its own in .venv/matrix: `make matrix`.
+"""Programs that use foreign clients, each with an environment of its own in .venv/matrix: `make client-matrix`.
 
-Each directory has `requirements.txt` or `package.json`, with exact versions, and `run.py` or `run.mjs`. The program gets
-the server's URL and the environment's directory. It checks what the client can do, and prints a JSON object as its last
-line: the client's `version` and, if the client adds no text of its own, the `messages` and the `text` of an aligned chat.
+Each directory has `requirements.txt` or `package.json`, with exact versions, and `run.py` or `run.mjs`. The program
+gets the server's URL and the environment's directory. It checks what the client can do, and prints a JSON object as its
+last line: the client's `version` and, if the client adds no text of its own, the `messages` and the `text` of an
+aligned chat. The programs of command-line agents share `shared/recording.py`.
 """
 
 import json
@@ -29,7 +30,7 @@ def run(client, url):
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             [*map(str, command), url + "/v1", str(environment)],
-            env={**os.environ, "OPENAI_API_KEY": "none"},
+            env={**os.environ, "OPENAI_API_KEY": "none", "PYTHONPATH": str(HERE / "shared")},
             cwd=folder,
             capture_output=True,
             text=True,

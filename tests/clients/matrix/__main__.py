@@ -19,7 +19,9 @@ def main():
                 rows.append((client, "", "fails"))
                 has_failed = True
     print(f"# Clients that were run on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}\n")
-    print(f"With linalign {version('linalign')} and the embedded model, by `make client-matrix`. What each program checks")
+    print(
+        f"With linalign {version('linalign')} and the embedded model, by `make client-matrix`. What each program checks"
+    )
     print("is in [tests/clients/matrix](../tests/clients/matrix).\n")
     print("| client | version | result |\n|---|---|---|")
     print("\n".join(f"| {client} | {found} | {result} |" for client, found, result in rows))
