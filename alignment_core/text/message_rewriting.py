@@ -6,8 +6,6 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from linalign.alignment_core.errors import InvalidRequest
-
 Messages = list[dict[str, Any]]
 
 
@@ -134,22 +132,25 @@ def _call_text(function: dict[str, Any]) -> str:
 def without_system_role(messages: Messages) -> Messages:
     """Put each system text at the beginning of the next user message, followed by a blank line.
 
-    That is the convention for models without a system role. Raises InvalidRequest if no user message follows.
+    That is the convention for models without a system role. If no user message follows, the text ends the user message
+    in front of it, or is a user message itself.
     """
     folded: Messages = []
     pending: list[str] = []
+    place = 0  # of the first pending text
     for message in messages:
         if message["role"] == "system":
+            place = place if pending else len(folded)
             pending.append(message["content"])
         elif message["role"] == "user" and pending:
             folded.append({"role": "user", "content": "\n\n".join([*pending, message["content"]])})
             pending = []
         else:
             folded.append(message)
-    if pending:
-        raise InvalidRequest(
-            "this model has no system role, so a system message needs a user message after it", "messages"
-        )
+    if pending and place and folded[place - 1]["role"] == "user":
+        folded[place - 1] = {"role": "user", "content": "\n\n".join([folded[place - 1]["content"], *pending])}
+    elif pending:
+        folded.insert(place, {"role": "user", "content": "\n\n".join(pending)})
     return folded
 
 

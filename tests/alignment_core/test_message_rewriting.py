@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from linalign.alignment_core.text.chat_template import ChatTemplate, Rendering
-from linalign.alignment_core.text.message_rewriting import with_single_calls
+from linalign.alignment_core.text.message_rewriting import with_single_calls, without_system_role
 
 USER = {"role": "user", "content": "Hi"}
 # As DeepSeek-R1's and V3's: arguments are joined with other texts.
@@ -67,6 +67,25 @@ def test_many_calls_take_little_time():
     number = 100_000
     messages = [calling(*(call(str(i)) for i in range(number))), *(result(str(i), "") for i in range(number))]
     assert len(with_single_calls(messages)) == 2 * number
+
+
+@pytest.mark.parametrize(
+    ("roles", "expected"),
+    [
+        ("su", ["u: s0\n\nu1"]),
+        ("ssu", ["u: s0\n\ns1\n\nu2"]),
+        ("usau", ["u: u0", "a: a2", "u: s1\n\nu3"]),
+        ("us", ["u: u0\n\ns1"]),
+        ("usa", ["u: u0\n\ns1", "a: a2"]),
+        ("uas", ["u: u0", "a: a1", "u: s2"]),
+        ("s", ["u: s0"]),
+        ("sa", ["u: s0", "a: a1"]),
+    ],
+)
+def test_system_texts_become_texts_of_the_user(roles, expected):
+    names = {"s": "system", "u": "user", "a": "assistant"}
+    messages = [{"role": names[role], "content": f"{role}{place}"} for place, role in enumerate(roles)]
+    assert [f"{m['role'][0]}: {m['content']}" for m in without_system_role(messages)] == expected
 
 
 def text(tokenizer, template, *messages):
