@@ -14,21 +14,20 @@ import threading
 from pathlib import Path
 from urllib.parse import urlsplit
 
-TIMEOUT = 100  # seconds of one run
 OPTIONS = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 
 class Recording:
     """Bytes of one run: `sent` by the agent, `received` by it."""
 
-    def __init__(self, url):
-        """url: Where the agent should send its requests."""
-        self.url, self.sent, self.received = url, bytearray(), bytearray()
+    def __init__(self, url, timeout):
+        """url: Where the agent should send its requests. timeout: Seconds of one run."""
+        self.url, self.timeout, self.sent, self.received = url, timeout, bytearray(), bytearray()
 
     def run(self, command, files, **variables):
         """Run an agent with these files in its home directory, and these environment variables ("{home}" is its home).
 
-        Returns its exit status, stdout and stderr.
+        Returns its exit status, stdout and stderr. Raises TimeoutExpired.
         """
         self.sent.clear()
         self.received.clear()
@@ -40,7 +39,7 @@ class Recording:
             env |= {name: value.format(home=home) for name, value in variables.items()}
             process = subprocess.Popen(command, cwd=home, env=env, start_new_session=True, **OPTIONS)
             try:
-                output, errors = process.communicate(timeout=TIMEOUT)
+                output, errors = process.communicate(timeout=self.timeout)
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
@@ -59,8 +58,8 @@ class Recording:
 
 
 @contextlib.contextmanager
-def recording(url):
-    """A relay in front of the server at this URL."""
+def recording(url, timeout=200):
+    """A relay in front of the server at this URL. timeout: Seconds of one run."""
     place = urlsplit(url)
 
     class Relay(socketserver.BaseRequestHandler):
@@ -76,7 +75,7 @@ def recording(url):
 
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Relay) as relay:
         relay.daemon_threads = True
-        record = Recording(f"http://127.0.0.1:{relay.server_address[1]}{place.path}")
+        record = Recording(f"http://127.0.0.1:{relay.server_address[1]}{place.path}", timeout)
         threading.Thread(target=relay.serve_forever, daemon=True).start()
         yield record
         relay.shutdown()
