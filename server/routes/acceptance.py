@@ -1,6 +1,5 @@
 """What every endpoint does with a request first: it completes the request, and notes the fields that have no effect."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TypeVar
@@ -61,7 +60,7 @@ def note_if_shortened(request: Request, prompts: Iterable[Prompt], max_tokens: i
     for prompt in prompts if max_tokens else ():
         lengths = [len(ids) + len(prompt.given) for ids in prompt.branches]
         needed = [length + (max_tokens or 0) for length in lengths]
-        num_pages = sum(math.ceil(length / engine.page_size) for length in needed)
+        num_pages = sum(-(-length // engine.page_size) for length in needed)  # rounded up
         fits = max(needed) <= engine.max_model_len and num_pages <= engine.num_pages
         if not fits and max(lengths) < engine.max_model_len:
             note_ignored(request, [name_on(request.scope["route"].path, field)])
