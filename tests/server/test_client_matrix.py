@@ -10,9 +10,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 def num_aligned(url):
-    (line,) = (
-        line for line in httpx.get(url + "/metrics").text.splitlines() if line.startswith("linalign:aligned_req")
-    )
+    lines = httpx.get(url + "/metrics").text.splitlines()
+    (line,) = (line for line in lines if line.startswith("linalign:aligned_requests_total"))
     return float(line.split()[-1])
 
 
