@@ -308,3 +308,15 @@ def test_cached_tokens_do_not_depend_on_which_choice_ends_first():
     objects = [usage_object(order, None) for order in itertools.permutations(usages)]
     assert objects == [objects[0]] * 6
     assert objects[0]["prompt_tokens_details"] == {"cached_tokens": 8}
+
+
+def test_a_text_that_ends_like_the_beginning_of_a_call_is_whole(client, tokenizer):
+    """The parser holds "<" until the end of the reply."""
+    (yes,) = tokenizer.encode("yes", add_special_tokens=False)
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    fields = {"tools": [tool], "logit_bias": {str(yes): 100}}
+    structure = {"structured_outputs": {"regex": "yes <"}}
+    assert create(client, structure, **fields).choices[0].message.content == "yes <"
+    chunks = [chunk.choices[0] for chunk in create(client, structure, stream=True, **fields)]
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == "yes <"
+    assert chunks[-1].finish_reason == "stop"
