@@ -103,10 +103,6 @@ def create_app(engine: EngineClient, settings: Settings) -> FastAPI:
     return app
 
 
-def _response_store(settings: Settings) -> ResponseStore | None:
-    return ResponseStore(settings.responses_store, settings.max_body_bytes) if settings.responses_store else None
-
-
 def _middleware(settings: Settings, measures: Measures) -> list[Middleware]:
     """The middleware, outermost first. Requests without a valid key are refused before their bodies are read."""
     layers = [

@@ -15,7 +15,7 @@ from transformers.utils.chat_parsing import ResponseParser
 
 from linalign.alignment_core.request import Uncut
 from linalign.server.deltas import Delta, arguments_delta, call_start, whole
-from linalign.server.harmony import is_harmony
+from linalign.server.harmony import BODY, is_harmony
 from linalign.server.reasoning import THINKING, thinking_start
 
 VERBATIM = {"strip": False}
@@ -54,7 +54,7 @@ LLAMA = CallFormat(
     "parameters",
 )
 HARMONY = CallFormat(  # calls are not in regions: see harmony.py
-    {}, Uncut((" to=functions.",), "<|call|>"), "<|message|>", "", ""
+    {}, Uncut((" to=functions.",), "<|call|>"), BODY, "", ""
 )
 MISTRAL = CallFormat({"open": "[TOOL_CALLS]"}, Uncut(("[TOOL_CALLS]",)), "[TOOL_CALLS][", "]", ", ", id_length=9)
 

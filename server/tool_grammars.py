@@ -42,14 +42,14 @@ def calls_or(structure: Structure, tokenizer: PreTrainedTokenizerBase, tools: To
     return replace(structure, instead=_only_calls(form, tokenizer, tools, parallel))
 
 
-def strict_calls(tokenizer: PreTrainedTokenizerBase, tools: Tools, parallel: bool, after: str = "") -> Structure:
+def strict_calls(tokenizer: PreTrainedTokenizerBase, tools: Tools, parallel: bool) -> Structure:
     """The structure of replies with text and calls, of which calls of strict tools follow their schemas."""
     form = _known_format(tokenizer, "can't be constrained to a schema; leave strict out", "tools")
     schemas = [_enforced(tool) if tool["function"].get("strict") else ANY_OBJECT for tool in tools]
     if form is HARMONY:
         calls = _harmony_calls(tokenizer, tools, schemas)
         text = Structure("lark", "start: TEXT\nTEXT: /(.|\n)*/", "tools", literal(FINAL, tokenizer))
-        return replace(text, after=after, instead=calls, json_after=form.begin)
+        return replace(text, instead=calls, json_after=form.begin)
     calls, end = _calls(form, tools, parallel and form is not HERMES), json.dumps(form.end) if form.end else ""
     if form is LLAMA:  # a reply is either calls or text
         rules = [f"start: {calls} | TEXT", r"TEXT: /([^{ \n](.|\n)*)?/"]
@@ -60,7 +60,7 @@ def strict_calls(tokenizer: PreTrainedTokenizerBase, tools: Tools, parallel: boo
         rules = [f"start: ({block})* TEXT", r"TEXT: /(.|\n)*/"]
         rules.append(f"before{'' if is_token else '[lazy]'}: TEXT {literal(mark, tokenizer)}")
     begin = "" if form is LLAMA else form.begin
-    return Structure("lark", "\n".join([*rules, *_rules(form, tools, schemas)]), "tools", after=after, json_after=begin)
+    return Structure("lark", "\n".join([*rules, *_rules(form, tools, schemas)]), "tools", json_after=begin)
 
 
 def _known_format(tokenizer: PreTrainedTokenizerBase, problem: str, param: str) -> CallFormat:

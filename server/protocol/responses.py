@@ -140,6 +140,9 @@ Item = Annotated[
 ]
 
 
+ITEMS = TypeAdapter(list[Item])
+
+
 class FunctionTool(Function):
     type: Literal["function"]
 
@@ -247,6 +250,8 @@ class ResponsesRequest(ChatLike):
     @property
     def references(self) -> list[str]:
         """The ids of items of earlier responses."""
+        if isinstance(self.input, str):
+            return []
         return [item.id for item in self.input if isinstance(item, ItemReference)]
 
     def resolved(self, items: Mapping[str, Item]) -> "ResponsesRequest":
@@ -270,7 +275,7 @@ class ResponsesRequest(ChatLike):
 
 def items_of(output: Sequence[Any]) -> list[Item]:
     """The output of a response as items of a request."""
-    return TypeAdapter(list[Item]).validate_python(output)
+    return ITEMS.validate_python(output)
 
 
 def _messages_of(items: Sequence[Item]) -> list[AnyMessage]:

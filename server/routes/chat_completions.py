@@ -94,11 +94,9 @@ def _thinking(body: ChatCompletionRequest, request: Request, marks: Marks | None
         budget = state.settings.thinking_budgets.get(body.reasoning_effort) if body.reasoning_effort else None
     elif marks is None and budget:
         note_ignored(request, [name_on(request.scope["route"].path, "thinking_token_budget")])
-    return (
-        None
-        if marks is None or budget is None
-        else thinking_budget(state.engine.tokenizer, marks, budget, may_call=bool(body.callable_tools()))
-    )
+    if marks is None or budget is None:
+        return None
+    return thinking_budget(state.engine.tokenizer, marks, budget, may_call=bool(body.callable_tools()))
 
 
 def _for_tools(body: ChatCompletionRequest, engine: EngineClient, marks: Marks | None) -> dict[str, Any]:

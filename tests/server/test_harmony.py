@@ -14,7 +14,7 @@ from linalign.server.tool_grammars import required_calls
 from tests.engines import tiny_pair
 from tests.server.test_fields import WEATHER
 from tests.server.test_reasoning import CHAT, FORMAT, SCHEMA, choice, post, streamed
-from tests.server.test_tool_calls import accepts
+from tests.server.test_tool_grammars import accepts
 from tests.serving import serving
 
 pytestmark = pytest.mark.slow
